@@ -1,0 +1,25 @@
+"""Every error nnturbo raises on purpose. The text says what must hold, what came, and what to do."""
+
+
+class EngineError(Exception):
+    """Base of all errors that a caller of nnturbo can expect."""
+
+
+class ModelError(EngineError):
+    """A model folder, its plans or its dataset description cannot be used."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint cannot be read safely, or its weights do not fit the network."""
+
+
+class VolumeError(EngineError):
+    """A scan cannot be read, or is not a scan this engine can take."""
+
+
+class BackendUnavailable(EngineError):
+    """A way of running the network is not installed or does not work on this device or in this precision."""
+
+
+class OutputError(EngineError):
+    """A result cannot be written."""

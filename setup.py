@@ -1,0 +1,9 @@
+from setuptools import setup
+
+FOLDERS = ["engine", "engine/backends", "kernels", "training", "benchmarks"]
+
+setup(
+    packages=["nnturbo." + folder.replace("/", ".") for folder in FOLDERS],
+    package_dir={"nnturbo." + folder.replace("/", "."): folder for folder in FOLDERS},
+    package_data={"nnturbo.engine": ["py.typed"], "nnturbo.kernels": ["py.typed"]},
+)
