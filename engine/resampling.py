@@ -1,0 +1,302 @@
+"""nnU-Net's resampling functions as one linear operator per axis.
+
+skimage's `resize` and torch's `interpolate` are linear and separable, so each axis is a banded matrix, built once
+per (length before, length after) and applied as small matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import AxisOperator, resample_axis
+from .errors import ModelError
+
+ANISOTROPY_THRESHOLD = 3.0
+"""nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""
+
+SPLINE_POLE = 3**0.5 - 2
+"""Pole of the cubic B-spline's prefilter (Unser, Aldroubi, Eden: B-spline signal processing, part II, 1993)."""
+
+SPLINE_PADDING = 12
+"""scipy.ndimage repeats the edge this often before filtering with mode "nearest"."""
+
+SPLINE_REACH = 14
+"""Samples on each side that a spline coefficient depends on; 0.268 ** 15 is below float32 rounding."""
+
+
+@lru_cache(maxsize=128)
+def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
+    """Build the operator that scipy.ndimage applies along an axis (mode "nearest", pixel centres aligned).
+
+    Args:
+        n_in: Length before, in voxels.
+        n_out: Length after.
+        order: 0 nearest, 1 linear, 3 cubic B-spline.
+
+    Note:
+        Coordinates are `(i + 0.5) * n_in / n_out - 0.5`. For order 3 the coefficients are
+        `c[k] = sqrt(3) * sum over j of (p^|k-j| + p^(k+j+1) + p^(2N-k-j-1)) * s[j]` over the signal s whose edges are
+        repeated 12 times (length N) and then reflected, with p = sqrt(3) - 2; the output adds four of them with the
+        weights of the cubic B-spline (scipy ndimage.zoom with grid_mode, skimage.transform.resize).
+    """
+    if n_in == n_out:
+        return AxisOperator.identity(n_in)
+    x = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
+    if order == 0:
+        return AxisOperator(n_in, torch.floor(x + 0.5).long().clamp(0, n_in - 1), torch.ones(n_out, 1))
+    if order == 1:
+        x = x.clamp(0, n_in - 1)
+        left = x.floor().long().clamp(max=max(n_in - 2, 0))
+        right = (x - left)[:, None]
+        return AxisOperator.from_entries(n_in, left[:, None] + torch.arange(2), torch.cat([1 - right, right], dim=1))
+    if order != 3:
+        raise ModelError(f"spline order must be 0, 1 or 3, the plan asks for {order}")
+
+    length = n_in + 2 * SPLINE_PADDING
+    left = x.floor()
+    t = (x - left)[:, None]
+    spline = (
+        torch.cat([(1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 4 - 6 * (1 - t) ** 2 + 3 * (1 - t) ** 3, t**3], dim=1) / 6
+    )
+    k = (left.long() - 1 + SPLINE_PADDING)[:, None] + torch.arange(4)
+    j = k[:, :, None] + torch.arange(-SPLINE_REACH, SPLINE_REACH + 1)
+    exists = (j >= 0) & (j < length)
+    k = k[:, :, None].expand_as(j)
+    pole = torch.tensor(SPLINE_POLE, dtype=torch.float64)
+    prefilter = pole ** (k - j).abs() + pole ** (k + j + 1).abs() + pole ** (2 * length - k - j - 1).abs()
+    weights = 3**0.5 * spline[:, :, None] * torch.where(exists, prefilter, 0.0)
+    return AxisOperator.from_entries(n_in, (j - SPLINE_PADDING).flatten(1), weights.flatten(1), drop_below=1e-8)
+
+
+@lru_cache(maxsize=128)
+def torch_operator(n_in: int, n_out: int, mode: str) -> AxisOperator:
+    """Build the operator that torch.nn.functional.interpolate applies along an axis, from what it does to impulses.
+
+    Args:
+        n_in: Length before.
+        n_out: Length after.
+        mode: "linear", "nearest" or "nearest-exact".
+    """
+    if n_in == n_out:
+        return AxisOperator.identity(n_in)
+    if mode != "linear":
+        index = F.interpolate(torch.arange(n_in, dtype=torch.float32)[None, None], size=n_out, mode=mode)[0, 0]
+        return AxisOperator(n_in, index.long(), torch.ones(n_out, 1))
+    response = F.interpolate(torch.eye(n_in)[None], size=n_out, mode="linear", align_corners=False)[0].T
+    columns = torch.arange(n_in).expand(n_out, n_in)
+    return AxisOperator.from_entries(n_in, columns, response.double())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridMap:
+    """How one grid becomes another: an operator for each of (z, y, x), and where values are clipped on the way.
+
+    Args:
+        operators: Along z, y, x.
+        last_axis: The axis resampled after the others (the coarse one where nnU-Net separates it), 0, 1 or 2.
+        clip: "none"; "volume": to the input's range, after all axes; "slice": to the range of each input slice
+            across `last_axis`, before that axis is resampled. Per channel.
+    """
+
+    operators: tuple[AxisOperator, AxisOperator, AxisOperator]
+    last_axis: int = 0
+    clip: str = "none"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Size of the new grid (z, y, x)."""
+        z, y, x = self.operators
+        return z.n_out, y.n_out, x.n_out
+
+    @classmethod
+    def identity(cls, shape: Sequence[int]) -> GridMap:
+        """Map a grid to itself."""
+        z, y, x = (AxisOperator.identity(n) for n in shape)
+        return cls(operators=(z, y, x))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resampling:
+    """One of nnU-Net's resampling functions with the arguments a plan gives it.
+
+    Args:
+        function: "spline" (resample_data_or_seg_to_shape), "torch" (resample_torch_fornnunet),
+            "torch_simple" (resample_torch_simple) or "none" (no_resampling_hack).
+        order: Spline order in plane.
+        order_coarse: Spline order along the coarse axis where it is resampled on its own.
+        separate: Resample the coarse axis on its own: True, False, or None to decide by the spacings.
+        threshold: Ratio of spacings from which None means True.
+        mode: torch's mode in plane.
+        mode_coarse: torch's mode along the coarse axis.
+    """
+
+    function: str
+    order: int = 3
+    order_coarse: int = 0
+    separate: bool | None = False
+    threshold: float = ANISOTROPY_THRESHOLD
+    mode: str = "linear"
+    mode_coarse: str = "nearest-exact"
+
+    def grid_map(
+        self,
+        old_shape: Sequence[int],
+        new_shape: Sequence[int],
+        old_spacing: Sequence[float],
+        new_spacing: Sequence[float],
+    ) -> GridMap:
+        """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
+        if self.function == "none" or tuple(old_shape) == tuple(new_shape):
+            return GridMap.identity(old_shape)
+        coarse = None if self.function == "torch_simple" else self._coarse_axis(old_spacing, new_spacing)
+
+        def operator(axis: int) -> AxisOperator:
+            n_in, n_out = old_shape[axis], new_shape[axis]
+            if self.function == "spline":
+                return spline_operator(n_in, n_out, self.order_coarse if axis == coarse else self.order)
+            # resample_torch_fornnunet hands its mode on only where it separates an axis.
+            in_plane = "linear" if coarse is None and self.function == "torch" else self.mode
+            return torch_operator(n_in, n_out, self.mode_coarse if axis == coarse else in_plane)
+
+        clips = self.function == "spline" and self.order > 1
+        return GridMap(
+            operators=(operator(0), operator(1), operator(2)),
+            last_axis=0 if coarse is None else coarse,
+            clip="none" if not clips else "volume" if coarse is None else "slice",
+        )
+
+    def _coarse_axis(self, old_spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
+        """Find the axis to resample on its own (nnU-Net: determine_do_sep_z_and_axis)."""
+        if self.separate is False:
+            return None
+        for spacing in (old_spacing, new_spacing):
+            if self.separate or max(spacing) / min(spacing) > self.threshold:
+                # Where two or three axes share the coarse spacing, nnU-Net does not separate.
+                coarsest = [axis for axis, value in enumerate(spacing) if max(spacing) / value == 1]
+                return coarsest[0] if len(coarsest) == 1 else None
+        return None
+
+
+FUNCTIONS = {
+    "resample_data_or_seg_to_shape": (
+        "spline",
+        {
+            "order": "order",
+            "order_z": "order_coarse",
+            "force_separate_z": "separate",
+            "separate_z_anisotropy_threshold": "threshold",
+            "is_seg": None,
+        },
+    ),
+    "resample_torch_fornnunet": (
+        "torch",
+        {
+            "mode": "mode",
+            "aniso_axis_mode": "mode_coarse",
+            "force_separate_z": "separate",
+            "separate_z_anisotropy_threshold": "threshold",
+            "is_seg": None,
+            "num_threads": None,
+            "device": None,
+            "memefficient_seg_resampling": None,
+        },
+    ),
+    "resample_torch_simple": (
+        "torch_simple",
+        {"mode": "mode", "is_seg": None, "num_threads": None, "device": None, "memefficient_seg_resampling": None},
+    ),
+    "no_resampling_hack": ("none", {}),
+}
+"""nnU-Net's functions: our name, and for each of their arguments our field (None: does not change the result)."""
+
+TORCH_MODES = ("linear", "nearest", "nearest-exact")
+
+
+def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
+    """Read a plan's `resampling_fn_*` and `resampling_fn_*_kwargs`.
+
+    Raises:
+        ModelError: For a function or an argument that nnU-Net 2.8 does not have.
+    """
+    if function not in FUNCTIONS:
+        raise ModelError(f"resampling function must be one of {', '.join(FUNCTIONS)}, the plan names {function!r}")
+    ours, fields = FUNCTIONS[function]
+    if unknown := sorted(set(arguments) - set(fields)):
+        raise ModelError(f"{function} takes {', '.join(fields) or 'no arguments'}, the plan also gives {unknown}")
+    values = {fields[name]: value for name, value in arguments.items() if fields[name] is not None}
+    # nnU-Net's own defaults differ: the spline function separates on request only, the torch function by itself.
+    values.setdefault("separate", None if ours == "torch" else False)
+    for field in ("order", "order_coarse"):
+        if values.get(field, 0) not in (0, 1, 3) or isinstance(values.get(field), bool):
+            raise ModelError(f"spline order must be 0, 1 or 3, the plan asks for {values[field]!r}")
+    for field in ("mode", "mode_coarse"):
+        if values.get(field, "linear") not in TORCH_MODES:
+            raise ModelError(f"interpolation mode must be one of {TORCH_MODES}, the plan asks for {values[field]!r}")
+    if values["separate"] not in (None, True, False):
+        raise ModelError(f"force_separate_z must be true, false or null, the plan says {values['separate']!r}")
+    threshold = values.get("threshold", ANISOTROPY_THRESHOLD)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ModelError(f"separate_z_anisotropy_threshold must be a number, the plan says {threshold!r}")
+    return Resampling(function=ours, **values)
+
+
+def resample(data: Tensor, grid: GridMap) -> Tensor:
+    """Resample a whole array, clipping as the grid map says.
+
+    Args:
+        data: (C, Z, Y, X) float32.
+        grid: The map from its grid to the new one.
+    """
+    low, high = value_range(data, grid)
+    return resample_rows(data, grid, rows=(0, grid.shape[0]), offset=0, limits=(low, high))
+
+
+def value_range(data: Tensor, grid: GridMap) -> tuple[Tensor | None, Tensor | None]:
+    """Least and greatest values that a grid map clips to, shaped to broadcast; (None, None) where it does not."""
+    if grid.clip == "none":
+        return None, None
+    axes = [axis for axis in (1, 2, 3) if grid.clip == "volume" or axis != grid.last_axis + 1]
+    return data.amin(axes, keepdim=True), data.amax(axes, keepdim=True)
+
+
+def resample_rows(
+    data: Tensor,
+    grid: GridMap,
+    *,
+    rows: tuple[int, int],
+    offset: int,
+    limits: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """Resample to the planes [rows[0], rows[1]) of the new grid.
+
+    Args:
+        data: (C, z, Y, X) float32: the input planes from `offset` on that these rows need.
+        grid: The map from the whole input grid to the new one.
+        rows: Half-open range along z of the new grid.
+        offset: Index of the first plane in `data`.
+        limits: What `value_range` gives for the whole input.
+    """
+    z, y, x = grid.operators
+
+    def along(axis: int, array: Tensor) -> Tensor:
+        if axis == 0:
+            return resample_axis(array, z, -3, rows=rows, offset=offset)
+        return resample_axis(array, (y, x)[axis - 1], axis - 3)
+
+    low, high = limits
+    for axis in (axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis):
+        data = along(axis, data.contiguous())
+    if low is not None and high is not None:
+        if grid.clip == "slice" and grid.last_axis == 0:
+            low, high = (limit[:, offset : offset + data.shape[1]] for limit in (low, high))
+        data = torch.clamp(data, low, high)
+    if grid.clip != "volume":
+        data = along(grid.last_axis, data.contiguous())
+    return data
