@@ -1,0 +1,254 @@
+"""A trained nnU-Net v2 model, read from its folder or export zip without running anything it contains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, ModelError
+from .plans import Plan, parse_plan
+
+logger = logging.getLogger(__name__)
+
+LARGEST_JSON_BYTES = 256 * 2**20
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before parameter names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One configuration of a trained model.
+
+    Args:
+        plan: What plans.json and dataset.json say.
+        weights: Parameters by name, one mapping per fold.
+        folds: Names of the folds, such as "0" or "all".
+        mirror_axes: Spatial axes of the patch along which mirroring is allowed, counted from 0.
+        trainer: Name of the trainer class.
+        source: The folder or zip it came from.
+        plans, dataset: The two JSON files as they were.
+    """
+
+    plan: Plan
+    weights: tuple[Mapping[str, Tensor], ...]
+    folds: tuple[str, ...]
+    mirror_axes: tuple[int, ...]
+    trainer: str
+    source: Path
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of one fold, counting those with several names once."""
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights[0].values()}.values())
+
+
+def read_model(
+    path: str | os.PathLike[str],
+    *,
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    configuration: str | None = None,
+) -> Model:
+    """Read a model folder (`plans.json`, `dataset.json`, `fold_*/`) or an nnU-Net export zip.
+
+    Args:
+        path: The folder or zip.
+        folds: Folds to ensemble, such as (0, 1) or ("all",); by default every numbered fold that has the checkpoint,
+            else fold "all".
+        checkpoint: File name of the checkpoint in each fold.
+        configuration: Which one to take from a zip that holds several.
+
+    Raises:
+        ModelError: Where something is missing or not supported.
+        CheckpointError: For a checkpoint that is damaged or holds more than weights and plain values.
+    """
+    path = Path(path)
+    with _folder(path, configuration) as folder:
+        if not folder.is_dir():
+            raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} does not exist")
+        plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
+        names = _find_folds(folder, folds, checkpoint)
+        checkpoints = [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
+        first = checkpoints[0]
+        return Model(
+            plan=parse_plan(plans, dataset, first.configuration),
+            weights=tuple(loaded.weights for loaded in checkpoints),
+            folds=names,
+            mirror_axes=first.mirror_axes,
+            trainer=first.trainer,
+            source=path,
+            plans=plans,
+            dataset=dataset,
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(
+            f"a model folder must have {path.name}; {path.parent} has none. Is it the folder that holds fold_0?"
+        )
+    if path.stat().st_size > LARGEST_JSON_BYTES:
+        raise ModelError(f"{path} must be at most {LARGEST_JSON_BYTES} bytes, it has {path.stat().st_size}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
+    return content
+
+
+def _find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str) -> tuple[str, ...]:
+    """Name the folds to use, in nnU-Net's order."""
+    if Path(checkpoint).name != checkpoint:
+        raise ValueError(f"checkpoint must be a file name, got {checkpoint!r}")
+    found = {path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")}
+    numbered = sorted((name for name in found if name.isdecimal()), key=int)
+    if folds is None:
+        names = numbered or [name for name in ("all",) if name in found]
+        if not names:
+            raise ModelError(
+                f"{folder} must have a fold with {checkpoint}, such as fold_0/{checkpoint}; it has "
+                f"{', '.join(sorted(str(p.relative_to(folder)) for p in folder.glob('fold_*/*.pth'))) or 'none'}"
+            )
+        return tuple(names)
+    names = tuple(str(fold) for fold in folds)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"folds must be one or more different folds, got {list(folds)}")
+    if absent := [name for name in names if name not in found]:
+        raise ModelError(
+            f"{folder} must have {checkpoint} for every fold asked for; fold {', '.join(absent)} has none, "
+            f"found are {', '.join(sorted(found)) or 'none'}"
+        )
+    return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What inference needs from one checkpoint file."""
+
+    weights: Mapping[str, Tensor]
+    configuration: str
+    mirror_axes: tuple[int, ...]
+    trainer: str
+
+
+def _harmless_types() -> list[Any]:
+    """Numpy's plain numbers, which nnU-Net keeps in its training log; unpickling them cannot run code."""
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+    # Checkpoints written under numpy 1 and 2 name the same function differently.
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *{type(np.dtype(number)) for number in numbers},
+    ]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint with torch's restricted unpickler: weights and plain values, nothing that could run.
+
+    Raises:
+        CheckpointError: Where the file is damaged, holds other objects, or lacks what inference needs.
+    """
+    try:
+        with torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused below anyway
+            # Mapped, not read: the optimizer's state, twice the size of the weights, is never touched.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names {named.group(1)}" if named else str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} must hold weights and plain values only; {what:.160}. Nothing in it was run. If you "
+            f"trust it, load it with nnU-Net and save its network_weights anew"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path} must be a torch checkpoint; it cannot be read: {str(error).partition(chr(10))[0]:.160}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a dictionary, it holds a {type(content).__name__}")
+    weights, arguments = content.get("network_weights"), content.get("init_args")
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(
+            f"{path} must have tensors under 'network_weights'; it has {', '.join(map(str, content))[:160]}"
+        )
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("configuration"), str):
+        raise CheckpointError(f"{path} must name its configuration under 'init_args', as nnU-Net v2 checkpoints do")
+    axes = content.get("inference_allowed_mirroring_axes") or ()
+    if not isinstance(axes, (tuple, list)) or not all(axis in (0, 1, 2) for axis in axes):
+        raise CheckpointError(f"{path}: inference_allowed_mirroring_axes must be among 0, 1, 2, got {axes!r:.80}")
+    return Checkpoint(
+        weights=_own_copies(weights),
+        configuration=arguments["configuration"],
+        mirror_axes=tuple(sorted(set(axes))),
+        trainer=str(content.get("trainer_name", "unknown")),
+    )
+
+
+def _own_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy weights out of the mapped file as float32, tensors with several names once, names without wrappers."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    named = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copies:
+            copies[key] = tensor.detach().to(torch.float32, copy=True).contiguous()
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name[name.index(".") + 1 :]
+        named[name] = copies[key]
+    return named
+
+
+@contextlib.contextmanager
+def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
+    """Give the model folder; for a zip, unpack what is needed to a folder that lives as long as the block."""
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="nnturbo-") as target, zipfile.ZipFile(path) as archive:
+        root = _choose_in_zip(path, archive, configuration)
+        wanted = [
+            member
+            for member in archive.infolist()
+            if member.filename.startswith(f"{root}/") and member.filename.endswith((".json", ".pth"))
+        ]
+        free = shutil.disk_usage(target).free
+        if (needed := sum(member.file_size for member in wanted)) > free:
+            raise ModelError(f"{path} unpacks to {needed} bytes, {target} has {free} free")
+        for member in wanted:
+            inside = PurePosixPath(member.filename)
+            if inside.is_absolute() or ".." in inside.parts or "\\" in member.filename:
+                raise ModelError(f"{path} must not hold paths that leave its folder, it holds {member.filename!r:.120}")
+            archive.extract(member, target)
+        yield Path(target) / root
+
+
+def _choose_in_zip(path: Path, archive: zipfile.ZipFile, configuration: str | None) -> str:
+    """Find the folder inside a zip that holds the model."""
+    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.endswith("/plans.json")})
+    chosen = [root for root in roots if configuration is None or root.endswith(f"__{configuration}")]
+    if len(chosen) != 1:
+        wanted = f"the configuration {configuration!r}" if configuration else "exactly one model; name a configuration"
+        raise ModelError(f"{path} must hold {wanted}; it holds {', '.join(roots) or 'none'}")
+    return chosen[0]

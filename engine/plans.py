@@ -1,0 +1,344 @@
+"""nnU-Net's `plans.json` and `dataset.json`, read into frozen dataclasses and checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import ModelError
+from .resampling import Resampling, parse_resampling
+
+NORMALIZATIONS = (
+    "CTNormalization",
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
+
+READERS = {
+    "SimpleITKIO": False,
+    "NibabelIO": False,
+    "SimpleITKIOWithReorient": True,
+    "NibabelIOWithReorient": True,
+}
+"""nnU-Net's readers of 3D volumes, and whether they turn the scan to RAS before the network sees it."""
+
+LARGEST_PATCH_VOXELS = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelScheme:
+    """What the network's outputs mean.
+
+    Args:
+        labels: Name -> value, or values for a region; without "ignore".
+        regions_class_order: The label each region paints, in painting order; None for plain labels.
+    """
+
+    labels: Mapping[str, int | tuple[int, ...]]
+    regions_class_order: tuple[int, ...] | None
+
+    @property
+    def foreground(self) -> tuple[int, ...]:
+        """Every label value but background, ascending."""
+        values: set[int] = set()
+        for label in self.labels.values():
+            values.update(label if isinstance(label, tuple) else (label,))
+        return tuple(sorted(values - {0}))
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the network's segmentation output."""
+        return len(self.foreground) + 1 if self.regions_class_order is None else len(self.regions_class_order)
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """Data type of a segmentation (nnU-Net: uint16 from 255 foreground labels on)."""
+        return np.uint8 if len(self.foreground) < 255 else np.uint16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelNormalization:
+    """How one input channel is normalised.
+
+    Args:
+        scheme: One of `NORMALIZATIONS`.
+        use_mask: Take statistics from, and change, only the non-zero region (z-score only).
+        low, high, mean, std: Clip bounds and statistics of the training set's foreground (CT only).
+    """
+
+    scheme: str
+    use_mask: bool
+    low: float = -math.inf
+    high: float = math.inf
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The network a plan asks for: class name, its arguments, and which of those name classes themselves."""
+
+    class_name: str
+    arguments: Mapping[str, Any]
+    class_arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that inference needs from `plans.json` and `dataset.json` for one configuration.
+
+    Args:
+        configuration: Its name, such as 3d_fullres.
+        patch_size: (z, y, x) voxels; (y, x) for a 2d configuration.
+        spacing: mm, in the order of `patch_size`.
+        transpose_forward: Axis of the scan that becomes each axis of the network's grid.
+        channels: One per image channel.
+        channel_names: Their names.
+        previous_stage: The configuration whose labels are further input channels, or None.
+        reorient: Whether the network expects the scan turned to RAS.
+        file_ending: Of images and segmentations, with the dot.
+    """
+
+    dataset_name: str
+    configuration: str
+    patch_size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    transpose_forward: tuple[int, int, int]
+    channels: tuple[ChannelNormalization, ...]
+    channel_names: tuple[str, ...]
+    labels: LabelScheme
+    resampling_data: Resampling
+    resampling_segmentation: Resampling
+    resampling_logits: Resampling
+    architecture: Architecture
+    previous_stage: str | None
+    reorient: bool
+    file_ending: str
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: images, and one per foreground label of a previous stage."""
+        return len(self.channels) + (len(self.labels.foreground) if self.previous_stage else 0)
+
+    @property
+    def patch_size_3d(self) -> tuple[int, int, int]:
+        """The patch as (z, y, x); one slice deep for a 2d configuration."""
+        return (1, *self.patch_size)[-3:]  # type: ignore[return-value]
+
+    def spacing_3d(self, slice_spacing: float) -> tuple[float, float, float]:
+        """The network's spacing as (z, y, x) in mm; a 2d configuration keeps the scan's own slice spacing."""
+        return (slice_spacing, *self.spacing)[-3:]  # type: ignore[return-value]
+
+
+def _get(source: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """Take a value of a given type from JSON, or say what is wrong with it."""
+    if not isinstance(source, Mapping) or key not in source:
+        has = ", ".join(sorted(map(str, source))) if isinstance(source, Mapping) else repr(source)
+        raise ModelError(f"{where} must have {key!r}; it has {has or 'nothing':.300}")
+    value = source[key]
+    # To Python True is an integer; to a plan it is not.
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ModelError(f"{where}: {key!r} must be a {names}, got {value!r:.80}")
+    return value
+
+
+def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = False) -> tuple:
+    """Take a list of positive numbers."""
+    values = _get(source, key, list, where)
+    for value in values:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if not number or (whole and value != int(value)):
+            raise ModelError(
+                f"{where}: {key!r} must hold positive {'integers' if whole else 'numbers'}, got {value!r:.80}"
+            )
+    return tuple(int(value) if whole else float(value) for value in values)
+
+
+def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
+    """Read the `labels` and `regions_class_order` of a `dataset.json` (nnU-Net: LabelManager)."""
+    raw = dict(_get(dataset, "labels", dict, "dataset.json"))
+    raw.pop("ignore", None)
+    labels: dict[str, int | tuple[int, ...]] = {}
+    for name, value in raw.items():
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**16 for v in values):
+            raise ModelError(f"dataset.json: label {name!r} must be an integer or a list of them, got {value!r:.80}")
+        labels[str(name)] = tuple(values) if isinstance(value, list) else value
+    if labels.get("background") != 0:
+        raise ModelError(f"dataset.json: labels must have 'background': 0, got {labels.get('background')!r}")
+    if not any(isinstance(value, tuple) and len(value) > 1 for value in labels.values()):
+        return LabelScheme(
+            labels={n: v[0] if isinstance(v, tuple) else v for n, v in labels.items()}, regions_class_order=None
+        )
+    order = _get(dataset, "regions_class_order", list, "dataset.json with regions")
+    regions = [value for value in labels.values() if set(value if isinstance(value, tuple) else (value,)) != {0}]
+    if len(order) != len(regions) or not all(isinstance(v, int) and 0 <= v < 2**16 for v in order):
+        raise ModelError(
+            f"dataset.json: regions_class_order must hold one label per region ({len(regions)}), got {order}"
+        )
+    return LabelScheme(labels=labels, regions_class_order=tuple(order))
+
+
+def _channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
+    key = "modality" if "modality" in dataset else "channel_names"
+    return tuple(str(name) for name in _get(dataset, key, dict, "dataset.json").values())
+
+
+def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Look a configuration up, with what it inherits from others filled in."""
+    configurations = _get(plans, "configurations", dict, "plans.json")
+    chain: list[str] = []
+    resolved: dict[str, Any] = {}
+    while name not in chain:
+        if name not in configurations:
+            raise ModelError(f"plans.json must have the configuration {name!r}; it has {', '.join(configurations)}")
+        chain.append(name)
+        configuration = _get(configurations, name, dict, "plans.json: configurations")
+        resolved = {**configuration, **resolved}
+        if "inherits_from" not in configuration:
+            return resolved
+        name = str(configuration["inherits_from"])
+    raise ModelError(f"plans.json: configurations inherit from each other in a circle: {' -> '.join([*chain, name])}")
+
+
+def _channel_normalizations(
+    plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
+) -> tuple[ChannelNormalization, ...]:
+    schemes = _get(configuration, "normalization_schemes", list, "plans.json")
+    masks = _get(configuration, "use_mask_for_norm", list, "plans.json")
+    if len(schemes) != count or len(masks) != count:
+        raise ModelError(
+            f"plans.json must name one normalization and one use_mask_for_norm for each of the {count} "
+            f"channels of dataset.json, it names {len(schemes)} and {len(masks)}"
+        )
+    properties = plans.get(
+        "foreground_intensity_properties_per_channel", plans.get("foreground_intensity_properties_by_modality", {})
+    )
+    channels = []
+    for index, (scheme, mask) in enumerate(zip(schemes, masks, strict=True)):
+        if scheme not in NORMALIZATIONS:
+            raise ModelError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, the plan names {scheme!r}")
+        use_mask = bool(mask) and scheme == "ZScoreNormalization"
+        if scheme != "CTNormalization":
+            channels.append(ChannelNormalization(scheme=scheme, use_mask=use_mask))
+            continue
+        where = f"plans.json: intensity properties of channel {index}"
+        values = _get(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
+        keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+        low, high, mean, std = (float(_get(values, key, (int, float), where)) for key in keys)
+        if not all(map(math.isfinite, (low, high, mean, std))) or std < 0:
+            raise ModelError(f"{where} must be finite, with a std of at least 0; got {low}, {high}, {mean}, {std}")
+        channels.append(ChannelNormalization(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
+    return tuple(channels)
+
+
+def _architecture(configuration: Mapping[str, Any]) -> Architecture:
+    """Read the network's description; plans from before nnU-Net 2.4 spread it over the configuration."""
+    if "architecture" in configuration:
+        described = _get(configuration, "architecture", dict, "plans.json")
+        where = "plans.json: architecture"
+        return Architecture(
+            class_name=_get(described, "network_class_name", str, where),
+            arguments=_get(described, "arch_kwargs", dict, where),
+            class_arguments=tuple(map(str, _get(described, "_kw_requires_import", list, where))),
+        )
+    where = "plans.json without 'architecture'"
+    name = _get(configuration, "UNet_class_name", str, where)
+    blocks = _get(configuration, "n_conv_per_stage_encoder", list, where)
+    base = _get(configuration, "UNet_base_num_features", int, where)
+    most = _get(configuration, "unet_max_num_features", int, where)
+    dimensions = len(_get(configuration, "patch_size", list, where))
+    arguments = {
+        "n_stages": len(blocks),
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(min(len(blocks), 32))],
+        "conv_op": f"torch.nn.Conv{dimensions}d",
+        "kernel_sizes": _get(configuration, "conv_kernel_sizes", list, where),
+        "strides": _get(configuration, "pool_op_kernel_sizes", list, where),
+        "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": blocks,
+        "n_conv_per_stage_decoder": _get(configuration, "n_conv_per_stage_decoder", list, where),
+        "conv_bias": True,
+        "norm_op": f"torch.nn.InstanceNorm{dimensions}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return Architecture(
+        class_name=f"dynamic_network_architectures.architectures.unet.{name}",
+        arguments=arguments,
+        class_arguments=("conv_op", "norm_op", "dropout_op", "nonlin"),
+    )
+
+
+def _transpose(plans: Mapping[str, Any]) -> tuple[int, int, int]:
+    forward = _get(plans, "transpose_forward", list, "plans.json")
+    if sorted(map(str, forward)) != ["0", "1", "2"] or not all(isinstance(axis, int) for axis in forward):
+        raise ModelError(f"plans.json: transpose_forward must be an order of the axes 0, 1, 2, got {forward!r:.80}")
+    return tuple(forward)  # type: ignore[return-value]
+
+
+def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration_name: str) -> Plan:
+    """Read one configuration of a model.
+
+    Args:
+        plans: Content of `plans.json`.
+        dataset: Content of `dataset.json`.
+        configuration_name: Such as 3d_fullres.
+
+    Raises:
+        ModelError: Where something is missing, of the wrong kind, or not supported; the text names it.
+    """
+    configuration = _resolve(plans, configuration_name)
+    patch_size = _numbers(configuration, "patch_size", "plans.json", whole=True)
+    spacing = _numbers(configuration, "spacing", "plans.json")
+    if len(patch_size) not in (2, 3) or len(spacing) != len(patch_size):
+        raise ModelError(
+            f"plans.json: patch_size and spacing must both have 2 or 3 entries, got {patch_size}, {spacing}"
+        )
+    if math.prod(patch_size) > LARGEST_PATCH_VOXELS:
+        raise ModelError(f"plans.json: a patch must have at most 2^31 voxels, patch_size is {patch_size}")
+    reader = str(plans.get("image_reader_writer", "SimpleITKIO"))
+    if reader not in READERS:
+        raise ModelError(
+            f"nnturbo reads volumes as {', '.join(READERS)} do; this model was trained with {reader!r:.80}"
+        )
+    names = _channel_names(dataset)
+    previous = configuration.get("previous_stage")
+    functions = []
+    for kind in ("data", "seg", "probabilities"):
+        functions.append(
+            parse_resampling(
+                _get(configuration, f"resampling_fn_{kind}", str, "plans.json"),
+                _get(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json"),
+            )
+        )
+    return Plan(
+        dataset_name=str(plans.get("dataset_name", "unnamed")),
+        configuration=configuration_name,
+        patch_size=patch_size,
+        spacing=spacing,
+        transpose_forward=_transpose(plans),
+        channels=_channel_normalizations(plans, configuration, len(names)),
+        channel_names=names,
+        labels=parse_labels(dataset),
+        resampling_data=functions[0],
+        resampling_segmentation=functions[1],
+        resampling_logits=functions[2],
+        architecture=_architecture(configuration),
+        previous_stage=None if previous is None else str(previous),
+        reorient=READERS[reader],
+        file_ending=_get(dataset, "file_ending", str, "dataset.json"),
+    )
+
+
+def inverse_permutation(order: Sequence[int]) -> tuple[int, ...]:
+    """Return the axis order that undoes another (nnU-Net's transpose_backward)."""
+    return tuple(order.index(axis) for axis in range(len(order)))

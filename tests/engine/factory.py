@@ -1,0 +1,124 @@
+"""Small models and scans for the engine's own tests; nothing here needs nnU-Net."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnturbo.engine.network import make_network
+from nnturbo.engine.plans import parse_plan
+
+SPLINE = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+
+
+def plans_json(**changes: Any) -> dict[str, Any]:
+    """A plan for one CT channel and a tiny network; `changes` replace entries of its configuration."""
+    configuration = {
+        "patch_size": [8, 12, 16],
+        "spacing": [2.0, 1.5, 1.5],
+        "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": dict(SPLINE),
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {**SPLINE, "is_seg": True, "order": 1},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {**SPLINE, "order": 1},
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {
+                "n_stages": 2,
+                "features_per_stage": [4, 8],
+                "conv_op": "torch.nn.modules.conv.Conv3d",
+                "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+                "strides": [[1, 1, 1], [2, 2, 2]],
+                "n_conv_per_stage": [1, 1],
+                "n_conv_per_stage_decoder": [1],
+                "conv_bias": True,
+                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        **changes,
+    }
+    return {
+        "dataset_name": "Dataset900_Test",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+        "foreground_intensity_properties_per_channel": {
+            "0": {"mean": 50.0, "std": 60.0, "percentile_00_5": -150.0, "percentile_99_5": 250.0}
+        },
+    }
+
+
+def dataset_json(**changes: Any) -> dict[str, Any]:
+    """A data set with two foreground labels."""
+    return {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "pancreas": 1, "lesion": 2},
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+        **changes,
+    }
+
+
+def random_weights(plans: Mapping[str, Any], dataset: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Seeded weights that fit a plan, under every name the network has for them."""
+    plan = parse_plan(plans, dataset, "3d_fullres")
+    network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[int, torch.Tensor] = {}
+    weights = {}
+    for name, parameter in network.state_dict(keep_vars=True).items():
+        if id(parameter) not in made:
+            made[id(parameter)] = 0.3 * torch.randn(parameter.shape, generator=generator)
+        weights[name] = made[id(parameter)]
+    return weights
+
+
+def write_model(
+    folder: Path,
+    *,
+    plans: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    folds: tuple[str, ...] = ("0",),
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model folder; `checkpoint` replaces entries of every fold's checkpoint."""
+    plans, dataset = plans or plans_json(), dataset or dataset_json()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    for seed, fold in enumerate(folds):
+        content = {
+            "init_args": {"configuration": "3d_fullres"},
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": (0, 1, 2),
+            "_best_ema": np.float64(0.5),
+            **(checkpoint or {}),
+        }
+        if "network_weights" not in content:
+            content["network_weights"] = random_weights(plans, dataset, seed)
+        (folder / f"fold_{fold}").mkdir(exist_ok=True)
+        torch.save(content, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
+
+
+def smooth_scan(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """A smooth int16 field between about -200 and 300, like CT numbers of soft tissue."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, 1, *(max(2, n // 6) for n in shape), generator=generator)
+    field = torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0, 0]
+    return (50 + 120 * field).round().to(torch.int16).numpy()

@@ -1,0 +1,341 @@
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nnturbo.engine import CheckpointError, ModelError
+from nnturbo.engine.model import read_model
+from nnturbo.engine.network import build_network, make_network
+from nnturbo.engine.plans import parse_labels, parse_plan
+
+from tests.engine.factory import dataset_json, plans_json, random_weights, write_model
+
+
+def changed(content, path, value):
+    """Copy JSON with one entry replaced, or removed where the value is `...`."""
+    content = json.loads(json.dumps(content))
+    *parents, last = path
+    place = content
+    for key in parents:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+CONFIGURATION = ("configurations", "3d_fullres")
+ARCHITECTURE = (*CONFIGURATION, "architecture")
+ARGUMENTS = (*ARCHITECTURE, "arch_kwargs")
+
+
+def test_a_model_folder_is_read(tmp_path):
+    model = read_model(write_model(tmp_path / "m", folds=("0", "1", "all")))
+    assert model.folds == ("0", "1")
+    assert model.mirror_axes == (0, 1, 2)
+    assert model.trainer == "nnUNetTrainer"
+    assert model.plan.channels[0].low == -150
+    assert model.plan.labels.foreground == (1, 2)
+    network = build_network(model.plan, model.weights[0])
+    assert sum(p.numel() for p in network.parameters()) == model.num_parameters
+    assert network(torch.zeros(1, 1, 8, 12, 16)).shape == (1, 3, 8, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("folds", "chosen"), [(None, ("0", "2")), (("all",), ("all",)), ((2,), ("2",)), (("2", "0"), ("2", "0"))]
+)
+def test_folds_are_chosen(tmp_path, folds, chosen):
+    assert read_model(write_model(tmp_path / "m", folds=("2", "0", "all")), folds=folds).folds == chosen
+
+
+def test_fold_all_is_taken_where_it_is_the_only_one(tmp_path):
+    assert read_model(write_model(tmp_path / "m", folds=("all",))).folds == ("all",)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_prefixes_are_taken_off(tmp_path, prefix):
+    weights = random_weights(plans_json(), dataset_json())
+    plain = read_model(write_model(tmp_path / "a", checkpoint={"network_weights": weights}))
+    wrapped = {prefix + name: tensor for name, tensor in weights.items()}
+    model = read_model(write_model(tmp_path / "b", checkpoint={"network_weights": wrapped}))
+    tiles = torch.randn(1, 1, 8, 12, 16)
+    outputs = [build_network(m.plan, m.weights[0])(tiles) for m in (plain, model)]
+    assert torch.equal(*outputs)
+
+
+def deep_plans():
+    plans = plans_json()
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments.update(n_stages=3, features_per_stage=[4, 8, 8], kernel_sizes=[[3] * 3] * 3, n_conv_per_stage=[1] * 3,
+                     strides=[[1] * 3, [2] * 3, [2] * 3], n_conv_per_stage_decoder=[1, 1])
+    return plans
+
+
+def test_deep_supervision_heads_may_be_missing_but_not_the_last(tmp_path):
+    plans = deep_plans()
+    weights = random_weights(plans, dataset_json())
+    tiles = torch.randn(1, 1, 8, 12, 16)
+    expected = build_network(parse_plan(plans, dataset_json(), "3d_fullres"), weights)(tiles)
+    fewer = {name: t for name, t in weights.items() if not name.startswith("decoder.seg_layers.0.")}
+    assert len(fewer) < len(weights)
+    model = read_model(write_model(tmp_path / "m", plans=plans, checkpoint={"network_weights": fewer}))
+    assert torch.equal(build_network(model.plan, model.weights[0])(tiles), expected)
+    none = {name: t for name, t in weights.items() if not name.startswith("decoder.seg_layers.")}
+    with pytest.raises(CheckpointError, match=r"missing, such as decoder\.seg_layers\.1"):
+        build_network(model.plan, none)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    fired = tmp_path / "fired"
+    folder = write_model(tmp_path / "m", checkpoint={"logging": Bomb(fired)})
+    with pytest.raises(CheckpointError, match="must hold weights and plain values only; it names .*exec.*Nothing in it was run"):
+        read_model(folder)
+    (folder / "fold_0" / "checkpoint_final.pth").write_bytes(pickle.dumps({"network_weights": Bomb(fired)}))
+    with pytest.raises(CheckpointError):
+        read_model(folder)
+    assert not fired.exists()
+
+
+def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'fired')!r}, 'w').close()\nclass PlainConvUNet: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, value in (
+        ((*ARCHITECTURE, "network_class_name"), "evil_module.PlainConvUNet"),
+        ((*ARGUMENTS, "nonlin"), "evil_module.PlainConvUNet"),
+        ((*ARGUMENTS, "nonlin"), "torch.nn.evil_module"),
+        ((*ARGUMENTS, "nonlin"), "torch.nn.functional"),
+        ((*ARGUMENTS, "nonlin"), "os.system"),
+    ):
+        plans = changed(plans_json(), path, value)
+        folder = write_model(tmp_path / "m", plans=plans, checkpoint={"network_weights": {}})
+        model = read_model(folder)
+        with pytest.raises(ModelError, match="never imported"):
+            build_network(model.plan, model.weights[0])
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("configurations",), ..., "plans.json must have 'configurations'"),
+        (CONFIGURATION, ..., "must have the configuration '3d_fullres'"),
+        ((*CONFIGURATION, "patch_size"), ..., "must have 'patch_size'"),
+        ((*CONFIGURATION, "patch_size"), [8, 0, 8], "positive integers"),
+        ((*CONFIGURATION, "patch_size"), [8, 8.5, 8], "positive integers"),
+        ((*CONFIGURATION, "patch_size"), [8], "2 or 3 entries"),
+        ((*CONFIGURATION, "patch_size"), [100000, 100000, 100000], "at most 2\\^31 voxels"),
+        ((*CONFIGURATION, "spacing"), [1, 1], "2 or 3 entries"),
+        ((*CONFIGURATION, "spacing"), [1, -1, 1], "positive numbers"),
+        ((*CONFIGURATION, "normalization_schemes"), ["Fancy"], "normalization must be one of"),
+        ((*CONFIGURATION, "normalization_schemes"), ["CTNormalization"] * 2, "for each of the 1 channels"),
+        ((*CONFIGURATION, "resampling_fn_data"), "magic", "resampling function must be one of"),
+        ((*CONFIGURATION, "inherits_from"), "3d_fullres", "in a circle: 3d_fullres -> 3d_fullres"),
+        ((*CONFIGURATION, "architecture"), [], "'architecture' must be a dict"),
+        ((*CONFIGURATION, "architecture"), ..., "must have 'UNet_class_name'"),
+        (("transpose_forward",), [0, 1, 1], "order of the axes"),
+        (("transpose_forward",), "012", "must be a list"),
+        (("image_reader_writer",), "NaturalImage2DIO", "trained with 'NaturalImage2DIO'"),
+        (("foreground_intensity_properties_per_channel",), {}, "must have '0'"),
+        (("foreground_intensity_properties_per_channel", "0", "std"), float("nan"), "must be finite"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_named(path, value, message):
+    with pytest.raises(ModelError, match=message):
+        parse_plan(changed(plans_json(), path, value), dataset_json(), "3d_fullres")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"pancreas": 1}}, "'background': 0"),
+        ({"labels": {"background": 1}}, "'background': 0"),
+        ({"labels": {"background": 0, "a": "1"}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": [1, 2]}}, "must have 'regions_class_order'"),
+        ({"labels": {"background": 0, "a": [1, 2]}, "regions_class_order": [1, 2]}, "one label per region"),
+        ({"labels": 3}, "'labels' must be a dict"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_named(change, message):
+    with pytest.raises(ModelError, match=message):
+        parse_labels({**dataset_json(), **change})
+
+
+def test_labels_regions_and_ignore():
+    scheme = parse_labels({"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]})
+    assert (scheme.num_outputs, scheme.foreground, scheme.regions_class_order) == (2, (1, 2), (1, 2))
+    many = parse_labels({"labels": {"background": 0, **{str(i): i for i in range(1, 256)}}})
+    assert (many.num_outputs, many.dtype) == (256, np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((*ARGUMENTS, "n_stages"), 10**9, "n_stages must be 1 to 16"),
+        ((*ARGUMENTS, "n_stages"), 3, "cannot be built"),
+        ((*ARGUMENTS, "features_per_stage"), [4, 10**9], "must lie in 0 to"),
+        ((*ARGUMENTS, "unheard_of"), 1, "cannot be built"),
+        ((*ARGUMENTS, "conv_op"), ..., "cannot be built"),
+        ((*ARGUMENTS, "strides"), "two", "cannot be built"),
+    ],
+)
+def test_an_architecture_that_makes_no_network_is_refused(path, value, message):
+    plan = parse_plan(changed(plans_json(), path, value), dataset_json(), "3d_fullres")
+    with pytest.raises(ModelError, match=message):
+        make_network(plan.architecture, 1, 3)
+
+
+def test_weights_that_do_not_fit_are_counted_and_named():
+    plan = parse_plan(plans_json(), dataset_json(), "3d_fullres")
+    weights = random_weights(plans_json(), dataset_json())
+    head = "decoder.seg_layers.0.weight"
+    with pytest.raises(CheckpointError, match=r"seg_layers\.0\.weight is \(9, 4, 1, 1, 1\) instead of \(3, 4, 1, 1, 1\)"):
+        build_network(plan, {**weights, head: torch.zeros(9, 4, 1, 1, 1)})
+    with pytest.raises(CheckpointError, match="1 unknown, such as extra"):
+        build_network(plan, {**weights, "extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"{len(weights)} missing"):
+        build_network(plan, {})
+
+
+def test_missing_pieces_of_a_folder_are_named(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        read_model(tmp_path / "nowhere")
+    folder = write_model(tmp_path / "m")
+    for name in ("plans.json", "dataset.json"):
+        content = (folder / name).read_text()
+        (folder / name).unlink()
+        with pytest.raises(ModelError, match=f"must have {name}"):
+            read_model(folder)
+        (folder / name).write_text("{oops")
+        with pytest.raises(ModelError, match="must be JSON"):
+            read_model(folder)
+        (folder / name).write_text("[1]")
+        with pytest.raises(ModelError, match="must hold a JSON object"):
+            read_model(folder)
+        (folder / name).write_text(content)
+    with pytest.raises(ModelError, match="fold 7 has none, found are 0"):
+        read_model(folder, folds=[7])
+    with pytest.raises(ModelError, match=r"fold with checkpoint_best\.pth.*it has fold_0/checkpoint_final\.pth"):
+        read_model(folder, checkpoint="checkpoint_best.pth")
+    with pytest.raises(ValueError, match="different folds"):
+        read_model(folder, folds=[0, 0])
+    with pytest.raises(ValueError, match="file name"):
+        read_model(folder, checkpoint="../checkpoint_final.pth")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"network_weights": None}, "tensors under 'network_weights'"),
+        ({"network_weights": {"a": 1}}, "tensors under 'network_weights'"),
+        ({"init_args": {}}, "must name its configuration"),
+        ({"inference_allowed_mirroring_axes": (0, 5)}, "must be among 0, 1, 2"),
+        ({"inference_allowed_mirroring_axes": 3}, "must be among 0, 1, 2"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_named(tmp_path, checkpoint, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_model(write_model(tmp_path / "m", checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "no dictionary"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    folder = write_model(tmp_path / "m")
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}.get(damage, b""))
+    if damage == "no dictionary":
+        torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match=str(path)):
+        read_model(folder)
+
+
+def zipped(folder, target, prefix="Dataset900_Test/nnUNetTrainer__nnUNetPlans__3d_fullres"):
+    with zipfile.ZipFile(target, "a") as archive:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                archive.write(path, f"{prefix}/{path.relative_to(folder)}")
+    return target
+
+
+def test_an_export_zip_is_read_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    folder = write_model(tmp_path / "m", folds=("0", "1"))
+    archive = zipped(folder, tmp_path / "model.zip")
+    model = read_model(archive)
+    assert model.folds == ("0", "1")
+    assert list((tmp_path / "tmp").iterdir()) == []
+    zipped(folder, archive, "Dataset900_Test/nnUNetTrainer__nnUNetPlans__2d")
+    with pytest.raises(ModelError, match="exactly one model; name a configuration; it holds .*2d, .*3d_fullres"):
+        read_model(archive)
+    assert read_model(archive, configuration="3d_fullres").folds == ("0", "1")
+
+
+@pytest.mark.parametrize("member", ["m/../../escaped.json", "m/fold_0/..\\..\\escaped.json"])
+def test_a_zip_cannot_write_outside_its_folder(tmp_path, member):
+    archive = tmp_path / "model.zip"
+    with zipfile.ZipFile(archive, "w") as writer:
+        writer.writestr("m/plans.json", "{}")
+        writer.writestr(member, "{}")
+    with pytest.raises(ModelError, match="must not hold paths that leave its folder"):
+        read_model(archive)
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+
+
+def places(content, path=()):
+    """Every path into nested JSON."""
+    if path:
+        yield path
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from places(value, (*path, key))
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            yield from places(value, (*path, index))
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(list(places(plans_json()))), values | st.just(...))
+def test_any_change_to_a_plan_gives_a_network_or_a_clear_error(path, value):
+    try:
+        plan = parse_plan(changed(plans_json(), path, value), dataset_json(), "3d_fullres")
+        make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
+    except ModelError as error:
+        assert "\n" not in str(error)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(list(places(dataset_json()))), values | st.just(...))
+def test_any_change_to_a_dataset_gives_a_plan_or_a_clear_error(path, value):
+    try:
+        parse_plan(plans_json(), changed(dataset_json(), path, value), "3d_fullres")
+    except ModelError as error:
+        assert "\n" not in str(error)
+
+
+def test_legacy_checkpoints_without_a_zip_container_are_read(tmp_path):
+    folder = write_model(tmp_path / "m")
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(buffer.getvalue())
+    assert read_model(folder).folds == ("0",)
