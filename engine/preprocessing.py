@@ -1,0 +1,356 @@
+"""A scan becomes planes of the network's grid: transpose, crop to non-zero, normalise, resample.
+
+Planes are made when the sliding window asks for them, so the resampled scan never exists as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import VolumeError
+from .plans import ChannelNormalization, Plan
+from .resampling import GridMap, Resampling, resample, resample_rows
+from .volume import Volume
+
+STATISTICS_PLANES = 16
+"""Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
+
+EPSILON = 1e-8
+"""Least standard deviation or range that nnU-Net divides by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalization:
+    """`(clamp(x, low, high) - shift) / scale`; zero outside the mask of a masked channel.
+
+    Every scheme of nnU-Net is this with its own numbers; the order and the float32 rounding are nnU-Net's too.
+    """
+
+    low: float = -np.inf
+    high: float = np.inf
+    shift: float = 0.0
+    scale: float = 1.0
+    masked: bool = False
+
+    def __call__(self, image: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalise one channel in place.
+
+        Args:
+            image: (Z, Y, X) float32, overwritten.
+            mask: Bool, of the same shape; read where the channel is masked.
+
+        Returns:
+            `image`.
+        """
+        if self.low > -np.inf or self.high < np.inf:
+            image.clamp_(self.low, self.high)
+        if self.shift != 0:
+            image.sub_(self.shift)
+        if self.scale != 1:
+            image.div_(self.scale)
+        if self.masked and mask is not None:
+            image.masked_fill_(~mask, 0.0)
+        return image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A scan, cropped, with everything needed to make planes of the network's grid from it and to come back.
+
+    Args:
+        image: (C, Z, Y, X), any numeric type; the cropped scan with the network's axis order.
+        normalizations: One per channel.
+        mask: (Z, Y, X) bool, the non-zero region with holes filled, where a channel is normalised within it.
+        grid: From the cropped scan to the network's grid.
+        limits: The normalised range that resampling clips to (`resampling.value_range`).
+        previous: (Z, Y, X) labels of the previous stage on the network's grid, for cascades.
+        previous_labels: The foreground labels that become its channels.
+        logits_grid: From the network's grid back to the cropped scan.
+        box: Half-open (start, stop) of the crop along each axis.
+        full_shape: Shape before cropping.
+        transpose_forward: Axis of the scan that each axis of `full_shape` is.
+        device: Where planes are made.
+    """
+
+    image: np.ndarray
+    normalizations: tuple[Normalization, ...]
+    mask: np.ndarray | None
+    grid: GridMap
+    limits: tuple[Tensor | None, Tensor | None]
+    previous: Tensor | None
+    previous_labels: tuple[int, ...]
+    logits_grid: GridMap
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    full_shape: tuple[int, int, int]
+    transpose_forward: tuple[int, int, int]
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Size of the network's grid."""
+        return self.grid.shape
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the network's input."""
+        return len(self.image) + (0 if self.previous is None else len(self.previous_labels))
+
+    def planes(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """Make the planes of each half-open z range of the network's grid, in ascending order.
+
+        Yields:
+            (C, stop - start, Y, X) float32 on the device.
+        """
+        held, held_from = None, 0
+        for start, stop in ranges:
+            low, high = self.grid.operators[0].inputs_of(start, stop)
+            # Ranges share the planes that interpolation reads across their border: normalise those once.
+            if held is None or low >= held_from + held.shape[1]:
+                held = self._normalized(low, high)
+            else:
+                held = torch.cat([held[:, low - held_from :], self._normalized(held_from + held.shape[1], high)], dim=1)
+            held_from = low
+            image = resample_rows(held, self.grid, rows=(start, stop), offset=low, limits=self.limits)
+            if self.previous is not None:
+                labels = self.previous[start:stop]
+                image = torch.cat([image, *((labels == label)[None].float() for label in self.previous_labels)])
+            yield image
+
+    def _normalized(self, start: int, stop: int) -> Tensor:
+        """Return the normalised planes [start, stop) of the cropped scan, (C, stop - start, Y, X)."""
+        image = to_float(self.image[:, start:stop], self.device)
+        mask = None if self.mask is None else torch.from_numpy(self.mask[start:stop]).to(self.device)
+        channels = [normalize(channel, mask) for normalize, channel in zip(self.normalizations, image, strict=True)]
+        return channels[0][None] if len(channels) == 1 else torch.stack(channels)
+
+
+def to_float(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy planes of a scan, of any numeric type and memory order, to a fresh float32 tensor on a device."""
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C")).to(device)
+
+
+def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Smallest box around the voxels that are not zero in every channel; the whole array where all are zero.
+
+    Planes are looked at from each end until one is not empty, so a scan without a zero border costs six planes.
+
+    Args:
+        image: (C, Z, Y, X).
+
+    Note:
+        nnU-Net fills holes in the non-zero mask first (crop_to_nonzero); that cannot change its box.
+    """
+    box: list[tuple[int, int]] = []
+    for axis in range(3):
+        planes = np.moveaxis(image, axis + 1, 0)
+        start = next((i for i in range(len(planes)) if planes[i].any()), None)
+        if start is None:
+            return tuple((0, n) for n in image.shape[1:])  # type: ignore[return-value]
+        stop = next(i for i in range(len(planes), 0, -1) if planes[i - 1].any())
+        box.append((start, stop))
+    return tuple(box)  # type: ignore[return-value]
+
+
+def filled_mask(image: np.ndarray) -> np.ndarray:
+    """(Z, Y, X) bool: where any channel is not zero, with enclosed holes filled (nnU-Net: create_nonzero_mask)."""
+    import SimpleITK as sitk
+
+    mask = sitk.GetImageFromArray(np.any(image != 0, axis=0).astype(np.uint8))
+    return sitk.GetArrayFromImage(sitk.BinaryFillhole(mask, fullyConnected=False, foregroundValue=1)).astype(bool)
+
+
+def _steps(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + STATISTICS_PLANES, length)) for start in range(0, length, STATISTICS_PLANES))
+
+
+def choose_normalization(
+    channel: ChannelNormalization, image: np.ndarray, mask: np.ndarray | None, name: str
+) -> Normalization:
+    """Turn a plan's scheme into numbers for this scan.
+
+    Args:
+        channel: What the plan says.
+        image: (Z, Y, X), one cropped channel.
+        mask: (Z, Y, X) bool, the non-zero region, or None.
+        name: Of the scan, for messages.
+
+    Raises:
+        VolumeError: For values an RGB channel cannot have.
+    """
+    if channel.scheme == "CTNormalization":
+        return Normalization(low=channel.low, high=channel.high, shift=channel.mean, scale=max(channel.std, EPSILON))
+    if channel.scheme == "ZScoreNormalization":
+        region = mask if channel.use_mask else None
+        count, total = 0, 0.0
+        for step in _steps(len(image)):
+            values = image[step] if region is None else image[step][region[step]]
+            count += values.size
+            total += float(values.sum(dtype=np.float64))
+        mean = total / max(count, 1)
+        squares = 0.0
+        for step in _steps(len(image)):
+            values = image[step] if region is None else image[step][region[step]]
+            squares += float(np.square(values.astype(np.float32) - np.float32(mean)).sum(dtype=np.float64))
+        return Normalization(shift=mean, scale=max((squares / max(count, 1)) ** 0.5, EPSILON), masked=channel.use_mask)
+    if channel.scheme == "NoNormalization":
+        return Normalization()
+    low, high = float(image.min()), float(image.max())
+    if channel.scheme == "RescaleTo01Normalization":
+        return Normalization(shift=low, scale=max(high - low, EPSILON))
+    if low < 0 or high > 255:
+        raise VolumeError(
+            f"{name}: an RGB channel must hold values from 0 to 255, got {low:g} to {high:g}; "
+            f"this model was trained on colour images"
+        )
+    return Normalization(scale=255.0)
+
+
+def _limits(
+    image: np.ndarray, normalizations: Sequence[Normalization], mask: np.ndarray | None, grid: GridMap
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest normalised value, per channel and, where the grid map clips by slice, per slice.
+
+    Normalising keeps the order of values, so it is enough to normalise the raw extremes.
+    """
+    axes = tuple(axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis)
+    lows, highs = [], []
+    for channel, normalize in zip(image, normalizations, strict=True):
+        inside = mask if normalize.masked else None
+        if inside is None:
+            extremes = [channel.min(axes, keepdims=True), channel.max(axes, keepdims=True)]
+        else:
+            extremes = [np.where(inside, channel, fill).astype(np.float32) for fill in (np.inf, -np.inf)]
+            extremes = [extremes[0].min(axes, keepdims=True), extremes[1].max(axes, keepdims=True)]
+        low, high = (normalize(torch.from_numpy(e.astype(np.float32)), None).numpy() for e in extremes)
+        if inside is not None:
+            outside = ~inside.all(axes, keepdims=True)
+            low, high = np.where(outside, np.minimum(low, 0), low), np.where(outside, np.maximum(high, 0), high)
+        lows.append(low)
+        highs.append(high)
+    return np.stack(lows), np.stack(highs)
+
+
+def resample_label_map(
+    labels: np.ndarray,
+    resampling: Resampling,
+    new_shape: Sequence[int],
+    old_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> Tensor:
+    """Resample labels: each one's mask is resampled and the greatest wins; a tie goes to the nearest voxel's label.
+
+    Args:
+        labels: (Z, Y, X) integers.
+        resampling: The plan's function for segmentations.
+        new_shape: Size of the new grid (z, y, x).
+        old_spacing: mm, of the labels' grid.
+        new_spacing: mm, of the new one.
+
+    Returns:
+        (Z, Y, X) int32.
+
+    Note:
+        batchgenerators' resize_segmentation since 0.25.4; nnU-Net's torch functions leave a tie to the least label.
+    """
+    grid = resampling.grid_map(labels.shape, new_shape, old_spacing, new_spacing)
+
+    def resampled(values: np.ndarray, over: GridMap) -> Tensor:
+        return resample(torch.from_numpy(values[None].astype(np.float32)), over)[0]
+
+    values = [int(value) for value in np.unique(labels)]
+    if len(values) == 1 or all(operator.is_selection for operator in grid.operators):
+        return resampled(labels, grid).to(torch.int32)
+    nearest = None
+    if resampling.function == "spline":
+        nearest_map = replace(resampling, order=0).grid_map(labels.shape, new_shape, old_spacing, new_spacing)
+        nearest = resampled(labels, nearest_map).to(torch.int32)
+    winner = torch.full(grid.shape, values[0], dtype=torch.int32)
+    best = resampled(labels == values[0], grid)
+    score_of_nearest = best.clone()
+    for value in values[1:]:
+        score = resampled(labels == value, grid)
+        winner[score > best] = value
+        best = torch.maximum(best, score)
+        if nearest is not None:
+            score_of_nearest = torch.where(nearest == value, score, score_of_nearest)
+    return winner if nearest is None else torch.where(score_of_nearest == best, nearest, winner)
+
+
+def _previous_stage(
+    previous: np.ndarray,
+    plan: Plan,
+    image: np.ndarray,
+    crop: tuple[slice, ...],
+    grid: GridMap,
+    old_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> Tensor:
+    """Bring a previous stage's labels to the network's grid; background outside the body is a label of its own."""
+    labels = previous.transpose(plan.transpose_forward)[crop].astype(np.int32)
+    labels[(labels == 0) & ~filled_mask(image)] = -1
+    return resample_label_map(labels, plan.resampling_segmentation, grid.shape, old_spacing, new_spacing)
+
+
+def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.ndarray | None = None) -> Case:
+    """Work out how a scan maps to the network's grid (nnU-Net: DefaultPreprocessor.run_case_npy).
+
+    Args:
+        volume: The scan, one channel per image channel of the plan.
+        plan: The model's plan.
+        device: Where its planes will be made.
+        previous: (Z, Y, X) labels of the previous stage on the scan's grid, for cascades.
+
+    Raises:
+        VolumeError: Where the scan does not suit the plan.
+    """
+    order = plan.transpose_forward
+    image = volume.array.transpose(0, *(axis + 1 for axis in order))
+    full_shape = image.shape[1:]
+    spacing = tuple(volume.geometry.spacing[axis] for axis in order)
+    box = nonzero_box(image)
+    crop = tuple(slice(start, stop) for start, stop in box)
+    image = image[(slice(None), *crop)]
+    shape = image.shape[1:]
+
+    new_spacing = plan.spacing_3d(spacing[0])
+    # Python's round, half to even, as in nnU-Net's compute_new_shape.
+    new_shape = tuple(round(old / new * n) for old, new, n in zip(spacing, new_spacing, shape, strict=True))
+    if min(new_shape) < 1:
+        raise VolumeError(
+            f"{volume.name}: at the model's spacing of {new_spacing} mm the scan must have at least one "
+            f"voxel along each axis; {shape} voxels of {spacing} mm become {new_shape}"
+        )
+    grid = plan.resampling_data.grid_map(shape, new_shape, spacing, new_spacing)
+
+    mask = filled_mask(image) if any(channel.use_mask for channel in plan.channels) else None
+    normalizations = tuple(
+        choose_normalization(channel, data, mask, volume.name)
+        for channel, data in zip(plan.channels, image, strict=True)
+    )
+    limits = (None, None)
+    if grid.clip != "none":
+        low, high = _limits(image, normalizations, mask, grid)
+        limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
+
+    labels = None
+    if previous is not None:
+        labels = _previous_stage(previous, plan, image, crop, grid, spacing, new_spacing).to(device)
+    return Case(
+        image=image,
+        normalizations=normalizations,
+        mask=mask,
+        grid=grid,
+        limits=limits,
+        previous=labels,
+        previous_labels=plan.labels.foreground if previous is not None else (),
+        logits_grid=plan.resampling_logits.grid_map(grid.shape, shape, new_spacing, spacing),
+        box=box,
+        full_shape=full_shape,
+        transpose_forward=order,
+        device=device,
+    )

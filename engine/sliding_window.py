@@ -1,0 +1,214 @@
+"""Tiles over the network's grid, mirrored and Gaussian-weighted, finished from the top of the scan downwards.
+
+Tiles run in z order, so once the next row of tiles starts below a plane, that plane's logits are final: they are
+handed on and forgotten. Memory holds one row of tiles, whatever the length of the scan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import accumulate_views, gather_views
+from .backends import Runner
+from .preprocessing import Case
+from .timing import Timings
+
+View = tuple[int, ...]
+"""The spatial axes (0, 1, 2 for z, y, x) along which a tile is flipped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlidingWindow:
+    """How tiles cover a grid.
+
+    Args:
+        patch_size: (z, y, x) voxels of a tile.
+        tile_step_size: Distance of neighbouring tiles as a fraction of the patch, in (0, 1].
+        views: The mirror views of each tile, the unflipped one first.
+        views_per_call: Views that go through the network at once.
+        slicewise: Every plane is a row of tiles of its own and the network takes (N, C, y, x) (2d configurations).
+    """
+
+    patch_size: tuple[int, int, int]
+    tile_step_size: float
+    views: tuple[View, ...]
+    views_per_call: int
+    slicewise: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the step."""
+        if not 0 < self.tile_step_size <= 1:
+            raise ValueError(f"tile_step_size must be in (0, 1], got {self.tile_step_size}")
+
+    def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """First voxel of every tile along z, y, x of a grid at least as large as the patch."""
+        z, y, x = (
+            tile_positions(n, patch, self.tile_step_size) for n, patch in zip(shape, self.patch_size, strict=True)
+        )
+        return (list(range(shape[0])) if self.slicewise else z), y, x
+
+
+def mirror_views(mirror_axes: Sequence[int]) -> tuple[View, ...]:
+    """Every combination of the allowed axes, the empty one first; 2 to the power of their number."""
+    return tuple(
+        axes for count in range(len(mirror_axes) + 1) for axes in itertools.combinations(sorted(mirror_axes), count)
+    )
+
+
+def tile_positions(length: int, patch: int, step: float) -> list[int]:
+    """First voxels of the tiles along one axis, spread evenly (nnU-Net: compute_steps_for_sliding_window)."""
+    count = math.ceil((length - patch) / (patch * step)) + 1
+    if count == 1:
+        return [0]
+    actual_step = (length - patch) / (count - 1)
+    return [round(actual_step * i) for i in range(count)]
+
+
+def gaussian(patch: int) -> Tensor:
+    """One axis of nnU-Net's importance map, (patch,) float64 with maximum 1.
+
+    Note:
+        nnU-Net filters an impulse at `patch // 2` with a Gaussian of sigma `patch / 8` in all axes at once
+        (compute_gaussian). That filter is separable, and its truncation at 4 sigma lies at the patch's edge.
+    """
+    distance = torch.arange(patch, dtype=torch.float64) - patch // 2
+    return torch.exp(-0.5 * (distance / (patch / 8)) ** 2)
+
+
+def axis_weights(length: int, patch: int, positions: Sequence[int]) -> list[Tensor]:
+    """Gaussian weights of each tile along one axis, divided by their sum over all tiles at each voxel.
+
+    The sum of weights over a product grid of tiles is the product of these sums, so no count map is needed.
+
+    Returns:
+        For each position (patch,) float32.
+    """
+    weight = gaussian(patch)
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in positions:
+        total[start : start + patch] += weight
+    return [(weight / total[start : start + patch]).float() for start in positions]
+
+
+def predict_logits(
+    case: Case,
+    runner: Runner,
+    window: SlidingWindow,
+    num_outputs: int,
+    *,
+    timings: Timings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Run the network over a case and yield finished planes of logits in ascending z.
+
+    Args:
+        case: The scan.
+        runner: The network.
+        window: How tiles cover the grid.
+        num_outputs: K, channels of the network's segmentation output.
+        timings: Receives "preprocess", "network" and "stitch".
+        progress: Called with (tiles done, tiles in all).
+
+    Yields:
+        (K, planes, Y, X) float32 on the case's device: averaged over views and tiles, without padding. Each is a view
+        of a buffer that the next step overwrites.
+    """
+    padded = tuple(max(n, patch) for n, patch in zip(case.shape, window.patch_size, strict=True))
+    before = tuple((new - old) // 2 for new, old in zip(padded, case.shape, strict=True))
+    starts = window.positions(padded)
+    weights = [axis_weights(*of_axis) for of_axis in zip(padded, window.patch_size, starts, strict=True)]
+    depth = window.patch_size[0]
+    rows = _Rows(case, padded, before, starts[0], depth)
+    sums = torch.zeros(num_outputs, depth, *padded[1:], device=case.device)
+    tiles = [(y, x) for y in range(len(starts[1])) for x in range(len(starts[2]))]
+    total, done = len(starts[0]) * len(tiles), 0
+
+    for row, top in enumerate(starts[0]):
+        with timings("preprocess"):
+            volume = rows.advance()
+        for y, x in tiles:
+            corner = (0, starts[1][y], starts[2][x])
+            _add_tile(volume, corner, runner, window, (weights[0][row], weights[1][y], weights[2][x]), sums, timings)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        finished = (starts[0][row + 1] if row + 1 < len(starts[0]) else padded[0]) - top
+        # The planes of this row that lie in the grid proper, not in its padding.
+        first, last = max(before[0] - top, 0), min(before[0] + case.shape[0] - top, finished)
+        if first < last:
+            yield sums[:, first:last, before[1] : before[1] + case.shape[1], before[2] : before[2] + case.shape[2]]
+        with timings("stitch"):
+            _shift(sums, finished)
+
+
+def _add_tile(
+    volume: Tensor,
+    corner: tuple[int, int, int],
+    runner: Runner,
+    window: SlidingWindow,
+    weights: tuple[Tensor, Tensor, Tensor],
+    sums: Tensor,
+    timings: Timings,
+) -> None:
+    """Run all views of one tile and add them to the sums."""
+    size = window.patch_size
+    device = volume.device
+    wz, wy, wx = (weight.to(device) for weight in weights)
+    wz = wz / len(window.views)
+    place = sums[(slice(None), *(slice(c, c + s) for c, s in zip(corner, size, strict=True)))]
+    for first in range(0, len(window.views), window.views_per_call):
+        views = window.views[first : first + window.views_per_call]
+        with timings("stitch"):
+            batch = torch.empty(len(views), len(volume), *size, device=device)
+            gather_views(volume, corner, size, views, out=batch)
+        with timings("network"):
+            logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits
+        with timings("stitch"):
+            accumulate_views(logits.reshape(len(views), -1, *size), views, (wz, wy, wx), out=place)
+
+
+def _shift(sums: Tensor, planes: int) -> None:
+    """Move the unfinished planes to the top of the buffer and clear the rest."""
+    depth = sums.shape[1]
+    for plane in range(depth - planes):
+        sums[:, plane] = sums[:, plane + planes]
+    sums[:, depth - planes :] = 0
+
+
+class _Rows:
+    """The padded input of one row of tiles after another; planes that rows share are kept."""
+
+    def __init__(
+        self, case: Case, padded: tuple[int, ...], before: tuple[int, ...], starts: Sequence[int], depth: int
+    ) -> None:
+        self._buffer = torch.zeros(case.num_channels, depth, *padded[1:], device=case.device)
+        self._inside = (slice(before[1], before[1] + case.shape[1]), slice(before[2], before[2] + case.shape[2]))
+        # What each row adds to the one before, in planes of the padded grid.
+        self._added = [
+            (max(start, previous + depth), start + depth)
+            for previous, start in zip([-depth, *starts], starts, strict=False)
+        ]
+        self._before = before[0]
+        self._case_planes = case.shape[0]
+        ranges = [self._in_case(*added) for added in self._added]
+        self._planes = case.planes([(start, stop) for start, stop in ranges if start < stop])
+        self._next = iter(self._added)
+
+    def _in_case(self, start: int, stop: int) -> tuple[int, int]:
+        return max(start - self._before, 0), min(stop - self._before, self._case_planes)
+
+    def advance(self) -> Tensor:
+        """Return the next row's input, (C, depth, Y, X) on the padded grid."""
+        start, stop = next(self._next)
+        _shift(self._buffer, stop - start)
+        first, last = self._in_case(start, stop)
+        if first < last:
+            place = self._buffer[:, -(stop - start) :][:, first + self._before - start : last + self._before - start]
+            place[:, :, self._inside[0], self._inside[1]] = next(self._planes)
+        return self._buffer

@@ -1,0 +1,147 @@
+"""Known-answer networks: what stitching gives is known exactly, whatever the tiles."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnturbo.engine.backends import NetworkOutput
+from nnturbo.engine.preprocessing import Case, Normalization
+from nnturbo.engine.resampling import GridMap
+from nnturbo.engine.sliding_window import (
+    SlidingWindow,
+    axis_weights,
+    gaussian,
+    mirror_views,
+    predict_logits,
+    tile_positions,
+)
+from nnturbo.engine.timing import Timings
+
+CPU = torch.device("cpu")
+
+
+def case_of(image: np.ndarray) -> Case:
+    """A case whose grid is the scan's own."""
+    shape = image.shape[1:]
+    return Case(
+        image=image,
+        normalizations=(Normalization(),) * len(image),
+        mask=None,
+        grid=GridMap.identity(shape),
+        limits=(None, None),
+        previous=None,
+        previous_labels=(),
+        logits_grid=GridMap.identity(shape),
+        box=tuple((0, n) for n in shape),
+        full_shape=shape,
+        transpose_forward=(0, 1, 2),
+        device=CPU,
+    )
+
+
+def stitched(image: np.ndarray, runner, window: SlidingWindow, outputs: int) -> np.ndarray:
+    slabs = [
+        slab.clone() for slab in predict_logits(case_of(image), runner, window, outputs, timings=Timings())
+    ]
+    return torch.cat(slabs, dim=1).numpy()
+
+
+def identity(tiles):
+    return NetworkOutput(tiles)
+
+
+shapes = st.tuples(*[st.integers(1, 25)] * 3)
+patches = st.tuples(*[st.integers(1, 12)] * 3)
+
+
+@settings(deadline=None, max_examples=80)
+@given(shapes, patches, st.floats(0.2, 1.0), st.sets(st.integers(0, 2)), st.integers(1, 8), st.integers(1, 2))
+def test_the_identity_network_gives_the_scan_back(shape, patch, step, axes, per_call, channels):
+    image = np.random.default_rng(0).normal(size=(channels, *shape)).astype(np.float32)
+    window = SlidingWindow(
+        patch_size=patch, tile_step_size=step, views=mirror_views(sorted(axes)), views_per_call=per_call
+    )
+    assert np.abs(stitched(image, identity, window, channels) - image).max() < 2e-5
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, patches, st.floats(0.3, 1.0))
+def test_tiles_are_weighted_by_the_gaussian_over_its_sum(shape, patch, step):
+    """A network that answers with its own coordinates shows how tiles are mixed; compared with a count map."""
+    ramp = torch.arange(float(np.prod(patch))).reshape(1, 1, *patch) / np.prod(patch)
+    window = SlidingWindow(patch_size=patch, tile_step_size=step, views=((),), views_per_call=1)
+    result = stitched(np.zeros((1, *shape), np.float32), lambda tiles: NetworkOutput(ramp), window, 1)[0]
+
+    padded = tuple(max(n, p) for n, p in zip(shape, patch, strict=True))
+    weight = np.ones(())
+    for n in patch:
+        weight = weight[..., None] * gaussian(n).numpy()
+    total, count = np.zeros(padded), np.zeros(padded)
+    positions = [tile_positions(n, p, step) for n, p in zip(padded, patch, strict=True)]
+    for z in positions[0]:
+        for y in positions[1]:
+            for x in positions[2]:
+                place = (slice(z, z + patch[0]), slice(y, y + patch[1]), slice(x, x + patch[2]))
+                total[place] += weight * ramp[0, 0].numpy()
+                count[place] += weight
+    crop = tuple(slice((p - n) // 2, (p - n) // 2 + n) for p, n in zip(padded, shape, strict=True))
+    assert np.abs(result - (total / count)[crop]).max() < 1e-5
+
+
+def test_mirror_views_are_flipped_back_before_they_are_averaged():
+    """A network that adds a fixed ramp to every view: the mean over views holds the ramp's mirror images."""
+    patch = (4, 6, 8)
+    ramp = torch.arange(float(np.prod(patch))).reshape(1, 1, *patch)
+    window = SlidingWindow(patch_size=patch, tile_step_size=0.5, views=mirror_views([0, 2]), views_per_call=3)
+    result = stitched(np.zeros((1, *patch), np.float32), lambda t: NetworkOutput(t * 0 + ramp), window, 1)
+    images = [ramp[0].flip([axis + 1 for axis in axes]) for axes in ((), (0,), (2,), (0, 2))]
+    assert np.allclose(result, (sum(images) / 4).numpy(), atol=1e-4)
+
+
+def test_a_slicewise_network_sees_every_plane_on_its_own():
+    seen = []
+
+    def runner(tiles):
+        seen.append(tuple(tiles.shape))
+        return NetworkOutput(tiles)
+
+    image = np.random.default_rng(0).normal(size=(2, 5, 9, 11)).astype(np.float32)
+    window = SlidingWindow(
+        patch_size=(1, 6, 8), tile_step_size=0.5, views=mirror_views([1, 2]), views_per_call=4, slicewise=True
+    )
+    assert np.abs(stitched(image, runner, window, 2) - image).max() < 1e-5
+    assert seen == [(4, 2, 6, 8)] * (5 * 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "patch", "step", "positions"),
+    [(110, 64, 0.5, [0, 23, 46]), (64, 64, 0.5, [0]), (65, 64, 0.5, [0, 1]), (10, 4, 1.0, [0, 3, 6])],
+)
+def test_tile_positions_are_nnunets(length, patch, step, positions):
+    assert tile_positions(length, patch, step) == positions
+
+
+def test_axis_weights_of_all_tiles_add_up_to_one():
+    positions = tile_positions(37, 11, 0.5)
+    total = torch.zeros(37)
+    for start, weight in zip(positions, axis_weights(37, 11, positions), strict=True):
+        total[start : start + 11] += weight
+    assert torch.allclose(total, torch.ones(37), atol=1e-6)
+
+
+def test_progress_counts_every_tile():
+    seen = []
+    window = SlidingWindow(patch_size=(4, 4, 4), tile_step_size=0.5, views=((),), views_per_call=1)
+    case = case_of(np.zeros((1, 8, 6, 4), np.float32))
+    slabs = predict_logits(
+        case, identity, window, 1, timings=Timings(), progress=lambda done, total: seen.append((done, total))
+    )
+    assert sum(slab.shape[1] for slab in slabs) == 8
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("step", [0, -0.5, 1.01])
+def test_a_step_out_of_range_is_refused(step):
+    with pytest.raises(ValueError, match="tile_step_size"):
+        SlidingWindow(patch_size=(4, 4, 4), tile_step_size=step, views=((),), views_per_call=1)
