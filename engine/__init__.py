@@ -1,0 +1,49 @@
+"""Runs trained nnU-Net v2 models: the labels nnU-Net gives, many times sooner."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine, EngineOptions
+    from .errors import BackendUnavailable, CheckpointError, EngineError, ModelError, OutputError, VolumeError
+    from .prediction import Prediction
+    from .volume import Geometry, Volume, read_volume, write_segmentation
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "Engine",
+    "EngineError",
+    "EngineOptions",
+    "Geometry",
+    "ModelError",
+    "OutputError",
+    "Prediction",
+    "Volume",
+    "VolumeError",
+    "read_volume",
+    "write_segmentation",
+]
+
+_MODULES = {
+    "engine": ("Engine", "EngineOptions"),
+    "errors": ("BackendUnavailable", "CheckpointError", "EngineError", "ModelError", "OutputError", "VolumeError"),
+    "prediction": ("Prediction",),
+    "volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line and its --help start without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,208 @@
+"""A folder of scans: find the cases, predict each, write results; one bad case does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine
+from .errors import EngineError, OutputError, VolumeError
+from .files import write_json, written_atomically
+from .prediction import Prediction
+
+logger = logging.getLogger(__name__)
+
+RECORDS = "predictions.json"
+CHANNEL = re.compile(r"_\d{4}$")
+"""nnU-Net's channel number at the end of a file's stem."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseFiles:
+    """One scan to predict: its name, which results are called by, and what to read."""
+
+    name: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to do with the cases.
+
+    Args:
+        output: Folder for results; made if it is not there.
+        save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
+        skip_existing: Leave cases alone whose results are there.
+        previous_stage: Folder with the labels of a cascade's previous stage.
+    """
+
+    output: Path
+    save_probabilities: bool = False
+    skip_existing: bool = False
+    previous_stage: Path | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run went."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
+    """List the cases in a folder of `<name>_0000<ending>` files, or make one of a single file or DICOM folder.
+
+    Raises:
+        VolumeError: Where there is nothing to predict.
+    """
+    if not source.exists():
+        raise VolumeError(f"{source} does not exist; -i takes a folder of scans, one file, or a folder of DICOM slices")
+    if source.is_file():
+        stem = _without_ending(source.name, file_ending)
+        return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
+    files = sorted(path for path in source.iterdir() if path.name.endswith(file_ending) and path.is_file())
+    if not files:
+        return [CaseFiles(name=source.resolve().name, images=(source,))]
+    cases: dict[str, list[Path]] = {}
+    unnumbered = []
+    for path in files:
+        stem = path.name.removesuffix(file_ending)
+        if CHANNEL.search(stem):
+            cases.setdefault(CHANNEL.sub("", stem), []).append(path)
+        elif not path.name.startswith("."):
+            unnumbered.append(path.name)
+    if unnumbered:
+        raise VolumeError(
+            f"every file in {source} must end in its channel's number, such as scan_0000{file_ending}; "
+            f"{len(unnumbered)} do not, such as {unnumbered[0]}"
+        )
+    return [CaseFiles(name=name, images=tuple(paths)) for name, paths in cases.items()]
+
+
+def _without_ending(name: str, file_ending: str) -> str:
+    for ending in (file_ending, ".nii.gz", ".gz"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return Path(name).stem
+
+
+def predict_cases(
+    engine: Engine,
+    cases: Sequence[CaseFiles],
+    job: Job,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Outcome:
+    """Predict cases one after the other and write what comes out, with a record in `predictions.json`.
+
+    Args:
+        engine: The model.
+        cases: What to predict.
+        job: Where to and how.
+        progress: Called with (case, tiles done, tiles in all).
+
+    Raises:
+        OutputError: Where results cannot be written: then no case can be.
+        ValueError: Where two cases have the same name.
+    """
+    names = [case.name for case in cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
+    _prepare_output(engine, job)
+    records = _read_records(job.output / RECORDS)
+    outcome = Outcome()
+    for case in cases:
+        if job.skip_existing and all(path.is_file() for path in _results(engine, job, case.name)):
+            outcome.skipped.append(case.name)
+            continue
+        try:
+            prediction = engine.predict(
+                case.images if len(case.images) > 1 else case.images[0],
+                previous_stage=_previous(engine, job, case.name),
+                save_probabilities=job.save_probabilities,
+                progress=None
+                if progress is None
+                else (lambda done, total, name=case.name: progress(name, done, total)),
+            )
+        except (EngineError, MemoryError) as error:
+            reason = str(error) or "out of memory"
+            logger.error("%s failed: %s", case.name, reason)
+            outcome.failed[case.name] = reason
+            records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
+        else:
+            _write(engine, job, case.name, prediction)
+            outcome.done.append(case.name)
+            records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
+            logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
+        write_json(job.output / RECORDS, {"schema": 1, "cases": list(records.values())})
+    return outcome
+
+
+def _prepare_output(engine: Engine, job: Job) -> None:
+    """Make the folder and put the model's JSON files there, where nnU-Net's ensembling and post-processing look."""
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the output folder {job.output} cannot be made: {error.strerror or error}") from error
+    write_json(job.output / "plans.json", engine.model.plans)
+    write_json(job.output / "dataset.json", engine.model.dataset)
+
+
+def _results(engine: Engine, job: Job, name: str) -> list[Path]:
+    """Every file that a finished case has."""
+    endings = [engine.model.plan.file_ending, *([".npz", ".pkl"] if job.save_probabilities else [])]
+    return [job.output / f"{name}{ending}" for ending in endings]
+
+
+def _previous(engine: Engine, job: Job, name: str) -> Path | None:
+    if engine.model.plan.previous_stage is None or job.previous_stage is None:
+        return None
+    return job.previous_stage / f"{name}{engine.model.plan.file_ending}"
+
+
+def _write(engine: Engine, job: Job, name: str, prediction: Prediction) -> None:
+    segmentation, *extra = _results(engine, job, name)
+    if extra:
+        npz, pkl = extra
+        with written_atomically(npz) as temporary:
+            np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
+        with written_atomically(pkl) as temporary:
+            temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
+    # Last, so that a segmentation under its name means that the case is complete.
+    prediction.save(segmentation)
+
+
+def _inputs(case: CaseFiles) -> dict[str, Any]:
+    return {"images": [os.fspath(path) for path in case.images]}
+
+
+def _record(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "volumes_ml": prediction.volumes_ml,
+        "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
+        "warnings": list(prediction.warnings),
+        "provenance": dict(prediction.provenance),
+    }
+
+
+def _read_records(path: Path) -> dict[str, Any]:
+    """Read the records of an earlier run into the same folder, so that they are kept."""
+    if not path.is_file():
+        return {}
+    try:
+        return {record["name"]: record for record in json.loads(path.read_text())["cases"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path} must be what nnturbo wrote there; it cannot be read ({error}). Move it away"
+        ) from error

@@ -1,0 +1,257 @@
+"""The `nnturbo` command: reads arguments, calls the library, turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0 when every case is done, 1 when some case failed, 2 for wrong usage or a model that cannot be used.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+        format="%(message)s",
+        stream=sys.stderr,
+    )
+    from .errors import EngineError
+
+    try:
+        return options.run(options)
+    except (EngineError, ValueError) as error:
+        _say(f"nnturbo: {error}", sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        _say("nnturbo: interrupted; finished cases are kept, --continue_prediction goes on with the rest", sys.stderr)
+        return 130
+
+
+def _say(text: str, stream: Any = None) -> None:
+    (stream or sys.stdout).write(text + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnturbo", description="Runs trained nnU-Net v2 models: the labels nnU-Net gives, many times sooner."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_predict(commands)
+    inspect = commands.add_parser("inspect", help="say what is in a model and how it can run here")
+    inspect.add_argument("model", help="model folder or nnU-Net export zip")
+    inspect.add_argument("-c", dest="configuration", help="configuration to take from a zip that holds several")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="say what this machine offers")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_predict(commands: Any) -> None:
+    """Declare nnU-Net's own flags, with nnU-Net's meaning, and ours."""
+    predict = commands.add_parser(
+        "predict",
+        help="segment scans; takes the flags of nnUNetv2_predict and nnUNetv2_predict_from_modelfolder",
+        description="Exit status: 0 all cases done, 1 some failed (named on stderr and in predictions.json), "
+        "2 wrong usage or unusable model.",
+    )
+    add = predict.add_argument
+    add(
+        "-i", required=True, metavar="INPUT", help="folder of scans named NAME_0000.nii.gz, one file, or a DICOM folder"
+    )
+    add("-o", required=True, metavar="OUTPUT", help="folder for the segmentations; made if it is not there")
+    add("-m", metavar="MODEL", help="model folder or nnU-Net export zip")
+    add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
+    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
+    add("-c", metavar="CONFIGURATION", help="configuration, with -d or with a zip that holds several")
+    add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
+    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add(
+        "-step_size",
+        type=float,
+        default=0.5,
+        help="distance of tiles as a fraction of the patch (default: %(default)s)",
+    )
+    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    add(
+        "--save_probabilities",
+        action="store_true",
+        help="also write .npz and .pkl, as nnU-Net; takes 4 bytes per class and voxel of memory",
+    )
+    add("--continue_prediction", "--c", action="store_true", help="leave alone the cases whose results are there")
+    add("-npp", type=int, default=3, help="accepted as by nnU-Net; scans are read one at a time so far")
+    add("-nps", type=int, default=3, help="accepted as by nnU-Net; results are written one at a time so far")
+    add("-prev_stage_predictions", metavar="FOLDER", help="labels of the previous stage, for cascades")
+    add("-num_parts", type=int, default=1, help="how many calls share the cases (default: %(default)s)")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--disable_progress_bar", action="store_true", help="no progress bar; there is none either without a terminal")
+    add("--verbose", action="store_true", help="say what was chosen, and times by stage")
+    add("--not_on_device", action="store_true", help="keep planes and sums in main memory")
+    add("--backend", default="auto", help="how the network runs (default: %(default)s)")
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="auto is fp32 on a CPU and fp16 on a GPU, as nnU-Net (default: %(default)s)",
+    )
+    predict.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    if not 0 <= options.part_id < options.num_parts:
+        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
+    model = _model_folder(options)
+    # Before torch is imported, so that a wrong path is answered at once.
+    if not Path(options.i).exists():
+        raise ValueError(f"-i: {options.i} does not exist")
+
+    from .batch import Job, find_cases, predict_cases
+    from .engine import Engine, EngineOptions
+
+    engine = Engine.load(
+        model,
+        folds=options.f,
+        checkpoint=options.chk,
+        configuration=options.c if options.m else None,
+        backend=options.backend,
+        precision=options.precision,
+        device=options.device,
+        tile_step_size=options.step_size,
+        mirror=not options.disable_tta,
+        options=EngineOptions(sums_on_device=not options.not_on_device),
+    )
+    cases = find_cases(Path(options.i), engine.model.plan.file_ending)[options.part_id :: options.num_parts]
+    job = Job(
+        output=Path(options.o),
+        save_probabilities=options.save_probabilities,
+        skip_existing=options.continue_prediction,
+        previous_stage=Path(options.prev_stage_predictions) if options.prev_stage_predictions else None,
+    )
+    with _ProgressBar(len(cases), shown=not options.disable_progress_bar) as progress:
+        outcome = predict_cases(engine, cases, job, progress=progress)
+    for name, reason in outcome.failed.items():
+        _say(f"nnturbo: {name} failed: {reason}", sys.stderr)
+    _say(
+        f"{len(outcome.done)} done, {len(outcome.skipped)} already there, {len(outcome.failed)} failed; "
+        f"results in {options.o}"
+    )
+    return SOME_FAILED if outcome.failed else DONE
+
+
+def _model_folder(options: argparse.Namespace) -> str:
+    """Find the model by -m, or as nnU-Net does by -d, -tr, -p and -c."""
+    if bool(options.m) == bool(options.d):
+        raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")
+    if options.m:
+        return options.m
+    if not options.c:
+        raise ValueError("-d needs -c, the configuration, such as 3d_fullres")
+    results = os.environ.get("nnUNet_results")  # noqa: SIM112 - nnU-Net's own spelling
+    if not results:
+        raise ValueError(
+            "-d looks the model up in the folder that the environment variable nnUNet_results names; "
+            "set it, or give the model folder as -m"
+        )
+    pattern = f"Dataset{int(options.d):03d}_*" if options.d.isdecimal() else options.d
+    datasets = sorted(path for path in Path(results).glob(pattern) if path.is_dir())
+    if len(datasets) != 1:
+        raise ValueError(
+            f"-d {options.d} must name one dataset in {results}; found "
+            f"{', '.join(path.name for path in datasets) or 'none'}"
+        )
+    return str(datasets[0] / f"{options.tr}__{options.p}__{options.c}")
+
+
+class _ProgressBar:
+    """One bar over the tiles of the current case, on terminals only."""
+
+    def __init__(self, cases: int, *, shown: bool) -> None:
+        self._cases = cases
+        self._shown = shown and sys.stderr.isatty()
+        self._case = 0
+        self._name = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[str, int, int], None] | None:
+        return self._update if self._shown else None
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _update(self, name: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if name != self._name:
+            if self._bar is not None:
+                self._bar.close()
+            self._case += 1
+            self._name = name
+            self._bar = tqdm(total=total, desc=f"{name} ({self._case}/{self._cases})", unit="tile", leave=False)
+        self._bar.update(done - self._bar.n)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import torch
+
+    from .backends import backends
+    from .model import read_model
+
+    model = read_model(options.model, configuration=options.configuration)
+    plan = model.plan
+    regions = "" if plan.labels.regions_class_order is None else " (regions)"
+    rows = [
+        ("model", str(model.source)),
+        ("dataset", plan.dataset_name),
+        ("configuration", f"{plan.configuration}, trained by {model.trainer}"),
+        ("folds", ", ".join(model.folds)),
+        (
+            "network",
+            f"{plan.architecture.class_name.rpartition('.')[2]}, {model.num_parameters / 1e6:.2f} M parameters",
+        ),
+        (
+            "input",
+            ", ".join(f"{n} ({c.scheme})" for n, c in zip(plan.channel_names, plan.channels, strict=True))
+            + (f", and the labels of {plan.previous_stage}" if plan.previous_stage else ""),
+        ),
+        ("labels", ", ".join(f"{value} {name}" for name, value in plan.labels.labels.items()) + regions),
+        ("patch", f"{' x '.join(map(str, plan.patch_size))} voxels of {' x '.join(f'{s:g}' for s in plan.spacing)} mm"),
+        ("mirroring", "along axes " + ", ".join(map(str, model.mirror_axes)) if model.mirror_axes else "none"),
+    ]
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for backend in backends().values():
+            for precision in ("fp32", "bf16", "fp16"):
+                reason = backend.unavailable(device, precision)
+                rows.append(
+                    (f"{backend.name} {device} {precision}", "runs here" if reason is None else f"no: {reason}")
+                )
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        _say(f"{name:{width}}  {value}")
+    return DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    rows = examine()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        _say(f"{name:{width}}  {value}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What this machine offers to nnturbo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "SimpleITK",
+    "dynamic-network-architectures",
+    "nnunetv2",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "tensorrt",
+    "torch-tensorrt",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "ray",
+)
+
+
+def examine() -> list[tuple[str, str]]:
+    """Look at processor, memory, GPUs and installed packages.
+
+    Returns:
+        Rows of (what, finding).
+    """
+    import torch
+
+    rows = [
+        ("python", platform.python_version()),
+        ("processor", f"{_processor()}, {_usable_cores()} usable cores"),
+        ("cpu features", ", ".join(_cpu_features()) or "none of those nnturbo looks for"),
+        ("memory", f"{_memory_bytes() / 2**30:.1f} GiB"),
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            rows.append(
+                (
+                    f"cuda:{index}",
+                    f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
+                    f"compute capability {properties.major}.{properties.minor}",
+                )
+            )
+    else:
+        built = torch.version.cuda
+        rows.append(
+            ("cuda", f"no GPU found (torch is built for CUDA {built})" if built else "torch is built without CUDA")
+        )
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpuinfo(key: str) -> str:
+    """Read one value of the first processor from /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_features() -> list[str]:
+    flags = set(_cpuinfo("flags").split())
+    return [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0

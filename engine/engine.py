@@ -1,0 +1,261 @@
+"""The whole path from a scan to its labels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .backends import Runner, choose_backend
+from .errors import BackendUnavailable, VolumeError
+from .labels import segment
+from .model import Model, read_model
+from .prediction import Prediction
+from .preprocessing import Case, preprocess
+from .sliding_window import SlidingWindow, mirror_views, predict_logits
+from .timing import Timings
+from .volume import Geometry, Volume, read_volume, restore_orientation
+
+logger = logging.getLogger(__name__)
+
+Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
+"""A file, the files of all channels, a folder of DICOM slices, or a volume."""
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What rarely needs changing.
+
+    Args:
+        views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
+            memory and no less time, and all on a GPU.
+        sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
+    """
+
+    views_per_call: int | None = None
+    sums_on_device: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the number of views."""
+        if self.views_per_call is not None and self.views_per_call < 1:
+            raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+
+    Raises:
+        BackendUnavailable: Where it is not.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}") from error
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise BackendUnavailable(
+            f"device {device} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices; use -device cpu, or a CUDA build of torch"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise BackendUnavailable("device mps is not there: it needs a Mac with Apple's GPU; use -device cpu")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    return chosen
+
+
+class Engine:
+    """A trained model, loaded once and ready for any number of scans. Make one with `Engine.load`."""
+
+    def __init__(
+        self,
+        model: Model,
+        runner: Runner,
+        *,
+        window: SlidingWindow,
+        sums_device: torch.device,
+        provenance: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.provenance = provenance
+        self._runner = runner
+        self._window = window
+        self._sums_device = sums_device
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        folds: Sequence[int | str] | None = None,
+        checkpoint: str = "checkpoint_final.pth",
+        configuration: str | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str = "auto",
+        tile_step_size: float = 0.5,
+        mirror: bool = True,
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        """Load a trained model.
+
+        Args:
+            model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`) or export zip.
+            folds: Folds to average; by default all numbered ones, else "all".
+            checkpoint: File name of the checkpoint in each fold.
+            configuration: Which one to take from a zip that holds several.
+            backend: How the network runs: "auto" or a name that `nnturbo inspect` lists.
+            precision: "fp32", "bf16", "fp16", or "auto": fp32 on a CPU and fp16 on a GPU, as nnU-Net.
+            device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+            tile_step_size: Distance of tiles as a fraction of the patch, in (0, 1].
+            mirror: Average over mirrored views, along the axes the model was trained with.
+            options: What rarely needs changing.
+
+        Raises:
+            ModelError: Where the model cannot be used.
+            BackendUnavailable: Where device, precision or backend are not to be had here.
+            ValueError: For arguments out of range.
+        """
+        options = options or EngineOptions()
+        target = choose_device(device)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision == "auto":
+            precision = "fp16" if target.type == "cuda" else "fp32"
+        chosen = choose_backend(backend, target, precision)
+        loaded = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
+        views = _views(loaded) if mirror else ((),)
+        window = SlidingWindow(
+            patch_size=loaded.plan.patch_size_3d,
+            tile_step_size=tile_step_size,
+            views=views,
+            views_per_call=options.views_per_call or (1 if target.type == "cpu" else len(views)),
+            slicewise=len(loaded.plan.patch_size) == 2,
+        )
+        provenance = {
+            "model": str(Path(model).resolve()),
+            "dataset": loaded.plan.dataset_name,
+            "trainer": loaded.trainer,
+            "configuration": loaded.plan.configuration,
+            "folds": list(loaded.folds),
+            "checkpoint": checkpoint,
+            "backend": chosen.name,
+            "precision": precision,
+            "device": str(target),
+            "tile_step_size": tile_step_size,
+            "mirror_views": len(views),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        return cls(
+            loaded,
+            chosen.load(loaded, target, precision),
+            window=window,
+            provenance=provenance,
+            sums_device=target if options.sums_on_device else torch.device("cpu"),
+        )
+
+    def predict(
+        self,
+        image: Image,
+        *,
+        previous_stage: str | os.PathLike[str] | np.ndarray | None = None,
+        save_probabilities: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Prediction:
+        """Segment one scan.
+
+        Args:
+            image: A file, the files of all channels in order, a folder of DICOM slices, or a `Volume`.
+            previous_stage: For a cascade: label file of the stage before, or its labels (Z, Y, X), on the scan's grid.
+            save_probabilities: Keep class probabilities too; takes 4 bytes per class and voxel of the scan.
+            progress: Called with (tiles done, tiles in all).
+
+        Raises:
+            VolumeError: Where the scan cannot be read or does not suit the model.
+        """
+        timings = Timings()
+        plan = self.model.plan
+        with timings("read"):
+            scan = read_volume(image, channels=len(plan.channels))
+            volume = scan.reoriented() if plan.reorient else scan
+            previous = self._read_previous(previous_stage, scan)
+        with timings("preprocess"):
+            case = preprocess(volume, plan, self._sums_device, previous)
+        logits = predict_logits(
+            case, self._runner, self._window, plan.labels.num_outputs, timings=timings, progress=progress
+        )
+        segmentation, probabilities = segment(
+            logits, case, plan.labels, timings=timings, save_probabilities=save_probabilities
+        )
+        if plan.reorient:
+            segmentation = restore_orientation(segmentation, scan.geometry)
+            if probabilities is not None:
+                probabilities = np.stack([restore_orientation(channel, scan.geometry) for channel in probabilities])
+        return Prediction(
+            segmentation=segmentation,
+            probabilities=probabilities,
+            geometry=scan.geometry,
+            labels=plan.labels,
+            timings=timings.as_dict(),
+            warnings=scan.warnings,
+            provenance=self.provenance,
+            properties=_properties(case, volume.geometry),
+        )
+
+    def _read_previous(self, previous: str | os.PathLike[str] | np.ndarray | None, scan: Volume) -> np.ndarray | None:
+        """Read the labels of a cascade's previous stage, with the network's orientation."""
+        wanted = self.model.plan.previous_stage
+        if wanted is None:
+            if previous is not None:
+                raise ValueError("previous_stage is for cascades; this model's configuration has no previous stage")
+            return None
+        if previous is None:
+            raise VolumeError(
+                f"{scan.name}: this model continues from the labels of {wanted}; give them as previous_stage "
+                f"(on the command line -prev_stage_predictions)"
+            )
+        if isinstance(previous, np.ndarray):
+            labels = Volume.from_array(
+                previous,
+                scan.geometry.spacing,
+                origin=scan.geometry.origin,
+                direction=scan.geometry.direction,
+                name="previous stage",
+            )
+        else:
+            labels = read_volume(previous, channels=1)
+        if labels.array.shape[1:] != scan.array.shape[1:]:
+            raise VolumeError(
+                f"{labels.name}: labels of the previous stage must lie on the scan's grid, "
+                f"{scan.array.shape[1:]}; got {labels.array.shape[1:]}"
+            )
+        labels = labels.reoriented() if self.model.plan.reorient else labels
+        return np.rint(labels.array[0]).astype(np.int32)
+
+
+def _views(model: Model) -> tuple[tuple[int, ...], ...]:
+    """Mirror views of a model, in the axes (z, y, x) of a 3D tile."""
+    dimensions = len(model.plan.patch_size)
+    return mirror_views([axis + 3 - dimensions for axis in model.mirror_axes if axis < dimensions])
+
+
+def _properties(case: Case, geometry: Geometry) -> dict[str, Any]:
+    """What nnU-Net's ensembling reads from the `.pkl` beside probabilities."""
+    return {
+        "sitk_stuff": {"spacing": geometry.spacing[::-1], "origin": geometry.origin, "direction": geometry.direction},
+        "spacing": list(geometry.spacing),
+        "shape_before_cropping": case.full_shape,
+        "bbox_used_for_cropping": [list(bounds) for bounds in case.box],
+        "shape_after_cropping_and_before_resampling": case.logits_grid.shape,
+    }

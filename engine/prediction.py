@@ -1,0 +1,57 @@
+"""What comes out of a prediction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .plans import LabelScheme
+from .volume import Geometry, write_segmentation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prediction:
+    """The result for one scan.
+
+    Args:
+        segmentation: (Z, Y, X) uint8 or uint16 on the scan's own grid.
+        probabilities: (K, Z, Y, X) float32 if asked for, else None; K classes, or regions.
+        geometry: Of the scan.
+        labels: What the values mean.
+        timings: Milliseconds by stage.
+        warnings: What was odd about the scan.
+        provenance: Model, backend, precision and versions that made it.
+        properties: What nnU-Net keeps beside probabilities (`.pkl`), for its own ensembling.
+    """
+
+    segmentation: np.ndarray
+    probabilities: np.ndarray | None
+    geometry: Geometry
+    labels: LabelScheme
+    timings: Mapping[str, float]
+    warnings: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    properties: Mapping[str, Any]
+
+    @property
+    def volumes_ml(self) -> dict[str, float]:
+        """Millilitres of every label but background; of a region, all its labels together."""
+        counts = np.bincount(self.segmentation.ravel(), minlength=max(self.labels.foreground, default=0) + 1)
+        voxel_ml = float(np.prod(self.geometry.spacing)) / 1000
+        return {
+            name: float(counts[list(value) if isinstance(value, tuple) else [value]].sum()) * voxel_ml
+            for name, value in self.labels.labels.items()
+            if value != 0
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the segmentation in the scan's geometry; the format follows the ending (.nii.gz, .nrrd, .mha).
+
+        Raises:
+            OutputError: Where it cannot be written; nothing is left under the name then.
+        """
+        write_segmentation(path, self.segmentation, self.geometry)

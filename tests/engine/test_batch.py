@@ -1,0 +1,172 @@
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnturbo.engine import Engine, OutputError, VolumeError
+from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
+from nnturbo.engine.files import write_json, written_atomically
+
+from tests.engine.factory import smooth_scan, write_model
+
+
+def write_scan(path, seed=0, shape=(8, 14, 16)):
+    image = sitk.GetImageFromArray(smooth_scan(shape, seed))
+    image.SetSpacing((1.5, 1.5, 2.0))
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return Engine.load(write_model(tmp_path_factory.mktemp("model") / "m"), device="cpu", mirror=False)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index, name in enumerate("abc"):
+        write_scan(folder / f"{name}_0000.nii.gz", index)
+    return folder
+
+
+def read_records(folder):
+    return {record["name"]: record for record in json.loads((folder / "predictions.json").read_text())["cases"]}
+
+
+def test_every_case_is_predicted_written_and_recorded(engine, scans, tmp_path):
+    out = tmp_path / "deep" / "out"
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
+    assert outcome.done == ["a", "b", "c"]
+    names = {"a.nii.gz", "b.nii.gz", "c.nii.gz", "plans.json", "dataset.json", "predictions.json"}
+    assert {path.name for path in out.iterdir()} == names
+    for name, record in read_records(out).items():
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz")))
+        assert np.array_equal(labels, engine.predict(scans / f"{name}_0000.nii.gz").segmentation)
+        assert record["status"] == "done"
+        assert record["volumes_ml"]["pancreas"] == pytest.approx((labels == 1).sum() * 4.5e-3)
+        assert record["provenance"]["folds"] == ["0"]
+
+
+def test_one_bad_case_is_named_and_the_rest_is_done(engine, scans, tmp_path):
+    (scans / "b_0000.nii.gz").write_bytes(gzip.compress(b"not an image"))
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["a", "c"]
+    assert list(outcome.failed) == ["b"]
+    assert not (tmp_path / "out" / "b.nii.gz").exists()
+    record = read_records(tmp_path / "out")["b"]
+    assert record["status"] == "failed"
+    assert record["error"] == outcome.failed["b"]
+
+
+def test_wrong_channels_fail_their_case_only(engine, scans, tmp_path):
+    write_scan(scans / "b_0001.nii.gz")
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["a", "c"]
+    assert "1 channel" in outcome.failed["b"]
+
+
+def test_continuing_leaves_results_alone_and_keeps_their_records(engine, scans, tmp_path):
+    out = tmp_path / "out"
+    cases = find_cases(scans, ".nii.gz")
+    predict_cases(engine, cases[:2], Job(output=out))
+    before = (out / "a.nii.gz").stat().st_mtime_ns
+    outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True))
+    assert (outcome.skipped, outcome.done) == (["a", "b"], ["c"])
+    assert (out / "a.nii.gz").stat().st_mtime_ns == before
+    assert set(read_records(out)) == {"a", "b", "c"}
+    # With probabilities asked for, a case without them is not complete.
+    again = predict_cases(engine, cases[:1], Job(output=out, skip_existing=True, save_probabilities=True))
+    assert again.done == ["a"]
+
+
+def test_probabilities_are_written_as_nnunet_does(engine, scans, tmp_path):
+    out = tmp_path / "out"
+    predict_cases(engine, find_cases(scans, ".nii.gz")[:1], Job(output=out, save_probabilities=True))
+    probabilities = np.load(out / "a.npz")["probabilities"]
+    assert probabilities.shape == (3, 8, 14, 16)
+    properties = pickle.loads((out / "a.pkl").read_bytes())
+    assert properties["sitk_stuff"]["spacing"] == (1.5, 1.5, 2.0)
+    assert properties["bbox_used_for_cropping"] == [[0, 8], [0, 14], [0, 16]]
+
+
+def test_cases_are_found(tmp_path, scans):
+    write_scan(scans / "b_0001.nii.gz")
+    (scans / "notes.txt").write_text("x")
+    cases = find_cases(scans, ".nii.gz")
+    assert [case.name for case in cases] == ["a", "b", "c"]
+    assert [path.name for path in cases[1].images] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+    (single,) = find_cases(scans / "a_0000.nii.gz", ".nii.gz")
+    assert single.name == "a"
+    (other,) = find_cases(write_scan(tmp_path / "x.y.mha"), ".nii.gz")
+    assert other.name == "x.y"
+    (tmp_path / "series").mkdir()
+    (dicom,) = find_cases(tmp_path / "series", ".nii.gz")
+    assert (dicom.name, dicom.images) == ("series", (tmp_path / "series",))
+
+
+def test_files_without_a_channel_number_are_named(scans):
+    write_scan(scans / "d.nii.gz")
+    with pytest.raises(VolumeError, match=r"1 do not, such as d\.nii\.gz"):
+        find_cases(scans, ".nii.gz")
+    with pytest.raises(VolumeError, match="does not exist"):
+        find_cases(scans / "nowhere", ".nii.gz")
+
+
+def test_the_same_name_twice_is_refused(engine, tmp_path):
+    case = CaseFiles(name="a", images=(tmp_path / "a_0000.nii.gz",))
+    with pytest.raises(ValueError, match="a come more than once"):
+        predict_cases(engine, [case, case], Job(output=tmp_path / "out"))
+
+
+def test_an_output_folder_that_cannot_be_made_stops_at_once(engine, scans, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be made"):
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "file" / "out"))
+
+
+def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.json").write_text("mine")
+    with pytest.raises(OutputError, match="Move it away"):
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
+    assert (out / "predictions.json").read_text() == "mine"
+
+
+class TestWrittenAtomically:
+    def test_nothing_appears_before_the_end_nor_after_a_failure(self, tmp_path):
+        path = tmp_path / "result.json"
+        path.write_text("old")
+
+        def fail():
+            with written_atomically(path) as temporary:
+                temporary.write_text("new")
+                assert path.read_text() == "old"
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+        assert path.read_text() == "old"
+
+    def test_a_full_disk_is_said(self, tmp_path, monkeypatch):
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(OutputError, match=r"a\.json cannot be written: No space left on device"):
+            write_json(tmp_path / "a.json", {})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_missing_folder_is_said(self, tmp_path):
+        with pytest.raises(OutputError, match="cannot be written: No such file"):
+            write_json(tmp_path / "no" / "a.json", {})
+
+    def test_permissions_are_those_of_any_new_file(self, tmp_path):
+        write_json(tmp_path / "a.json", {})
+        (tmp_path / "b.json").write_text("{}")
+        assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode

@@ -1,0 +1,120 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnturbo.engine import Engine
+from nnturbo.engine.cli import main
+
+from tests.engine.factory import write_model
+from tests.engine.test_batch import write_scan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    return write_model(results / "Dataset900_Test" / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for index, name in enumerate("abcd"):
+        write_scan(folder / f"{name}_0000.nii.gz", index)
+    return folder
+
+
+def test_predict_with_a_model_folder(model, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["predict", "-i", str(scans), "-o", str(out), "-m", str(model), "-device", "cpu", "--disable_tta"]) == 0
+    assert "4 done, 0 already there, 0 failed" in capsys.readouterr().out
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
+    expected = Engine.load(model, device="cpu", mirror=False).predict(scans / "a_0000.nii.gz")
+    assert np.array_equal(labels, expected.segmentation)
+
+
+@pytest.mark.parametrize("dataset", ["900", "Dataset900_Test"])
+def test_predict_with_a_dataset_as_nnunet_takes_it(model, scans, tmp_path, monkeypatch, dataset):
+    monkeypatch.setenv("nnUNet_results", str(model.parents[1]))
+    out = tmp_path / "out"
+    arguments = ["-i", str(scans), "-o", str(out), "-d", dataset, "-c", "3d_fullres", "-f", "0", "-device", "cpu"]
+    assert main(["predict", *arguments, "--disable_tta", "-num_parts", "3", "-part_id", "1"]) == 0
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["b.nii.gz"]
+
+
+def test_every_flag_of_nnunet_is_taken(model, scans, tmp_path):
+    arguments = (
+        f"-i {scans} -o {tmp_path / 'out'} -m {model} -f 0 -chk checkpoint_final.pth -step_size 0.9 --disable_tta "
+        "--save_probabilities --continue_prediction -npp 1 -nps 1 -device cpu --disable_progress_bar --verbose "
+        "--not_on_device -p nnUNetPlans -tr nnUNetTrainer -num_parts 4 -part_id 0"
+    )
+    assert main(["predict", *arguments.split()]) == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".gz", ".npz", ".pkl", ".json"}
+
+
+def test_a_failed_case_gives_status_1_and_is_named(model, scans, tmp_path, capsys):
+    (scans / "c_0000.nii.gz").write_bytes(b"")
+    arguments = ["-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu", "--disable_tta"]
+    assert main(["predict", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert "nnturbo: c failed:" in captured.err
+    assert "3 done, 0 already there, 1 failed" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m {model} -d 900", "give the model as -m FOLDER, or as -d"),
+        ("", "give the model as -m FOLDER, or as -d"),
+        ("-d 900", "-d needs -c"),
+        ("-d 901 -c 3d_fullres", "must name one dataset"),
+        ("-m {model}/nowhere", "does not exist"),
+        ("-m {model} -f 3", "fold 3 has none"),
+        ("-m {model} -part_id 2 -num_parts 2", "-part_id must be"),
+        ("-m {model} -step_size 2", "tile_step_size"),
+        ("-m {model} --backend magic", "backend must be"),
+        ("-m {model} -device cuda:77", "is not there"),
+    ],
+)
+def test_wrong_usage_gives_status_2_and_one_line(model, scans, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("nnUNet_results", str(model.parents[1]))
+    given = arguments.format(model=model).split()
+    assert main(["predict", "-i", str(scans), "-o", str(tmp_path / "out"), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_is_not_there_gives_status_2(model, tmp_path, capsys):
+    assert main(["predict", "-i", str(tmp_path / "no"), "-o", str(tmp_path / "out"), "-m", str(model)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_inspect_says_what_is_in_a_model_and_how_it_runs(model, capsys):
+    assert main(["inspect", str(model)]) == 0
+    out = capsys.readouterr().out
+    for text in ("Dataset900_Test", "3d_fullres", "PlainConvUNet", "CT (CTNormalization)", "1 pancreas",
+                 "8 x 12 x 16 voxels of 2 x 1.5 x 1.5 mm", "along axes 0, 1, 2", "no: fp16 needs a GPU"):
+        assert text in out
+
+
+def test_doctor_names_every_part(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("processor", "memory", "torch", "openvino", "ray"):
+        assert text in out
+
+
+def test_help_starts_without_torch():
+    code = "import sys; sys.argv = ['nnturbo', '--help']\nfrom nnturbo.engine.cli import main\ntry: main()\n" \
+           "except SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_installed_command_runs():
+    result = subprocess.run([sys.executable, "-m", "nnturbo.engine.cli", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "predict" in result.stdout
