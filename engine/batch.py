@@ -113,7 +113,7 @@ def predict_cases(
         progress: Called with (case, tiles done, tiles in all).
 
     Raises:
-        OutputError: Where results cannot be written: then no case can be.
+        OutputError: Where the output folder cannot be used.
         ValueError: Where two cases have the same name.
     """
     names = [case.name for case in cases]
@@ -141,7 +141,14 @@ def predict_cases(
             outcome.failed[case.name] = reason
             records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
         else:
-            _write(engine, job, case.name, prediction)
+            try:
+                _write(engine, job, case.name, prediction)
+            except OutputError as error:
+                # What stops one result from being written stops the next one too.
+                outcome.failed[case.name] = str(error)
+                rest = names[names.index(case.name) + 1 :]
+                outcome.failed.update(dict.fromkeys(rest, "not tried, because results cannot be written"))
+                break
             outcome.done.append(case.name)
             records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
             logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))

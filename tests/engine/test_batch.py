@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnturbo.engine import Engine, OutputError, VolumeError
+from nnturbo.engine import batch
 from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
 from nnturbo.engine.files import write_json, written_atomically
 
@@ -126,6 +127,25 @@ def test_an_output_folder_that_cannot_be_made_stops_at_once(engine, scans, tmp_p
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be made"):
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "file" / "out"))
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_leaves_nothing_half_written(engine, scans, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write = batch._write
+
+    def full(engine, job, name, prediction):
+        if name == "b":
+            with written_atomically(job.output / "b.nii.gz") as temporary:
+                temporary.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+        write(engine, job, name, prediction)
+
+    monkeypatch.setattr(batch, "_write", full)
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
+    assert outcome.done == ["a"]
+    assert "No space left" in outcome.failed["b"]
+    assert outcome.failed["c"].startswith("not tried")
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz"]
 
 
 def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):

@@ -96,8 +96,16 @@ def test_an_input_that_is_not_there_gives_status_2(model, tmp_path, capsys):
 def test_inspect_says_what_is_in_a_model_and_how_it_runs(model, capsys):
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out
-    for text in ("Dataset900_Test", "3d_fullres", "PlainConvUNet", "CT (CTNormalization)", "1 pancreas",
-                 "8 x 12 x 16 voxels of 2 x 1.5 x 1.5 mm", "along axes 0, 1, 2", "no: fp16 needs a GPU"):
+    for text in (
+        "Dataset900_Test",
+        "3d_fullres",
+        "PlainConvUNet",
+        "CT (CTNormalization)",
+        "1 pancreas",
+        "8 x 12 x 16 voxels of 2 x 1.5 x 1.5 mm",
+        "along axes 0, 1, 2",
+        "no: fp16 needs a GPU",
+    ):
         assert text in out
 
 
@@ -109,12 +117,16 @@ def test_doctor_names_every_part(capsys):
 
 
 def test_help_starts_without_torch():
-    code = "import sys; sys.argv = ['nnturbo', '--help']\nfrom nnturbo.engine.cli import main\ntry: main()\n" \
-           "except SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['nnturbo', '--help']\nfrom nnturbo.engine.cli import main\ntry: main()\n"
+        "except SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_the_installed_command_runs():
-    result = subprocess.run([sys.executable, "-m", "nnturbo.engine.cli", "--help"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "nnturbo.engine.cli", "--help"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0
     assert "predict" in result.stdout

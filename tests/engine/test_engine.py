@@ -51,7 +51,11 @@ def test_labels_are_the_same_however_they_are_computed(model, scan):
 def test_folds_are_averaged_as_logits(model, scan):
     both = Engine.load(model, device="cpu", mirror=False).predict(scan, save_probabilities=True).probabilities
     single = [
-        np.log(Engine.load(model, folds=[fold], device="cpu", mirror=False).predict(scan, save_probabilities=True).probabilities)
+        np.log(
+            Engine.load(model, folds=[fold], device="cpu", mirror=False)
+            .predict(scan, save_probabilities=True)
+            .probabilities
+        )
         for fold in (0, 1)
     ]
     mean = np.exp((single[0] + single[1]) / 2)
@@ -85,7 +89,9 @@ def test_bf16_is_close_to_fp32_and_recorded(model, scan):
 
 def test_regions_are_painted_in_their_order(tmp_path, scan):
     dataset = dataset_json(labels={"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2])
-    prediction = Engine.load(write_model(tmp_path / "m", dataset=dataset), device="cpu").predict(scan, save_probabilities=True)
+    prediction = Engine.load(write_model(tmp_path / "m", dataset=dataset), device="cpu").predict(
+        scan, save_probabilities=True
+    )
     whole, core = prediction.probabilities > 0.5
     assert np.array_equal(prediction.segmentation, np.where(core, 2, np.where(whole, 1, 0)))
     both = np.isin(prediction.segmentation, (1, 2)).sum()

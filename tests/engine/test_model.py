@@ -72,8 +72,14 @@ def test_wrappers_prefixes_are_taken_off(tmp_path, prefix):
 def deep_plans():
     plans = plans_json()
     arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-    arguments.update(n_stages=3, features_per_stage=[4, 8, 8], kernel_sizes=[[3] * 3] * 3, n_conv_per_stage=[1] * 3,
-                     strides=[[1] * 3, [2] * 3, [2] * 3], n_conv_per_stage_decoder=[1, 1])
+    arguments.update(
+        n_stages=3,
+        features_per_stage=[4, 8, 8],
+        kernel_sizes=[[3] * 3] * 3,
+        n_conv_per_stage=[1] * 3,
+        strides=[[1] * 3, [2] * 3, [2] * 3],
+        n_conv_per_stage_decoder=[1, 1],
+    )
     return plans
 
 
@@ -102,7 +108,9 @@ class Bomb:
 def test_nothing_in_a_checkpoint_is_run(tmp_path):
     fired = tmp_path / "fired"
     folder = write_model(tmp_path / "m", checkpoint={"logging": Bomb(fired)})
-    with pytest.raises(CheckpointError, match="must hold weights and plain values only; it names .*exec.*Nothing in it was run"):
+    with pytest.raises(
+        CheckpointError, match="must hold weights and plain values only; it names .*exec.*Nothing in it was run"
+    ):
         read_model(folder)
     (folder / "fold_0" / "checkpoint_final.pth").write_bytes(pickle.dumps({"network_weights": Bomb(fired)}))
     with pytest.raises(CheckpointError):
@@ -111,7 +119,9 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 
 
 def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
-    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'fired')!r}, 'w').close()\nclass PlainConvUNet: pass\n")
+    (tmp_path / "evil_module.py").write_text(
+        f"open({str(tmp_path / 'fired')!r}, 'w').close()\nclass PlainConvUNet: pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     for path, value in (
         ((*ARCHITECTURE, "network_class_name"), "evil_module.PlainConvUNet"),
@@ -175,7 +185,9 @@ def test_what_is_wrong_with_labels_is_named(change, message):
 
 
 def test_labels_regions_and_ignore():
-    scheme = parse_labels({"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]})
+    scheme = parse_labels(
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    )
     assert (scheme.num_outputs, scheme.foreground, scheme.regions_class_order) == (2, (1, 2), (1, 2))
     many = parse_labels({"labels": {"background": 0, **{str(i): i for i in range(1, 256)}}})
     assert (many.num_outputs, many.dtype) == (256, np.uint16)
@@ -202,7 +214,9 @@ def test_weights_that_do_not_fit_are_counted_and_named():
     plan = parse_plan(plans_json(), dataset_json(), "3d_fullres")
     weights = random_weights(plans_json(), dataset_json())
     head = "decoder.seg_layers.0.weight"
-    with pytest.raises(CheckpointError, match=r"seg_layers\.0\.weight is \(9, 4, 1, 1, 1\) instead of \(3, 4, 1, 1, 1\)"):
+    with pytest.raises(
+        CheckpointError, match=r"seg_layers\.0\.weight is \(9, 4, 1, 1, 1\) instead of \(3, 4, 1, 1, 1\)"
+    ):
         build_network(plan, {**weights, head: torch.zeros(9, 4, 1, 1, 1)})
     with pytest.raises(CheckpointError, match="1 unknown, such as extra"):
         build_network(plan, {**weights, "extra": torch.zeros(1)})
@@ -297,7 +311,11 @@ def test_a_zip_cannot_write_outside_its_folder(tmp_path, member):
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 def places(content, path=()):

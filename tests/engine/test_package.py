@@ -22,10 +22,24 @@ def test_a_name_that_is_not_exported_is_an_attribute_error():
 
 
 def test_importing_the_engine_stays_light():
-    heavy = ["scipy", "skimage", "pandas", "matplotlib", "torch._dynamo", "SimpleITK", "nnunetv2", "tqdm", "cupy",
-             "openvino", "ray", "dynamic_network_architectures"]
+    heavy = [
+        "scipy",
+        "skimage",
+        "pandas",
+        "matplotlib",
+        "torch._dynamo",
+        "SimpleITK",
+        "nnunetv2",
+        "tqdm",
+        "cupy",
+        "openvino",
+        "ray",
+        "dynamic_network_architectures",
+    ]
     code = f"import sys\nfrom nnturbo.engine import Engine, Volume\nprint([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     baseline = f"import sys, torch\nprint([m for m in {heavy} if m in sys.modules])"
-    with_torch = subprocess.run([sys.executable, "-c", baseline], capture_output=True, text=True, check=True).stdout.strip()
+    with_torch = subprocess.run(
+        [sys.executable, "-c", baseline], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert loaded == with_torch

@@ -80,7 +80,9 @@ def test_a_readers_memory_is_never_written_to():
     array = smooth_scan((10, 12, 14)).astype(np.float32)
     before = array.copy()
     array.flags.writeable = False
-    case = preprocess(Volume.from_array(array, (2, 1.5, 1.5)), parse_plan(plans_json(), dataset_json(), "3d_fullres"), CPU)
+    case = preprocess(
+        Volume.from_array(array, (2, 1.5, 1.5)), parse_plan(plans_json(), dataset_json(), "3d_fullres"), CPU
+    )
     list(case.planes([(0, 10)]))
     assert np.array_equal(array, before)
 

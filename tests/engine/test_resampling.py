@@ -55,7 +55,9 @@ def test_torch_operator_is_what_interpolate_does(n_in, n_out, mode):
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_resample_clips_to_each_channels_range_as_skimage_does(order):
     image = np.random.default_rng(0).integers(0, 2, (2, 9, 14, 11)).astype(np.float32) * [[[[1]]], [[[40]]]]
-    grid = Resampling(function="spline", order=order, separate=False).grid_map((9, 14, 11), (15, 10, 13), (1,) * 3, (1,) * 3)
+    grid = Resampling(function="spline", order=order, separate=False).grid_map(
+        (9, 14, 11), (15, 10, 13), (1,) * 3, (1,) * 3
+    )
     expected = np.stack([resize(c, (15, 10, 13), order, mode="edge", anti_aliasing=False) for c in image])
     result = resample(torch.from_numpy(image.astype(np.float32)), grid).numpy()
     assert np.abs(result - expected).max() < 1e-4

@@ -41,9 +41,7 @@ def case_of(image: np.ndarray) -> Case:
 
 
 def stitched(image: np.ndarray, runner, window: SlidingWindow, outputs: int) -> np.ndarray:
-    slabs = [
-        slab.clone() for slab in predict_logits(case_of(image), runner, window, outputs, timings=Timings())
-    ]
+    slabs = [slab.clone() for slab in predict_logits(case_of(image), runner, window, outputs, timings=Timings())]
     return torch.cat(slabs, dim=1).numpy()
 
 
