@@ -1,0 +1,222 @@
+"""One image file -> its grid and, when asked for, its voxels, proved complete.
+
+ITK fills what is missing in a cut-off .nii.gz with zeros, does not look at checksums, and turns NaN in NIfTI into 0. So
+a file's size is compared with its header before memory is taken, and the checksum at its end with the voxels ITK gave.
+"""
+
+import contextlib
+import math
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from .errors import VolumeError
+from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
+from .itk import check_memory, check_pixels, read_information, read_voxels
+
+_DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSource:
+    """A scan whose header has been read and whose voxels have not.
+
+    Attributes:
+        name: File name or folder name, for messages.
+        size: Voxels along (x, y, z).
+        spacing: Millimetres along (x, y, z).
+        origin: Position of the first voxel in mm, LPS (x, y, z).
+        direction: Nine cosines, row-major; its columns belong to the axes x, y, z.
+        voxels: Reads the voxels as an array (Z, Y, X); raises `VolumeError` if they are damaged.
+        warnings: What the user should know although the scan can be used.
+    """
+
+    name: str
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+    voxels: Callable[[], np.ndarray]
+    warnings: tuple[str, ...] = ()
+
+
+def open_image_file(path: Path) -> ImageSource:
+    """Read the header of an image file and check that the file can hold what it claims.
+
+    Args:
+        path: Existing file with one of `IMAGE_ENDINGS`.
+
+    Returns:
+        Its grid, with a function that reads the voxels.
+
+    Raises:
+        VolumeError: If the file is not a 3D image of plain numbers, is incomplete, or cannot be read.
+    """
+    with naming(path.name):
+        if path.stat().st_size == 0:
+            raise VolumeError("the file is empty: export or copy it again")
+        data = locate_voxels(path)
+        with _name_for_itk(path) as itk_name:
+            info = read_information(itk_name, _image_io(path))
+        dtype = check_pixels(info)
+        size = info.GetSize()
+        check_memory(size, dtype)
+        expected_bytes = len(data.prefix) + math.prod(size) * (data.bytes_per_voxel or dtype.itemsize)
+        if expected_bytes > data.stored_bytes * (1 if data.compression == "none" else _DEFLATE_RATIO):
+            raise VolumeError(
+                f"the header claims {size[0]} x {size[1]} x {size[2]} voxels in {expected_bytes} bytes, too much for "
+                f"{data.stored_bytes} bytes of file: it is cut off or its header is damaged; export or copy it again"
+            )
+    return ImageSource(
+        name=path.name,
+        size=size,
+        spacing=info.GetSpacing(),
+        origin=info.GetOrigin(),
+        direction=info.GetDirection(),
+        voxels=lambda: _read_voxels(path, data, expected_bytes),
+        warnings=data.warnings,
+    )
+
+
+def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray:
+    """Read with ITK, and make sure that nothing is missing and no bit is wrong.
+
+    Note:
+        The usual file is decompressed once, and its checksum computed from the voxels. Only where this does not match
+        is the stream decompressed a second time to decide: either it is damaged, or what ITK gives are not the stored
+        bytes (NaN or infinity, scaled or big-endian NIfTI, several gzip members, bytes behind the voxels).
+    """
+    with naming(path.name):
+        is_plain = data.compression == "none"
+        is_suspect = is_plain and data.float_type != ""
+        if data.compression == "gzip":
+            is_suspect = _last_number(data, 0) != expected_bytes % 2**32
+        if is_suspect:  # now, before memory is taken
+            _check_stored(data, expected_bytes)
+        with _name_for_itk(path) as itk_name:
+            voxels = read_voxels(itk_name, _image_io(path))
+        if not (is_suspect or is_plain or _checksum_agrees(data, voxels)):
+            _check_stored(data, expected_bytes)
+    return voxels
+
+
+def _image_io(path: Path) -> str:
+    """Name ITK's reader for a file."""
+    formats = {".nii": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".gipl": "GiplImageIO"}
+    return formats.get(image_ending(path).removesuffix(".gz"), "MetaImageIO")
+
+
+@contextlib.contextmanager
+def _name_for_itk(path: Path) -> Iterator[str]:
+    """Give a name under which ITK reads this file and no other.
+
+    ITK's NIfTI reader, asked for v.nii.gz, takes the voxels of v.nii if there is one; and it needs lower-case endings.
+    """
+    ending = image_ending(path)
+    has_twin = ending == ".nii.gz" and path.with_suffix("").exists()
+    if ending not in (".nii", ".nii.gz") or (path.name.endswith(ending) and not has_twin):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="volume-") as folder:
+        alias = Path(folder) / f"volume{ending}"
+        try:
+            alias.symlink_to(path.resolve())
+        except (OSError, NotImplementedError):  # Windows lets only some users make links
+            shutil.copyfile(path, alias)
+        yield str(alias)
+
+
+# ---- is the file whole? ----------------------------------------------------------------------------------------------
+
+
+def check_stored_voxels(path: Path, voxels: np.ndarray) -> None:
+    """Check that a file just written holds these voxels, without reading them all where they are compressed.
+
+    Args:
+        path: File with one of `IMAGE_ENDINGS`.
+        voxels: C-contiguous array (Z, Y, X) in the type that was written.
+
+    Raises:
+        VolumeError: If the file is too short or its checksum is not that of the voxels.
+    """
+    data = locate_voxels(path)
+    is_whole = data.stored_bytes >= voxels.nbytes if data.compression == "none" else _checksum_agrees(data, voxels)
+    if not is_whole:
+        raise VolumeError("the file came out incomplete")
+
+
+def _checksum_agrees(data: VoxelData, voxels: np.ndarray) -> bool:
+    """Compare the checksum at a compressed stream's end with that of the voxels as they lie in memory."""
+    content = voxels.reshape(-1).data
+    if data.compression == "gzip":
+        return _last_number(data, 4) == zlib.crc32(content, zlib.crc32(data.prefix))
+    return _last_number(data, 0, "big") == zlib.adler32(content)
+
+
+def _last_number(data: VoxelData, bytes_behind: int, order: Literal["little", "big"] = "little") -> int:
+    """Read the 32-bit number with so many bytes behind it: in a gzip stream 0 for its length, 4 for its checksum."""
+    with data.path.open("rb") as file:
+        file.seek(max(data.offset, data.offset + data.stored_bytes - bytes_behind - 4))
+        return int.from_bytes(file.read(4), order)
+
+
+def _check_stored(data: VoxelData, expected_bytes: int) -> None:
+    """Go through what a file stores in small pieces, and check length, checksums and, where ITK hides it, NaN.
+
+    Raises:
+        VolumeError: If the stream ends early, is too short, fails its checksum, or holds NaN or infinity.
+    """
+    total_bytes = 0
+    floats = bytearray()
+    try:
+        for piece in _stored_pieces(data):
+            if data.float_type:
+                floats += piece[max(len(data.prefix) - total_bytes, 0) : max(expected_bytes - total_bytes, 0)]
+                whole = len(floats) - len(floats) % np.dtype(data.float_type).itemsize
+                if not np.isfinite(np.frombuffer(bytes(floats[:whole]), data.float_type)).all():
+                    raise VolumeError("voxels must be finite, got NaN or infinity: replace them")
+                del floats[:whole]
+            total_bytes += len(piece)
+    except (zlib.error, EOFError) as error:
+        raise VolumeError(f"compressed voxels are damaged or cut off ({error}): export or copy them again") from None
+    if total_bytes < expected_bytes:
+        raise VolumeError(f"the header claims {expected_bytes} bytes, {total_bytes} are there: export or copy it again")
+
+
+def _stored_pieces(data: VoxelData) -> Iterator[bytes]:
+    """Read what is stored, decompressed."""
+    if data.compression != "none":
+        yield from _decompressed(data)
+        return
+    with data.path.open("rb") as file:
+        file.seek(data.offset)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+def _decompressed(data: VoxelData) -> Iterator[bytes]:
+    """Decompress zlib or gzip, one gzip member after the other; like ITK, ignore what follows the last one."""
+    inflater = zlib.decompressobj(wbits=47)
+    pending = b""
+    with data.path.open("rb") as file:
+        file.seek(data.offset)
+        while True:
+            pending = pending or file.read(_PIECE_BYTES)
+            if not pending:
+                raise EOFError("the stream has no end")
+            yield inflater.decompress(pending, _PIECE_BYTES)
+            pending = inflater.unconsumed_tail
+            if inflater.eof:
+                pending = inflater.unused_data
+                if len(pending) < len(GZIP_MAGIC):
+                    pending += file.read(_PIECE_BYTES)
+                if not pending.startswith(GZIP_MAGIC):
+                    return
+                inflater = zlib.decompressobj(wbits=31)

@@ -1,0 +1,303 @@
+"""Header of an image file -> where its voxels lie and how many bytes they must have.
+
+ITK reads the voxels, but it must not see a header first: a damaged one makes it crash (MetaImage), print to stderr
+(NIfTI) or silently use a spacing of 1 mm. So the few fields that decide size, place and spacing are checked here.
+"""
+
+import contextlib
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import VolumeError
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
+
+GZIP_MAGIC = b"\x1f\x8b"
+_LONGEST_HEADER_BYTES = 16 << 20
+_LONGEST_LINE_BYTES = 64 << 10
+_EXPORT_AGAIN = "export or copy the file again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoxelData:
+    """Place and form of the voxels of one image file.
+
+    Attributes:
+        path: File that holds the voxels: the image file itself, or the data file that its header names.
+        offset: Bytes in `path` before the voxels, or before the compressed stream that holds them.
+        stored_bytes: Bytes in `path` from `offset` on.
+        compression: "none", "gzip" or "zlib".
+        prefix: What the stream decompresses to before the first voxel (the header of a .nii.gz).
+        bytes_per_voxel: Stored bytes per voxel; 0 where they are those of ITK's pixel type.
+        float_type: Stored type where ITK hides NaN and infinity, as numpy names it; empty elsewhere.
+        warnings: What the user should know although the file can be used.
+    """
+
+    path: Path
+    offset: int
+    stored_bytes: int
+    compression: str
+    prefix: bytes = b""
+    bytes_per_voxel: int = 0
+    float_type: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a file's or folder's name before the text of errors, so that what checks need not know it.
+
+    Raises:
+        VolumeError: In place of a `VolumeError` or `OSError` from inside.
+    """
+    try:
+        yield
+    except VolumeError as error:
+        raise VolumeError(f"{name}: {error}") from None
+    except OSError as error:
+        raise VolumeError(f"{name}: the system cannot read it: {error.strerror or error}") from None
+
+
+def image_ending(path: Path) -> str:
+    """Find the image format's ending of a file name, in lower case.
+
+    Raises:
+        VolumeError: If no format that is read here has the file's ending.
+    """
+    for ending in IMAGE_ENDINGS:
+        if path.name.lower().endswith(ending):
+            return ending
+    raise VolumeError(
+        f"an image must end with one of {', '.join(IMAGE_ENDINGS)}, or be a folder with the slices of one "
+        "DICOM series; convert it, or pass the folder"
+    )
+
+
+def locate_voxels(path: Path) -> VoxelData:
+    """Check the header of an image file and find its voxels.
+
+    Args:
+        path: Existing file with one of `IMAGE_ENDINGS`.
+
+    Returns:
+        Where the voxels are. Their number is not known yet: ITK tells it from the same header.
+
+    Raises:
+        VolumeError: If the header is not one of the format, or describes what is no 3D image of plain numbers.
+    """
+    ending = image_ending(path)
+    if ending in (".nii", ".nii.gz"):
+        return _locate_nifti(path)
+    if ending in (".mha", ".mhd"):
+        return _locate_metaimage(path)
+    if ending in (".nrrd", ".nhdr"):
+        return _locate_nrrd(path)
+    return _locate_gipl(path)
+
+
+# ---- NIfTI-1: 348 bytes, https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h -----------------------------------
+
+_NIFTI_BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # by datatype code
+_NIFTI_NOT_PLAIN = {32: "complex", 1792: "complex", 2048: "complex", 128: "colour (RGB)", 2304: "colour (RGBA)"}
+
+
+def _locate_nifti(path: Path) -> VoxelData:
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == GZIP_MAGIC
+    if is_gzip and path.name.lower().endswith(".nii"):
+        raise VolumeError("the file is gzip-compressed, but its name ends with .nii: end it with .nii.gz")
+    header = _read_start(path, is_gzip, 348)
+    order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(header[:4])
+    if header[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
+        raise VolumeError("the file must be NIfTI-1, got NIfTI-2: save it as NIfTI-1, .nrrd or .mha")
+    if order is None or header[344:348] != b"n+1\0":
+        raise VolumeError(f"this is not a NIfTI-1 file: its header lacks the format's mark; {_EXPORT_AGAIN}")
+    _check_nifti_shape(struct.unpack_from(order + "8h", header, 40))
+    (datatype,) = struct.unpack_from(order + "h", header, 70)
+    if datatype not in _NIFTI_BYTES:
+        kind = _NIFTI_NOT_PLAIN.get(datatype, f"type code {datatype}")
+        raise VolumeError(f"voxels must be plain integers or floats, got {kind}: convert the image")
+    spacing = struct.unpack_from(order + "3f", header, 80)
+    if not all(math.isfinite(step_mm) and step_mm > 0 for step_mm in spacing):
+        raise VolumeError(f"spacing must be finite and above 0 mm, got {spacing} (x, y, z): correct the header")
+    for code_at, numbers_at, form in ((252, 256, "6f"), (254, 280, "12f")):  # qform and sform
+        placed = struct.unpack_from(order + form, header, numbers_at)
+        if struct.unpack_from(order + "h", header, code_at)[0] > 0 and not all(map(math.isfinite, placed)):
+            raise VolumeError(f"origin and direction must be finite, got {placed}: correct the header")
+    (voxel_offset,) = struct.unpack_from(order + "f", header, 108)
+    if not 0 <= voxel_offset <= _LONGEST_HEADER_BYTES:
+        raise VolumeError(f"voxels must begin within 16 MiB, the header says byte {voxel_offset}; {_EXPORT_AGAIN}")
+    offset = max(int(voxel_offset), len(header))
+    return VoxelData(
+        path=path,
+        offset=0 if is_gzip else offset,
+        stored_bytes=path.stat().st_size - (0 if is_gzip else offset),
+        compression="gzip" if is_gzip else "none",
+        prefix=_read_start(path, is_gzip, offset) if is_gzip else b"",
+        bytes_per_voxel=_NIFTI_BYTES[datatype],
+        float_type={16: f"{order}f4", 64: f"{order}f8"}.get(datatype, ""),
+        warnings=_compare_nifti_spacings(header, order, spacing),
+    )
+
+
+def _check_nifti_shape(dim: tuple[int, ...]) -> None:
+    """Accept three axes, and further ones only of length 1, as ITK does."""
+    if not 1 <= dim[0] <= 7 or any(length < 1 for length in dim[1 : dim[0] + 1]):
+        raise VolumeError(f"every axis must have a length of at least 1, the header says {dim}; {_EXPORT_AGAIN}")
+    axes = max((axis for axis in range(1, dim[0] + 1) if dim[axis] > 1), default=0)
+    if dim[0] < 3 or axes > 3:
+        check_dimension(dim[0])
+
+
+def check_dimension(dimension: int) -> None:
+    """Refuse images that are not 3D.
+
+    Raises:
+        VolumeError: If `dimension` is not 3.
+    """
+    if dimension != 3:
+        raise VolumeError(f"an image must be 3D, got {dimension}D: pass one 3D file per channel or time point")
+
+
+def _compare_nifti_spacings(header: bytes, order: str, spacing: tuple[float, ...]) -> tuple[str, ...]:
+    """Warn when the header holds two different spacings: ITK, like nnU-Net, uses `pixdim`."""
+    (sform_code,) = struct.unpack_from(order + "h", header, 254)
+    rows = struct.unpack_from(order + "12f", header, 280)
+    steps = [math.hypot(rows[axis], rows[4 + axis], rows[8 + axis]) for axis in range(3)]
+    if sform_code <= 0 or all(math.isclose(*pair, rel_tol=0.01) for pair in zip(steps, spacing, strict=True)):
+        return ()
+    given, used = (" x ".join(f"{step:.4g}" for step in values) for values in (steps, spacing))
+    return (f"the header holds two spacings, {used} mm (pixdim) and {given} mm (sform): pixdim is used",)
+
+
+def _read_start(path: Path, is_gzip: bool, count: int) -> bytes:
+    """Read the first `count` bytes, decompressed."""
+    inflater = zlib.decompressobj(wbits=31)
+    start = b""
+    with path.open("rb") as file:
+        try:
+            while len(start) < count and (piece := inflater.unconsumed_tail or file.read(1 << 14)):
+                start += inflater.decompress(piece, count - len(start)) if is_gzip else piece[: count - len(start)]
+        except zlib.error as error:
+            raise VolumeError(f"compressed data are damaged ({error}); {_EXPORT_AGAIN}") from None
+    if len(start) < count:
+        raise VolumeError(f"the header must have {count} bytes, got {len(start)}: the file is cut off; {_EXPORT_AGAIN}")
+    return start
+
+
+# ---- MetaImage: lines "Key = value", ElementDataFile is the last one -------------------------------------------------
+
+_INTEGER, _DECIMAL = r"-?\d{1,9}", r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_META_NUMBERS = {  # key: how many numbers it must have, and their form
+    "DimSize": (3, _INTEGER),
+    "ElementNumberOfChannels": (1, _INTEGER),
+    "HeaderSize": (1, _INTEGER),
+    "CompressedDataSize": (1, r"\d{1,18}"),
+    **dict.fromkeys(("ElementSpacing", "ElementSize", "CenterOfRotation"), (3, _DECIMAL)),
+    **dict.fromkeys(("Offset", "Position", "Origin"), (3, _DECIMAL)),
+    **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), (9, _DECIMAL)),
+}
+
+
+def _locate_metaimage(path: Path) -> VoxelData:
+    lines, end = _header_lines(path, lambda line: line.startswith("ElementDataFile"))
+    fields: dict[str, str] = {}
+    for line in lines:
+        match = re.fullmatch(r"\s*(\S+)\s*[=:]\s*(.*?)\s*", line)
+        if match is None or match[1] in fields or len(line) > 4000:  # MetaIO's own buffers are of a fixed size
+            raise VolumeError(f"this is not a MetaImage file: bad line {line[:40]!r} in its header; {_EXPORT_AGAIN}")
+        fields[match[1]] = match[2]
+    if not {"NDims", "DimSize", "ElementType", "ElementDataFile"} <= fields.keys():
+        raise VolumeError(f"this is not a MetaImage file: its header is incomplete; {_EXPORT_AGAIN}")
+    if re.fullmatch(r"\d{1,2}", fields["NDims"]) is None:
+        raise VolumeError(f"NDims must be 3, got {fields['NDims'][:40]!r}; {_EXPORT_AGAIN}")
+    check_dimension(int(fields["NDims"]))
+    for key in _META_NUMBERS.keys() & fields.keys():
+        _check_numbers(key, fields[key], *_META_NUMBERS[key])
+    for key, only in (("ElementNumberOfChannels", "1"), ("HeaderSize", "0"), ("BinaryData", "True")):
+        if fields.get(key, only).lower() != only.lower():
+            raise VolumeError(f"{key} must be {only}, got {fields[key][:40]!r}: convert the image")
+    if any(int(size) < 1 for size in fields["DimSize"].split()):
+        raise VolumeError(f"every axis must have a length of at least 1, got DimSize {fields['DimSize']}")
+    compressed = fields.get("CompressedData", "False")[:1] in ("T", "t", "1")
+    data = _text_format_data(path, fields["ElementDataFile"], "LOCAL", end, compressed)
+    if compressed and int(fields.get("CompressedDataSize", 0)) > data.stored_bytes:
+        raise VolumeError(f"the file is cut off: the header promises more bytes; {_EXPORT_AGAIN}")
+    return data
+
+
+def _check_numbers(key: str, text: str, count: int, form: str) -> None:
+    """Check a field of numbers: MetaIO itself takes what it cannot parse for 0."""
+    words = text.split()
+    if len(words) != count or not all(re.fullmatch(form, word) and math.isfinite(float(word)) for word in words):
+        raise VolumeError(f"{key} must be {count} finite number(s), got {text[:60]!r}; {_EXPORT_AGAIN}")
+
+
+# ---- NRRD: lines "field: value", an empty line is the last one, https://teem.sourceforge.net/nrrd/format.html --------
+
+
+def _locate_nrrd(path: Path) -> VoxelData:
+    lines, end = _header_lines(path, lambda line: not line)
+    if not lines or re.fullmatch(r"NRRD000[1-5]", lines[0]) is None:
+        raise VolumeError(f"this is not an NRRD file: it does not begin with NRRD0001 to NRRD0005; {_EXPORT_AGAIN}")
+    pairs = (line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line))  # no comments, no user's keys
+    fields = {key.lower().replace(" ", ""): value.strip() for key, value in pairs}
+    for key in ("spacings", "spacedirections", "spaceorigin"):
+        if re.search(r"nan|inf", fields.get(key, ""), re.IGNORECASE):
+            raise VolumeError(f"{key} must be finite, got {fields[key][:60]!r}: correct the header")
+    encoding = fields.get("encoding", "").lower()
+    if encoding not in ("raw", "gzip", "gz"):
+        raise VolumeError(f"encoding must be raw or gzip, got {encoding[:40]!r}: convert the image")
+    for key in ("lineskip", "byteskip"):
+        if fields.get(key, "0") != "0":
+            raise VolumeError(f"{key} must be 0, got {fields[key][:40]!r}: convert the image")
+    return _text_format_data(path, fields.get("datafile", ""), "", end, encoding != "raw")
+
+
+# ---- shared by the text formats --------------------------------------------------------------------------------------
+
+
+def _header_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
+    """Read the lines of a text header, up to and with the last one or the file's end, and the bytes they take."""
+    lines: list[str] = []
+    with path.open("rb") as file:
+        while file.tell() < _LONGEST_HEADER_BYTES and (line := file.readline(_LONGEST_LINE_BYTES)):
+            lines.append(line.decode("latin-1").rstrip("\r\n"))
+            if is_last(lines[-1]) or b"\0" in line:
+                break
+        return lines, file.tell()
+
+
+def _text_format_data(path: Path, data_file: str, inside: str, end: int, is_compressed: bool) -> VoxelData:
+    """Find the voxels behind the header, or in the file beside it that the header names."""
+    home, offset = path, end
+    if data_file != inside:
+        # Only a neighbour: a header must not be able to point at devices or at files elsewhere.
+        home, offset = path.parent / Path(data_file).name, 0
+        if Path(data_file).name != data_file or "\0" in data_file or not home.is_file():
+            raise VolumeError(
+                f"voxels must be in this file or in one existing file beside it, the header names "
+                f"{data_file[:60]!r}: put that file there, or convert the image to .nrrd or .mha"
+            )
+    compression = "none"
+    if is_compressed:
+        with home.open("rb") as file:
+            file.seek(offset)
+            compression = "gzip" if file.read(2) == GZIP_MAGIC else "zlib"
+    return VoxelData(path=home, offset=offset, stored_bytes=home.stat().st_size - offset, compression=compression)
+
+
+# ---- GIPL: 256 bytes, big-endian -------------------------------------------------------------------------------------
+
+
+def _locate_gipl(path: Path) -> VoxelData:
+    with path.open("rb") as file:
+        header = file.read(256)
+    if header[252:] not in (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8"):
+        raise VolumeError(f"this is not a GIPL file: its header lacks the format's mark; {_EXPORT_AGAIN}")
+    return VoxelData(path=path, offset=256, stored_bytes=path.stat().st_size - 256, compression="none")

@@ -1,0 +1,164 @@
+"""The little that is asked of SimpleITK, made safe: errors of one line, nothing on stderr, memory with an owner."""
+
+import math
+import os
+import re
+import threading
+from typing import Any
+
+import numpy as np
+
+from .errors import VolumeError
+from .image_header import check_dimension
+
+
+def read_information(name: str, image_io: str) -> Any:
+    """Let ITK read a file's header.
+
+    Args:
+        name: Path of the file.
+        image_io: ITK's reader to use; left to itself, ITK tries them all.
+
+    Returns:
+        A SimpleITK.ImageFileReader that knows the image's grid, type and tags.
+
+    Raises:
+        VolumeError: If ITK cannot read it.
+    """
+    reader = _file_reader(name, image_io)
+    try:
+        with _QUIET_ITK:
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise VolumeError(f"the header cannot be read: {_itk_reason(error)}; export or copy the file again") from None
+    return reader
+
+
+def read_voxels(name: str, image_io: str) -> np.ndarray:
+    """Let ITK read a file's voxels.
+
+    Args:
+        name: Path of the file.
+        image_io: ITK's reader to use.
+
+    Returns:
+        Array (Z, Y, X) on ITK's own memory, which it keeps alive; it may be written to.
+
+    Raises:
+        VolumeError: If ITK cannot read it.
+    """
+    try:
+        with _QUIET_ITK:
+            return np.asarray(_OwnedVoxels(_file_reader(name, image_io).Execute()))
+    except (RuntimeError, MemoryError) as error:
+        raise VolumeError(f"the voxels cannot be read: {_itk_reason(error)}; export or copy the file again") from None
+
+
+def _file_reader(name: str, image_io: str) -> Any:
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(image_io)
+    reader.SetFileName(name)
+    reader.LoadPrivateTagsOff()
+    return reader
+
+
+def check_pixels(info: Any) -> np.dtype:
+    """Accept 3D images of plain numbers.
+
+    Returns:
+        Type of the array that ITK will give.
+
+    Raises:
+        VolumeError: If the image is not 3D, or has complex, colour or vector pixels.
+    """
+    import SimpleITK
+
+    check_dimension(info.GetDimension())
+    pixel_id = info.GetPixelID()
+    plain = {
+        getattr(SimpleITK, f"sitk{kind}{bits}"): np.dtype(f"{kind.lower()}{bits}")
+        for kind, all_bits in (("Int", (8, 16, 32, 64)), ("UInt", (8, 16, 32, 64)), ("Float", (32, 64)))
+        for bits in all_bits
+    }
+    if info.GetNumberOfComponents() != 1 or pixel_id not in plain:
+        raise VolumeError(
+            f"voxels must be one integer or float each, got {info.GetNumberOfComponents()} x "
+            f"{SimpleITK.GetPixelIDValueAsString(pixel_id)} (colour, vector or complex): convert the image"
+        )
+    return plain[pixel_id]
+
+
+def check_memory(size: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuse what this machine cannot hold, where the system tells how much it has.
+
+    Raises:
+        VolumeError: If the voxels alone need more than the physical memory.
+    """
+    try:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return
+    needed_bytes = math.prod(size) * dtype.itemsize
+    if needed_bytes > memory_bytes:
+        raise VolumeError(
+            f"a scan must fit into memory, but {size[0]} x {size[1]} x {size[2]} voxels need "
+            f"{needed_bytes / 2**30:.1f} of {memory_bytes / 2**30:.1f} GiB: check the header, or crop the scan"
+        )
+
+
+class _OwnedVoxels:
+    """Memory of a SimpleITK image in a form that numpy keeps alive.
+
+    SimpleITK's own view does not keep its image: reading it after the image is gone crashes. An array made from this
+    object has it as its base, and so the image too. The image has no other owner, so the array may be written to.
+    """
+
+    def __init__(self, image: Any) -> None:
+        import SimpleITK
+
+        interface = SimpleITK.GetArrayViewFromImage(image).__array_interface__
+        self.image = image
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+class _QuietItk:
+    """Keeps ITK's warnings off stderr while any thread is inside.
+
+    ITK has one switch for the whole process: the first to enter turns it off, and the last to leave restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        import SimpleITK
+
+        with self._lock:
+            if self._inside == 0:
+                self._before = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+                SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        import SimpleITK
+
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                SimpleITK.ProcessObject.SetGlobalWarningDisplay(self._before)
+
+
+_QUIET_ITK = _QuietItk()
+
+
+def _itk_reason(error: BaseException) -> str:
+    """Shorten ITK's exception text to the line that says why, without addresses."""
+    reason = re.split(r"ERROR:", str(error))[-1].split("Reason:")[0]
+    lines = [line.strip() for line in re.sub(r"\w+\(0x[0-9a-f]+\):", "", reason).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return (lines[-1] if lines[-1].startswith("[") else lines[0])[:300]  # NRRD's reader tells the cause last

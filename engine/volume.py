@@ -1,0 +1,341 @@
+"""A scan in memory: an array and where its voxels lie; read from files and DICOM folders, turned, and written.
+
+Which files are trusted is decided in `image_file` (one file) and `dicom` (a folder of slices).
+"""
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+
+from .dicom import open_series
+from .errors import OutputError, VolumeError
+from .image_file import ImageSource, check_stored_voxels, open_image_file
+from .image_header import naming
+
+Triple: TypeAlias = tuple[float, float, float]
+
+SEGMENTATION_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # formats of one file that keep a direction
+
+_LEAST_SPACING_MM, _MOST_MM = 1e-6, 1e6  # beyond these, ITK's own matrices overflow
+_LEAST_DETERMINANT = 1e-6
+_MOST_COSINE = 1.001
+_SAME_SPACING = 1e-4  # relative
+_SAME_DIRECTION = 1e-3  # per cosine
+_SAME_ORIGIN = 0.05  # part of the smallest spacing
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Where the voxels of an array lie in the patient.
+
+    Attributes:
+        spacing: Distance between voxels in mm, (z, y, x): the order of the array's axes.
+        origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
+        direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
+
+    Raises:
+        ValueError: If there are not 3, 3 and 9 numbers.
+        VolumeError: If a number is not finite, a spacing is not above 0, or the direction is singular or no cosines.
+    """
+
+    spacing: Triple
+    origin: Triple
+    direction: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for field, count in (("spacing", 3), ("origin", 3), ("direction", 9)):
+            numbers = tuple(float(number) + 0.0 for number in getattr(self, field))  # + 0.0 turns -0.0 into 0.0
+            if len(numbers) != count:
+                raise ValueError(f"{field} must be {count} numbers, got {len(numbers)}: {numbers}")
+            if not (np.abs(numbers) <= _MOST_MM).all():  # so written, NaN fails too
+                raise VolumeError(f"{field} must be finite and below {_MOST_MM:g}, got {numbers}: correct the header")
+            object.__setattr__(self, field, numbers)
+        if min(self.spacing) < _LEAST_SPACING_MM:
+            raise VolumeError(f"spacing must be above 0 mm, got {self.spacing} (z, y, x): correct the header")
+        if np.abs(self.axes).max() > _MOST_COSINE or abs(np.linalg.det(self.axes)) < _LEAST_DETERMINANT:
+            raise VolumeError(
+                f"direction must be nine cosines and not singular, got {self.direction}: correct the header"
+            )
+
+    @property
+    def axes(self) -> np.ndarray:
+        """Direction as a 3x3 matrix: column k is the unit vector of image axis k of (x, y, z), in LPS."""
+        return np.array(self.direction).reshape(3, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A scan: voxels as they are stored, and where they lie.
+
+    Attributes:
+        array: (C, Z, Y, X), any integer, float or bool type; it may be a view with any strides.
+        geometry: Of the last three axes.
+        name: File or folder name, for messages.
+        warnings: What the user should know although the scan can be used, such as missing slices.
+
+    Raises:
+        TypeError: If `array` is not a numpy array of plain numbers in the machine's byte order.
+        VolumeError: If it is not 4D, or is empty.
+    """
+
+    array: np.ndarray
+    geometry: Geometry
+    name: str = "volume"
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.array, np.ndarray):
+            raise TypeError(f"{self.name}: array must be a numpy.ndarray, got {type(self.array).__name__}")
+        if self.array.dtype.kind not in "biuf" or self.array.itemsize > 8 or not self.array.dtype.isnative:
+            raise TypeError(
+                f"{self.name}: array must hold bool, integers or floats of up to 64 bits in native byte order, got "
+                f"{self.array.dtype.str}: convert it with array.astype"
+            )
+        if self.array.ndim != 4 or self.array.size == 0:
+            raise VolumeError(f"{self.name}: array must be (C, Z, Y, X) and not empty, got shape {self.array.shape}")
+
+    @classmethod
+    def from_array(
+        cls,
+        array: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        origin: Sequence[float] = (0.0, 0.0, 0.0),
+        direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        name: str = "volume",
+    ) -> "Volume":
+        """Make a volume of an array, without copying it.
+
+        Args:
+            array: (Z, Y, X) for one channel, or (C, Z, Y, X).
+            spacing: mm, in the order (z, y, x).
+            origin: mm, LPS (x, y, z).
+            direction: Nine cosines, row-major, as SimpleITK gives them.
+            name: Used in messages.
+
+        Returns:
+            The volume.
+
+        Raises:
+            TypeError, ValueError, VolumeError: As `Volume` and `Geometry` do.
+        """
+        corner, steps = cast(Triple, tuple(origin)), cast(Triple, tuple(spacing))
+        geometry = Geometry(spacing=steps, origin=corner, direction=tuple(direction))
+        if isinstance(array, np.ndarray) and array.ndim == 3:
+            array = array[None]
+        return cls(array=array, geometry=geometry, name=name)
+
+    def reoriented(self) -> "Volume":
+        """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as near as its grid allows.
+
+        Models trained with nnU-Net's `NibabelIOWithReorient` or `SimpleITKIOWithReorient` see scans so.
+
+        Returns:
+            A volume of the same voxels at the same places; its array is a view, with negative strides where axes are
+            flipped. `restore_orientation` is the way back.
+        """
+        source, flipped = _canonical_axes(self.geometry)
+        array = self.array.transpose(0, *(1 + axis for axis in source))
+        array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flipped))]
+        spacing = cast(Triple, tuple(self.geometry.spacing[axis] for axis in source))
+        origin, axes = np.array(self.geometry.origin), self.geometry.axes
+        turned = np.empty((3, 3))
+        for target, (axis, flip) in enumerate(zip(source, flipped, strict=True)):
+            column = axes[:, 2 - axis]  # array axis (z, y, x) number k is image axis (x, y, z) number 2 - k
+            turned[:, 2 - target] = -column if flip else column
+            if flip:  # the last voxel along this axis becomes the first
+                origin = origin + column * self.geometry.spacing[axis] * (self.array.shape[1 + axis] - 1)
+        geometry = Geometry(spacing=spacing, origin=tuple(origin), direction=tuple(turned.ravel()))
+        return replace(self, array=array, geometry=geometry)
+
+
+def restore_orientation(segmentation: np.ndarray, original: Geometry) -> np.ndarray:
+    """Turn an array on a reoriented grid back to the original axes.
+
+    Args:
+        segmentation: (..., Z, Y, X) on the grid of `Volume.reoriented()`.
+        original: Geometry of the volume that was reoriented.
+
+    Returns:
+        A view with the original order and direction of the axes.
+    """
+    source, flipped = _canonical_axes(original)
+    leading = range(segmentation.ndim - 3)
+    array = segmentation[(..., *(slice(None, None, -1 if flip else 1) for flip in flipped))]
+    return array.transpose(*leading, *(len(leading) + source.index(axis) for axis in range(3)))
+
+
+def _canonical_axes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Find, for each axis (z, y, x) of the turned array, the array axis it comes from and whether it is flipped.
+
+    Note:
+        As `nibabel.orientations.io_orientation`: the nearest rotation R of the direction (polar decomposition), then
+        image axes from the most to the least certain, each to the anatomical axis that it follows most.
+    """
+    left, _, right = np.linalg.svd(_LPS_TO_RAS @ (geometry.axes / np.linalg.norm(geometry.axes, axis=0)))
+    rotation = left @ right
+    source, flipped = [0, 0, 0], [False, False, False]
+    for image_axis in np.argsort(-(rotation**2).max(axis=0), kind="stable"):
+        anatomical = int(np.argmax(np.abs(rotation[:, image_axis])))
+        source[2 - anatomical] = 2 - int(image_axis)
+        flipped[2 - anatomical] = bool(rotation[anatomical, image_axis] < 0)
+        rotation[anatomical] = 0
+    return tuple(source), tuple(flipped)
+
+
+def read_volume(
+    image: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume, *, channels: int | None = None
+) -> Volume:
+    """Read a scan, or check one that is in memory.
+
+    Args:
+        image: One file, a folder with the slices of one DICOM series, a list of these with one for each channel, or a
+            Volume, which is returned as it is.
+        channels: How many channels the model takes; any number if None.
+
+    Returns:
+        The scan in the type it is stored in; channels of different types get one that holds them all.
+
+    Raises:
+        VolumeError: If something is missing, damaged, not finite, or does not fit together.
+        TypeError: If `image` is something else.
+    """
+    if isinstance(image, Volume):
+        _check_channel_count(image.name, len(image.array), channels)
+        _check_finite(image.name, image.array)
+        return image
+    paths = [Path(path).absolute() for path in ([image] if isinstance(image, str | os.PathLike) else image)]
+    if not paths:
+        raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")
+    _check_channel_count(paths[0].name, len(paths), channels)
+    sources = [_open(path) for path in paths]
+    geometry = _common_geometry(sources)
+    volume = Volume(
+        array=_read_channels(sources),
+        geometry=geometry,
+        name=sources[0].name,
+        warnings=tuple(f"{source.name}: {warning}" for source in sources for warning in source.warnings),
+    )
+    for warning in volume.warnings:
+        logger.warning("%s", warning)
+    return volume
+
+
+def _open(path: Path) -> ImageSource:
+    if path.is_dir():
+        return open_series(path)
+    if path.is_file():
+        return open_image_file(path)
+    if path.exists():
+        raise VolumeError(f"{path}: a scan must be a file or a folder, got a device, pipe or socket: pass a file")
+    raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
+
+
+def _check_channel_count(name: str, count: int, expected: int | None) -> None:
+    if expected is not None and count != expected:
+        raise VolumeError(
+            f"{name}: the model takes {expected} channel(s), got {count}: pass one file per channel in the order of "
+            "training, such as case_0000.nii.gz, case_0001.nii.gz"
+        )
+
+
+def _common_geometry(sources: list[ImageSource]) -> Geometry:
+    """Check that all channels lie on the grid of the first."""
+    geometries = []
+    for source in sources:
+        x_mm, y_mm, z_mm = source.spacing
+        with naming(source.name):
+            geometries.append(Geometry(spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction))
+    first = geometries[0]
+    origin_mm = _SAME_ORIGIN * min(first.spacing)
+    for source, other in zip(sources, geometries, strict=True):
+        for what, mine, expected, relative, absolute in (
+            ("shape (x, y, z)", source.size, sources[0].size, 0, 0),
+            ("spacing (z, y, x)", other.spacing, first.spacing, _SAME_SPACING, 0),
+            ("origin", other.origin, first.origin, 0, origin_mm),
+            ("direction", other.direction, first.direction, 0, _SAME_DIRECTION),
+        ):
+            if not np.allclose(mine, expected, rtol=relative, atol=absolute):
+                raise VolumeError(
+                    f"{source.name}: all channels must have the same {what}, got {mine}, but {sources[0].name} has "
+                    f"{expected}: resample the channels to one grid"
+                )
+    return first
+
+
+def _read_channels(sources: list[ImageSource]) -> np.ndarray:
+    """Read all channels into (C, Z, Y, X); one channel alone is not copied."""
+    channels = []
+    for source in sources:
+        channels.append(source.voxels())
+        _check_finite(source.name, channels[-1])
+    return channels[0][None] if len(channels) == 1 else np.stack(channels)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    """Refuse NaN and infinity; minimum and maximum show them without a mask in memory."""
+    if array.dtype.kind != "f":
+        return
+    with np.errstate(invalid="ignore"):
+        is_finite = np.isfinite(array.min()) and np.isfinite(array.max())
+    if not is_finite:
+        raise VolumeError(f"{name}: voxels must be finite, got NaN or infinity: replace them")
+
+
+def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry) -> None:
+    """Write labels in the format of the file name's ending; the file appears under its name only when complete.
+
+    Args:
+        path: File in an existing folder, ending with .nii.gz, .nii, .nrrd or .mha; an existing file is replaced.
+        segmentation: (Z, Y, X) uint8 or uint16.
+        geometry: Written as it is.
+
+    Raises:
+        ValueError: If the ending is none of these, or `segmentation` is not 3D or is empty.
+        TypeError: If `segmentation` is not uint8 or uint16.
+        OutputError: If the file cannot be written completely.
+    """
+    path = Path(path)
+    ending = next((ending for ending in SEGMENTATION_ENDINGS if path.name.lower().endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"{path.name}: a segmentation's name must end with one of {', '.join(SEGMENTATION_ENDINGS)}")
+    if not isinstance(segmentation, np.ndarray) or segmentation.dtype not in (np.uint8, np.uint16):
+        found = getattr(segmentation, "dtype", type(segmentation).__name__)
+        raise TypeError(f"{path.name}: a segmentation must be a numpy array of uint8 or uint16, got {found}")
+    if segmentation.ndim != 3 or segmentation.size == 0:
+        raise ValueError(f"{path.name}: a segmentation must be (Z, Y, X) and not empty, got shape {segmentation.shape}")
+    temporary = path.with_name(f".{path.name[: -len(ending)]}.{uuid.uuid4().hex}{ending}")
+    try:
+        temporary.touch(exist_ok=False)  # here and not in ITK, which would print why it cannot
+        _write_image(temporary, np.ascontiguousarray(segmentation), geometry)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, VolumeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        raise OutputError(f"{path}: the segmentation cannot be written: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or its folder never was one
+            temporary.unlink()
+
+
+def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
+    """Write a file and see it safely on disk: when that is full, ITK's NIfTI writer stops midway and says nothing."""
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(voxels)
+    image.SetSpacing(geometry.spacing[::-1])
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    check_stored_voxels(path, voxels)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
