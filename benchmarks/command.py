@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,9 @@ def main() -> None:
         scans.mkdir()
         shutil.copy(options.scan, scans)
         commands = {
-            side: [str(part) for part in (*start, "-i", scans, "-o", outputs[side], "-m", options.model, "-f", options.fold,
-                                          "-device", "cpu", "--disable_progress_bar",
-                                          *(["--disable_tta"] if options.disable_tta else []))]
+            side: list(map(str, (*start, "-i", scans, "-o", outputs[side], "-m", options.model, "-f", options.fold,
+                                 "-device", "cpu", "--disable_progress_bar",
+                                 *(["--disable_tta"] if options.disable_tta else []))))
             for side, start in (("stock", [tools / "nnUNetv2_predict_from_modelfolder"]),
                                 ("nnturbo", [tools / "nnturbo", "predict"]))
         }  # fmt: skip
@@ -58,8 +59,7 @@ def main() -> None:
     write_report(options.json, {
         "benchmark": "command", "mirroring": not options.disable_tta, "ratio": seconds["stock"] / seconds["nnturbo"],
         "median_s": seconds, "voxels_differing": differing, "voxels": int(labels[0].size),
-        "samples": {side: [{"seconds": r.seconds, "cpu_seconds": r.cpu_seconds, "peak_bytes": r.peak_bytes} for r in taken]
-                    for side, taken in runs.items()},
+        "samples": {side: [asdict(run) for run in taken] for side, taken in runs.items()},
     })  # fmt: skip
 
 

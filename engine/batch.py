@@ -128,7 +128,7 @@ def predict_cases(
             continue
         try:
             prediction = engine.predict(
-                case.images if len(case.images) > 1 else case.images[0],
+                case.images if len(case.images) != 1 else case.images[0],
                 previous_stage=_previous(engine, job, case.name),
                 save_probabilities=job.save_probabilities,
                 progress=None

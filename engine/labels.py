@@ -11,12 +11,8 @@ from torch import Tensor
 from ..kernels import argmax_labels, region_labels, resample_axis
 from .plans import LabelScheme
 from .preprocessing import Case
-from .resampling import GridMap, resample
+from .resampling import GridMap, plane_groups, resample
 from .timing import Timings
-
-WORKING_BYTES = 32 * 2**20
-"""Logits resampled in plane at once, about; small enough to stay near the cache."""
-
 
 def segment(
     planes: Iterable[Tensor], case: Case, labels: LabelScheme, *, timings: Timings, save_probabilities: bool = False
@@ -110,9 +106,9 @@ def _in_plane(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -> Itera
     """Resample along y and x, a few planes at a time, and yield the planes (K, Y, X), each its own memory."""
     _, y, x = grid.operators
     for slab in slabs:
-        step = max(1, WORKING_BYTES // (4 * len(slab) * y.n_out * x.n_out))
-        for start in range(0, slab.shape[1], step):
+        for part in plane_groups(slab.shape, y.n_out * x.n_out):
             with timings("labels"):
-                part = slab[:, start : start + step].movedim(0, 1).contiguous()
-                part = resample_axis(resample_axis(part, y, -2), x, -1)
-            yield from part
+                # Planes that stay as they are still have to leave the buffer that the next slab overwrites.
+                planes = resample_axis(resample_axis(slab[:, part], y, -2), x, -1)
+                planes = planes.movedim(1, 0).clone() if y.is_identity and x.is_identity else planes.movedim(1, 0)
+            yield from planes

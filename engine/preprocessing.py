@@ -281,21 +281,6 @@ def resample_label_map(
     return winner if nearest is None else torch.where(score_of_nearest == best, nearest, winner)
 
 
-def _previous_stage(
-    previous: np.ndarray,
-    plan: Plan,
-    image: np.ndarray,
-    crop: tuple[slice, ...],
-    grid: GridMap,
-    old_spacing: Sequence[float],
-    new_spacing: Sequence[float],
-) -> Tensor:
-    """Bring a previous stage's labels to the network's grid; background outside the body is a label of its own."""
-    labels = previous.transpose(plan.transpose_forward)[crop].astype(np.int32)
-    labels[(labels == 0) & ~filled_mask(image)] = -1
-    return resample_label_map(labels, plan.resampling_segmentation, grid.shape, old_spacing, new_spacing)
-
-
 def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.ndarray | None = None) -> Case:
     """Work out how a scan maps to the network's grid (nnU-Net: DefaultPreprocessor.run_case_npy).
 
@@ -327,7 +312,16 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         )
     grid = plan.resampling_data.grid_map(shape, new_shape, spacing, new_spacing)
 
-    mask = filled_mask(image) if any(channel.use_mask for channel in plan.channels) else None
+    mask = None
+    if previous is not None or any(channel.use_mask for channel in plan.channels):
+        mask = filled_mask(image)
+    labels = None
+    if previous is not None:
+        cropped = previous.transpose(order)[crop].astype(np.int32)
+        # As in nnU-Net, the surroundings of the body are a label of their own, and what has a label is body.
+        cropped[(cropped == 0) & ~mask] = -1
+        mask = cropped >= 0
+        labels = resample_label_map(cropped, plan.resampling_segmentation, new_shape, spacing, new_spacing).to(device)
     normalizations = tuple(
         choose_normalization(channel, data, mask, volume.name)
         for channel, data in zip(plan.channels, image, strict=True)
@@ -337,13 +331,10 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         low, high = _limits(image, normalizations, mask, grid)
         limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
 
-    labels = None
-    if previous is not None:
-        labels = _previous_stage(previous, plan, image, crop, grid, spacing, new_spacing).to(device)
     return Case(
         image=image,
         normalizations=normalizations,
-        mask=mask,
+        mask=mask if any(channel.masked for channel in normalizations) else None,
         grid=grid,
         limits=limits,
         previous=labels,

@@ -6,7 +6,7 @@ per (length before, length after) and applied as small matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +29,11 @@ SPLINE_PADDING = 12
 
 SPLINE_REACH = 14
 """Samples on each side that a spline coefficient depends on; 0.268 ** 15 is below float32 rounding."""
+
+
+WORKING_BYTES = 16 * 2**20
+"""Planes resampled at once. glibc returns blocks over 32 MiB to the system, and fetching them anew costs more than
+the products: measured on 3 x 546 x 546 to 512 x 512, 28 MiB at once take 0.33 s for 140 planes, 57 MiB 1.1 s."""
 
 
 @lru_cache(maxsize=128)
@@ -291,12 +296,33 @@ def resample_rows(
         return resample_axis(array, (y, x)[axis - 1], axis - 3)
 
     low, high = limits
-    for axis in (axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis):
-        data = along(axis, data.contiguous())
+    if grid.clip == "volume" or grid.last_axis != 0:
+        data = along(0, data.contiguous())
+    if grid.clip == "volume" or grid.last_axis == 0:
+        data = resample_in_plane(data, y, x)
+    else:
+        data = along(3 - grid.last_axis, data)
     if low is not None and high is not None:
         if grid.clip == "slice" and grid.last_axis == 0:
             low, high = (limit[:, offset : offset + data.shape[1]] for limit in (low, high))
         data = torch.clamp(data, low, high)
     if grid.clip != "volume":
-        data = along(grid.last_axis, data.contiguous())
+        data = along(grid.last_axis, data)
     return data
+
+
+def resample_in_plane(data: Tensor, y: AxisOperator, x: AxisOperator) -> Tensor:
+    """Resample (C, Z, Y, X) along y and x, a few planes at a time."""
+    if y.is_identity and x.is_identity:
+        return data.contiguous()
+    out = torch.empty(*data.shape[:2], y.n_out, x.n_out, dtype=data.dtype, device=data.device)
+    for part in plane_groups(data.shape, y.n_out * x.n_out):
+        out[:, part] = resample_axis(resample_axis(data[:, part], y, -2), x, -1)
+    return out
+
+
+def plane_groups(shape: Sequence[int], voxels_out: int) -> Iterator[slice]:
+    """Cut the planes of a (C, Z, Y, X) array so that one group, before or after resampling, is `WORKING_BYTES`."""
+    channels, planes, *plane = shape
+    step = max(1, WORKING_BYTES // (4 * channels * max(plane[0] * plane[1], voxels_out)))
+    return (slice(start, min(start + step, planes)) for start in range(0, planes, step))

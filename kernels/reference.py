@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .operators import AxisOperator, matrix_blocks
 
+LINE_VOXELS = 32768
+"""Columns per matrix product of a z step. Measured on 512 x 512 planes, 32 of 55: 23 ms, and 125 ms in one piece."""
+
 
 def resample_axis(
     data: Tensor, operator: AxisOperator, axis: int, *, rows: tuple[int, int] | None = None, offset: int = 0
@@ -41,13 +44,16 @@ def resample_axis(
     shape = list(data.shape)
     shape[axis] = stop - start
     out = torch.empty(shape, dtype=data.dtype, device=data.device)
-    # A z step is a y step on planes flattened to lines.
+    # A z step is a y step on planes flattened to lines, a stretch of line at a time.
     source, target = (data.flatten(-2), out.flatten(-2)) if axis == -3 else (data, out)
     for first_out, last_out, low, high, matrix in matrix_blocks(operator, start, stop, data.device):
+        rows_out, rows_in = slice(first_out - start, last_out - start), slice(low - offset, high - offset)
         if axis == -1:
-            target[..., first_out - start : last_out - start] = source[..., low - offset : high - offset] @ matrix.T
-        else:
-            target[..., first_out - start : last_out - start, :] = matrix @ source[..., low - offset : high - offset, :]
+            target[..., rows_out] = source[..., rows_in] @ matrix.T
+            continue
+        for column in range(0, source.shape[-1], LINE_VOXELS):
+            stretch = slice(column, column + LINE_VOXELS)
+            target[..., rows_out, stretch] = matrix @ source[..., rows_in, stretch]
     return out
 
 

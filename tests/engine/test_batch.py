@@ -5,8 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnturbo.engine import Engine, OutputError, VolumeError
-from nnturbo.engine import batch
+from nnturbo.engine import Engine, OutputError, VolumeError, batch
 from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
 from nnturbo.engine.files import write_json, written_atomically
 
