@@ -14,6 +14,7 @@ from .preprocessing import Case
 from .resampling import GridMap, plane_groups, resample
 from .timing import Timings
 
+
 def segment(
     planes: Iterable[Tensor], case: Case, labels: LabelScheme, *, timings: Timings, save_probabilities: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None]:

@@ -312,11 +312,10 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         )
     grid = plan.resampling_data.grid_map(shape, new_shape, spacing, new_spacing)
 
-    mask = None
-    if previous is not None or any(channel.use_mask for channel in plan.channels):
-        mask = filled_mask(image)
+    masked = previous is not None or any(channel.use_mask for channel in plan.channels)
+    mask = filled_mask(image) if masked else None
     labels = None
-    if previous is not None:
+    if previous is not None and mask is not None:
         cropped = previous.transpose(order)[crop].astype(np.int32)
         # As in nnU-Net, the surroundings of the body are a label of their own, and what has a label is body.
         cropped[(cropped == 0) & ~mask] = -1

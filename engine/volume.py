@@ -3,10 +3,8 @@
 Which files are trusted is decided in `image_file` (one file) and `dicom` (a folder of slices).
 """
 
-import contextlib
 import logging
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from .dicom import open_series
 from .errors import OutputError, VolumeError
+from .files import written_atomically
 from .image_file import ImageSource, check_stored_voxels, open_image_file
 from .image_header import naming
 
@@ -314,21 +313,16 @@ def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, g
         raise TypeError(f"{path.name}: a segmentation must be a numpy array of uint8 or uint16, got {found}")
     if segmentation.ndim != 3 or segmentation.size == 0:
         raise ValueError(f"{path.name}: a segmentation must be (Z, Y, X) and not empty, got shape {segmentation.shape}")
-    temporary = path.with_name(f".{path.name[: -len(ending)]}.{uuid.uuid4().hex}{ending}")
     try:
-        temporary.touch(exist_ok=False)  # here and not in ITK, which would print why it cannot
-        _write_image(temporary, np.ascontiguousarray(segmentation), geometry)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, VolumeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-        raise OutputError(f"{path}: the segmentation cannot be written: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone already, or its folder never was one
-            temporary.unlink()
+        with written_atomically(path, ending=ending) as temporary:
+            _write_image(temporary, np.ascontiguousarray(segmentation), geometry)
+    except (RuntimeError, VolumeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OutputError(f"{path} cannot be written: {reason}") from None
 
 
 def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
-    """Write a file and see it safely on disk: when that is full, ITK's NIfTI writer stops midway and says nothing."""
+    """Write a file and look at it: when the disk is full, ITK's NIfTI writer stops midway and says nothing."""
     import SimpleITK
 
     image = SimpleITK.GetImageFromArray(voxels)
@@ -337,5 +331,3 @@ def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
     image.SetDirection(geometry.direction)
     SimpleITK.WriteImage(image, str(path), useCompression=True)
     check_stored_voxels(path, voxels)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -332,13 +332,13 @@ class TestWriteSegmentation:
             ("file/s.nii.gz", "Not a directory"),
             ("taken.nii.gz", "Is a directory"),
         ]:
-            with pytest.raises(OutputError, match=f"{target}: the segmentation cannot be written: {reason}"):
+            with pytest.raises(OutputError, match=f"{target} cannot be written: {reason}"):
                 write_segmentation(tmp_path / target, labels, geometry)
 
-        def deny(self, **options):
-            raise PermissionError(13, "Permission denied", str(self))
+        def deny(**options):
+            raise PermissionError(13, "Permission denied", options["dir"])
 
-        monkeypatch.setattr(Path, "touch", deny)  # the tests may run as root, whom no folder refuses
+        monkeypatch.setattr("tempfile.mkstemp", deny)  # the tests may run as root, whom no folder refuses
         with pytest.raises(OutputError, match=r"Permission denied$"):
             write_segmentation(tmp_path / "s.nii.gz", labels, geometry)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.nii.gz"]
