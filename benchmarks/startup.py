@@ -13,12 +13,13 @@ from pathlib import Path
 
 from .report import python, run_measured, write_report
 
+STOCK_IMPORT, OUR_IMPORT = "import nnU-Net's predictor", "from nnturbo.engine import Engine"
 COMMANDS = {
     "import torch": python("-c", "import torch"),
     "import nnturbo.engine": python("-c", "import nnturbo.engine"),
-    "from nnturbo.engine import Engine": python("-c", "from nnturbo.engine import Engine"),
+    OUR_IMPORT: python("-c", OUR_IMPORT),
     "nnturbo --help": python("-m", "nnturbo.engine.cli", "--help"),
-    "import nnU-Net's predictor": python("-c", "import nnunetv2.inference.predict_from_raw_data"),
+    STOCK_IMPORT: python("-c", "import nnunetv2.inference.predict_from_raw_data"),
 }
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
     for name, seconds in medians.items():
         print(f"{seconds:6.2f} s  {name}")
-    ratio = medians["from nnturbo.engine import Engine"] / medians["import torch"]
+    ratio = medians[OUR_IMPORT] / medians["import torch"]
     print(f"importing Engine takes {ratio:.2f} times as long as importing torch")
     write_report(
         options.json, {"benchmark": "startup", "median_s": medians, "samples_s": samples, "ratio_to_torch": ratio}

@@ -113,7 +113,7 @@ class Engine:
             model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`) or export zip.
             folds: Folds to average; by default all numbered ones, else "all".
             checkpoint: File name of the checkpoint in each fold.
-            configuration: Which one to take from a zip that holds several.
+            configuration: The one wanted; needed for a zip that holds several.
             backend: How the network runs: "auto" or a name that `nnturbo inspect` lists.
             precision: "fp32", "bf16", "fp16", or "auto": fp32 on a CPU and fp16 on a GPU, as nnU-Net.
             device: "auto", "cpu", "cuda", "cuda:N" or "mps".

@@ -74,7 +74,7 @@ def read_model(
         folds: Folds to ensemble, such as (0, 1) or ("all",); by default every numbered fold that has the checkpoint,
             else fold "all".
         checkpoint: File name of the checkpoint in each fold.
-        configuration: Which one to take from a zip that holds several.
+        configuration: The one wanted; needed for a zip that holds several.
 
     Raises:
         ModelError: Where something is missing or not supported.
@@ -88,6 +88,8 @@ def read_model(
         names = _find_folds(folder, folds, checkpoint)
         checkpoints = [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
         first = checkpoints[0]
+        if configuration not in (None, first.configuration):
+            raise ModelError(f"{path} must be of configuration {configuration!r}, it is of {first.configuration!r}")
         return Model(
             plan=parse_plan(plans, dataset, first.configuration),
             weights=tuple(loaded.weights for loaded in checkpoints),

@@ -168,7 +168,7 @@ def _add_tile(
             batch = torch.empty(len(views), len(volume), *size, device=device)
             gather_views(volume, corner, size, views, out=batch)
         with timings("network"):
-            logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits
+            logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits.to(device)
         with timings("stitch"):
             accumulate_views(logits.reshape(len(views), -1, *size), views, (wz, wy, wx), out=place)
 

@@ -30,7 +30,7 @@ class Runner(Protocol):
     """A network, ready to run on its device; averages over the model's folds."""
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
-        """Run a batch of tiles, (N, C, *patch) float32 on the runner's device."""
+        """Run a batch of tiles, (N, C, *patch) float32 on any device; the output lies on the runner's own."""
         ...
 
 

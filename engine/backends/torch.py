@@ -29,7 +29,8 @@ class TorchRunner:
         self._precision = precision
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
-        """Run a batch of tiles, (N, C, *patch) float32 on the device."""
+        """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
+        tiles = tiles.to(self._device)
         with (
             torch.inference_mode(),
             torch.autocast(self._device.type, DTYPES[self._precision], enabled=self._precision != "fp32"),

@@ -244,6 +244,8 @@ def test_missing_pieces_of_a_folder_are_named(tmp_path):
         read_model(folder, folds=[7])
     with pytest.raises(ModelError, match=r"fold with checkpoint_best\.pth.*it has fold_0/checkpoint_final\.pth"):
         read_model(folder, checkpoint="checkpoint_best.pth")
+    with pytest.raises(ModelError, match="must be of configuration '2d', it is of '3d_fullres'"):
+        read_model(folder, configuration="2d")
     with pytest.raises(ValueError, match="different folds"):
         read_model(folder, folds=[0, 0])
     with pytest.raises(ValueError, match="file name"):
