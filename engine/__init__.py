@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineOptions
-    from .errors import BackendUnavailable, CheckpointError, EngineError, ModelError, OutputError, VolumeError
+    from .errors import (
+        BackendUnavailable,
+        CheckpointError,
+        EngineError,
+        ModelError,
+        OutputError,
+        PredictionError,
+        VolumeError,
+    )
     from .prediction import Prediction
     from .volume import Geometry, Volume, read_volume, write_segmentation
 
@@ -21,6 +29,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "Prediction",
+    "PredictionError",
     "Volume",
     "VolumeError",
     "read_volume",
@@ -29,7 +38,15 @@ __all__ = [
 
 _MODULES = {
     "engine": ("Engine", "EngineOptions"),
-    "errors": ("BackendUnavailable", "CheckpointError", "EngineError", "ModelError", "OutputError", "VolumeError"),
+    "errors": (
+        "BackendUnavailable",
+        "CheckpointError",
+        "EngineError",
+        "ModelError",
+        "OutputError",
+        "PredictionError",
+        "VolumeError",
+    ),
     "prediction": ("Prediction",),
     "volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from .prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
-RECORDS = "predictions.json"
 CHANNEL = re.compile(r"_\d{4}$")
 """nnU-Net's channel number at the end of a file's stem."""
 
@@ -43,12 +43,14 @@ class Job:
         save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
         skip_existing: Leave cases alone whose results are there.
         previous_stage: Folder with the labels of a cascade's previous stage.
+        records: File in the output folder that says how each case went; runs at the same time need different ones.
     """
 
     output: Path
     save_probabilities: bool = False
     skip_existing: bool = False
     previous_stage: Path | None = None
+    records: str = "predictions.json"
 
 
 @dataclass(slots=True)
@@ -87,7 +89,11 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
             f"every file in {source} must end in its channel's number, such as scan_0000{file_ending}; "
             f"{len(unnumbered)} do not, such as {unnumbered[0]}"
         )
-    return [CaseFiles(name=name, images=tuple(paths)) for name, paths in cases.items()]
+    return [
+        # Channels are 0, 1, 2, ...; where one is left out, reading says that its file is missing.
+        CaseFiles(name=name, images=tuple(source / f"{name}_{i:04d}{file_ending}" for i in range(len(paths))))
+        for name, paths in cases.items()
+    ]
 
 
 def _without_ending(name: str, file_ending: str) -> str:
@@ -119,10 +125,11 @@ def predict_cases(
     names = [case.name for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
+    _check_overwriting(engine, cases, job)
     _prepare_output(engine, job)
-    records = _read_records(job.output / RECORDS)
+    records = _read_records(job.output / job.records)
     outcome = Outcome()
-    for case in cases:
+    for index, case in enumerate(cases):
         if job.skip_existing and all(path.is_file() for path in _results(engine, job, case.name)):
             outcome.skipped.append(case.name)
             continue
@@ -137,23 +144,40 @@ def predict_cases(
             )
         except (EngineError, MemoryError) as error:
             reason = str(error) or "out of memory"
-            logger.error("%s failed: %s", case.name, reason)
+            logger.info("%s failed: %s", case.name, reason)
             outcome.failed[case.name] = reason
             records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
         else:
+            records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
             try:
                 _write(engine, job, case.name, prediction)
+                outcome.done.append(case.name)
+                logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
             except OutputError as error:
                 # What stops one result from being written stops the next one too.
-                outcome.failed[case.name] = str(error)
-                rest = names[names.index(case.name) + 1 :]
-                outcome.failed.update(dict.fromkeys(rest, "not tried, because results cannot be written"))
-                break
-            outcome.done.append(case.name)
-            records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
-            logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
-        write_json(job.output / RECORDS, {"schema": 1, "cases": list(records.values())})
+                rest = "not tried, because results cannot be written"
+                for name, reason in ((case.name, str(error)), *((later, rest) for later in names[index + 1 :])):
+                    outcome.failed[name] = reason
+                    records[name] = {"name": name, "status": "failed", "error": reason}
+                with contextlib.suppress(OutputError):  # on a full disk the records may not fit either
+                    _write_records(job, records)
+                return outcome
+        _write_records(job, records)
     return outcome
+
+
+def _check_overwriting(engine: Engine, cases: Sequence[CaseFiles], job: Job) -> None:
+    """Refuse to write a result where something lies that is to be read."""
+    inputs = {image.resolve() for case in cases for image in case.images}
+    inputs |= {path.resolve() for case in cases if (path := _previous(engine, job, case.name))}
+    for case in cases:
+        for result in _results(engine, job, case.name):
+            if result.resolve() in inputs:
+                raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
+
+
+def _write_records(job: Job, records: Mapping[str, Any]) -> None:
+    write_json(job.output / job.records, {"schema": 1, "cases": list(records.values())})
 
 
 def _prepare_output(engine: Engine, job: Job) -> None:

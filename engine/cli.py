@@ -131,12 +131,15 @@ def _predict(options: argparse.Namespace) -> int:
         mirror=not options.disable_tta,
         options=EngineOptions(sums_on_device=not options.not_on_device),
     )
+    _check_cascade(engine.model.plan.previous_stage, options.prev_stage_predictions)
     cases = find_cases(Path(options.i), engine.model.plan.file_ending)[options.part_id :: options.num_parts]
     job = Job(
         output=Path(options.o),
         save_probabilities=options.save_probabilities,
         skip_existing=options.continue_prediction,
         previous_stage=Path(options.prev_stage_predictions) if options.prev_stage_predictions else None,
+        # Parts may run at the same time, and each writes its records whole.
+        records="predictions.json" if options.num_parts == 1 else f"predictions.part{options.part_id}.json",
     )
     with _ProgressBar(len(cases), shown=not options.disable_progress_bar) as progress:
         outcome = predict_cases(engine, cases, job, progress=progress)
@@ -147,6 +150,15 @@ def _predict(options: argparse.Namespace) -> int:
         f"results in {options.o}"
     )
     return SOME_FAILED if outcome.failed else DONE
+
+
+def _check_cascade(wanted: str | None, given: str | None) -> None:
+    if wanted and not given:
+        raise ValueError(
+            f"this model continues from the labels of {wanted}; give their folder as -prev_stage_predictions"
+        )
+    if given and not Path(given).is_dir():
+        raise ValueError(f"-prev_stage_predictions must be a folder, {given} is none")
 
 
 def _model_folder(options: argparse.Namespace) -> str:
@@ -207,9 +219,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from .backends import backends
     from .model import read_model
+    from .network import build_network
 
     model = read_model(options.model, configuration=options.configuration)
     plan = model.plan
+    build_network(plan, model.weights[0])  # says here what would stop a prediction
     regions = "" if plan.labels.regions_class_order is None else " (regions)"
     rows = [
         ("model", str(model.source)),

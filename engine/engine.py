@@ -240,6 +240,11 @@ class Engine:
                 f"{labels.name}: labels of the previous stage must lie on the scan's grid, "
                 f"{scan.array.shape[1:]}; got {labels.array.shape[1:]}"
             )
+        if not labels.geometry.matches(scan.geometry):
+            raise VolumeError(
+                f"{labels.name}: labels of the previous stage must lie where the scan lies, {scan.geometry}; "
+                f"got {labels.geometry}"
+            )
         labels = labels.reoriented() if self.model.plan.reorient else labels
         return np.rint(labels.array[0]).astype(np.int32)
 

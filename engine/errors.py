@@ -17,6 +17,10 @@ class VolumeError(EngineError):
     """A scan cannot be read, or is not a scan this engine can take."""
 
 
+class PredictionError(EngineError):
+    """The network failed on a scan, or gave numbers that mean nothing."""
+
+
 class BackendUnavailable(EngineError):
     """A way of running the network is not installed or does not work on this device or in this precision."""
 

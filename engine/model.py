@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,21 @@ from .plans import Plan, parse_plan
 logger = logging.getLogger(__name__)
 
 LARGEST_JSON_BYTES = 256 * 2**20
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What torch and zipfile raise for damaged files."""
+
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before parameter names."""
 
@@ -83,7 +99,8 @@ def read_model(
     path = Path(path)
     with _folder(path, configuration) as folder:
         if not folder.is_dir():
-            raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} does not exist")
+            found = "is a file, and no whole zip" if path.is_file() else "does not exist"
+            raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} {found}")
         plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
         names = _find_folds(folder, folds, checkpoint)
         checkpoints = [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
@@ -184,7 +201,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} must hold weights and plain values only; {what:.160}. Nothing in it was run. If you "
             f"trust it, load it with nnU-Net and save its network_weights anew"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path} must be a torch checkpoint; it cannot be read: {str(error).partition(chr(10))[0]:.160}"
         ) from error
@@ -197,19 +214,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if not isinstance(arguments, dict) or not isinstance(arguments.get("configuration"), str):
         raise CheckpointError(f"{path} must name its configuration under 'init_args', as nnU-Net v2 checkpoints do")
-    axes = content.get("inference_allowed_mirroring_axes") or ()
-    if not isinstance(axes, (tuple, list)) or not all(axis in (0, 1, 2) for axis in axes):
+    axes = content.get("inference_allowed_mirroring_axes")
+    axes = () if axes is None else axes
+    if not isinstance(axes, (tuple, list)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
         raise CheckpointError(f"{path}: inference_allowed_mirroring_axes must be among 0, 1, 2, got {axes!r:.80}")
     return Checkpoint(
-        weights=_own_copies(weights),
+        weights=_own_copies(weights, path),
         configuration=arguments["configuration"],
         mirror_axes=tuple(sorted(set(axes))),
         trainer=str(content.get("trainer_name", "unknown")),
     )
 
 
-def _own_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy weights out of the mapped file as float32, tensors with several names once, names without wrappers."""
+def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Copy weights out of the mapped file as float32, tensors with several names once, names without wrappers.
+
+    Raises:
+        CheckpointError: For what no weight of a network is, and for tensors that claim more memory than the file holds.
+    """
+    for name, tensor in weights.items():
+        plain = isinstance(name, str) and tensor.layout == torch.strided and not tensor.is_complex()
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path} must hold plain, dense weights, {name!r:.80} is none")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path} must hold finite weights, {name!r:.80} has NaN or infinity")
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     named = {}
     for name, tensor in weights.items():
@@ -233,7 +261,7 @@ def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
         wanted = [
             member
             for member in archive.infolist()
-            if member.filename.startswith(f"{root}/") and member.filename.endswith((".json", ".pth"))
+            if member.filename.startswith(f"{root}/" if root else "") and member.filename.endswith((".json", ".pth"))
         ]
         free = shutil.disk_usage(target).free
         if (needed := sum(member.file_size for member in wanted)) > free:
@@ -242,13 +270,19 @@ def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
             inside = PurePosixPath(member.filename)
             if inside.is_absolute() or ".." in inside.parts or "\\" in member.filename:
                 raise ModelError(f"{path} must not hold paths that leave its folder, it holds {member.filename!r:.120}")
-            archive.extract(member, target)
+            try:
+                archive.extract(member, target)
+            except UNREADABLE as error:
+                raise ModelError(
+                    f"{path} must be a whole zip without a password; {member.filename:.120} cannot be unpacked: "
+                    f"{str(error).partition(chr(10))[0]:.120}"
+                ) from error
         yield Path(target) / root
 
 
 def _choose_in_zip(path: Path, archive: zipfile.ZipFile, configuration: str | None) -> str:
     """Find the folder inside a zip that holds the model."""
-    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.endswith("/plans.json")})
+    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.rpartition("/")[2] == "plans.json"})
     chosen = [root for root in roots if configuration is None or root.endswith(f"__{configuration}")]
     if len(chosen) != 1:
         wanted = f"the configuration {configuration!r}" if configuration else "exactly one model; name a configuration"

@@ -107,9 +107,11 @@ def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
         weights: Parameters by name. Deep-supervision heads may be missing: inference does not use them.
 
     Raises:
+        ModelError: Where the plan's architecture makes no network, or not one for its patch size.
         CheckpointError: Where weights are missing, unknown, or of another shape than the plan asks for.
     """
     network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
+    _check_patch(network, plan)
     expected = network.state_dict(keep_vars=True)
     # The library registers most parameters under several names; one of them is enough.
     known = {id(expected[name]): name for name in expected if name in weights}
@@ -124,9 +126,11 @@ def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
             missing.append(name)
     unknown = [name for name in weights if name not in expected and not _is_head(name)]
     wrong = [
-        f"{name} is {tuple(complete[name].shape)} instead of {tuple(parameter.shape)}"
+        f"{name} is {tuple(tensor.shape)} instead of {tuple(parameter.shape)}"
         for name, parameter in expected.items()
-        if name in complete and complete[name].shape != parameter.shape
+        # Under every name it came with, as nnU-Net does, and not only under the one that is used.
+        for tensor in {id(t): t for t in (weights.get(name, parameter), complete.get(name, parameter))}.values()
+        if tensor.shape != parameter.shape
     ]
     problems = [
         f"{len(names)} {what}, such as {names[0]}"
@@ -140,6 +144,22 @@ def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
         )
     network.load_state_dict(complete, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def _check_patch(network: nn.Module, plan: Plan) -> None:
+    """Run one patch through the network on the meta device, where it takes neither time nor memory."""
+    tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
+    wanted = (1, plan.labels.num_outputs, *plan.patch_size)
+    try:
+        with torch.inference_mode():
+            got = tuple(network.eval()(tiles).shape)
+    except CONSTRUCTION_ERRORS as error:
+        got = str(error).partition("\n")[0] or type(error).__name__
+    if got != wanted:
+        raise ModelError(
+            f"the network of plans.json must turn a patch of {plan.patch_size} into logits of shape {wanted}, "
+            f"it gives {got!s:.200}; the patch size must be divisible by the strides"
+        )
 
 
 def _is_head(name: str) -> bool:

@@ -20,6 +20,9 @@ NORMALIZATIONS = (
     "RGBTo01Normalization",
 )
 
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+"""What segmentations can be written as; a data set names one of them, and result files are named by it."""
+
 READERS = {
     "SimpleITKIO": False,
     "NibabelIO": False,
@@ -149,11 +152,19 @@ def _get(source: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], wh
     return value
 
 
+def _is_number(value: Any) -> bool:
+    """Whether JSON holds a finite number here that a float can hold."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = False) -> tuple:
     """Take a list of positive numbers."""
     values = _get(source, key, list, where)
     for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        number = _is_number(value) and value > 0
         if not number or (whole and value != int(value)):
             raise ModelError(
                 f"{where}: {key!r} must hold positive {'integers' if whole else 'numbers'}, got {value!r:.80}"
@@ -218,6 +229,8 @@ def _channel_normalizations(
             f"plans.json must name one normalization and one use_mask_for_norm for each of the {count} "
             f"channels of dataset.json, it names {len(schemes)} and {len(masks)}"
         )
+    if not all(isinstance(mask, bool) for mask in masks):
+        raise ModelError(f"plans.json: use_mask_for_norm must hold true or false, got {masks!r:.80}")
     properties = plans.get(
         "foreground_intensity_properties_per_channel", plans.get("foreground_intensity_properties_by_modality", {})
     )
@@ -225,16 +238,17 @@ def _channel_normalizations(
     for index, (scheme, mask) in enumerate(zip(schemes, masks, strict=True)):
         if scheme not in NORMALIZATIONS:
             raise ModelError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, the plan names {scheme!r}")
-        use_mask = bool(mask) and scheme == "ZScoreNormalization"
+        use_mask = mask and scheme == "ZScoreNormalization"
         if scheme != "CTNormalization":
             channels.append(ChannelNormalization(scheme=scheme, use_mask=use_mask))
             continue
         where = f"plans.json: intensity properties of channel {index}"
         values = _get(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
-        low, high, mean, std = (float(_get(values, key, (int, float), where)) for key in keys)
-        if not all(map(math.isfinite, (low, high, mean, std))) or std < 0:
-            raise ModelError(f"{where} must be finite, with a std of at least 0; got {low}, {high}, {mean}, {std}")
+        numbers = [_get(values, key, (int, float), where) for key in keys]
+        if not all(map(_is_number, numbers)) or numbers[-1] < 0:
+            raise ModelError(f"{where} must be finite, with a std of at least 0; got {numbers!r:.120}")
+        low, high, mean, std = map(float, numbers)
         channels.append(ChannelNormalization(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
     return tuple(channels)
 
@@ -310,6 +324,13 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         raise ModelError(
             f"nnturbo reads volumes as {', '.join(READERS)} do; this model was trained with {reader!r:.80}"
         )
+    for key, known in (("preprocessor_name", "DefaultPreprocessor"), ("label_manager", "LabelManager")):
+        named = configuration.get(key, plans.get(key, known))
+        if named != known:
+            raise ModelError(f"nnturbo does what nnU-Net's {known} does; this model was trained with {named!r:.80}")
+    file_ending = _get(dataset, "file_ending", str, "dataset.json")
+    if file_ending not in FILE_ENDINGS:
+        raise ModelError(f"dataset.json: file_ending must be one of {', '.join(FILE_ENDINGS)}, got {file_ending!r:.80}")
     names = _channel_names(dataset)
     previous = configuration.get("previous_stage")
     functions = []
@@ -335,7 +356,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         architecture=_architecture(configuration),
         previous_stage=None if previous is None else str(previous),
         reorient=READERS[reader],
-        file_ending=_get(dataset, "file_ending", str, "dataset.json"),
+        file_ending=file_ending,
     )
 
 

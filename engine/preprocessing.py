@@ -5,6 +5,7 @@ Planes are made when the sliding window asks for them, so the resampled scan nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,9 @@ from .volume import Volume
 
 STATISTICS_PLANES = 16
 """Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
+
+LARGEST_GROWTH = 1000
+"""Voxels that resampling may make of one; more means that a spacing is wrong, and would take for ever."""
 
 EPSILON = 1e-8
 """Least standard deviation or range that nnU-Net divides by."""
@@ -309,6 +313,11 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         raise VolumeError(
             f"{volume.name}: at the model's spacing of {new_spacing} mm the scan must have at least one "
             f"voxel along each axis; {shape} voxels of {spacing} mm become {new_shape}"
+        )
+    if math.prod(new_shape) > LARGEST_GROWTH * math.prod(shape):
+        raise VolumeError(
+            f"{volume.name}: at the model's spacing of {new_spacing} mm a scan must grow at most "
+            f"{LARGEST_GROWTH} times; {shape} voxels of {spacing} mm become {new_shape}: check the spacing"
         )
     grid = plan.resampling_data.grid_map(shape, new_shape, spacing, new_spacing)
 

@@ -235,6 +235,8 @@ def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
     ours, fields = FUNCTIONS[function]
     if unknown := sorted(set(arguments) - set(fields)):
         raise ModelError(f"{function} takes {', '.join(fields) or 'no arguments'}, the plan also gives {unknown}")
+    if arguments.get("memefficient_seg_resampling", False) is not False:
+        raise ModelError("memefficient_seg_resampling must be false: it gives other labels, and is not supported")
     values = {fields[name]: value for name, value in arguments.items() if fields[name] is not None}
     # nnU-Net's own defaults differ: the spline function separates on request only, the torch function by itself.
     values.setdefault("separate", None if ours == "torch" else False)
@@ -244,10 +246,10 @@ def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
     for field in ("mode", "mode_coarse"):
         if values.get(field, "linear") not in TORCH_MODES:
             raise ModelError(f"interpolation mode must be one of {TORCH_MODES}, the plan asks for {values[field]!r}")
-    if values["separate"] not in (None, True, False):
+    if values["separate"] is not None and not isinstance(values["separate"], bool):
         raise ModelError(f"force_separate_z must be true, false or null, the plan says {values['separate']!r}")
     threshold = values.get("threshold", ANISOTROPY_THRESHOLD)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold != threshold:
         raise ModelError(f"separate_z_anisotropy_threshold must be a number, the plan says {threshold!r}")
     return Resampling(function=ours, **values)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import accumulate_views, gather_views
 from .backends import Runner
+from .errors import PredictionError
 from .preprocessing import Case
 from .timing import Timings
 
@@ -115,6 +116,9 @@ def predict_logits(
         timings: Receives "preprocess", "network" and "stitch".
         progress: Called with (tiles done, tiles in all).
 
+    Raises:
+        PredictionError: Where the network fails or its logits are not finite.
+
     Yields:
         (K, planes, Y, X) float32 on the case's device: averaged over views and tiles, without padding. Each is a view
         of a buffer that the next step overwrites.
@@ -141,6 +145,8 @@ def predict_logits(
         finished = (starts[0][row + 1] if row + 1 < len(starts[0]) else padded[0]) - top
         # The planes of this row that lie in the grid proper, not in its padding.
         first, last = max(before[0] - top, 0), min(before[0] + case.shape[0] - top, finished)
+        with timings("stitch"):
+            _check_finite(sums[:, first:last])
         if first < last:
             yield sums[:, first:last, before[1] : before[1] + case.shape[1], before[2] : before[2] + case.shape[2]]
         with timings("stitch"):
@@ -168,9 +174,22 @@ def _add_tile(
             batch = torch.empty(len(views), len(volume), *size, device=device)
             gather_views(volume, corner, size, views, out=batch)
         with timings("network"):
-            logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits.to(device)
+            try:
+                logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits.to(device)
+            except RuntimeError as error:  # torch's own, running out of memory among them
+                reason = str(error).strip().partition("\n")[0]
+                raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
         with timings("stitch"):
             accumulate_views(logits.reshape(len(views), -1, *size), views, (wz, wy, wx), out=place)
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Refuse what would become labels without meaning; least and greatest value show it without a mask in memory."""
+    if logits.numel() and not torch.isfinite(torch.stack(torch.aminmax(logits))).all():
+        raise PredictionError(
+            "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
+            "precision is too low for this model; try --precision fp32"
+        )
 
 
 def _shift(sums: Tensor, planes: int) -> None:

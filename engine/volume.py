@@ -66,6 +66,14 @@ class Geometry:
                 f"direction must be nine cosines and not singular, got {self.direction}: correct the header"
             )
 
+    def matches(self, other: "Geometry") -> bool:
+        """Whether two grids of the same shape lie in the same place, within what formats round."""
+        return (
+            np.allclose(self.spacing, other.spacing, rtol=_SAME_SPACING, atol=0)
+            and np.allclose(self.origin, other.origin, rtol=0, atol=_SAME_ORIGIN * min(other.spacing))
+            and np.allclose(self.direction, other.direction, rtol=0, atol=_SAME_DIRECTION)
+        )
+
     @property
     def axes(self) -> np.ndarray:
         """Direction as a 3x3 matrix: column k is the unit vector of image axis k of (x, y, z), in LPS."""
@@ -213,6 +221,8 @@ def read_volume(
         _check_channel_count(image.name, len(image.array), channels)
         _check_finite(image.name, image.array)
         return image
+    if isinstance(image, np.ndarray):
+        raise TypeError("an array needs its spacing: pass Volume.from_array(array, spacing)")
     paths = [Path(path).absolute() for path in ([image] if isinstance(image, str | os.PathLike) else image)]
     if not paths:
         raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")

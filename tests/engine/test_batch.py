@@ -5,7 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nnturbo.engine import Engine, OutputError, VolumeError, batch
+from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
 from nnturbo.engine.files import write_json, written_atomically
 
@@ -46,6 +48,7 @@ def test_every_case_is_predicted_written_and_recorded(engine, scans, tmp_path):
     for name, record in read_records(out).items():
         labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz")))
         assert np.array_equal(labels, engine.predict(scans / f"{name}_0000.nii.gz").segmentation)
+        assert set(np.unique(labels)) == {0, 1, 2}
         assert record["status"] == "done"
         assert record["volumes_ml"]["pancreas"] == pytest.approx((labels == 1).sum() * 4.5e-3)
         assert record["provenance"]["folds"] == ["0"]
@@ -67,6 +70,43 @@ def test_wrong_channels_fail_their_case_only(engine, scans, tmp_path):
     outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
     assert outcome.done == ["a", "c"]
     assert "1 channel" in outcome.failed["b"]
+
+
+def test_a_missing_channel_fails_its_case(engine, scans, tmp_path):
+    (scans / "b_0000.nii.gz").rename(scans / "b_0001.nii.gz")
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["a", "c"]
+    assert "b_0000.nii.gz" in outcome.failed["b"]
+
+
+def test_a_scan_is_never_replaced_by_its_result(engine, tmp_path):
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    before = scan.read_bytes()
+    with pytest.raises(ValueError, match="would replace a file that is read"):
+        predict_cases(engine, find_cases(scan, ".nii.gz"), Job(output=tmp_path))
+    assert scan.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory\nmore"), None])
+def test_a_network_that_fails_or_gives_nonsense_fails_its_case(engine, scans, tmp_path, monkeypatch, failure):
+    class Broken:
+        calls = 0
+
+        def __call__(self, tiles):
+            Broken.calls += 1
+            if Broken.calls == 1 and failure:
+                raise failure
+            logits = torch.zeros(len(tiles), 3, *tiles.shape[2:])
+            return NetworkOutput(logits + (float("nan") if Broken.calls == 1 else 0))
+
+    monkeypatch.setattr(engine, "_runner", Broken())
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["b", "c"]
+    assert ("failed on a tile of (8, 12, 16) voxels: out of memory" if failure else "must be finite") in outcome.failed[
+        "a"
+    ]
+    assert not (tmp_path / "out" / "a.nii.gz").exists()
 
 
 def test_continuing_leaves_results_alone_and_keeps_their_records(engine, scans, tmp_path):
@@ -145,6 +185,11 @@ def test_a_disk_that_fills_up_stops_the_run_and_leaves_nothing_half_written(engi
     assert "No space left" in outcome.failed["b"]
     assert outcome.failed["c"].startswith("not tried")
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz"]
+    assert {name: record["status"] for name, record in read_records(out).items()} == {
+        "a": "done",
+        "b": "failed",
+        "c": "failed",
+    }
 
 
 def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):

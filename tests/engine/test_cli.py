@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from nnturbo.engine import Engine
 from nnturbo.engine.cli import main
 
-from tests.engine.factory import write_model
+from tests.engine.factory import plans_json, write_model
 from tests.engine.test_batch import write_scan
 
 
@@ -59,7 +59,8 @@ def test_a_failed_case_gives_status_1_and_is_named(model, scans, tmp_path, capsy
     arguments = ["-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu", "--disable_tta"]
     assert main(["predict", *arguments]) == 1
     captured = capsys.readouterr()
-    assert "nnturbo: c failed:" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("nnturbo: c failed:")
     assert "3 done, 0 already there, 1 failed" in captured.out
 
 
@@ -86,6 +87,32 @@ def test_wrong_usage_gives_status_2_and_one_line(model, scans, tmp_path, monkeyp
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_keep_records_of_their_own(model, scans, tmp_path):
+    for part in ("0", "1"):
+        arguments = ["-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(model), "-device", "cpu", "--disable_tta"]
+        assert main(["predict", *arguments, "-num_parts", "2", "-part_id", part]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("predictions*")} == {
+        "predictions.part0.json",
+        "predictions.part1.json",
+    }
+
+
+def test_a_cascade_without_its_previous_stage_is_wrong_usage(scans, tmp_path, capsys):
+    folder = write_model(tmp_path / "m", plans=plans_json(previous_stage="3d_lowres"))
+    arguments = ["predict", "-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(folder), "-device", "cpu"]
+    assert main(arguments) == 2
+    assert "continues from the labels of 3d_lowres" in capsys.readouterr().err
+    assert main([*arguments, "-prev_stage_predictions", str(tmp_path / "no")]) == 2
+    assert "must be a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_refuses_what_cannot_run(tmp_path, capsys):
+    folder = write_model(tmp_path / "m", plans=plans_json(patch_size=[9, 12, 16]))
+    assert main(["inspect", str(folder)]) == 2
+    assert "must be divisible by the strides" in capsys.readouterr().err
 
 
 def test_an_input_that_is_not_there_gives_status_2(model, tmp_path, capsys):

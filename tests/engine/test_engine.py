@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnturbo.engine import BackendUnavailable, Engine, EngineOptions, Volume, VolumeError
+from nnturbo.engine import BackendUnavailable, Engine, EngineOptions, Volume, VolumeError, write_segmentation
 from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.labels import resampled_planes
 from nnturbo.engine.resampling import Resampling, resample
@@ -125,6 +125,11 @@ def test_wrong_channel_count_is_refused(model):
         Engine.load(model, device="cpu").predict(two)
 
 
+def test_an_array_without_spacing_is_refused(model):
+    with pytest.raises(TypeError, match="needs its spacing"):
+        Engine.load(model, device="cpu").predict(np.zeros((8, 8, 8)))
+
+
 def cascade(tmp_path):
     plans = plans_json(previous_stage="3d_lowres")
     dataset = dataset_json()
@@ -135,6 +140,10 @@ def test_a_cascade_needs_and_uses_the_previous_stage(tmp_path, scan):
     engine = Engine.load(cascade(tmp_path), device="cpu", mirror=False)
     with pytest.raises(VolumeError, match="continues from the labels of 3d_lowres"):
         engine.predict(scan)
+    elsewhere = Volume.from_array(np.zeros((9, 24, 26), np.uint8), (9, 9, 9))
+    write_segmentation(tmp_path / "labels.nii.gz", elsewhere.array[0], elsewhere.geometry)
+    with pytest.raises(VolumeError, match="must lie where the scan lies"):
+        engine.predict(scan, previous_stage=tmp_path / "labels.nii.gz")
     with pytest.raises(VolumeError, match="must lie on the scan's grid"):
         engine.predict(scan, previous_stage=np.zeros((3, 3, 3), np.uint8))
     empty = engine.predict(scan, previous_stage=np.zeros((9, 24, 26), np.uint8))

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -156,6 +157,11 @@ def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
         ((*CONFIGURATION, "inherits_from"), "3d_fullres", "in a circle: 3d_fullres -> 3d_fullres"),
         ((*CONFIGURATION, "architecture"), [], "'architecture' must be a dict"),
         ((*CONFIGURATION, "architecture"), ..., "must have 'UNet_class_name'"),
+        ((*CONFIGURATION, "spacing"), [10**400, 1, 1], "positive numbers"),
+        ((*CONFIGURATION, "use_mask_for_norm"), ["false"], "must hold true or false"),
+        ((*CONFIGURATION, "preprocessor_name"), "MyPreprocessor", "trained with 'MyPreprocessor'"),
+        (("label_manager",), "MyLabelManager", "trained with 'MyLabelManager'"),
+        (("foreground_intensity_properties_per_channel", "0", "mean"), 10**400, "must be finite"),
         (("transpose_forward",), [0, 1, 1], "order of the axes"),
         (("transpose_forward",), "012", "must be a list"),
         (("image_reader_writer",), "NaturalImage2DIO", "trained with 'NaturalImage2DIO'"),
@@ -224,6 +230,20 @@ def test_weights_that_do_not_fit_are_counted_and_named():
         build_network(plan, {})
 
 
+def test_weights_are_checked_under_every_name(tmp_path):
+    plan = parse_plan(plans_json(), dataset_json(), "3d_fullres")
+    weights = random_weights(plans_json(), dataset_json())
+    for name in weights:
+        with pytest.raises(CheckpointError, match=re.escape("is (3, 7) instead of")):
+            build_network(plan, {**weights, name: torch.zeros(3, 7)})
+
+
+@pytest.mark.parametrize("ending", [".gipl", ".png", "/../../evil.nii.gz", ""])
+def test_a_file_ending_that_cannot_be_written_is_refused(ending):
+    with pytest.raises(ModelError, match="file_ending must be one of"):
+        parse_plan(plans_json(), dataset_json(file_ending=ending), "3d_fullres")
+
+
 def test_missing_pieces_of_a_folder_are_named(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         read_model(tmp_path / "nowhere")
@@ -260,6 +280,13 @@ def test_missing_pieces_of_a_folder_are_named(tmp_path):
         ({"init_args": {}}, "must name its configuration"),
         ({"inference_allowed_mirroring_axes": (0, 5)}, "must be among 0, 1, 2"),
         ({"inference_allowed_mirroring_axes": 3}, "must be among 0, 1, 2"),
+        ({"inference_allowed_mirroring_axes": torch.tensor([0, 1])}, "must be among 0, 1, 2"),
+        ({"inference_allowed_mirroring_axes": [torch.tensor([0, 1])]}, "must be among 0, 1, 2"),
+        ({"network_weights": {3: torch.zeros(1)}}, "plain, dense weights, 3 is none"),
+        ({"network_weights": {"a": torch.zeros(2).to_sparse()}}, "plain, dense weights"),
+        ({"network_weights": {"a": torch.zeros(2, dtype=torch.complex64)}}, "plain, dense weights"),
+        ({"network_weights": {"a": torch.zeros(1).expand(10**9)}}, "plain, dense weights"),
+        ({"network_weights": {"a": torch.tensor([0, float("inf")])}}, "finite weights, 'a'"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_named(tmp_path, checkpoint, message):
@@ -310,6 +337,32 @@ def test_a_zip_cannot_write_outside_its_folder(tmp_path, member):
     with pytest.raises(ModelError, match="must not hold paths that leave its folder"):
         read_model(archive)
     assert not list(tmp_path.rglob("escaped*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "flipped", "clash"])
+def test_a_damaged_zip_is_refused(tmp_path, damage):
+    archive = zipped(write_model(tmp_path / "m"), tmp_path / "model.zip")
+    whole = bytearray(archive.read_bytes())
+    if damage == "clash":
+        with zipfile.ZipFile(archive, "a") as writer:
+            writer.writestr("Dataset900_Test/nnUNetTrainer__nnUNetPlans__3d_fullres/a.json", "{}")
+            writer.writestr("Dataset900_Test/nnUNetTrainer__nnUNetPlans__3d_fullres/a.json/b.json", "{}")
+    elif damage == "flipped":
+        start = whole.index(b"checkpoint_final.pth") + 2000
+        whole[start : start + 64] = bytes(64)
+        archive.write_bytes(whole)
+    else:
+        archive.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"hello")
+    with pytest.raises(ModelError, match="no whole zip|must be a whole zip"):
+        read_model(archive)
+
+
+def test_a_zip_with_the_model_at_its_top_is_read(tmp_path):
+    folder = write_model(tmp_path / "m")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        for path in folder.rglob("*.*"):
+            archive.write(path, path.relative_to(folder))
+    assert read_model(tmp_path / "model.zip").folds == ("0",)
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

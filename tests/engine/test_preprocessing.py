@@ -87,6 +87,13 @@ def test_a_readers_memory_is_never_written_to():
     assert np.array_equal(array, before)
 
 
+def test_a_spacing_that_makes_a_scan_grow_without_end_is_refused():
+    plan = parse_plan(plans_json(), dataset_json(), "3d_fullres")
+    scan = Volume.from_array(np.ones((10, 16, 20), np.int16), (1e5, 1.5, 1.5), name="long")
+    with pytest.raises(VolumeError, match="long: .* must grow at most 1000 times"):
+        preprocess(scan, plan, CPU)
+
+
 def test_a_scan_thinner_than_half_a_voxel_is_refused():
     plan = parse_plan(plans_json(spacing=[20.0, 1.5, 1.5]), dataset_json(), "3d_fullres")
     scan = Volume.from_array(np.ones((3, 20, 20), np.int16), (1, 1, 1), name="thin")

@@ -122,6 +122,9 @@ def test_no_resampling_keeps_the_old_shape():
         ("resample_data_or_seg_to_shape", {"force_separate_z": "yes"}, "force_separate_z"),
         ("resample_data_or_seg_to_shape", {"separate_z_anisotropy_threshold": None}, "must be a number"),
         ("resample_torch_fornnunet", {"mode": "bicubic"}, "interpolation mode"),
+        ("resample_torch_fornnunet", {"memefficient_seg_resampling": True}, "must be false"),
+        ("resample_torch_fornnunet", {"separate_z_anisotropy_threshold": float("nan")}, "must be a number"),
+        ("resample_torch_fornnunet", {"force_separate_z": 1}, "force_separate_z"),
     ],
 )
 def test_functions_nnunet_does_not_have_are_refused(function, arguments, message):
