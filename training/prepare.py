@@ -1,0 +1,245 @@
+"""Turn the pancreas data set into what nnU-Net trains from: raw folder, splits, class labels.
+
+Finding the cases is `cases`; what comes after, nnU-Net's own planning, is `planning`. Everything is checked before the
+first file is written, and the folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..engine.errors import OutputError, VolumeError
+from ..engine.files import write_json, written_atomically
+from ..engine.volume import Volume, read_volume, write_segmentation
+from .cases import (
+    ENDING,
+    IMAGE_ENDING,
+    LABELS,
+    LABELS_FILE,
+    SPLITS_FILE,
+    SourceCase,
+    find_cases,
+    grid_difference,
+    read_mask,
+)
+from .planning import plan_and_preprocess
+from .tables import DatasetError, raise_problems
+
+__all__ = ["LABELS_FILE", "SPLITS_FILE", "DatasetError", "PreparedDataset", "plan_and_preprocess", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 1 << 20  # for the small files, and what folders take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedDataset:
+    """An nnU-Net raw data set.
+
+    Attributes:
+        folder: `.../DatasetXXX_Name`; `splits_final.json` and `classification_labels.csv` lie in it.
+        cases: Where each case came from, split by split.
+        rounded: Names of the cases whose masks held numbers that are not integers.
+        linked: How many images are hard links to the source; the others are copies.
+    """
+
+    folder: Path
+    cases: tuple[SourceCase, ...]
+    rounded: tuple[str, ...]
+    linked: int
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """Names of the cases of a split, sorted."""
+        return tuple(case.name for case in self.cases if case.split == split)
+
+
+def prepare_dataset(
+    source: str | os.PathLike[str],
+    raw_folder: str | os.PathLike[str],
+    *,
+    dataset_id: int,
+    dataset_name: str,
+    table: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> PreparedDataset:
+    """Convert a data set to nnU-Net's raw format, with explicit splits and class labels.
+
+    Args:
+        source: Folder of the data set, see `cases.find_cases`.
+        raw_folder: nnU-Net's `nnUNet_raw`; made if it does not exist.
+        dataset_id: 1 to 999.
+        dataset_name: Letters, digits, - and _; the folder is `DatasetXXX_<dataset_name>`.
+        table: csv or xlsx with the columns filename, subtype and split, if the folders do not tell them.
+        overwrite: Whether an existing folder of this name is replaced.
+        progress: Called after each case was checked with the number done, the number of all, and the name.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the id or the name cannot be one.
+        DatasetError: If anything in the data set is missing, doubled or does not fit together; all problems at once.
+        OutputError: If the folder or another data set of this id exists, the disk has too little room, or a file cannot
+            be written. Whatever is raised, nothing under the final name has changed.
+
+    Note:
+        Images are hard-linked where the file system allows it, so editing a source image in place edits the data set.
+        While it is written, the folder has a hidden name: nnU-Net refuses an id that two `DatasetXXX...` folders have.
+    """
+    if not 1 <= dataset_id <= 999:
+        raise ValueError(f"dataset_id must lie in 1 to 999, got {dataset_id}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", dataset_name):
+        raise ValueError(f"dataset_name must be letters, digits, - and _, got {dataset_name!r}")
+    target = Path(raw_folder) / f"Dataset{dataset_id:03d}_{dataset_name}"
+    _check_target(target, overwrite)
+    cases, problems = find_cases(source, table)
+    _check_room(target, cases)
+    rounded, unreadable = _check_scans(cases, progress)
+    raise_problems(str(source), [*problems, *unreadable])
+    with _built_aside(target) as folder:
+        linked = _write_cases(folder, cases)
+        _write_descriptions(folder, target.name, cases)
+    logger.info("%s: %d cases, %d masks rounded, %d images linked", target, len(cases), len(rounded), linked)
+    return PreparedDataset(folder=target, cases=cases, rounded=rounded, linked=linked)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists: choose another id or name, or pass overwrite=True to replace it")
+    number = target.name.partition("_")[0]
+    for other in target.parent.glob(f"{number}*") if target.parent.is_dir() else ():
+        if other.name != target.name and other.is_dir():
+            raise OutputError(f"{other} has the same id, which nnU-Net refuses: choose another id")
+
+
+def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
+    """Refuse to begin what would fill the disk; rounded masks are smaller than those they come from."""
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    status = os.stat(existing)
+    files = [case.mask for case in cases if case.mask is not None]
+    files += [case.image for case in cases if case.image.stat().st_dev != status.st_dev]  # cannot be linked
+    needed = sum(path.stat().st_size for path in files) + _SPARE_BYTES
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{target} needs about {needed / 1e6:.0f} MB, {existing} has {free / 1e6:.0f} MB free; make room, or "
+            "choose another folder"
+        )
+
+
+def _check_scans(
+    cases: Sequence[SourceCase], progress: Callable[[int, int, str], None] | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Read all files; return the names whose masks need rounding, and what is wrong.
+
+    Note:
+        Scans are compared by their voxels as float32, so that a copy is recognised in other compression or type too.
+    """
+    rounded, problems, seen = [], [], dict[bytes, SourceCase]()
+    for done, case in enumerate(cases, start=1):
+        image, mask = None, None
+        try:
+            image = read_volume(case.image, channels=1)
+        except VolumeError as error:
+            problems.append(str(error))
+        try:
+            mask, was_rounded = (None, False) if case.mask is None else read_mask(case.mask)
+            rounded += [case.name] if was_rounded else []
+        except (VolumeError, DatasetError) as error:
+            problems.append(str(error))
+        if image is not None and mask is not None and (difference := grid_difference(mask, image)):
+            problems.append(f"{case.mask}: {difference}")
+        if image is not None:
+            twin = seen.setdefault(_voxel_digest(image), case)
+            if twin.split != case.split:
+                problems.append(f"{case.image}: leaked, the same scan as {twin.image} of the {twin.split} split")
+            elif twin is not case:
+                problems.append(f"{case.image}: a scan must occur once, {twin.image} is the same")
+        if progress is not None:
+            progress(done, len(cases), case.name)
+    return tuple(rounded), problems
+
+
+def _voxel_digest(image: Volume) -> bytes:
+    digest = hashlib.sha256(repr(image.array.shape).encode())
+    digest.update(np.ascontiguousarray(image.array, dtype=np.float32).data)
+    return digest.digest()
+
+
+@contextlib.contextmanager
+def _built_aside(target: Path) -> Iterator[Path]:
+    """Give a hidden folder that takes the place of `target` when the block ends well, and vanishes if it does not."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    displaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rename(displaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if displaced.exists():
+                displaced.rename(target)
+            raise
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}; choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _write_cases(folder: Path, cases: Sequence[SourceCase]) -> int:
+    """Write images and masks, and return how many images are linked."""
+    for name in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / name).mkdir()
+    linked = 0
+    for case in cases:
+        images = "imagesTs" if case.mask is None else "imagesTr"
+        linked += _link_or_copy(case.image, folder / images / f"{case.name}{IMAGE_ENDING}")
+        if case.mask is not None:
+            mask, _ = read_mask(case.mask)
+            # With the image's own geometry, so that nothing downstream stumbles over the last digit of a header.
+            geometry = read_volume(case.image).geometry
+            write_segmentation(folder / "labelsTr" / f"{case.name}{ENDING}", mask.array[0], geometry)
+    return linked
+
+
+def _link_or_copy(source: Path, target: Path) -> bool:
+    """Give a file a second name, or a copy where that is not possible; return whether it is linked."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        return False
+    return True
+
+
+def _write_descriptions(folder: Path, name: str, cases: Sequence[SourceCase]) -> None:
+    """Write `dataset.json`, the one explicit split, and the class labels."""
+    by_split = {split: [case.name for case in cases if case.split == split] for split in ("train", "validation")}
+    description = {
+        "name": name,
+        "channel_names": {"0": "CT"},
+        "labels": LABELS,
+        "numTraining": sum(map(len, by_split.values())),
+        "file_ending": ENDING,
+    }
+    write_json(folder / "dataset.json", description)
+    write_json(folder / SPLITS_FILE, [{"train": by_split["train"], "val": by_split["validation"]}])
+    rows = [(case.name, case.subtype, case.split) for case in cases if case.subtype is not None]
+    with written_atomically(folder / LABELS_FILE) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("case", "subtype", "split"), *rows])
