@@ -1,0 +1,130 @@
+"""Fills the tables of README.md and docs/ from benchmarks/results, so that text and data cannot disagree.
+
+    python -m nnturbo.benchmarks.readme
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .startup import OUR_IMPORT, STOCK_IMPORT
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/parity.md")
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Content of one stored result."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+def gains() -> str:
+    """What nnturbo gains over nnU-Net, with conditions."""
+    stages, command, memory, startup = (load(name) for name in ("stages", "command", "memory", "startup"))
+    stock_s = sum(stages["stock_s"].values())
+    ours_s = stages["nnturbo_s"]["preprocess"] + stages["nnturbo_s"]["labels"]
+    differing = stages["agreement"]["labels_differing"] / stages["agreement"]["voxels"]
+    peaks = {(row["side"], row["depth"]): row.get("peak_bytes") for row in memory["rows"]}
+    depth = max(depth for _, depth in peaks)
+    stock_peak, our_peak, shorter = (
+        peaks[key] for key in (("stock", depth), ("nnturbo", depth), ("nnturbo", depth // 2))
+    )
+    medians = startup["median_s"]
+    shape = " x ".join(map(str, stages["shape"]))
+    return markdown(
+        ["what, on two CPU cores", "nnU-Net 2.8.1", "nnturbo", "", "agreement"],
+        [
+            [
+                f"scan to network and logits to labels, CT of {shape} voxels, {stages['classes']} classes",
+                f"{stock_s:.1f} s",
+                f"{ours_s:.2f} s",
+                f"{stages['ratio']:.0f} x faster",
+                f"labels: {differing:.0e} of voxels, as nnU-Net keeps fp16",
+            ],
+            [
+                "whole command, abdominal CT, small network, no mirroring",
+                f"{command['median_s']['stock']:.1f} s",
+                f"{command['median_s']['nnturbo']:.1f} s",
+                f"{command['ratio']:.1f} x faster",
+                f"{command['voxels_differing']} of {command['voxels']} voxels",
+            ],
+            [
+                f"peak memory, 512 x 512 x {depth} voxels, {memory['classes']} classes",
+                f"{stock_peak / 2**30:.1f} GiB" if stock_peak else "more than the machine has",
+                f"{our_peak / 2**30:.1f} GiB",
+                f"{stock_peak / our_peak:.1f} x less" if stock_peak else "",
+                f"half the scan takes {shorter / 2**30:.1f} GiB",
+            ],
+            [
+                "importing the predictor",
+                f"{medians[STOCK_IMPORT]:.1f} s",
+                f"{medians[OUR_IMPORT]:.1f} s",
+                "",
+                f"importing torch alone: {medians['import torch']:.1f} s",
+            ],
+        ],
+    )
+
+
+def parity() -> str:
+    """How many voxels differ from nnU-Net, over all tasks."""
+    rows = load("parity")["rows"]
+    tasks = [row for row in rows if row["differ_from_fp32_stock"] is not None]
+    real = [row for row in rows if row["differ_from_fp32_stock"] is None]
+
+    def total(key: str, over: list[dict[str, Any]]) -> str:
+        count, voxels = sum(row[key] for row in over), sum(row["voxels"] for row in over)
+        return f"{count} of {voxels} ({count / voxels:.0e})"
+
+    kinds = len({row["name"].rpartition("-")[0] for row in tasks})
+    table = [[f"{row['name']}: a trained model on a real CT, against the labels stock wrote",
+              total("differ_from_stock", [row]), "-"] for row in real]  # fmt: skip
+    table.append(
+        [
+            f"{kinds} kinds of model on {len(tasks)} scans",
+            total("differ_from_stock", tasks),
+            total("differ_from_fp32_stock", tasks),
+        ]
+    )
+    return markdown(["voxels with another label", "than stock", "than stock with fp32 sums"], table)
+
+
+def parity_rows() -> str:
+    """The same for every kind of model and scan."""
+    rows = []
+    for row in load("parity")["rows"]:
+        counts = (row["differ_from_stock"], row["differ_from_fp32_stock"], row["stock_differs_from_fp32_stock"])
+        rows.append([row["name"], str(row["voxels"]), *("-" if count is None else str(count) for count in counts)])
+    header = ["model kind and scan", "voxels", "not as stock", "not as stock with fp32 sums", "stock not as fp32 stock"]
+    return markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"gains": gains, "parity": parity, "parity_rows": parity_rows}
+
+
+def filled(document: str) -> str:
+    """A document with its tables as the results have them."""
+    return TABLE.sub(lambda match: match.group(1) + TABLES[match.group(2)]() + match.group(3), document)
+
+
+def main() -> None:
+    """Fill every document."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
