@@ -12,17 +12,19 @@ DEMO_SCAN ?= $(SHARED)/data/abdomen_ct_0000.nii.gz
 
 .PHONY: demo test check benchmark clean
 
-$(BIN)/nnturbo: pyproject.toml setup.py
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$@ -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e .
 	touch $@
 
-$(VENV)/.dev: $(BIN)/nnturbo
+$(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
-	touch $@
+	touch $@ $(VENV)/.installed
 
-demo: $(BIN)/nnturbo
+demo: $(VENV)/.installed
 	@test -d "$(DEMO_MODEL)" && test -f "$(DEMO_SCAN)" || { \
 	  echo "make demo needs a trained nnU-Net model and a scan it fits; there is none at"; \
 	  echo "  $(DEMO_MODEL)"; echo "  $(DEMO_SCAN)"; \
