@@ -93,5 +93,7 @@ def test_stitching(benchmark, side):
         return sums
 
     assert (ours() - field).abs().max() < 1e-4
-    assert (stock().float() - field).abs().max() < 0.1
+    # Not at the edges: there stock's weights are subnormal fp16 numbers, and its logits off by up to their own size.
+    inside = (slice(None), slice(8, -8), slice(16, -16), slice(16, -16))
+    assert (stock().float() - field)[inside].abs().max() < 0.02
     benchmark(stock if side == "stock" else ours)
