@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python -m nnturbo.benchmarks.stages --json benchmarks/results/stages.json
