@@ -129,10 +129,10 @@ def predict_cases(
     _prepare_output(engine, job)
     records = _read_records(job.output / job.records)
     outcome = Outcome()
-    for index, case in enumerate(cases):
-        if job.skip_existing and all(path.is_file() for path in _results(engine, job, case.name)):
-            outcome.skipped.append(case.name)
-            continue
+    if job.skip_existing:
+        outcome.skipped = [name for name in names if all(path.is_file() for path in _results(engine, job, name))]
+    pending = [case for case in cases if case.name not in outcome.skipped]
+    for index, case in enumerate(pending):
         try:
             prediction = engine.predict(
                 case.images if len(case.images) != 1 else case.images[0],
@@ -156,7 +156,8 @@ def predict_cases(
             except OutputError as error:
                 # What stops one result from being written stops the next one too.
                 rest = "not tried, because results cannot be written"
-                for name, reason in ((case.name, str(error)), *((later, rest) for later in names[index + 1 :])):
+                later = ((other.name, rest) for other in pending[index + 1 :])
+                for name, reason in ((case.name, str(error)), *later):
                     outcome.failed[name] = reason
                     records[name] = {"name": name, "status": "failed", "error": reason}
                 with contextlib.suppress(OutputError):  # on a full disk the records may not fit either

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -22,8 +21,6 @@ from .preprocessing import Case, preprocess
 from .sliding_window import SlidingWindow, mirror_views, predict_logits
 from .timing import Timings
 from .volume import Geometry, Volume, read_volume, restore_orientation
-
-logger = logging.getLogger(__name__)
 
 Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
@@ -199,9 +196,9 @@ class Engine:
             logits, case, plan.labels, timings=timings, save_probabilities=save_probabilities
         )
         if plan.reorient:
-            segmentation = restore_orientation(segmentation, scan.geometry)
+            segmentation = np.ascontiguousarray(restore_orientation(segmentation, scan.geometry))
             if probabilities is not None:
-                probabilities = np.stack([restore_orientation(channel, scan.geometry) for channel in probabilities])
+                probabilities = np.ascontiguousarray(restore_orientation(probabilities, scan.geometry))
         return Prediction(
             segmentation=segmentation,
             probabilities=probabilities,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import pickle
 import re
@@ -24,8 +23,6 @@ from torch import Tensor
 
 from .errors import CheckpointError, ModelError
 from .plans import Plan, parse_plan
-
-logger = logging.getLogger(__name__)
 
 LARGEST_JSON_BYTES = 256 * 2**20
 UNREADABLE = (

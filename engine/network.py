@@ -126,11 +126,9 @@ def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
             missing.append(name)
     unknown = [name for name in weights if name not in expected and not _is_head(name)]
     wrong = [
-        f"{name} is {tuple(tensor.shape)} instead of {tuple(parameter.shape)}"
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(parameter.shape)}"
         for name, parameter in expected.items()
-        # Under every name it came with, as nnU-Net does, and not only under the one that is used.
-        for tensor in {id(t): t for t in (weights.get(name, parameter), complete.get(name, parameter))}.values()
-        if tensor.shape != parameter.shape
+        if name in weights and weights[name].shape != parameter.shape
     ]
     problems = [
         f"{len(names)} {what}, such as {names[0]}"

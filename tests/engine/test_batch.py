@@ -192,6 +192,20 @@ def test_a_disk_that_fills_up_stops_the_run_and_leaves_nothing_half_written(engi
     }
 
 
+def test_a_disk_that_fills_up_leaves_finished_cases_out_of_it(engine, scans, tmp_path, monkeypatch):
+    cases = find_cases(scans, ".nii.gz")
+    predict_cases(engine, cases[2:], Job(output=tmp_path / "out"))
+
+    def full(engine, job, name, prediction):
+        raise OutputError("full")
+
+    monkeypatch.setattr(batch, "_write", full)
+    outcome = predict_cases(engine, cases, Job(output=tmp_path / "out", skip_existing=True))
+    assert outcome.skipped == ["c"]
+    assert set(outcome.failed) == {"a", "b"}
+    assert read_records(tmp_path / "out")["c"]["status"] == "done"
+
+
 def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
