@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, ModelError
+from .heads import PooledClassifier
 from .plans import Plan, parse_plan
+from .tensors import is_plain
 
 LARGEST_JSON_BYTES = 256 * 2**20
 UNREADABLE = (
@@ -56,6 +58,8 @@ class Model:
         trainer: Name of the trainer class.
         source: The folder or zip it came from.
         plans, dataset: The two JSON files as they were.
+        pooled_classifiers: Fitted after training, to answer in place of the network's classification head: one per
+            fold, None for a fold without. Empty where the head answers for all.
     """
 
     plan: Plan
@@ -66,6 +70,12 @@ class Model:
     source: Path
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
+    pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
+
+    @property
+    def fitted_folds(self) -> tuple[str, ...]:
+        """Folds that have a fitted classifier."""
+        return tuple(name for name, fitted in zip(self.folds, self.pooled_classifiers, strict=False) if fitted)
 
     @property
     def num_parameters(self) -> int:
@@ -104,8 +114,11 @@ def read_model(
         first = checkpoints[0]
         if configuration not in (None, first.configuration):
             raise ModelError(f"{path} must be of configuration {configuration!r}, it is of {first.configuration!r}")
+        plan = parse_plan(plans, dataset, first.configuration)
+        for name, loaded in zip(names, checkpoints, strict=True):
+            _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
         return Model(
-            plan=parse_plan(plans, dataset, first.configuration),
+            plan=plan,
             weights=tuple(loaded.weights for loaded in checkpoints),
             folds=names,
             mirror_axes=first.mirror_axes,
@@ -113,6 +126,23 @@ def read_model(
             source=path,
             plans=plans,
             dataset=dataset,
+            pooled_classifiers=tuple(loaded.pooled_classifier for loaded in checkpoints),
+        )
+
+
+def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> None:
+    """Refuse a fitted classifier that answers another question than the plan's."""
+    if fitted is None:
+        return
+    if plan.classification is None:
+        raise CheckpointError(
+            f"{where}: only checkpoints of a network with a classification head may have a pooled_classifier, the plan "
+            f"names {plan.architecture.class_name:.120}. Are checkpoint and plans from the same training?"
+        )
+    if len(fitted.bias) != plan.classification.num_classes:
+        raise CheckpointError(
+            f"{where}: pooled_classifier must have the plan's {plan.classification.num_classes} classes, it has "
+            f"{len(fitted.bias)}. Fit it anew on this data set"
         )
 
 
@@ -165,6 +195,7 @@ class Checkpoint:
     configuration: str
     mirror_axes: tuple[int, ...]
     trainer: str
+    pooled_classifier: PooledClassifier | None
 
 
 def _harmless_types() -> list[Any]:
@@ -220,7 +251,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         configuration=arguments["configuration"],
         mirror_axes=tuple(sorted(set(axes))),
         trainer=str(content.get("trainer_name", "unknown")),
+        pooled_classifier=_pooled_classifier(content, path),
     )
+
+
+def _pooled_classifier(content: Mapping[str, Any], path: Path) -> PooledClassifier | None:
+    if content.get("pooled_classifier") is None:
+        return None
+    try:
+        return PooledClassifier.parse(content["pooled_classifier"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -230,8 +271,7 @@ def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         CheckpointError: For what no weight of a network is, and for tensors that claim more memory than the file holds.
     """
     for name, tensor in weights.items():
-        plain = isinstance(name, str) and tensor.layout == torch.strided and not tensor.is_complex()
-        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if not isinstance(name, str) or not is_plain(tensor):
             raise CheckpointError(f"{path} must hold plain, dense weights, {name!r:.80} is none")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path} must hold finite weights, {name!r:.80} has NaN or infinity")

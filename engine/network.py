@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .classification import ClassificationScheme
 from .errors import CheckpointError, ModelError
-from .plans import Architecture, Plan
+from .heads import Head, PooledClassifier, focus_map, make_head
+from .plans import MULTI_TASK_NETWORK, Architecture, Plan
 
 LIBRARY = "dynamic_network_architectures."
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -29,6 +32,74 @@ CONSTRUCTION_ERRORS = (
     ValueError,
 )
 """What the architecture library raises for arguments that make no network."""
+
+
+class MultiTaskUNet(nn.Module):
+    """A U-Net whose encoder also feeds a classification head; both answers take one pass through the encoder.
+
+    Parameters of encoder and decoder are named as in the U-Net itself, those of the head begin with `head`.
+
+    Args:
+        input_channels, num_classes: Of the U-Net, as nnU-Net gives them to every network.
+        backbone: Class of the U-Net, such as "dynamic_network_architectures.architectures.unet.PlainConvUNet".
+        head: What `ClassificationScheme` describes, as in `plans.json`.
+        deep_supervision: Whether the decoder gives logits at every resolution.
+        arguments: Of the U-Net.
+
+    Raises:
+        ModelError: For a class that is not allowed, or a head that the U-Net cannot feed.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        backbone: str,
+        head: Mapping[str, Any],
+        deep_supervision: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.scheme = ClassificationScheme.parse(head)
+        unet: Any = _network_class(backbone)(
+            input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments
+        )
+        # What nnU-Net asks of a network: its own first weights, and the names that loading pretrained weights needs.
+        self.initialize = unet.initialize
+        self.key_to_encoder, self.key_to_stem = unet.key_to_encoder, unet.key_to_stem
+        self.keys_to_in_proj = unet.keys_to_in_proj
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.head: Head = make_head(self.scheme, tuple(self.encoder.output_channels))
+
+    def forward(self, tiles: Tensor) -> Tensor | list[Tensor]:
+        """Segmentation logits alone, (N, K, *patch); a list of them by resolution under deep supervision."""
+        return self.decoder(self.encoder(tiles))
+
+    def forward_multitask(self, tiles: Tensor, *, detached: bool = False) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Both answers.
+
+        Args:
+            tiles: (N, C, *patch).
+            detached: Keep the head's gradients out of the encoder.
+
+        Returns:
+            What `forward` gives, and class logits (N, S) float32.
+        """
+        features = self.encoder(tiles)
+        seg_logits = self.decoder(features)
+        finest = seg_logits[0] if isinstance(seg_logits, list) else seg_logits
+        # Half precision is enough for the many features, not for the few numbers that are made of them.
+        with _without_autocast(tiles.device):
+            pooled = [(feature.detach() if detached else feature).float() for feature in features]
+            focus = focus_map(finest.detach().float(), self.scheme)
+            return seg_logits, self.head(pooled, focus)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the precision of the tensors; the meta device, where shapes are checked, has no autocast at all."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _network_class(name: str) -> type[nn.Module]:
@@ -84,10 +155,11 @@ def make_network(architecture: Architecture, input_channels: int, num_outputs: i
     """
     arguments = dict(architecture.arguments)
     _check_size(arguments)
+    multi_task = architecture.class_name == MULTI_TASK_NETWORK
     for key in architecture.class_arguments:
         if arguments.get(key) is not None:
             arguments[key] = _argument_class(str(arguments[key]))
-    network_class = _network_class(architecture.class_name)
+    network_class = MultiTaskUNet if multi_task else _network_class(architecture.class_name)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values, which the checkpoint replaces
@@ -99,32 +171,36 @@ def make_network(architecture: Architecture, input_channels: int, num_outputs: i
         raise ModelError(f"the plan's architecture cannot be built: {reason:.200}") from error
 
 
-def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
+def build_network(
+    plan: Plan, weights: Mapping[str, Tensor], pooled_classifier: PooledClassifier | None = None
+) -> nn.Module:
     """Build a plan's network around a checkpoint's weights, ready for inference.
 
     Args:
         plan: The plan.
         weights: Parameters by name. Deep-supervision heads may be missing: inference does not use them.
+        pooled_classifier: Takes the place of a multi-task network's classification head.
 
     Raises:
         ModelError: Where the plan's architecture makes no network, or not one for its patch size.
-        CheckpointError: Where weights are missing, unknown, or of another shape than the plan asks for.
+        CheckpointError: Where weights are missing, unknown, or of another shape than the plan asks for, or the fitted
+            classifier does not fit the encoder.
     """
     network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
     _check_patch(network, plan)
     expected = network.state_dict(keep_vars=True)
     # The library registers most parameters under several names; one of them is enough.
     known = {id(expected[name]): name for name in expected if name in weights}
-    last_head = max((int(name.split(".")[2]) for name in expected if _is_head(name)), default=0)
+    last_layer = max((int(name.split(".")[2]) for name in expected if _is_seg_layer(name)), default=0)
     complete, missing = {}, []
     for name, parameter in expected.items():
         if id(parameter) in known:
             complete[name] = weights[known[id(parameter)]]
-        elif _is_head(name) and int(name.split(".")[2]) != last_head:
+        elif _is_seg_layer(name) and int(name.split(".")[2]) != last_layer:
             complete[name] = torch.zeros(parameter.shape)
         else:
             missing.append(name)
-    unknown = [name for name in weights if name not in expected and not _is_head(name)]
+    unknown = [name for name in weights if name not in expected and not _is_seg_layer(name)]
     wrong = [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(parameter.shape)}"
         for name, parameter in expected.items()
@@ -141,24 +217,30 @@ def build_network(plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
             f"Are checkpoint and plans from the same training?"
         )
     network.load_state_dict(complete, assign=True)
+    if pooled_classifier is not None:
+        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
     return network.requires_grad_(False).eval()
 
 
 def _check_patch(network: nn.Module, plan: Plan) -> None:
     """Run one patch through the network on the meta device, where it takes neither time nor memory."""
     tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
-    wanted = (1, plan.labels.num_outputs, *plan.patch_size)
+    wanted = [(1, plan.labels.num_outputs, *plan.patch_size)]
+    if plan.classification is not None:
+        wanted.append((1, plan.classification.num_classes))
+    network.eval()
     try:
         with torch.inference_mode():
-            got = tuple(network.eval()(tiles).shape)
+            outputs: Any = network.forward_multitask(tiles) if isinstance(network, MultiTaskUNet) else (network(tiles),)
+        got = [tuple(output.shape) for output in outputs]
     except CONSTRUCTION_ERRORS as error:
         got = str(error).partition("\n")[0] or type(error).__name__
     if got != wanted:
         raise ModelError(
-            f"the network of plans.json must turn a patch of {plan.patch_size} into logits of shape {wanted}, "
-            f"it gives {got!s:.200}; the patch size must be divisible by the strides"
+            f"the network of plans.json must turn a patch of {plan.patch_size} into logits of shape "
+            f"{' and '.join(map(str, wanted))}, it gives {got!s:.200}; the patch size must be divisible by the strides"
         )
 
 
-def _is_head(name: str) -> bool:
+def _is_seg_layer(name: str) -> bool:
     return name.startswith("decoder.seg_layers.")

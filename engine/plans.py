@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .classification import ClassificationScheme
 from .errors import ModelError
 from .resampling import Resampling, parse_resampling
 
@@ -32,6 +33,9 @@ READERS = {
 """nnU-Net's readers of 3D volumes, and whether they turn the scan to RAS before the network sees it."""
 
 LARGEST_PATCH_VOXELS = 2**31
+
+MULTI_TASK_NETWORK = "nnturbo.engine.network.MultiTaskUNet"
+"""The class that the plans of multi-task models name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,7 @@ class Plan:
         previous_stage: The configuration whose labels are further input channels, or None.
         reorient: Whether the network expects the scan turned to RAS.
         file_ending: Of images and segmentations, with the dot.
+        classification: What a multi-task network says about the case as a whole, or None.
     """
 
     dataset_name: str
@@ -123,6 +128,7 @@ class Plan:
     previous_stage: str | None
     reorient: bool
     file_ending: str
+    classification: ClassificationScheme | None = None
 
     @property
     def input_channels(self) -> int:
@@ -292,6 +298,20 @@ def _architecture(configuration: Mapping[str, Any]) -> Architecture:
     )
 
 
+def _classification(architecture: Architecture, labels: LabelScheme) -> ClassificationScheme | None:
+    """Read what a multi-task network's head answers."""
+    if architecture.class_name != MULTI_TASK_NETWORK:
+        return None
+    where = "plans.json: arch_kwargs"
+    scheme = ClassificationScheme.parse(_get(architecture.arguments, "head", dict, where))
+    if max(scheme.focus_channels) >= labels.num_outputs or scheme.regions != (labels.regions_class_order is not None):
+        raise ModelError(
+            f"{where}: the head's focus_channels {list(scheme.focus_channels)} and regions {scheme.regions} must fit "
+            f"the {labels.num_outputs} {'regions' if labels.regions_class_order else 'labels'} of dataset.json"
+        )
+    return scheme
+
+
 def _transpose(plans: Mapping[str, Any]) -> tuple[int, int, int]:
     forward = _get(plans, "transpose_forward", list, "plans.json")
     if sorted(map(str, forward)) != ["0", "1", "2"] or not all(isinstance(axis, int) for axis in forward):
@@ -341,6 +361,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
                 _get(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json"),
             )
         )
+    labels, architecture = parse_labels(dataset), _architecture(configuration)
     return Plan(
         dataset_name=str(plans.get("dataset_name", "unnamed")),
         configuration=configuration_name,
@@ -349,14 +370,15 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         transpose_forward=_transpose(plans),
         channels=_channel_normalizations(plans, configuration, len(names)),
         channel_names=names,
-        labels=parse_labels(dataset),
+        labels=labels,
         resampling_data=functions[0],
         resampling_segmentation=functions[1],
         resampling_logits=functions[2],
-        architecture=_architecture(configuration),
+        architecture=architecture,
         previous_stage=None if previous is None else str(previous),
         reorient=READERS[reader],
         file_ending=file_ending,
+        classification=_classification(architecture, labels),
     )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from nnturbo.engine.network import make_network
-from nnturbo.engine.plans import parse_plan
+from nnturbo.engine.plans import MULTI_TASK_NETWORK, parse_plan
 
 SPLINE = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
@@ -60,6 +61,48 @@ def plans_json(**changes: Any) -> dict[str, Any]:
         "foreground_intensity_properties_per_channel": {
             "0": {"mean": 50.0, "std": 60.0, "percentile_00_5": -150.0, "percentile_99_5": 250.0}
         },
+    }
+
+
+def multi_task(plans: Mapping[str, Any], **head: Any) -> dict[str, Any]:
+    """The same plan with a classification head on its network, for three classes; `head` replaces what describes it."""
+    plans = copy.deepcopy(dict(plans))
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["arch_kwargs"] |= {
+        "backbone": architecture["network_class_name"],
+        "head": {
+            "kind": "gap_linear",
+            "stages": [0, 1],
+            "class_names": ["0", "1", "2"],
+            "focus_channels": [2],
+            **head,
+        },
+    }
+    architecture["network_class_name"] = MULTI_TASK_NETWORK
+    return plans
+
+
+def plans_2d() -> dict[str, Any]:
+    """A plan for slices; the configuration is still called 3d_fullres, as everywhere here."""
+    plans = plans_json(patch_size=[12, 16], spacing=[1.5, 1.5])
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
+        "conv_op": "torch.nn.modules.conv.Conv2d",
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+        "kernel_sizes": [[3, 3], [3, 3]],
+        "strides": [[1, 1], [2, 2]],
+    }
+    return plans
+
+
+def pooled_classifier(stages: Sequence[int] = (0, 1), classes: int = 3, seed: int = 0) -> dict[str, Any]:
+    """What a checkpoint carries for a fitted classifier, on the tiny network's stages of 4 and 8 channels."""
+    generator = torch.Generator().manual_seed(seed)
+    features = 3 * sum((4, 8)[stage] for stage in stages)
+    return {
+        "kind": "lda",
+        "stages": list(stages),
+        "weight": torch.randn(classes, features, generator=generator).tolist(),
+        "bias": torch.randn(classes, generator=generator).tolist(),
     }
 
 

@@ -1,0 +1,244 @@
+"""Classification heads: from the stages of an encoder to class logits, in fp32 whatever the rest runs in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .classification import ClassificationScheme, is_indices
+from .errors import CheckpointError, ModelError
+from .tensors import is_plain
+
+SMALLEST_FOCUS = 1e-4
+"""Probability below which a voxel counts as if it were not of the focus at all."""
+
+
+def focus_map(seg_logits: Tensor, scheme: ClassificationScheme) -> Tensor:
+    """Probability of each voxel to belong to what the class is about, (N, 1, *patch) in 0 to 1.
+
+    Args:
+        seg_logits: (N, K, *patch) float32.
+        scheme: Names the channels; probabilities of labels are added, of overlapping regions the greatest is taken.
+    """
+    channels = list(scheme.focus_channels)
+    if scheme.regions:
+        return torch.sigmoid(seg_logits[:, channels]).amax(1, keepdim=True)
+    return torch.softmax(seg_logits, 1)[:, channels].sum(1, keepdim=True)
+
+
+def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:
+    """Average over the voxels that share one voxel of a coarser grid."""
+    pool: Any = F.adaptive_avg_pool3d if len(grid) == 3 else F.adaptive_avg_pool2d
+    return pool(values, list(grid))
+
+
+def _rim(values: Tensor) -> Tensor:
+    """What lies within two voxels around, but not inside: a dilation less the map itself."""
+    dilate = F.max_pool3d if values.ndim == 5 else F.max_pool2d
+    return (dilate(values, 5, 1, 2) - values).clamp_min(0)
+
+
+POOLED_KINDS = ("lda",)
+"""How a classifier that replaces a network's head may have been fitted."""
+
+
+class Head(nn.Module):
+    """From features of the encoder's stages, (N, C, *grid) each, and a focus map to (N, S)."""
+
+    def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
+        """Answer for each tile."""
+        raise NotImplementedError
+
+
+class PooledHead(Head):
+    """Averages over the patch, of one stage or several, then one layer or two."""
+
+    def __init__(self, scheme: ClassificationScheme, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = scheme.stages
+        width = sum(channels[stage] for stage in scheme.stages)
+        layers: list[nn.Module] = []
+        if scheme.kind == "gap_mlp":
+            layers = [nn.LayerNorm(width), nn.Linear(width, scheme.hidden), nn.GELU()]
+            width = scheme.hidden
+        self.layers = nn.Sequential(*layers, nn.Dropout(scheme.dropout), nn.Linear(width, scheme.num_classes))
+
+    def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
+        """Answer for each tile; the focus map is not looked at."""
+        return self.layers(torch.cat([features[stage].flatten(2).mean(2) for stage in self.stages], 1))
+
+
+class AttentionHead(Head):
+    """Learned queries choose where in each stage to look.
+
+    Note:
+        Scores are `q k / sqrt(d) + g log p`, with p the focus map at the stage's resolution and g one learned number
+        per query, which starts at 1 for the first half of the queries and at 0 for the others: those begin
+        as an average over the focus and over the whole patch.
+    """
+
+    def __init__(self, scheme: ClassificationScheme, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = scheme.stages
+        widths = [channels[stage] for stage in scheme.stages]
+        self.keys = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
+        self.values = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
+        self.queries = nn.Parameter(0.02 * torch.randn(len(widths), scheme.queries, scheme.hidden))
+        guided = torch.arange(scheme.queries) < (scheme.queries + 1) // 2
+        self.guidance = nn.Parameter(guided.float().repeat(len(widths), 1))
+        pooled = len(widths) * scheme.queries * scheme.hidden
+        self.layers = nn.Sequential(
+            nn.LayerNorm(pooled), nn.Dropout(scheme.dropout), nn.Linear(pooled, scheme.num_classes)
+        )
+
+    def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
+        """Answer for each tile."""
+        pooled = []
+        for index, stage in enumerate(self.stages):
+            feature = features[stage]
+            voxels = feature.flatten(2).transpose(1, 2)  # (N, V, C)
+            prior = _pool(focus, feature.shape[2:]).flatten(2).clamp_min(SMALLEST_FOCUS).log()  # (N, 1, V)
+            keys = self.keys[index](voxels)  # (N, V, D)
+            scores = self.queries[index] @ keys.transpose(1, 2) / math.sqrt(keys.shape[2])  # (N, Q, V)
+            attention = torch.softmax(scores + self.guidance[index][:, None] * prior, 2)
+            # Averaging comes before the linear layer: the same values, without making one for every voxel.
+            pooled.append(self.values[index](attention @ voxels).flatten(1))
+        return self.layers(torch.cat(pooled, 1))
+
+
+class FocusPooling(Head):
+    """Features for a classifier fitted afterwards: averages over the patch, the focus and its rim, by stage."""
+
+    def __init__(self, stages: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = tuple(stages)
+
+    def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
+        """Pool; (N, 3 times the channels of all stages)."""
+        pooled = []
+        for stage in self.stages:
+            feature = features[stage]
+            inside = _pool(focus, feature.shape[2:])
+            voxels = feature.flatten(2)
+            pooled.append(voxels.mean(2))
+            for weights in (inside, _rim(inside)):
+                shares = weights.flatten(2) + SMALLEST_FOCUS / 100
+                pooled.append((voxels * shares).sum(2) / shares.sum(2))
+        return torch.cat(pooled, 1)
+
+
+class LinearClassifier(Head):
+    """A linear classifier over pooled features, such as a discriminant analysis fitted after training.
+
+    Args:
+        stages: Stages to pool.
+        weight: (S, F) by class and feature.
+        bias: (S,).
+    """
+
+    def __init__(self, stages: Sequence[int], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.pooling = FocusPooling(stages)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
+        """Answer for each tile."""
+        return F.linear(self.pooling(features, focus), self.weight, self.bias)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PooledClassifier:
+    """A linear classifier that was fitted after training and can answer in place of a network's own head.
+
+    Args:
+        kind: How it was fitted: "lda", a linear discriminant analysis.
+        stages: Stages of the encoder that `FocusPooling` makes its features of.
+        weight: (S, F) float32 by class and feature; F is three times the channels of all stages.
+        bias: (S,) float32.
+    """
+
+    kind: str
+    stages: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def parse(cls, description: Any) -> PooledClassifier:
+        """Read what a checkpoint has under "pooled_classifier": the four values, numbers as lists or tensors.
+
+        Raises:
+            CheckpointError: Where it is anything else.
+        """
+        keys = ("kind", "stages", "weight", "bias")
+        if not isinstance(description, dict) or set(description) != set(keys):
+            has = list(description) if isinstance(description, dict) else type(description).__name__
+            raise CheckpointError(f"pooled_classifier must have exactly {', '.join(keys)}; got {has!s:.120}")
+        if description["kind"] not in POOLED_KINDS:
+            raise CheckpointError(
+                f"pooled_classifier: kind must be {' or '.join(POOLED_KINDS)}, got {description['kind']!r:.80}"
+            )
+        stages = description["stages"]
+        if not isinstance(stages, (list, tuple)) or not is_indices(tuple(stages)):
+            raise CheckpointError(f"pooled_classifier: stages must be different numbers from 0, got {stages!r:.80}")
+        weight, bias = (_finite(description[key], key) for key in ("weight", "bias"))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise CheckpointError(
+                "pooled_classifier: weight must be (classes, features) and bias (classes,), got "
+                f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        return cls(kind=description["kind"], stages=tuple(stages), weight=weight, bias=bias)
+
+    def make_head(self, channels: Sequence[int]) -> LinearClassifier:
+        """Build the head for an encoder with these channels by stage.
+
+        Raises:
+            CheckpointError: Where the encoder has no such stage, or stages of other widths.
+        """
+        if max(self.stages) >= len(channels):
+            raise CheckpointError(
+                f"pooled_classifier reads stages {list(self.stages)}, the encoder has {len(channels)}, from 0. "
+                "Was it fitted to this network? Fit it anew, or take the network's head with --classifier head"
+            )
+        wanted = 3 * sum(channels[stage] for stage in self.stages)
+        if self.weight.shape[1] != wanted:
+            raise CheckpointError(
+                f"pooled_classifier: weight must have {wanted} features, 3 for each channel of stages "
+                f"{list(self.stages)}; it has {self.weight.shape[1]}. Was it fitted to this network? Fit it anew, or "
+                "take the network's head with --classifier head"
+            )
+        return LinearClassifier(self.stages, self.weight.clone(), self.bias.clone())
+
+
+def _finite(values: Any, name: str) -> Tensor:
+    """Read numbers of a checkpoint as float32, without taking more memory than the file holds."""
+    try:
+        tensor = values.detach() if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"pooled_classifier: {name} must be numbers in equal rows; {reason:.120}") from error
+    if not is_plain(tensor):
+        raise CheckpointError(f"pooled_classifier: {name} must be a plain, dense tensor or lists of numbers")
+    tensor = tensor.to(torch.float32, copy=True).contiguous()
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"pooled_classifier: {name} must be finite in float32, it has NaN or infinity")
+    return tensor
+
+
+def make_head(scheme: ClassificationScheme, channels: Sequence[int]) -> Head:
+    """Build the head that a scheme describes on an encoder with these channels by stage.
+
+    Raises:
+        ModelError: Where it names a stage that the encoder does not have.
+    """
+    if max(scheme.stages) >= len(channels):
+        raise ModelError(
+            f"the classification head reads stages {list(scheme.stages)}, the encoder has {len(channels)}, from 0"
+        )
+    return AttentionHead(scheme, channels) if scheme.kind == "attention" else PooledHead(scheme, channels)
