@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .classification import Classification
     from .engine import Engine, EngineOptions
+    from .ensemble import Ensemble
     from .errors import (
         BackendUnavailable,
         CheckpointError,
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
+    "Classification",
     "Engine",
     "EngineError",
     "EngineOptions",
+    "Ensemble",
     "Geometry",
     "ModelError",
     "OutputError",
@@ -37,7 +41,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "classification": ("Classification",),
     "engine": ("Engine", "EngineOptions"),
+    "ensemble": ("Ensemble",),
     "errors": (
         "BackendUnavailable",
         "CheckpointError",

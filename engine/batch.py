@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import logging
 import os
@@ -15,12 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from .classification import Classification
 from .engine import Engine
+from .ensemble import Ensemble
 from .errors import EngineError, OutputError, VolumeError
 from .files import write_json, written_atomically
 from .prediction import Prediction
 
 logger = logging.getLogger(__name__)
+
+Predictor = Engine | Ensemble
+"""What a run of many cases can predict with."""
 
 CHANNEL = re.compile(r"_\d{4}$")
 """nnU-Net's channel number at the end of a file's stem."""
@@ -44,6 +50,8 @@ class Job:
         skip_existing: Leave cases alone whose results are there.
         previous_stage: Folder with the labels of a cascade's previous stage.
         records: File in the output folder that says how each case went; runs at the same time need different ones.
+        subtypes: Table in the output folder with the class of each case, for models with a classification head; as
+            `records`, one of its own for runs at the same time.
     """
 
     output: Path
@@ -51,6 +59,7 @@ class Job:
     skip_existing: bool = False
     previous_stage: Path | None = None
     records: str = "predictions.json"
+    subtypes: str = "subtype_results.csv"
 
 
 @dataclass(slots=True)
@@ -104,7 +113,7 @@ def _without_ending(name: str, file_ending: str) -> str:
 
 
 def predict_cases(
-    engine: Engine,
+    engine: Predictor,
     cases: Sequence[CaseFiles],
     job: Job,
     *,
@@ -113,7 +122,7 @@ def predict_cases(
     """Predict cases one after the other and write what comes out, with a record in `predictions.json`.
 
     Args:
-        engine: The model.
+        engine: The model, or several.
         cases: What to predict.
         job: Where to and how.
         progress: Called with (case, tiles done, tiles in all).
@@ -130,7 +139,8 @@ def predict_cases(
     records = _read_records(job.output / job.records)
     outcome = Outcome()
     if job.skip_existing:
-        outcome.skipped = [name for name in names if all(path.is_file() for path in _results(engine, job, name))]
+        outcome.skipped = [name for name in names if _is_complete(engine, job, name, records)]
+    _write_subtypes(engine, job, records)
     pending = [case for case in cases if case.name not in outcome.skipped]
     for index, case in enumerate(pending):
         try:
@@ -161,13 +171,20 @@ def predict_cases(
                     outcome.failed[name] = reason
                     records[name] = {"name": name, "status": "failed", "error": reason}
                 with contextlib.suppress(OutputError):  # on a full disk the records may not fit either
-                    _write_records(job, records)
+                    _write_records(engine, job, records)
                 return outcome
-        _write_records(job, records)
+        _write_records(engine, job, records)
     return outcome
 
 
-def _check_overwriting(engine: Engine, cases: Sequence[CaseFiles], job: Job) -> None:
+def _is_complete(engine: Predictor, job: Job, name: str, records: Mapping[str, Any]) -> bool:
+    """Whether an earlier run has done a case, with its class where the model gives one."""
+    if not all(path.is_file() for path in _results(engine, job, name)):
+        return False
+    return engine.class_names is None or _subtype(engine.class_names, records.get(name, {})) is not None
+
+
+def _check_overwriting(engine: Predictor, cases: Sequence[CaseFiles], job: Job) -> None:
     """Refuse to write a result where something lies that is to be read."""
     inputs = {image.resolve() for case in cases for image in case.images}
     inputs |= {path.resolve() for case in cases if (path := _previous(engine, job, case.name))}
@@ -177,11 +194,33 @@ def _check_overwriting(engine: Engine, cases: Sequence[CaseFiles], job: Job) -> 
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
 
 
-def _write_records(job: Job, records: Mapping[str, Any]) -> None:
+def _write_records(engine: Predictor, job: Job, records: Mapping[str, Any]) -> None:
     write_json(job.output / job.records, {"schema": 1, "cases": list(records.values())})
+    _write_subtypes(engine, job, records)
 
 
-def _prepare_output(engine: Engine, job: Job) -> None:
+def _write_subtypes(engine: Predictor, job: Job, records: Mapping[str, Any]) -> None:
+    """Write the class of every case that is done, those of earlier runs among them."""
+    if engine.class_names is None:
+        return
+    ending = engine.model.plan.file_ending
+    rows = {f"{name}{ending}": _subtype(engine.class_names, record) for name, record in records.items()}
+    with written_atomically(job.output / job.subtypes) as temporary, temporary.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("Names", "Subtype"))
+        table.writerows(sorted((name, subtype) for name, subtype in rows.items() if subtype is not None))
+
+
+def _subtype(class_names: Sequence[str], record: Mapping[str, Any]) -> int | None:
+    """Take the class from a record; None where it has none, or one of other classes than the model's."""
+    match record:
+        case {"status": "done", "classification": {"label": int(label), "probabilities": {**probabilities}}}:
+            known = list(probabilities) == list(class_names) and 0 <= label < len(class_names)
+            return label if known else None
+    return None
+
+
+def _prepare_output(engine: Predictor, job: Job) -> None:
     """Make the folder and put the model's JSON files there, where nnU-Net's ensembling and post-processing look."""
     try:
         job.output.mkdir(parents=True, exist_ok=True)
@@ -191,19 +230,19 @@ def _prepare_output(engine: Engine, job: Job) -> None:
     write_json(job.output / "dataset.json", engine.model.dataset)
 
 
-def _results(engine: Engine, job: Job, name: str) -> list[Path]:
+def _results(engine: Predictor, job: Job, name: str) -> list[Path]:
     """Every file that a finished case has."""
     endings = [engine.model.plan.file_ending, *([".npz", ".pkl"] if job.save_probabilities else [])]
     return [job.output / f"{name}{ending}" for ending in endings]
 
 
-def _previous(engine: Engine, job: Job, name: str) -> Path | None:
+def _previous(engine: Predictor, job: Job, name: str) -> Path | None:
     if engine.model.plan.previous_stage is None or job.previous_stage is None:
         return None
     return job.previous_stage / f"{name}{engine.model.plan.file_ending}"
 
 
-def _write(engine: Engine, job: Job, name: str, prediction: Prediction) -> None:
+def _write(engine: Predictor, job: Job, name: str, prediction: Prediction) -> None:
     segmentation, *extra = _results(engine, job, name)
     if extra:
         npz, pkl = extra
@@ -220,11 +259,23 @@ def _inputs(case: CaseFiles) -> dict[str, Any]:
 
 
 def _record(prediction: Prediction) -> dict[str, Any]:
+    answer = prediction.classification
+    of_case = {} if answer is None else {"classification": _describe(answer)}
     return {
+        **of_case,
         "volumes_ml": prediction.volumes_ml,
         "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
         "warnings": list(prediction.warnings),
         "provenance": dict(prediction.provenance),
+    }
+
+
+def _describe(answer: Classification) -> dict[str, Any]:
+    return {
+        "label": answer.label,
+        "name": answer.name,
+        "probabilities": dict(zip(answer.class_names, answer.probabilities, strict=True)),
+        "logits": list(answer.logits),
     }
 
 

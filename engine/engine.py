@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from .backends import Runner, choose_backend
-from .errors import BackendUnavailable, VolumeError
+from .errors import BackendUnavailable, ModelError, VolumeError
 from .labels import segment
 from .model import Model, read_model
 from .prediction import Prediction
@@ -21,11 +22,15 @@ from .preprocessing import Case, preprocess
 from .sliding_window import SlidingWindow, mirror_views, predict_logits
 from .timing import Timings
 from .volume import Geometry, Volume, read_volume, restore_orientation
+from .voting import AGGREGATIONS, Votes
+
+logger = logging.getLogger(__name__)
 
 Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CLASSIFIERS = ("auto", "head", "lda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +41,22 @@ class EngineOptions:
         views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
             memory and no less time, and all on a GPU.
         sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
+        classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was
+            fitted afterwards, or "auto": the fitted one where every fold has one. Means nothing to other models.
+        aggregation: How its answers for tiles become one: weighted by what the class is about ("foreground"), or all
+            alike ("mean"). Means nothing to other models.
     """
 
     views_per_call: int | None = None
     sums_on_device: bool = True
+    classifier: str = "auto"
+    aggregation: str = "foreground"
 
     def __post_init__(self) -> None:
-        """Check the number of views."""
+        """Check ranges."""
+        for name, known in (("classifier", CLASSIFIERS), ("aggregation", AGGREGATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.views_per_call is not None and self.views_per_call < 1:
             raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")
 
@@ -82,12 +96,20 @@ class Engine:
         window: SlidingWindow,
         sums_device: torch.device,
         provenance: dict[str, Any],
+        aggregation: str = "foreground",
     ) -> None:
         self.model = model
         self.provenance = provenance
+        self._aggregation = aggregation
         self._runner = runner
         self._window = window
         self._sums_device = sums_device
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Classes of a case, or None for a model without a classification head."""
+        scheme = self.model.plan.classification
+        return None if scheme is None else scheme.class_names
 
     @classmethod
     def load(
@@ -130,7 +152,9 @@ class Engine:
         if precision == "auto":
             precision = "fp16" if target.type == "cuda" else "fp32"
         chosen = choose_backend(backend, target, precision)
-        loaded = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
+        loaded = _with_classifier(
+            read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), options.classifier
+        )
         views = _views(loaded) if mirror else ((),)
         window = SlidingWindow(
             patch_size=loaded.plan.patch_size_3d,
@@ -141,10 +165,7 @@ class Engine:
         )
         provenance = {
             "model": str(Path(model).resolve()),
-            "dataset": loaded.plan.dataset_name,
-            "trainer": loaded.trainer,
-            "configuration": loaded.plan.configuration,
-            "folds": list(loaded.folds),
+            **_describe(loaded, options),
             "checkpoint": checkpoint,
             "backend": chosen.name,
             "precision": precision,
@@ -160,6 +181,7 @@ class Engine:
             window=window,
             provenance=provenance,
             sums_device=target if options.sums_on_device else torch.device("cpu"),
+            aggregation=options.aggregation,
         )
 
     def predict(
@@ -180,6 +202,7 @@ class Engine:
 
         Raises:
             VolumeError: Where the scan cannot be read or does not suit the model.
+            PredictionError: Where the network fails or gives numbers that mean nothing.
         """
         timings = Timings()
         plan = self.model.plan
@@ -189,8 +212,9 @@ class Engine:
             previous = self._read_previous(previous_stage, scan)
         with timings("preprocess"):
             case = preprocess(volume, plan, self._sums_device, previous)
+        votes = self._votes()
         logits = predict_logits(
-            case, self._runner, self._window, plan.labels.num_outputs, timings=timings, progress=progress
+            case, self._runner, self._window, plan.labels.num_outputs, timings=timings, votes=votes, progress=progress
         )
         segmentation, probabilities = segment(
             logits, case, plan.labels, timings=timings, save_probabilities=save_probabilities
@@ -208,7 +232,15 @@ class Engine:
             warnings=scan.warnings,
             provenance=self.provenance,
             properties=_properties(case, volume.geometry),
+            classification=None if votes is None else votes.count(),
         )
+
+    def _votes(self) -> Votes | None:
+        """Make what collects the answers for the tiles of one case; models without classification have none."""
+        scheme = self.model.plan.classification
+        if scheme is None:
+            return None
+        return Votes(scheme, views=len(self._window.views), aggregation=self._aggregation)
 
     def _read_previous(self, previous: str | os.PathLike[str] | np.ndarray | None, scan: Volume) -> np.ndarray | None:
         """Read the labels of a cascade's previous stage, with the network's orientation."""
@@ -244,6 +276,43 @@ class Engine:
             )
         labels = labels.reoriented() if self.model.plan.reorient else labels
         return np.rint(labels.array[0]).astype(np.int32)
+
+
+def _with_classifier(model: Model, wanted: str) -> Model:
+    """Keep a model's fitted classifiers, or drop them so that the network's head answers.
+
+    Raises:
+        ModelError: Where fitted classifiers are asked for and a fold has none.
+    """
+    if model.plan.classification is None:
+        return model
+    without = [fold for fold in model.folds if fold not in model.fitted_folds]
+    if wanted == "lda" and without:
+        raise ModelError(
+            f"classifier lda needs a fitted classifier in every fold's checkpoint; in {model.source} fold "
+            f"{', '.join(without)} has none. Fit it, or take the network's head: --classifier head"
+        )
+    if wanted == "auto" and 0 < len(without) < len(model.folds):
+        logger.warning(
+            "%s: fold %s has no fitted classifier, so the network's head answers", model.source, ", ".join(without)
+        )
+    chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
+    logger.info("classifier %s of %s", "lda" if chosen.pooled_classifiers else "head", model.source)
+    return chosen
+
+
+def _describe(model: Model, options: EngineOptions) -> dict[str, Any]:
+    """What a prediction's provenance says about the model."""
+    described = {
+        "dataset": model.plan.dataset_name,
+        "trainer": model.trainer,
+        "configuration": model.plan.configuration,
+        "folds": list(model.folds),
+    }
+    if model.plan.classification is not None:
+        described["classifier"] = "lda" if model.pooled_classifiers else "head"
+        described["aggregation"] = options.aggregation
+    return described
 
 
 def _views(model: Model) -> tuple[tuple[int, ...], ...]:

@@ -61,6 +61,26 @@ def segment(
     return segmentation, probabilities
 
 
+def segment_probabilities(probabilities: np.ndarray, labels: LabelScheme) -> np.ndarray:
+    """Turn probabilities into a segmentation (nnU-Net: convert_probabilities_to_segmentation).
+
+    Args:
+        probabilities: (K, Z, Y, X) float32 of classes, or of regions.
+        labels: What they mean.
+
+    Returns:
+        (Z, Y, X): the most probable class, or each region painted where it is more probable than not.
+    """
+    segmentation = np.empty(probabilities.shape[1:], dtype=labels.dtype)
+    for z, plane in enumerate(torch.from_numpy(probabilities).unbind(1)):
+        segmentation[z] = (
+            argmax_labels(plane)
+            if labels.regions_class_order is None
+            else region_labels(plane - 0.5, labels.regions_class_order)
+        ).numpy()
+    return segmentation
+
+
 def resampled_planes(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -> Iterator[Tensor]:
     """Resample logits, yielding each plane of the new grid as soon as the planes it needs are there.
 

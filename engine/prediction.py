@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .classification import Classification
 from .plans import LabelScheme
 from .volume import Geometry, write_segmentation
 
@@ -26,6 +27,7 @@ class Prediction:
         warnings: What was odd about the scan.
         provenance: Model, backend, precision and versions that made it.
         properties: What nnU-Net keeps beside probabilities (`.pkl`), for its own ensembling.
+        classification: The case's class, for models with a classification head.
     """
 
     segmentation: np.ndarray
@@ -36,6 +38,7 @@ class Prediction:
     warnings: tuple[str, ...]
     provenance: Mapping[str, Any]
     properties: Mapping[str, Any]
+    classification: Classification | None = None
 
     @property
     def volumes_ml(self) -> dict[str, float]:

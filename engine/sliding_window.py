@@ -19,6 +19,7 @@ from .backends import Runner
 from .errors import PredictionError
 from .preprocessing import Case
 from .timing import Timings
+from .voting import Votes
 
 View = tuple[int, ...]
 """The spatial axes (0, 1, 2 for z, y, x) along which a tile is flipped."""
@@ -104,6 +105,7 @@ def predict_logits(
     num_outputs: int,
     *,
     timings: Timings,
+    votes: Votes | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Run the network over a case and yield finished planes of logits in ascending z.
@@ -114,6 +116,7 @@ def predict_logits(
         window: How tiles cover the grid.
         num_outputs: K, channels of the network's segmentation output.
         timings: Receives "preprocess", "network" and "stitch".
+        votes: Receives what a multi-task network says about each tile.
         progress: Called with (tiles done, tiles in all).
 
     Raises:
@@ -137,8 +140,8 @@ def predict_logits(
         with timings("preprocess"):
             volume = rows.advance()
         for y, x in tiles:
-            corner = (0, starts[1][y], starts[2][x])
-            _add_tile(volume, corner, runner, window, (weights[0][row], weights[1][y], weights[2][x]), sums, timings)
+            corner, of_tile = (0, starts[1][y], starts[2][x]), (weights[0][row], weights[1][y], weights[2][x])
+            _add_tile(volume, corner, runner, window, of_tile, sums, votes, timings)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -160,9 +163,10 @@ def _add_tile(
     window: SlidingWindow,
     weights: tuple[Tensor, Tensor, Tensor],
     sums: Tensor,
+    votes: Votes | None,
     timings: Timings,
 ) -> None:
-    """Run all views of one tile and add them to the sums."""
+    """Run all views of one tile and add them to the sums, and to the votes."""
     size = window.patch_size
     device = volume.device
     wz, wy, wx = (weight.to(device) for weight in weights)
@@ -175,7 +179,10 @@ def _add_tile(
             gather_views(volume, corner, size, views, out=batch)
         with timings("network"):
             try:
-                logits = runner(batch[:, :, 0] if window.slicewise else batch).seg_logits.to(device)
+                output = runner(batch[:, :, 0] if window.slicewise else batch)
+                logits = output.seg_logits.to(device)
+                if votes is not None:
+                    votes.add(output)
             except RuntimeError as error:  # torch's own, running out of memory among them
                 reason = str(error).strip().partition("\n")[0]
                 raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Model
-from ..network import build_network
+from ..network import MultiTaskUNet, build_network
 from . import NetworkOutput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRunner:
-    """Runs the networks of all folds and averages their logits.
+    """Runs the networks of all folds and averages their logits, those of classes too for multi-task networks.
 
     Args:
         networks: One per fold, on the device.
@@ -35,10 +35,22 @@ class TorchRunner:
             torch.inference_mode(),
             torch.autocast(self._device.type, DTYPES[self._precision], enabled=self._precision != "fp32"),
         ):
-            logits = self._networks[0](tiles)
+            seg_logits, class_logits = _run(self._networks[0], tiles)
             for network in self._networks[1:]:
-                logits = logits + network(tiles)
-        return NetworkOutput(logits / len(self._networks) if len(self._networks) > 1 else logits)
+                more_seg, more_class = _run(network, tiles)
+                seg_logits = seg_logits + more_seg
+                class_logits = None if class_logits is None or more_class is None else class_logits + more_class
+        if (folds := len(self._networks)) > 1:
+            seg_logits = seg_logits / folds
+            class_logits = None if class_logits is None else class_logits / folds
+        return NetworkOutput(seg_logits, class_logits)
+
+
+def _run(network: nn.Module, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits of one fold; class logits are float32 whatever the network runs in."""
+    if isinstance(network, MultiTaskUNet):
+        return network.forward_multitask(tiles)  # type: ignore[return-value]  # no deep supervision in inference
+    return network(tiles), None
 
 
 class TorchBackend:
@@ -54,5 +66,9 @@ class TorchBackend:
 
     def load(self, model: Model, device: torch.device, precision: str) -> TorchRunner:
         """Build the network once per fold."""
-        networks = [build_network(model.plan, weights).to(device).eval() for weights in model.weights]
+        fitted = model.pooled_classifiers or [None] * len(model.weights)
+        networks = [
+            build_network(model.plan, weights, classifier).to(device).eval()
+            for weights, classifier in zip(model.weights, fitted, strict=True)
+        ]
         return TorchRunner(networks, device, precision)

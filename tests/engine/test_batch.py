@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnturbo.engine import Engine, OutputError, VolumeError, batch
+from nnturbo.engine import Engine, Ensemble, OutputError, Volume, VolumeError, batch
 from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
 from nnturbo.engine.files import write_json, written_atomically
 
-from tests.engine.factory import smooth_scan, write_model
+from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
 
 
 def write_scan(path, seed=0, shape=(8, 14, 16)):
@@ -213,6 +213,132 @@ def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):
     with pytest.raises(OutputError, match="Move it away"):
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
     assert (out / "predictions.json").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A model that does not say the same of all scans: its logits are centred on them."""
+    folder = tmp_path_factory.mktemp("classifier") / "m"
+    plans = multi_task(plans_json(), class_names=["benign", "low", "high"])
+    weights = random_weights(plans, dataset_json())
+    engine = Engine.load(
+        write_model(folder, plans=plans, checkpoint={"network_weights": weights}), device="cpu", mirror=False
+    )
+    volumes = [Volume.from_array(smooth_scan((8, 14, 16), seed), (2.0, 1.5, 1.5)) for seed in range(3)]
+    logits = torch.tensor([engine.predict(volume).classification.logits for volume in volumes])
+    weights["head.layers.1.bias"] -= logits.mean(0)
+    write_model(folder, plans=plans, checkpoint={"network_weights": weights})
+    return Engine.load(folder, device="cpu", mirror=False)
+
+
+class TestSubtypes:
+    def answers(self, engine, scans):
+        """Rows as they must be, from predictions of their own; the cases do not all have the same class."""
+        rows = {
+            name: f"{name}.nii.gz,{engine.predict(scans / f'{name}_0000.nii.gz').classification.label}"
+            for name in "abc"
+        }
+        assert len({row[-1] for row in rows.values()}) > 1
+        return rows
+
+    def rows(self, folder, name="subtype_results.csv"):
+        header, *rows = (folder / name).read_text().splitlines()
+        assert header == "Names,Subtype"
+        return rows
+
+    def test_every_case_has_a_row_and_a_record(self, classifier, scans, tmp_path):
+        cases = find_cases(scans, ".nii.gz")[::-1]
+        predict_cases(classifier, cases, Job(output=tmp_path / "out"))
+        assert self.rows(tmp_path / "out") == list(self.answers(classifier, scans).values())
+        for name, record in read_records(tmp_path / "out").items():
+            answer = classifier.predict(scans / f"{name}_0000.nii.gz").classification
+            assert record["classification"] == {
+                "label": answer.label,
+                "name": ("benign", "low", "high")[answer.label],
+                "probabilities": dict(zip(("benign", "low", "high"), answer.probabilities, strict=True)),
+                "logits": list(answer.logits),
+            }
+
+    def test_a_model_without_classification_has_no_table(self, engine, scans, tmp_path):
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        assert not (tmp_path / "out" / "subtype_results.csv").exists()
+        assert "classification" not in read_records(tmp_path / "out")["a"]
+
+    def test_continuing_keeps_earlier_rows(self, classifier, scans, tmp_path):
+        out, cases, rows = tmp_path / "out", find_cases(scans, ".nii.gz"), self.answers(classifier, scans)
+        predict_cases(classifier, cases[:2], Job(output=out))
+        assert self.rows(out) == [rows["a"], rows["b"]]
+        outcome = predict_cases(classifier, cases[1:], Job(output=out, skip_existing=True))
+        assert (outcome.skipped, outcome.done) == (["b"], ["c"])
+        assert self.rows(out) == list(rows.values())
+        (out / "subtype_results.csv").unlink()
+        outcome = predict_cases(classifier, cases, Job(output=out, skip_existing=True))
+        assert (outcome.skipped, outcome.done) == (["a", "b", "c"], [])
+        assert self.rows(out) == list(rows.values())
+
+    @pytest.mark.parametrize("loss", ["no records", "no record", "no class", "other classes", "no such class"])
+    def test_a_result_without_its_class_is_predicted_again(self, classifier, scans, tmp_path, loss):
+        out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+        predict_cases(classifier, cases, Job(output=out))
+        content = json.loads((out / "predictions.json").read_text())
+        record = content["cases"][1]
+        assert record["name"] == "b"
+        if loss == "no record":
+            del content["cases"][1]
+        elif loss == "no class":
+            del record["classification"]
+        elif loss == "other classes":
+            record["classification"]["probabilities"] = {"x": 1.0}
+        elif loss == "no such class":
+            record["classification"]["label"] = 3
+        write_json(out / "predictions.json", content)
+        if loss == "no records":
+            (out / "predictions.json").unlink()
+        outcome = predict_cases(classifier, cases, Job(output=out, skip_existing=True))
+        assert outcome.done == (["a", "b", "c"] if loss == "no records" else ["b"])
+        assert self.rows(out) == list(self.answers(classifier, scans).values())
+
+    def test_failed_cases_have_no_row(self, classifier, scans, tmp_path):
+        rows = self.answers(classifier, scans)
+        (scans / "a_0000.nii.gz").write_bytes(b"")
+        outcome = predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        assert list(outcome.failed) == ["a"]
+        assert self.rows(tmp_path / "out") == [rows["b"], rows["c"]]
+        write_scan(scans / "a_0000.nii.gz", 0)
+        again = predict_cases(
+            classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out", skip_existing=True)
+        )
+        assert again.done == ["a"]
+        assert self.rows(tmp_path / "out") == list(rows.values())
+
+    def test_a_case_whose_labels_cannot_be_written_has_no_row(self, classifier, scans, tmp_path, monkeypatch):
+        rows = self.answers(classifier, scans)
+        write = batch._write
+
+        def full(engine, job, name, prediction):
+            if name == "b":
+                raise OutputError("full")
+            write(engine, job, name, prediction)
+
+        monkeypatch.setattr(batch, "_write", full)
+        predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        assert self.rows(tmp_path / "out") == [rows["a"]]
+
+    def test_the_table_is_there_from_the_start_and_always_whole(self, classifier, scans, tmp_path):
+        out, seen = tmp_path / "out", []
+        predict_cases(
+            classifier,
+            find_cases(scans, ".nii.gz"),
+            Job(output=out),
+            progress=lambda name, done, total: seen.append((name, len(self.rows(out)))),
+        )
+        assert set(seen) == {("a", 0), ("b", 1), ("c", 2)}
+
+    def test_an_ensemble_writes_its_own_answer(self, engine, classifier, scans, tmp_path):
+        ensemble = Ensemble([engine, classifier])
+        predict_cases(ensemble, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        assert self.rows(tmp_path / "out") == list(self.answers(ensemble, scans).values())
+        assert len(read_records(tmp_path / "out")["a"]["provenance"]["models"]) == 2
 
 
 class TestWrittenAtomically:

@@ -1,0 +1,147 @@
+"""Several models that answer together: probabilities on the scan's own grid, averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .classification import Classification
+from .engine import Engine, Image
+from .errors import ModelError
+from .labels import segment_probabilities
+from .plans import LabelScheme
+from .prediction import Prediction
+from .timing import Timings
+from .volume import Volume, read_volume
+
+
+class Ensemble:
+    """Models for the same labels, such as a 2d and a 3d_fullres one; used like an `Engine`.
+
+    Args:
+        engines: One or more. Labels, channels, file ending and previous stage must be the same, and so must be classes
+            of those that have a classification head; the others take no part in the classification.
+
+    Raises:
+        ModelError: Where two of them differ.
+
+    Note:
+        nnU-Net: nnunetv2/ensembling/ensemble.py. There, models write probabilities to files first.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        if not engines:
+            raise ValueError("an ensemble must have one or more models, got none")
+        self.engines = tuple(engines)
+        for other in self.engines[1:]:
+            _check_agreement(self.engines[0], other)
+        heads = [engine for engine in self.engines if engine.class_names is not None]
+        for other in heads[1:]:
+            _refuse_difference("classes", heads[0], other, heads[0].class_names, other.class_names)
+        self.class_names = heads[0].class_names if heads else None
+        # Stands for all where they agree, and gives nnU-Net's JSON files for the output folder.
+        self.model = self.engines[0].model
+        self.provenance: Mapping[str, Any] = {"models": [engine.provenance for engine in self.engines]}
+
+    @classmethod
+    def load(cls, models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Ensemble:
+        """Load several trained models.
+
+        Args:
+            models: Model folders or export zips.
+            arguments: Of `Engine.load`, the same for each.
+
+        Raises:
+            ModelError: Where one cannot be used, or two do not fit together.
+        """
+        return cls([Engine.load(model, **arguments) for model in models])
+
+    def predict(
+        self,
+        image: Image,
+        *,
+        previous_stage: str | os.PathLike[str] | np.ndarray | None = None,
+        save_probabilities: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Prediction:
+        """Segment one scan, as `Engine.predict` does.
+
+        Takes 8 bytes per class and voxel of the scan, however many models there are. Arguments and errors are those of
+        `Engine.predict`.
+        """
+        timings = Timings()
+        with timings("read"):
+            scan = read_volume(image, channels=len(self.model.plan.channels))
+        total: np.ndarray | None = None
+        answers: list[Prediction] = []
+        for index, engine in enumerate(self.engines):
+            share = None if progress is None else _share(progress, index, len(self.engines))
+            answer, total = _add(engine, scan, previous_stage, share, total)
+            answers.append(answer)
+        with timings("ensemble"):
+            assert total is not None  # there is one model at least
+            total /= len(answers)
+            segmentation = segment_probabilities(total, self.model.plan.labels)
+        classifications = [answer.classification for answer in answers if answer.classification is not None]
+        return replace(
+            answers[0],
+            segmentation=segmentation,
+            probabilities=total if save_probabilities else None,
+            timings=_added([timings.as_dict(), *(answer.timings for answer in answers)]),
+            provenance=self.provenance,
+            classification=Classification.average(classifications) if classifications else None,
+        )
+
+
+def _add(
+    engine: Engine,
+    scan: Volume,
+    previous_stage: str | os.PathLike[str] | np.ndarray | None,
+    progress: Callable[[int, int], None] | None,
+    total: np.ndarray | None,
+) -> tuple[Prediction, np.ndarray]:
+    """Predict with one model and add its probabilities to the sum; they are forgotten before the next one runs."""
+    answer = engine.predict(scan, previous_stage=previous_stage, save_probabilities=True, progress=progress)
+    assert answer.probabilities is not None  # they were asked for
+    total = answer.probabilities if total is None else np.add(total, answer.probabilities, out=total)
+    return replace(answer, probabilities=None), total
+
+
+def _share(progress: Callable[[int, int], None], index: int, models: int) -> Callable[[int, int], None]:
+    """Report the tiles of one model as its share of a case, in thousandths: models have different numbers of tiles."""
+    return lambda done, total: progress((1000 * index + 1000 * done // total) // models, 1000)
+
+
+def _added(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Add milliseconds up by stage."""
+    stages = dict.fromkeys(stage for part in timings for stage in part)
+    return {stage: sum(part.get(stage, 0.0) for part in timings) for stage in stages}
+
+
+def _check_agreement(one: Engine, other: Engine) -> None:
+    """Refuse models whose probabilities mean different things."""
+    plans = (one.model.plan, other.model.plan)
+    _refuse_difference("labels", one, other, *(_meaning(plan.labels) for plan in plans))
+    _refuse_difference("channels", one, other, *(plan.channel_names for plan in plans))
+    _refuse_difference("the file ending", one, other, *(plan.file_ending for plan in plans))
+    _refuse_difference("the previous stage", one, other, *(plan.previous_stage for plan in plans))
+
+
+def _meaning(labels: LabelScheme) -> list[tuple[str, Any]]:
+    """What the channels of probabilities stand for, in a form to compare."""
+    order = labels.regions_class_order
+    if order is None:
+        return sorted(labels.labels.items())  # channels are sorted by value, whatever the order of names
+    return [*labels.labels.items(), ("regions_class_order", order)]
+
+
+def _refuse_difference(what: str, one: Engine, other: Engine, of_one: Any, of_other: Any) -> None:
+    if of_one != of_other:
+        raise ModelError(
+            f"the models of an ensemble must agree on {what}: {one.model.source} has {of_one!s:.200}, "
+            f"{other.model.source} has {of_other!s:.200}. Predict with each alone, or choose models of one data set"
+        )

@@ -1,0 +1,74 @@
+"""What a multi-task network says about tiles becomes one answer per case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import NetworkOutput
+from .classification import Classification, ClassificationScheme
+from .errors import PredictionError
+from .heads import focus_map
+
+AGGREGATIONS = ("foreground", "mean")
+
+
+class Votes:
+    """Collects the class logits of all tiles of one case while they run, and weighs them at the end.
+
+    Args:
+        scheme: What is asked.
+        views: Mirror views of each tile.
+        aggregation: "foreground": a tile counts by how much of it shows what the class is about; "mean": all alike.
+
+    Note:
+        A case's logits are `sum_t w[t] c[t] / sum_t w[t]`: `c[t]` is the mean over the views of tile t of their class
+        logits, `w[t]` the mean of `focus_map` over the voxels of these views. Where no tile shows anything, and for
+        "mean", every tile has the same weight. Padding is part of a tile.
+    """
+
+    def __init__(self, scheme: ClassificationScheme, *, views: int, aggregation: str) -> None:
+        self._scheme = scheme
+        self._views = views
+        self._by_foreground = aggregation == "foreground"
+        # They stay on the network's device until the end: fetching each would make the device wait.
+        self._logits: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def add(self, output: NetworkOutput) -> None:
+        """Take one or more views of a tile; all views of one tile come before those of the next."""
+        if output.class_logits is None:
+            raise PredictionError("the network must give class logits, as the plan says; its backend gave none")
+        self._logits.append(output.class_logits.float())
+        if self._by_foreground:
+            # View by view: for many labels, what the softmax needs is large.
+            shown = [focus_map(view[None].float(), self._scheme).mean() for view in output.seg_logits]
+            self._weights.append(torch.stack(shown))
+
+    def mean_logits(self) -> Tensor:
+        """Give the weighted mean over tiles, (S,) float64 on the CPU.
+
+        Raises:
+            PredictionError: Where class logits are not finite.
+        """
+        logits = torch.cat(self._logits).cpu().double()
+        logits = logits.reshape(-1, self._views, logits.shape[1]).mean(1)
+        weights = torch.ones(len(logits), dtype=torch.float64)
+        if self._by_foreground:
+            shown = torch.cat(self._weights).cpu().double().reshape(-1, self._views).mean(1)
+            weights = shown if shown.sum() != 0 else weights
+        mean = (weights @ logits) / weights.sum()
+        if not torch.isfinite(mean).all():
+            raise PredictionError(
+                "the network's class logits must be finite, got NaN or infinity: its weights are damaged, or the "
+                "precision is too low for this model; try --precision fp32"
+            )
+        return mean
+
+    def count(self) -> Classification:
+        """Answer for the case.
+
+        Raises:
+            PredictionError: Where class logits are not finite.
+        """
+        return Classification.from_logits(self.mean_logits().tolist(), self._scheme.class_names)
