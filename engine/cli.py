@@ -8,7 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .plans import Architecture
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 
@@ -53,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser("doctor", help="say what this machine offers")
     doctor.set_defaults(run=_doctor)
+    # The command line is the one place above both engine and training; what is imported here is light.
+    from ..training.cli import add_commands
+
+    add_commands(commands)
     return parser
 
 
@@ -69,7 +77,13 @@ def _add_predict(commands: Any) -> None:
         "-i", required=True, metavar="INPUT", help="folder of scans named NAME_0000.nii.gz, one file, or a DICOM folder"
     )
     add("-o", required=True, metavar="OUTPUT", help="folder for the segmentations; made if it is not there")
-    add("-m", metavar="MODEL", help="model folder or nnU-Net export zip")
+    add(
+        "-m",
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="model folder or nnU-Net export zip; the probabilities of several are averaged",
+    )
     add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
     add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
@@ -105,22 +119,36 @@ def _add_predict(commands: Any) -> None:
         choices=("auto", "fp32", "bf16", "fp16"),
         help="auto is fp32 on a CPU and fp16 on a GPU, as nnU-Net (default: %(default)s)",
     )
+    add(
+        "--classifier",
+        default="auto",
+        choices=("auto", "head", "lda"),
+        help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
+        "auto takes the latter where every fold has one (default: %(default)s)",
+    )
+    add(
+        "--aggregation",
+        default="foreground",
+        choices=("foreground", "mean"),
+        help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
+    )
     predict.set_defaults(run=_predict)
 
 
 def _predict(options: argparse.Namespace) -> int:
     if not 0 <= options.part_id < options.num_parts:
         raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
-    model = _model_folder(options)
+    models = _models(options)
     # Before torch is imported, so that a wrong path is answered at once.
     if not Path(options.i).exists():
         raise ValueError(f"-i: {options.i} does not exist")
 
     from .batch import Job, find_cases, predict_cases
-    from .engine import Engine, EngineOptions
+    from .engine import EngineOptions
+    from .ensemble import Ensemble
 
-    engine = Engine.load(
-        model,
+    ensemble = Ensemble.load(
+        models,
         folds=options.f,
         checkpoint=options.chk,
         configuration=options.c if options.m else None,
@@ -129,17 +157,23 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         tile_step_size=options.step_size,
         mirror=not options.disable_tta,
-        options=EngineOptions(sums_on_device=not options.not_on_device),
+        options=EngineOptions(
+            sums_on_device=not options.not_on_device, classifier=options.classifier, aggregation=options.aggregation
+        ),
     )
+    # One model alone needs no probabilities.
+    engine = ensemble if len(models) > 1 else ensemble.engines[0]
     _check_cascade(engine.model.plan.previous_stage, options.prev_stage_predictions)
     cases = find_cases(Path(options.i), engine.model.plan.file_ending)[options.part_id :: options.num_parts]
+    # Parts may run at the same time, and each writes its records whole.
+    part = "" if options.num_parts == 1 else f".part{options.part_id}"
     job = Job(
         output=Path(options.o),
         save_probabilities=options.save_probabilities,
         skip_existing=options.continue_prediction,
         previous_stage=Path(options.prev_stage_predictions) if options.prev_stage_predictions else None,
-        # Parts may run at the same time, and each writes its records whole.
-        records="predictions.json" if options.num_parts == 1 else f"predictions.part{options.part_id}.json",
+        records=f"predictions{part}.json",
+        subtypes=f"subtype_results{part}.csv",
     )
     with _ProgressBar(len(cases), shown=not options.disable_progress_bar) as progress:
         outcome = predict_cases(engine, cases, job, progress=progress)
@@ -161,8 +195,8 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
         raise ValueError(f"-prev_stage_predictions must be a folder, {given} is none")
 
 
-def _model_folder(options: argparse.Namespace) -> str:
-    """Find the model by -m, or as nnU-Net does by -d, -tr, -p and -c."""
+def _models(options: argparse.Namespace) -> list[str]:
+    """Find the models by -m, or one as nnU-Net does by -d, -tr, -p and -c."""
     if bool(options.m) == bool(options.d):
         raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")
     if options.m:
@@ -182,7 +216,7 @@ def _model_folder(options: argparse.Namespace) -> str:
             f"-d {options.d} must name one dataset in {results}; found "
             f"{', '.join(path.name for path in datasets) or 'none'}"
         )
-    return str(datasets[0] / f"{options.tr}__{options.p}__{options.c}")
+    return [str(datasets[0] / f"{options.tr}__{options.p}__{options.c}")]
 
 
 class _ProgressBar:
@@ -223,17 +257,15 @@ def _inspect(options: argparse.Namespace) -> int:
 
     model = read_model(options.model, configuration=options.configuration)
     plan = model.plan
-    build_network(plan, model.weights[0])  # says here what would stop a prediction
+    for weights, fitted in zip(model.weights, model.pooled_classifiers, strict=True):
+        build_network(plan, weights, fitted)  # says here what would stop a prediction
     regions = "" if plan.labels.regions_class_order is None else " (regions)"
     rows = [
         ("model", str(model.source)),
         ("dataset", plan.dataset_name),
         ("configuration", f"{plan.configuration}, trained by {model.trainer}"),
         ("folds", ", ".join(model.folds)),
-        (
-            "network",
-            f"{plan.architecture.class_name.rpartition('.')[2]}, {model.num_parameters / 1e6:.2f} M parameters",
-        ),
+        ("network", f"{_network_name(plan.architecture)}, {model.num_parameters / 1e6:.2f} M parameters"),
         (
             "input",
             ", ".join(f"{n} ({c.scheme})" for n, c in zip(plan.channel_names, plan.channels, strict=True))
@@ -242,6 +274,7 @@ def _inspect(options: argparse.Namespace) -> int:
         ("labels", ", ".join(f"{value} {name}" for name, value in plan.labels.labels.items()) + regions),
         ("patch", f"{' x '.join(map(str, plan.patch_size))} voxels of {' x '.join(f'{s:g}' for s in plan.spacing)} mm"),
         ("mirroring", "along axes " + ", ".join(map(str, model.mirror_axes)) if model.mirror_axes else "none"),
+        *_classification_rows(model),
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for device in devices:
@@ -255,6 +288,29 @@ def _inspect(options: argparse.Namespace) -> int:
     for name, value in rows:
         _say(f"{name:{width}}  {value}")
     return DONE
+
+
+def _network_name(architecture: Architecture) -> str:
+    name = architecture.class_name.rpartition(".")[2]
+    backbone = str(architecture.arguments.get("backbone", "")).rpartition(".")[2]
+    return f"{name} around {backbone}" if backbone else name
+
+
+def _classification_rows(model: Model) -> list[tuple[str, str]]:
+    """What answers for the case; nothing for a model without classification."""
+    scheme = model.plan.classification
+    if scheme is None:
+        return []
+    fitted = [
+        f"fold {fold}: {classifier.kind} on stages {', '.join(map(str, classifier.stages))}"
+        for fold, classifier in zip(model.folds, model.pooled_classifiers, strict=True)
+        if classifier is not None
+    ]
+    return [
+        ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(scheme.class_names))),
+        ("head", f"{scheme.kind} on stages {', '.join(map(str, scheme.stages))}"),
+        ("fitted classifier", "; ".join(fitted) or "none"),
+    ]
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,9 @@ SPLITS_FILE = "splits_final.json"
 LABELS_FILE = "classification_labels.csv"
 TABLE_COLUMNS = ("filename", "subtype", "split")
 
+logger = logging.getLogger(__name__)
+
+_IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")  # what looks like an image is never passed over
 _LABELLED_NAME = re.compile(r"quiz_(\d+)_\d+")
 _TEST_NAME = re.compile(r"quiz_\d+")
 _FARTHEST_FROM_INTEGER = 0.01  # labels that went through a scaling of 16-bit numbers are 1.0000153
@@ -54,8 +58,9 @@ def find_cases(
     """Find the cases below a folder.
 
     Args:
-        source: With `table`, a folder that holds images `<name>_0000.nii.gz` and masks `<name>.nii.gz` at any depth;
-            else one with `train|validation/subtype<s>/quiz_<s>_<nnn>_0000.nii.gz`, masks beside the images, and
+        source: With `table`, a folder that holds images `<name>_0000.nii.gz` and masks `<name>.nii.gz` at any depth
+            (links to folders are not followed); else one with
+            `train|validation/subtype<s>/quiz_<s>_<nnn>_0000.nii.gz`, masks beside the images, and
             `test/quiz_<nnn>_0000.nii.gz`.
         table: csv or xlsx with the columns filename, subtype and split (others are ignored); a filename may have the
             ending of the image, of the mask, or none.
@@ -93,7 +98,7 @@ def _cases_of_folders(source: Path, problems: list[str]) -> Iterator[SourceCase]
     seen: dict[str, Path] = {}
     for split in SPLITS:
         for folder in _case_folders(source, split, problems):
-            images, masks = _files_by_name(_visible_files(folder))
+            images, masks = _files_by_name(_files_of(folder, problems))
             subtype = None if split == "test" else int(folder.name[-1])
             for name in sorted({*images, *masks}):
                 image, mask = images.get(name, [None])[0], masks.get(name, [None])[0]
@@ -123,7 +128,7 @@ def _case_folders(source: Path, split: str, problems: list[str]) -> list[Path]:
     for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
         if path.is_dir() and path.name in {f"subtype{subtype}" for subtype in SUBTYPES}:
             folders.append(path)
-        elif path.is_dir() or path.name.endswith(ENDING):
+        elif path.is_dir() or path.name.lower().endswith(_IMAGE_ENDINGS):
             problems.append(f"{path}: unknown subtype; {root} must hold the folders subtype0, subtype1 and subtype2")
     return folders
 
@@ -139,7 +144,8 @@ def _name_trouble(name: str, split: str, subtype: int | None) -> str | None:
 
 
 def _cases_of_table(source: Path, table: Path, problems: list[str]) -> Iterator[SourceCase]:
-    images, masks = _files_by_name(path for path in source.rglob(f"*{ENDING}") if not path.name.startswith("."))
+    found = (path for path in images_below(source) if path.name.endswith(ENDING))
+    images, masks = _files_by_name(path for path in found if path.is_file())
     seen: dict[str, TableRow] = {}
     for row in read_table(table, TABLE_COLUMNS):
         where = f"{table} line {row.line}"
@@ -155,6 +161,8 @@ def _cases_of_table(source: Path, table: Path, problems: list[str]) -> Iterator[
             wrong.append(f"split must be one of {', '.join(SPLITS)}, got {row.cells['split']!r}")
         if subtype is None and (split != "test" or row.cells["subtype"]):
             wrong.append(f"unknown subtype {row.cells['subtype']!r} of {name}; it must be 0, 1 or 2")
+        elif None not in (subtype, subtype_in_name(name)) and subtype != subtype_in_name(name):
+            wrong.append(f"the name {name} says subtype {subtype_in_name(name)}, the row {subtype}: they must agree")
         for kind, files, ending in (("image", images, IMAGE_ENDING), ("mask", masks, ENDING)):
             count = len(files.get(name, ()))
             if name and (kind == "image" or split != "test") and count != 1:
@@ -164,10 +172,39 @@ def _cases_of_table(source: Path, table: Path, problems: list[str]) -> Iterator[
         if not wrong:
             mask = None if split == "test" else masks[name][0]
             yield SourceCase(name=name, split=split, subtype=subtype, image=images[name][0], mask=mask)
+    if left_out := sorted(set(images) - set(seen)):
+        logger.warning("%s has no row for %d images of %s: %s", table, len(left_out), source, ", ".join(left_out))
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.glob(f"*{ENDING}")) if not path.name.startswith("."))
+def images_below(folder: Path) -> list[Path]:
+    """What lies below a folder under the name of an image and is not hidden, sorted.
+
+    Raises:
+        DatasetError: If a folder cannot be listed; `Path.rglob` would take it for an empty one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DatasetError(f"{error.filename}: the folder cannot be listed: {error.strerror}") from error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in (*folders, *files) if name.lower().endswith(_IMAGE_ENDINGS)]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _files_of(folder: Path, problems: list[str]) -> list[Path]:
+    """Images and masks that lie in a folder; what looks like one but is not where and what it must be is named."""
+    files = []
+    for path in images_below(folder):
+        if path.parent != folder or not path.name.endswith(ENDING):
+            problems.append(f"{path}: it must lie in {folder} itself, under a name that ends with {ENDING}")
+        elif not path.is_file():
+            problems.append(f"{path}: it must be a file, it is a folder or a link to nothing")
+        else:
+            files.append(path)
+    return files
 
 
 def _files_by_name(paths: Iterable[Path]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:

@@ -14,15 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.errors import VolumeError
-from .cases import (
-    ENDING,
-    IMAGE_ENDING,
-    LABELS,
-    case_name,
-    grid_difference,
-    read_mask,
-    subtype_in_name,
-)
+from .cases import LABELS, grid_difference, read_mask
 from .evaluation_report import comparison_table, write_evaluation
 from .metrics import (
     ClassificationMetrics,
@@ -33,7 +25,8 @@ from .metrics import (
     classification_metrics,
     compare_structure,
 )
-from .tables import SUBTYPES, DatasetError, parse_subtype, raise_problems, read_subtype_results, read_table
+from .references import RESULTS_FILE, References, find_references, masks_in, missing
+from .tables import SUBTYPES, DatasetError, raise_problems, read_subtype_results
 
 __all__ = [
     "RESULTS_FILE",
@@ -46,8 +39,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "subtype_results.csv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +116,12 @@ def evaluate(
 
     Args:
         predictions_folder: Masks `<name>.nii.gz`.
-        reference_folder: True masks of the same names, at any depth; images (`_0000`) among them are passed over.
-        subtypes: True classes by case, or a `classification_labels.csv`; by default from names `quiz_<subtype>_<nnn>`.
+        reference_folder: True masks of the same names, in any layout that `references.find_references` knows.
+        subtypes: True classes by case, or a table of them; by default the one that `reference_folder` holds, else names
+            `quiz_<subtype>_<nnn>`.
         predicted_subtypes: Predicted classes by case, or a csv with the header `Names,Subtype` and names that end with
             .nii.gz; by default `subtype_results.csv` in `predictions_folder`, if there is one.
-        split: Evaluate only the cases of this split of the file `subtypes`, such as "validation".
+        split: Evaluate only the cases of this split, such as "validation", where the references tell splits.
         out: Folder to write JSON, CSV and figure to, see `write_evaluation`.
         resamples: Of the bootstrap over cases.
         seed: Of the bootstrap.
@@ -138,22 +130,20 @@ def evaluate(
         The evaluation.
 
     Raises:
-        ValueError: If `split` is given without a file of true subtypes, or `resamples` is below 1.
+        ValueError: If `split` is given where nothing tells splits, or `resamples` is below 1.
         DatasetError: If a folder, mask or table cannot be used, or the grids of two masks differ; all at once.
         OutputError: If `out` cannot be written.
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    predictions, references = _masks(predictions_folder, deep=False), _masks(reference_folder, deep=True)
-    references, truth = _select(references, subtypes, split)
-    if not references:
-        raise DatasetError(f"{reference_folder}: there must be masks named <case>{ENDING} to compare with, got none")
+    predictions = masks_in(predictions_folder)
+    references = find_references(reference_folder, subtypes=subtypes, split=split)
     default = Path(predictions_folder) / RESULTS_FILE
     results = default if predicted_subtypes is None and default.is_file() else predicted_subtypes
     guesses = _predicted_subtypes(results)
-    if guesses is not None and (unknown := sorted(set(references) - set(truth))):
+    if guesses is not None and (unknown := missing(references.masks, references.subtypes)):
         raise DatasetError(f"subtypes must be known for all cases, got none of 0, 1, 2 for {', '.join(unknown)}")
-    cases = _compare_all(predictions, references, truth, guesses)
+    cases = _compare_all(predictions, references, guesses)
     evaluation = _summarise(cases, {*predictions, *(guesses or ())}, guesses, resamples, seed)
     for what, names in (
         ("masks are missing and count as 0", evaluation.missing_masks),
@@ -165,43 +155,6 @@ def evaluate(
     if out is not None:
         write_evaluation(evaluation, out)
     return evaluation
-
-
-def _masks(folder: str | os.PathLike[str], *, deep: bool) -> dict[str, Path]:
-    """Masks of a folder by case."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: there is no such folder with masks: check the path")
-    masks: dict[str, Path] = {}
-    for path in sorted(folder.rglob(f"*{ENDING}") if deep else folder.glob(f"*{ENDING}")):
-        if path.name.startswith(".") or path.name.endswith(IMAGE_ENDING):
-            continue
-        name = case_name(path.name)
-        if name in masks:
-            raise DatasetError(f"{path}: a case must occur once, {masks[name]} has the same name")
-        masks[name] = path
-    return masks
-
-
-def _select(
-    references: dict[str, Path], subtypes: str | os.PathLike[str] | Mapping[str, int] | None, split: str | None
-) -> tuple[dict[str, Path], dict[str, int]]:
-    """The references of a split, and the true classes that are known of them."""
-    if split is not None and not isinstance(subtypes, str | os.PathLike):
-        raise ValueError(f"split={split!r} needs subtypes to be a file with the columns case, subtype and split")
-    if subtypes is None:
-        known = {name: subtype_in_name(name) for name in references}
-    elif isinstance(subtypes, Mapping):
-        known = dict(subtypes)
-    else:
-        rows = read_table(subtypes, ("case", "subtype", *(["split"] if split else [])))
-        rows = [row for row in rows if split is None or row.cells["split"] == split]
-        known = {row.cells["case"]: parse_subtype(row.cells["subtype"]) for row in rows}
-        if split is not None:
-            if absent := sorted(set(known) - set(references)):
-                raise DatasetError(f"{subtypes}: cases of {split} must have a reference, none for {', '.join(absent)}")
-            references = {name: path for name, path in references.items() if name in known}
-    return references, {name: label for name, label in known.items() if label in SUBTYPES and name in references}
 
 
 def _predicted_subtypes(results: str | os.PathLike[str] | Mapping[str, int] | None) -> dict[str, int] | None:
@@ -216,15 +169,12 @@ def _predicted_subtypes(results: str | os.PathLike[str] | Mapping[str, int] | No
 
 
 def _compare_all(
-    predictions: Mapping[str, Path],
-    references: Mapping[str, Path],
-    truth: Mapping[str, int],
-    guesses: Mapping[str, int] | None,
+    predictions: Mapping[str, Path], references: References, guesses: Mapping[str, int] | None
 ) -> tuple[CaseEvaluation, ...]:
     cases, problems = [], []
-    for name in sorted(references):
+    for name in sorted(references.masks):
         try:
-            whole, lesion = _compare_masks(predictions.get(name), references[name])
+            whole, lesion = _compare_masks(predictions.get(name), references.masks[name])
         except (VolumeError, DatasetError) as error:
             problems.append(f"{name}: {error}")
             continue
@@ -233,7 +183,7 @@ def _compare_all(
             is_missing=name not in predictions,
             whole=whole,
             lesion=lesion,
-            subtype=None if guesses is None else truth[name],
+            subtype=None if guesses is None else references.subtypes[name],
             predicted_subtype=None if guesses is None else guesses.get(name),
         )
         cases.append(case)

@@ -191,7 +191,7 @@ def write_dataset(
             `test_answers/`.
         scaled_mask_share: Share of the labelled masks that are stored as float64 with 1.0000153 for 1, as 214 of 288
             real ones are, so that a reader must round; 0 for none.
-        overwrite: Whether existing files may be replaced.
+        overwrite: Whether existing files may be replaced; files of other names stay, so none may be in the way.
         workers: Processes that generate cases.
         progress: Called after each case with the number done, the number of all, and the scan's path.
 
@@ -200,8 +200,8 @@ def write_dataset(
 
     Raises:
         ValueError: If an argument is out of its range.
-        FileExistsError: If a file exists and `overwrite` is false; nothing is written then.
-        OutputError: If the disk has too little room, and then nothing is written; or if a file cannot be written.
+        OutputError: If a file exists and `overwrite` is false, a folder holds other cases, which would be mixed with
+            these, or the disk has too little room, and then nothing is written; or if a file cannot be written.
 
     Note:
         A file appears under its name when it is complete. A real case takes some 2 MB and a second.
@@ -272,12 +272,18 @@ def _balanced_subtypes(count: int, settings: PhantomSettings) -> Iterator[int]:
 
 
 def _check_room(files: list[Path], cases: tuple[PhantomCase, ...], settings: PhantomSettings, overwrite: bool) -> None:
-    """Refuse to begin what would replace files or fill the disk."""
+    """Refuse to begin what would replace files, mix data sets or fill the disk."""
     present = [path for path in files if path.exists()]
     if present and not overwrite:
-        raise FileExistsError(
-            f"{len(present)} of {len(files)} files exist, the first is {present[0]}; choose another folder or pass "
-            "overwrite=True"
+        raise OutputError(
+            f"{len(present)} of {len(files)} files exist, the first is {present[0]}; choose another folder, or allow "
+            "replacing them (--overwrite, overwrite=True)"
+        )
+    splits = {case.split: case.image.parent if case.split == "test" else case.image.parents[1] for case in cases}
+    if others := {path for folder in splits.values() for path in folder.rglob("quiz_*.nii.gz")} - set(files):
+        raise OutputError(
+            f"{len(others)} other files lie in the folders, the first is {min(others)}; choose another folder, or "
+            "remove them"
         )
     voxels = sum(int(np.prod(draw_geometry(case.seed, settings).shape)) for case in cases)
     needed = int(voxels * BYTES_PER_VOXEL)

@@ -51,12 +51,14 @@ class PreparedDataset:
         folder: `.../DatasetXXX_Name`; `splits_final.json` and `classification_labels.csv` lie in it.
         cases: Where each case came from, split by split.
         rounded: Names of the cases whose masks held numbers that are not integers.
+        without_lesion: Names of the cases whose masks hold no lesion, which in the task none lacks.
         linked: How many images are hard links to the source; the others are copies.
     """
 
     folder: Path
     cases: tuple[SourceCase, ...]
     rounded: tuple[str, ...]
+    without_lesion: tuple[str, ...]
     linked: int
 
     def names(self, split: str) -> tuple[str, ...]:
@@ -91,11 +93,12 @@ def prepare_dataset(
     Raises:
         ValueError: If the id or the name cannot be one.
         DatasetError: If anything in the data set is missing, doubled or does not fit together; all problems at once.
-        OutputError: If the folder or another data set of this id exists, the disk has too little room, or a file cannot
-            be written. Whatever is raised, nothing under the final name has changed.
+        OutputError: If the folder or another data set of this id exists, the source lies in the folder, the disk has
+            too little room, or a file cannot be written. Whatever is raised, nothing under the final name has changed.
 
     Note:
         Images are hard-linked where the file system allows it, so editing a source image in place edits the data set.
+        Those of the validation split lie in `imagesVal` too, which nnU-Net passes over: a folder to predict from.
         While it is written, the folder has a hidden name: nnU-Net refuses an id that two `DatasetXXX...` folders have.
     """
     if not 1 <= dataset_id <= 999:
@@ -103,21 +106,27 @@ def prepare_dataset(
     if not re.fullmatch(r"[A-Za-z0-9_-]+", dataset_name):
         raise ValueError(f"dataset_name must be letters, digits, - and _, got {dataset_name!r}")
     target = Path(raw_folder) / f"Dataset{dataset_id:03d}_{dataset_name}"
-    _check_target(target, overwrite)
+    _check_target(target, Path(source), overwrite)
     cases, problems = find_cases(source, table)
     _check_room(target, cases)
-    rounded, unreadable = _check_scans(cases, progress)
-    raise_problems(str(source), [*problems, *unreadable])
+    rounded, without_lesion, unusable = _check_scans(cases, progress)
+    raise_problems(str(source), [*problems, *unusable])
+    if without_lesion:
+        logger.warning("%d masks hold no lesion: %s", len(without_lesion), ", ".join(without_lesion))
     with _built_aside(target) as folder:
         linked = _write_cases(folder, cases)
         _write_descriptions(folder, target.name, cases)
     logger.info("%s: %d cases, %d masks rounded, %d images linked", target, len(cases), len(rounded), linked)
-    return PreparedDataset(folder=target, cases=cases, rounded=rounded, linked=linked)
+    return PreparedDataset(folder=target, cases=cases, rounded=rounded, without_lesion=without_lesion, linked=linked)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _check_target(target: Path, source: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists: choose another id or name, or pass overwrite=True to replace it")
+        raise OutputError(
+            f"{target} exists: choose another id or name, or allow replacing it (--overwrite, overwrite=True)"
+        )
+    if source.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"{source} lies in {target}, which would be replaced: choose another id or name")
     number = target.name.partition("_")[0]
     for other in target.parent.glob(f"{number}*") if target.parent.is_dir() else ():
         if other.name != target.name and other.is_dir():
@@ -129,7 +138,8 @@ def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     status = os.stat(existing)
     files = [case.mask for case in cases if case.mask is not None]
-    files += [case.image for case in cases if case.image.stat().st_dev != status.st_dev]  # cannot be linked
+    copied = [case for case in cases if case.image.stat().st_dev != status.st_dev]  # cannot be linked
+    files += [case.image for case in copied] + [case.image for case in copied if case.split == "validation"]
     needed = sum(path.stat().st_size for path in files) + _SPARE_BYTES
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -141,24 +151,26 @@ def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
 
 def _check_scans(
     cases: Sequence[SourceCase], progress: Callable[[int, int, str], None] | None
-) -> tuple[tuple[str, ...], list[str]]:
-    """Read all files; return the names whose masks need rounding, and what is wrong.
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Read all files; return the names whose masks need rounding, those without lesion, and what is wrong.
 
     Note:
         Scans are compared by their voxels as float32, so that a copy is recognised in other compression or type too.
     """
-    rounded, problems, seen = [], [], dict[bytes, SourceCase]()
+    rounded, without_lesion, problems, seen = [], [], [], dict[bytes, SourceCase]()
     for done, case in enumerate(cases, start=1):
         image, mask = None, None
         try:
             image = read_volume(case.image, channels=1)
         except VolumeError as error:
             problems.append(str(error))
-        try:
-            mask, was_rounded = (None, False) if case.mask is None else read_mask(case.mask)
-            rounded += [case.name] if was_rounded else []
-        except (VolumeError, DatasetError) as error:
-            problems.append(str(error))
+        if case.mask is not None:
+            try:
+                mask, was_rounded = read_mask(case.mask)
+                rounded += [case.name] if was_rounded else []
+                without_lesion += [] if (mask.array == LABELS["lesion"]).any() else [case.name]
+            except (VolumeError, DatasetError) as error:
+                problems.append(str(error))
         if image is not None and mask is not None and (difference := grid_difference(mask, image)):
             problems.append(f"{case.mask}: {difference}")
         if image is not None:
@@ -169,7 +181,7 @@ def _check_scans(
                 problems.append(f"{case.image}: a scan must occur once, {twin.image} is the same")
         if progress is not None:
             progress(done, len(cases), case.name)
-    return tuple(rounded), problems
+    return tuple(rounded), tuple(without_lesion), problems
 
 
 def _voxel_digest(image: Volume) -> bytes:
@@ -191,7 +203,7 @@ def _built_aside(target: Path) -> Iterator[Path]:
             target.rename(displaced)
         try:
             partial.rename(target)
-        except OSError:
+        except BaseException:  # an interruption too
             if displaced.exists():
                 displaced.rename(target)
             raise
@@ -204,12 +216,14 @@ def _built_aside(target: Path) -> Iterator[Path]:
 
 def _write_cases(folder: Path, cases: Sequence[SourceCase]) -> int:
     """Write images and masks, and return how many images are linked."""
-    for name in ("imagesTr", "labelsTr", "imagesTs"):
+    for name in ("imagesTr", "labelsTr", "imagesTs", "imagesVal"):
         (folder / name).mkdir()
     linked = 0
     for case in cases:
         images = "imagesTs" if case.mask is None else "imagesTr"
         linked += _link_or_copy(case.image, folder / images / f"{case.name}{IMAGE_ENDING}")
+        if case.split == "validation":
+            _link_or_copy(case.image, folder / "imagesVal" / f"{case.name}{IMAGE_ENDING}")
         if case.mask is not None:
             mask, _ = read_mask(case.mask)
             # With the image's own geometry, so that nothing downstream stumbles over the last digit of a header.

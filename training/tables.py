@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-import zipfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,10 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raise all problems as one error, if there are any.
 
     Raises:
-        DatasetError: With `what` on its first line and one problem on each of the others.
+        DatasetError: On one line if there is one problem; else with `what` on the first, and a line for each.
     """
+    if len(problems) == 1:
+        raise DatasetError(f"{what}: {problems[0]}; nothing was written")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise DatasetError(f"{what}: {len(problems)} problem(s) must be corrected, nothing was written:\n{lines}")
@@ -47,13 +49,21 @@ def parse_subtype(text: str) -> int | None:
     return int(number) if number in SUBTYPES else None
 
 
-def read_table(path: str | os.PathLike[str], columns: Sequence[str], *, exact: bool = False) -> tuple[TableRow, ...]:
+def read_table(
+    path: str | os.PathLike[str],
+    columns: Sequence[str],
+    *,
+    exact: bool = False,
+    aliases: Mapping[str, str] | None = None,
+) -> tuple[TableRow, ...]:
     """Read rows of a csv or of the first sheet of an xlsx; empty rows are left out.
 
     Args:
-        path: File with a header on its first line.
+        path: File whose first row that is not empty is the header. A csv is UTF-8; its cells are separated by commas,
+            semicolons or tabs, as spreadsheets write them.
         columns: Names that the header must hold, upper or lower case being the same.
-        exact: Whether the header must be these columns, written so, and nothing else.
+        exact: Whether the header must be these columns, written so and separated by commas, and nothing else.
+        aliases: Other names of columns, in lower case, and which column each means.
 
     Returns:
         The rows, with the cells of these columns.
@@ -65,15 +75,21 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str], *, exact: b
     if path.suffix.lower() not in (".csv", ".xlsx"):
         raise DatasetError(f"{path}: a table must be a .csv or .xlsx file; save it as one of them")
     try:
-        lines = _xlsx_lines(path) if path.suffix.lower() == ".xlsx" else _csv_lines(path)
-    except (OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: the table cannot be read: {error}; open and save it again") from error
-    header = [cell.strip() for cell in lines[0]] if lines else []
+        lines = _xlsx_lines(path) if path.suffix.lower() == ".xlsx" else _csv_lines(path, ",", "" if exact else ";\t")
+    except OSError as error:
+        raise DatasetError(f"{path}: the table cannot be read: {error.strerror or error}; check the path") from error
+    except (ValueError, csv.Error) as error:
+        raise DatasetError(
+            f"{path}: the table cannot be read: {error}; save it again as csv in UTF-8 or as xlsx"
+        ) from error
+    stripped = [(number, [cell.strip() for cell in line]) for number, line in enumerate(lines, start=1)]
+    filled = [(number, line) for number, line in stripped if any(line)]
+    header = filled[0][1] if filled else []
     if exact and header != list(columns):
         raise DatasetError(
             f"{path}: the header must be exactly {','.join(columns)}, got {','.join(header) or 'nothing'}"
         )
-    lowered = [cell.lower() for cell in header]
+    lowered = [(aliases or {}).get(cell.lower(), cell.lower()) for cell in header]
     if any(lowered.count(column.lower()) != 1 for column in columns):
         raise DatasetError(
             f"{path}: the first line must name the columns {', '.join(columns)}, each once, got "
@@ -81,16 +97,20 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str], *, exact: b
         )
     places = {column: lowered.index(column.lower()) for column in columns}
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in filled[1:]:
         padded = [*line, *[""] * len(header)]
-        if any(cell.strip() for cell in line):
-            rows.append(TableRow(line=number, cells={name: padded[at].strip() for name, at in places.items()}))
+        rows.append(TableRow(line=number, cells={name: padded[at] for name, at in places.items()}))
     return tuple(rows)
 
 
-def _csv_lines(path: Path) -> list[list[str]]:
+def _csv_lines(path: Path, delimiter: str, others: str) -> list[list[str]]:
+    """Read cells separated by `delimiter`, or by one of `others` where the header holds only that one."""
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
-        return list(csv.reader(file, strict=True))
+        header = next((line for line in file if line.strip()), "")
+        if delimiter not in header:
+            delimiter = next((other for other in others if other in header), delimiter)
+        file.seek(0)
+        return list(csv.reader(file, delimiter=delimiter, strict=True))
 
 
 def _xlsx_lines(path: Path) -> list[list[str]]:
@@ -100,10 +120,14 @@ def _xlsx_lines(path: Path) -> list[list[str]]:
         raise DatasetError(
             f"{path}: reading xlsx needs openpyxl, which is not installed: pip install openpyxl, or save as csv"
         ) from None
-    with path.open("rb") as file:
-        workbook = openpyxl.load_workbook(file, read_only=True, data_only=True)
-        values = list(workbook.worksheets[0].values)
-        workbook.close()
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about styles and the like, which no cell depends on
+        try:
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+            sheet.reset_dimensions()  # some programs write a size that is too small
+            values = list(sheet.values)
+        except Exception as error:  # whatever a damaged file leads openpyxl into: KeyError, ParseError, zlib.error, ...
+            raise ValueError(f"it is no workbook with a sheet of cells ({type(error).__name__}: {error})") from error
     return [["" if cell is None else str(cell) for cell in line] for line in values]
 
 

@@ -1,13 +1,14 @@
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnturbo.engine import Engine
+from nnturbo.engine import Engine, Ensemble
 from nnturbo.engine.cli import main
 
-from tests.engine.factory import plans_json, write_model
+from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, write_model
 from tests.engine.test_batch import write_scan
 
 
@@ -97,6 +98,83 @@ def test_parts_keep_records_of_their_own(model, scans, tmp_path):
         "predictions.part0.json",
         "predictions.part1.json",
     }
+
+
+@pytest.mark.parametrize("given", ["-m {0} {1}", "-m {0} -m {1}"])
+def test_several_models_are_averaged(model, scans, tmp_path, given):
+    other = write_model(tmp_path / "2d", plans=plans_2d(), folds=("0", "1"))
+    arguments = f"-i {scans} -o {tmp_path / 'out'} {given.format(model, other)} -f 0 -device cpu --disable_tta"
+    assert main(["predict", *arguments.split()]) == 0
+    ensemble = Ensemble.load([model, other], folds=[0], device="cpu", mirror=False)
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "b.nii.gz")))
+    assert np.array_equal(labels, ensemble.predict(scans / "b_0000.nii.gz").segmentation)
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())["cases"][0]
+    assert [entry["folds"] for entry in record["provenance"]["models"]] == [["0"], ["0"]]
+
+
+def test_models_that_do_not_fit_together_are_wrong_usage(model, scans, tmp_path, capsys):
+    other = write_model(tmp_path / "other", dataset=dataset_json(channel_names={"0": "MR"}))
+    arguments = f"-i {scans} -o {tmp_path / 'out'} -m {model} {other} -device cpu"
+    assert main(["predict", *arguments.split()]) == 2
+    assert "must agree on channels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_class_is_written_and_how_it_is_found_can_be_chosen(scans, tmp_path, capsys):
+    folder = write_model(
+        tmp_path / "m", plans=multi_task(plans_json()), checkpoint={"pooled_classifier": pooled_classifier()}
+    )
+    arguments = ["predict", "-i", str(scans), "-m", str(folder), "-device", "cpu", "--disable_tta"]
+    for out, given, classifier, aggregation in (
+        ("a", [], "lda", "foreground"),
+        ("b", ["--classifier", "head", "--aggregation", "mean"], "head", "mean"),
+    ):
+        assert main([*arguments, "-o", str(tmp_path / out), *given]) == 0
+        assert len((tmp_path / out / "subtype_results.csv").read_text().splitlines()) == 5
+        record = json.loads((tmp_path / out / "predictions.json").read_text())["cases"][0]
+        chosen = {key: record["provenance"][key] for key in ("classifier", "aggregation")}
+        assert chosen == {"classifier": classifier, "aggregation": aggregation}
+    plain = write_model(tmp_path / "plain", plans=multi_task(plans_json()))
+    arguments[4] = str(plain)
+    capsys.readouterr()
+    assert main([*arguments, "-o", str(tmp_path / "c"), "--classifier", "lda"]) == 2
+    assert "classifier lda needs a fitted classifier" in capsys.readouterr().err
+
+
+def test_parts_keep_tables_of_their_own(scans, tmp_path):
+    folder = write_model(tmp_path / "m", plans=multi_task(plans_json()))
+    arguments = ["-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(folder), "-device", "cpu", "--disable_tta"]
+    for part in ("0", "1"):
+        assert main(["predict", *arguments, "-num_parts", "2", "-part_id", part]) == 0
+    tables = {path.name: path.read_text().split() for path in (tmp_path / "out").glob("subtype*")}
+    assert {name: [row.partition(",")[0] for row in rows[1:]] for name, rows in tables.items()} == {
+        "subtype_results.part0.csv": ["a.nii.gz", "c.nii.gz"],
+        "subtype_results.part1.csv": ["b.nii.gz", "d.nii.gz"],
+    }
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_inspect_shows_the_head(tmp_path, capsys, fitted):
+    folder = write_model(
+        tmp_path / "m",
+        plans=multi_task(plans_json(), kind="attention", class_names=["benign", "low", "high"]),
+        folds=("0", "1"),
+        checkpoint={"pooled_classifier": pooled_classifier(stages=[1]) if fitted else None},
+    )
+    assert main(["inspect", str(folder)]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["network"].startswith("MultiTaskUNet around PlainConvUNet, ")
+    assert rows["classes"] == "0 benign, 1 low, 2 high"
+    assert rows["head"] == "attention on stages 0, 1"
+    assert rows["fitted classifier"] == ("fold 0: lda on stages 1; fold 1: lda on stages 1" if fitted else "none")
+
+
+def test_inspect_refuses_a_fitted_classifier_that_does_not_fit(tmp_path, capsys):
+    wrong = {**pooled_classifier(), "stages": [0]}
+    folder = write_model(tmp_path / "m", plans=multi_task(plans_json()), checkpoint={"pooled_classifier": wrong})
+    assert main(["inspect", str(folder)]) == 2
+    assert "must have 12 features" in capsys.readouterr().err
 
 
 def test_a_cascade_without_its_previous_stage_is_wrong_usage(scans, tmp_path, capsys):

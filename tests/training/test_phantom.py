@@ -462,13 +462,23 @@ class TestDataset:
         (case,) = write_dataset(tmp_path, **arguments)
         case.image.unlink()
         case.mask.write_bytes(b"mine")
-        with pytest.raises(FileExistsError, match="1 of 2 files exist"):
+        with pytest.raises(OutputError, match="1 of 2 files exist"):
             write_dataset(tmp_path, **arguments)
         assert case.mask.read_bytes() == b"mine"
         assert not case.image.exists()
         write_dataset(tmp_path, **arguments, overwrite=True)
         assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(case.mask)))) == {0, 1, 2}
         assert case.image.exists()
+
+    def test_two_sets_are_not_mixed(self, tmp_path):
+        arguments = {"settings": SMALL_SETTINGS, "overwrite": True}
+        write_dataset(tmp_path, counts={"train": 2}, **arguments)
+        before = files_in(tmp_path)
+        with pytest.raises(OutputError, match=r"2 other files lie in the folders, the first is .*quiz_._004"):
+            write_dataset(tmp_path, counts={"train": 1}, seed=1, **arguments)
+        assert files_in(tmp_path) == before
+        write_dataset(tmp_path, counts={"validation": 1}, **arguments)
+        assert len(files_in(tmp_path)) == len(before) + 2
 
     @pytest.mark.parametrize("error", [RuntimeError("disk gone"), KeyboardInterrupt()])
     def test_interruption_leaves_whole_files_only(self, tmp_path, monkeypatch, error):

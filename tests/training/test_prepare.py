@@ -16,6 +16,7 @@ import pytest
 import SimpleITK
 from nnturbo.engine.errors import EngineError, OutputError
 from nnturbo.engine.volume import read_volume
+from nnturbo.training import planning
 from nnturbo.training import prepare as prepare_module
 from nnturbo.training.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset
 from nnturbo.training.prepare import DatasetError, plan_and_preprocess, prepare_dataset
@@ -439,6 +440,42 @@ class TestXlsx:
             read_table(tmp_path / "t.xlsx", ["filename"])
 
 
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(source, raw, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("train/subtype1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DatasetError, match="train/subtype1: the folder cannot be listed: Permission denied"):
+        prepare(source, raw)
+    assert_nothing_written(raw)
+
+
+def test_images_that_lie_elsewhere_are_named(source, raw):
+    for path in ("train/subtype0/more/quiz_0_009_0000.nii.gz", "test/subtype1/quiz_008_0000.nii.gz"):
+        write_image(source / path, scan(60))
+    write_image(source / "validation" / "quiz_0_010.nii.gz", labels()).rename(
+        source / "validation" / "quiz_0_010.NII.GZ"
+    )
+    with pytest.raises(DatasetError, match="3 problem") as caught:
+        prepare(source, raw)
+    for text in (
+        "more/quiz_0_009.*must lie in",
+        "subtype1/quiz_008.*must lie in",
+        "quiz_0_010.NII.GZ: unknown subtype",
+    ):
+        caught.match(text)
+
+
+def test_masks_without_lesion_are_named_and_kept(source, raw, caplog):
+    write_image(mask_of(source, "quiz_0_001"), labels() * np.uint8(0))
+    assert prepare(source, raw).without_lesion == ("quiz_0_001",)
+    assert "1 masks hold no lesion: quiz_0_001" in caplog.text
+
+
 class TestTarget:
     @pytest.mark.parametrize("number", [0, 1000, -1])
     def test_refuses_an_id(self, source, raw, number):
@@ -594,6 +631,20 @@ class TestPlanning:
         with pytest.raises(DatasetError, match=r"splits_final\.json holds another split than .*: remove"):
             plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
 
+    @pytest.mark.parametrize("content", ["", "{}", "[]", '[{"train": []}]', "[1]"])
+    def test_refuses_a_damaged_split(self, bright_validation, tmp_path, content):
+        (bright_validation.folder / "splits_final.json").write_text(content)
+        with pytest.raises(DatasetError, match=r"splits_final\.json must be a list of splits with train and val"):
+            plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
+
+    def test_says_when_nnunet_fails(self, bright_validation, tmp_path, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("Some background worker is 6 feet under")
+
+        monkeypatch.setattr(planning, "_plan", fail)
+        with pytest.raises(EngineError, match=r"nnU-Net failed on .*Dataset007_Pancreas: .*take fewer processes"):
+            plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
+
     @pytest.mark.parametrize("name", ["dataset.json", "splits_final.json", "classification_labels.csv"])
     def test_refuses_another_folder(self, bright_validation, tmp_path, name):
         (bright_validation.folder / name).unlink()
@@ -601,7 +652,7 @@ class TestPlanning:
             plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
 
     def test_refuses_arguments(self, tmp_path):
-        with pytest.raises(ValueError, match="planner must be 'resenc' or 'plain', got 'best'"):
+        with pytest.raises(ValueError, match="planner must be one of resenc, plain, compact, got 'best'"):
             plan_and_preprocess(tmp_path, tmp_path, planner="best")
         with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
             plan_and_preprocess(tmp_path, tmp_path, processes=0)
