@@ -1,6 +1,6 @@
 from setuptools import setup
 
-FOLDERS = ["engine", "engine/backends", "kernels", "training", "benchmarks"]
+FOLDERS = ["engine", "engine/backends", "kernels", "training", "training/nnunet_trainers", "benchmarks"]
 
 setup(
     packages=["nnturbo." + folder.replace("/", ".") for folder in FOLDERS],

@@ -28,6 +28,7 @@ PREPROCESSED_RATIO = 4
 
 COMPACT_FEATURES = (16, 32, 64, 128, 128)
 COMPACT_PATCH = (32, 64, 96)
+COMPACT_PIXELS = 1.5
 COMPACT_STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
 """A network of 3.1 million parameters that trains on a CPU: two seconds a step of two patches on two cores."""
 
@@ -45,8 +46,8 @@ def plan_and_preprocess(
     Args:
         dataset_folder: `nnUNet_raw/DatasetXXX_Name` as `prepare_dataset` writes it.
         preprocessed_folder: nnU-Net's `nnUNet_preprocessed`; made if it does not exist.
-        planner: "resenc" for `nnUNetPlannerResEncM`, "plain" for `ExperimentPlanner`, "compact" for the latter's
-            spacing with a small network for CPUs.
+        planner: "resenc" for `nnUNetPlannerResEncM`, "plain" for `ExperimentPlanner`, "compact" for the latter
+            with larger pixels and a small network, for CPUs.
         configurations: Which to preprocess, such as "3d_fullres"; those the plans do not have are refused.
         processes: That nnU-Net starts.
 
@@ -189,6 +190,11 @@ def _plan(name: str, preprocessed: Path, planner: str, training_cases: frozenset
 def _make_compact(configuration: dict[str, Any]) -> None:
     """Replace the network that was planned for a GPU."""
     depth = len(COMPACT_FEATURES)
+    # Larger pixels, so that a patch shows most of the region at once: what a small network lacks most is context.
+    slice_mm, *pixel_mm = configuration["spacing"]
+    configuration["spacing"] = [slice_mm, *(COMPACT_PIXELS * mm for mm in pixel_mm)]
+    slices, *pixels = configuration["median_image_size_in_voxels"]
+    configuration["median_image_size_in_voxels"] = [slices, *(round(count / COMPACT_PIXELS) for count in pixels)]
     configuration["patch_size"] = list(COMPACT_PATCH)
     configuration["batch_size"] = 2
     configuration["architecture"]["arch_kwargs"] |= {

@@ -1,0 +1,300 @@
+"""A training that is killed and resumed ends as if nothing had happened; early stopping; foreign checkpoints."""
+
+import csv
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnturbo.engine import Engine, EngineError
+from nnturbo.engine.errors import CheckpointError
+from nnturbo.engine.model import read_checkpoint
+from nnturbo.training.recipe import Schedule
+from nnturbo.training.train import train
+from nnturbo.training.whole_cases import ValidationResult
+
+from tests.training.conftest import TINY, import_nnunet, make_trainer, seed_everything
+
+SCRIPT = """
+import pickle, sys
+import torch
+from tests.training.conftest import import_nnunet, seed_everything
+from nnturbo.training.train import train
+
+import_nnunet()  # before the seed: some of what it imports draws random numbers
+with open(sys.argv[1], "rb") as file:
+    arguments, threads = pickle.load(file)
+torch.set_num_threads(threads)
+seed_everything(0)
+train(**arguments)
+"""
+TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
+
+
+def assert_same(got, wanted, where="checkpoint"):
+    """Compare nested values bit by bit."""
+    assert type(got) is type(wanted), where
+    if isinstance(wanted, dict):
+        assert list(got) == list(wanted), where
+        for key in wanted:
+            if key not in TIMES:
+                assert_same(got[key], wanted[key], f"{where}[{key!r}]")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted), where
+        for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    elif isinstance(wanted, torch.Tensor):
+        assert got.dtype == wanted.dtype, where
+        assert torch.equal(got, wanted), where
+    else:
+        assert got == wanted or (got != got and wanted != wanted), where
+
+
+def load(folder, name="checkpoint_final.pth"):
+    return torch.load(folder / "fold_0" / name, weights_only=False)
+
+
+def kill_after_first_epoch(arguments, folder):
+    """Start a training of its own, and kill it while its second epoch is under way."""
+    job = arguments["results"].parent / "job.pkl"
+    job.write_bytes(pickle.dumps((arguments, torch.get_num_threads())))
+    command = [sys.executable, "-c", SCRIPT, str(job)]
+    log = arguments["results"].parent / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": "."}
+        )
+        try:
+            wanted = folder / "fold_0" / "checkpoint_latest.pth"
+            until = time.monotonic() + 120
+            while not wanted.is_file() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            assert wanted.is_file(), log.read_text()
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny, trained, tmp_path_factory):
+    """The training of `trained` once more, killed and resumed."""
+    results = tmp_path_factory.mktemp("resumed") / "results"
+    folder = results / trained.relative_to(trained.parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        kill_after_first_epoch(tiny.arguments(results), folder)
+        assert not (folder / "fold_0" / "checkpoint_final.pth").exists()
+        for path in (folder / "fold_0").glob("checkpoint_*.pth"):
+            assert load(folder, path.name)["current_epoch"] in (1, 2), path
+        with pytest.raises(EngineError, match=r"checkpoint_\w+\.pth is there: resume that training with --continue"):
+            train(**tiny.arguments(results))
+        seed_everything(99)  # what was drawn before must not matter
+        assert train(**tiny.arguments(results), resume=True) == folder
+    return folder
+
+
+class TestKilled:
+    def test_the_end_is_the_same_bit_by_bit(self, trained, resumed):
+        got, wanted = load(resumed), load(trained)
+        assert wanted["current_epoch"] == 2
+        assert [line["epoch"] for line in wanted["multi_task"]["history"]] == [0, 1]
+        assert len(wanted["multi_task"]["head_optimizer_state"]["state"]) > 5
+        for checkpoint in (got, wanted):
+            del checkpoint["init_args"]  # plans, which the next test compares
+        assert_same(got, wanted)
+
+    def test_files_are_the_same_and_whole(self, trained, resumed):
+        for name in ("plans.json", "dataset.json", "fold_0/history.csv"):
+            assert (resumed / name).read_text() == (trained / name).read_text()
+        names = {path.name for path in (resumed / "fold_0").iterdir() if not path.name.startswith("training_log")}
+        whole = {"checkpoint_final.pth", "checkpoint_best.pth", "history.csv", "progress.png", "debug.json"}
+        # Killed while it wrote, it may leave a file, though under no final name.
+        assert {name for name in names if not name.startswith(".writing-")} == whole
+        for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
+            read_checkpoint(resumed / "fold_0" / name)
+
+    def test_history_is_a_table_of_all_epochs(self, trained):
+        with (trained / "fold_0" / "history.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        history = load(trained)["multi_task"]["history"]
+        assert [{name: float(cell) for name, cell in row.items()} for row in rows] == history
+        assert all(0 < line["train_loss"] < 10 and line["class_loss"] > 0 for line in history)
+        assert [line["learning_rate"] for line in history] == pytest.approx([1e-3, 1e-3 * 0.5**0.9])
+
+    def test_the_engine_runs_it(self, tiny, resumed):
+        engine = Engine.load(resumed, device="cpu")
+        assert engine.model.mirror_axes == (0, 1, 2)
+        prediction = Engine.load(resumed, device="cpu", mirror=False).predict(tiny.image(tiny.validation_cases[0]))
+        assert prediction.classification.class_names == ("0", "1", "2")
+        assert math.fsum(prediction.classification.probabilities) == pytest.approx(1)
+
+
+def test_a_finished_training_stays_as_it_is(tiny, trained):
+    results, final = trained.parents[1], trained / "fold_0" / "checkpoint_final.pth"
+    before = (final.read_bytes(), final.stat().st_mtime_ns)
+    with pytest.raises(EngineError, match=r"checkpoint_final\.pth is there: resume that training with --continue, or"):
+        train(**tiny.arguments(results))
+    assert train(**tiny.arguments(results), resume=True) == trained
+    assert (final.read_bytes(), final.stat().st_mtime_ns) == before
+
+
+class TestOtherCheckpoints:
+    def resume(self, tiny, trained, **changes):
+        trainer = make_trainer(tiny, replace(TINY, **changes))
+        trainer.load_checkpoint(str(trained / "fold_0" / "checkpoint_final.pth"))
+        return trainer
+
+    @pytest.mark.parametrize(
+        ("changes", "difference"),
+        [
+            ({"head": "gap_linear"}, "kind attention is now gap_linear"),
+            ({"head_stages": (2,)}, r"stages \[1, 2\] is now \[2\]"),
+            ({"head_queries": 3, "head_hidden": 4}, "hidden 8 is now 4; queries 2 is now 3"),
+            # The same shapes, and yet another question.
+            ({"focus_labels": ("pancreas",)}, r"focus_channels \[2\] is now \[1\]"),
+        ],
+    )
+    def test_of_another_head(self, tiny, trained, environment, changes, difference):
+        message = f"^the checkpoint is of another head: {difference}; resume with the same recipe$"
+        with pytest.raises(EngineError, match=message):
+            self.resume(tiny, trained, **changes)
+
+    def test_of_another_optimizer(self, tiny, trained, environment):
+        with pytest.raises(EngineError, match="is of optimizer adamw, the recipe asks for sgd; resume with the same"):
+            self.resume(tiny, trained, optimizer="sgd")
+
+    def test_with_more_epochs_and_another_decay_it_goes_on(self, tiny, trained, environment):
+        trainer = self.resume(tiny, trained, epochs=5, weight_decay=0.5, head_weight_decay=0.25)
+        assert (trainer.current_epoch, trainer.schedule.last_epoch) == (2, 5)
+        assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+        assert trainer.head_optimizer.param_groups[0]["weight_decay"] == 0.25
+        log = Path(trainer.log_file).read_text()
+        assert "Going on with another recipe: weight_decay 0.01 is now 0.5; head_weight_decay 0.01 is now 0.25" in log
+
+    def test_of_nnunets_own_trainer(self, tiny, trained, environment, tmp_path):
+        checkpoint = load(trained) | {"trainer_name": "nnUNetTrainer"}
+        del checkpoint["multi_task"]
+        torch.save(checkpoint, tmp_path / "foreign.pth")
+        with pytest.raises(EngineError, match="from a checkpoint of its own, this one is of nnUNetTrainer: start"):
+            make_trainer(tiny, TINY).load_checkpoint(str(tmp_path / "foreign.pth"))
+
+    def test_that_would_run_code(self, tiny, trained, environment, tmp_path):
+        torch.save(load(trained) | {"hook": os.system}, tmp_path / "hostile.pth")
+        with pytest.raises(CheckpointError, match="must hold weights and plain values only; it names posix.system"):
+            make_trainer(tiny, TINY).load_checkpoint(str(tmp_path / "hostile.pth"))
+
+    def test_that_is_damaged(self, tiny, trained, environment, tmp_path):
+        whole = (trained / "fold_0" / "checkpoint_final.pth").read_bytes()
+        (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match=r"half\.pth must be a torch checkpoint; it cannot be read"):
+            make_trainer(tiny, TINY).load_checkpoint(str(tmp_path / "half.pth"))
+
+
+STOPPING = replace(
+    TINY, epochs=12, iterations=1, detached_epochs=0, validate_every=1, patience=2, annealing_epochs=3, save_every=1
+)
+
+
+@pytest.fixture
+def scored(tiny, environment, monkeypatch):
+    """Makes trainers whose validation gives the scores one asks for, by epoch; the last one goes on for ever."""
+
+    def make(scores, recipe=STOPPING):
+        trainer = make_trainer(tiny, recipe)
+
+        def validate(engine, cases):
+            score = scores[min(trainer.current_epoch, len(scores) - 1)]
+            return ValidationResult(foreground_dsc=score, label_dsc={1: score}, macro_f1=math.nan)
+
+        monkeypatch.setattr(import_nnunet(), "validate", validate)
+        monkeypatch.setattr(trainer.logger, "plot_progress_png", lambda folder: None)
+        return trainer
+
+    return make
+
+
+class TestEarlyStopping:
+    scores = (0.1, 0.2, 0.3, 0.3, 0.3)
+
+    def test_the_rate_goes_to_zero_and_training_ends(self, scored):
+        trainer = scored(self.scores)
+        trainer.run_training()
+        # The best score is that of epoch 2; two epochs later patience is at its end.
+        assert trainer.schedule == Schedule(epochs=12, annealing_epochs=3, anneal_from=5)
+        assert trainer.current_epoch == len(trainer.history) == 8
+        there = (1 - 5 / 12) ** 0.9
+        rates = [(1 - e / 12) ** 0.9 for e in range(5)] + [there * part for part in (0.75, 0.5, 0.25)]
+        assert [line["learning_rate"] for line in trainer.history] == pytest.approx([1e-3 * rate for rate in rates])
+        assert trainer.head_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * there * 0.25)
+        folder = Path(trainer.output_folder)
+        assert torch.load(folder / "checkpoint_final.pth", weights_only=False)["current_epoch"] == 8
+        assert not (folder / "checkpoint_latest.pth").exists()
+
+    def test_while_scores_rise_nothing_stops(self, scored):
+        trainer = scored([epoch / 20 for epoch in range(12)])
+        trainer.run_training()
+        assert trainer.schedule.anneal_from is None
+        assert trainer.current_epoch == 12
+
+    def test_it_survives_an_interruption(self, scored, tiny):
+        seed_everything(5)
+        whole = scored(self.scores)
+        whole.run_training()
+        wanted = torch.load(Path(whole.output_folder) / "checkpoint_final.pth", weights_only=False)
+        seed_everything(5)
+        first = scored(self.scores)
+        step = first.train_step
+
+        def interrupted(batch):
+            if first.current_epoch == 6:  # while it anneals
+                raise KeyboardInterrupt
+            return step(batch)
+
+        first.train_step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            first.run_training()
+        second = scored(self.scores)
+        second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+        assert second.schedule == Schedule(epochs=12, annealing_epochs=3, anneal_from=5)
+        second.run_training()
+        got = torch.load(Path(second.output_folder) / "checkpoint_final.pth", weights_only=False)
+        assert_same(got, wanted)
+
+    def patience_ends(self, trainer, validate_every=1):
+        """The epoch from which the rate anneals."""
+        for epoch in range(trainer.recipe.epochs):
+            trainer.current_epoch = epoch
+            if (epoch + 1) % validate_every == 0:
+                trainer._validate_whole_cases({})
+        return trainer.schedule.anneal_from
+
+    def test_patience_begins_after_the_warm_up(self, scored):
+        trainer = scored([0.5], replace(STOPPING, segmentation_epochs=3, detached_epochs=2))
+        trainer.initialize()
+        assert self.patience_ends(trainer) == 5 + 2 + 1
+
+    def test_patience_counts_epochs_not_validations(self, scored):
+        trainer = scored([0.5], replace(STOPPING, epochs=30, patience=7))
+        trainer.initialize()
+        # The first score is that of epoch 3, and 7 epochs without a better one are over at the validation of 11.
+        assert self.patience_ends(trainer, validate_every=4) == 12
+
+    def test_the_last_epoch_stops_nothing(self, scored):
+        trainer = scored([0.5], replace(STOPPING, epochs=3))
+        trainer.initialize()
+        assert self.patience_ends(trainer) is None
+
+    def test_undefined_scores_are_never_the_best(self, scored):
+        trainer = scored([0.1, np.nan, np.nan, np.nan])
+        trainer.initialize()
+        assert self.patience_ends(trainer) == 3
+        assert trainer._best == (0.1, 0)

@@ -1,0 +1,265 @@
+"""How a multi-task model is trained: one frozen recipe, four presets, and the learning rate over the epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+OPTIMIZERS = ("sgd", "adamw")
+AUGMENTATIONS = (
+    "GaussianNoiseTransform",
+    "GaussianBlurTransform",
+    "MultiplicativeBrightnessTransform",
+    "ContrastTransform",
+    "SimulateLowResolutionTransform",
+    "GammaTransform",
+)
+"""Of nnU-Net's augmentations those that may be left out; the others also bring patches to their size or form."""
+
+
+_KINDS = {
+    "int": ("a whole number", lambda value: type(value) is int),
+    "float": ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "tuple[int, ...]": ("whole numbers", lambda value: _all_are(value, int)),
+    "tuple[str, ...]": ("texts", lambda value: _all_are(value, str)),
+}
+"""What values of each declared type must be, in words and as a test."""
+
+
+def _all_are(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple) and all(type(value) is kind for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that is chosen about a training.
+
+    Attributes:
+        head: Kind of classification head, see `engine.classification.ClassificationScheme`.
+        head_stages: Encoder stages that feed it; shallow ones tell subtypes apart better.
+        head_hidden, head_queries, head_dropout: Of the head.
+        focus_labels: Names of the labels that the class is about.
+        optimizer: Of encoder and decoder: "sgd" with nnU-Net's Nesterov momentum of 0.99, or "adamw".
+        learning_rate, weight_decay: Of encoder and decoder.
+        gradient_clip: Greatest norm of the gradients of encoder and decoder.
+        head_learning_rate, head_weight_decay, head_gradient_clip: Of the head, which has an AdamW of its own: on
+            nnU-Net's SGD its cross-entropy sticks at ln 3.
+        epochs: The most there are.
+        iterations, validation_iterations: Batches per epoch.
+        segmentation_epochs: Epochs at the beginning that train the segmentation alone.
+        detached_epochs: Epochs after those in which the head learns without changing the encoder.
+        class_loss_weight: Of the classification loss in the sum, once it may change the encoder; 0 for never.
+        label_smoothing: Of the classification loss.
+        pancreas_weight: Weight of a patch that shows foreground but nothing of the focus; with focus it is 1, without
+            foreground 0.
+        oversample_foreground: Share of the patches that are centred on foreground.
+        left_out: Augmentations of nnU-Net's that are not applied, some of `AUGMENTATIONS`.
+        validate_every: Epochs between validations on whole cases; 0 for none, and then nothing stops early.
+        validation_cases: The most cases of such a validation, spread evenly over the split; 0 for all.
+        patience: Epochs without a better score (mean of foreground DSC and macro-F1) before the learning rate anneals.
+        annealing_epochs: Epochs in which it then goes to zero.
+        save_every: Epochs between checkpoints.
+    """
+
+    head: str = "attention"
+    head_stages: tuple[int, ...] = (1, 2, 3)
+    head_hidden: int = 64
+    head_queries: int = 4
+    head_dropout: float = 0.2
+    focus_labels: tuple[str, ...] = ("lesion",)
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    gradient_clip: float = 12.0
+    head_learning_rate: float = 1e-3
+    head_weight_decay: float = 1e-2
+    head_gradient_clip: float = 1.0
+    epochs: int = 120
+    iterations: int = 250
+    validation_iterations: int = 50
+    segmentation_epochs: int = 20
+    detached_epochs: int = 10
+    class_loss_weight: float = 0.3
+    label_smoothing: float = 0.1
+    pancreas_weight: float = 0.3
+    oversample_foreground: float = 0.5
+    left_out: tuple[str, ...] = ("GaussianBlurTransform", "SimulateLowResolutionTransform", "GammaTransform")
+    validate_every: int = 5
+    validation_cases: int = 0
+    patience: int = 30
+    annealing_epochs: int = 10
+    save_every: int = 5
+
+    def __post_init__(self) -> None:
+        """Check what a person may have typed."""
+        if wrong := [
+            f"{field.name} must be {_KINDS[str(field.type)][0]}, got {getattr(self, field.name)!r:.80}"
+            for field in fields(self)
+            if not _KINDS[str(field.type)][1](getattr(self, field.name))
+        ]:
+            raise ValueError(f"recipe: {'; '.join(wrong)}")
+        rules = {
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}": self.optimizer in OPTIMIZERS,
+            f"left_out must be among {', '.join(AUGMENTATIONS)}": set(self.left_out) <= set(AUGMENTATIONS),
+            "learning rates and gradient clips must be positive": min(
+                self.learning_rate, self.head_learning_rate, self.gradient_clip, self.head_gradient_clip
+            )
+            > 0,
+            "weight decays and class_loss_weight must not be negative": min(
+                self.weight_decay, self.head_weight_decay, self.class_loss_weight
+            )
+            >= 0,
+            "epochs, iterations, validation_iterations, annealing_epochs and save_every must be at least 1": min(
+                self.epochs, self.iterations, self.validation_iterations, self.annealing_epochs, self.save_every
+            )
+            >= 1,
+            "segmentation_epochs, detached_epochs, validate_every, validation_cases and patience must not be "
+            "negative": min(
+                self.segmentation_epochs,
+                self.detached_epochs,
+                self.validate_every,
+                self.validation_cases,
+                self.patience,
+            )
+            >= 0,
+            "label_smoothing, pancreas_weight and oversample_foreground must lie in 0 to 1": all(
+                0 <= share <= 1 for share in (self.label_smoothing, self.pancreas_weight, self.oversample_foreground)
+            ),
+            "focus_labels must name at least one label": len(self.focus_labels) > 0,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError(f"recipe: {'; '.join(broken)}; got {self}")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Recipe:
+        """Read what `describe` wrote.
+
+        Raises:
+            ValueError: For unknown entries, or values out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe: must be entries by name, got {values!r:.80}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"recipe: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**arguments)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+PRESETS: Mapping[str, Recipe] = {
+    # nnU-Net's own optimiser, and a head that hardly moves the encoder.
+    "conservative": Recipe(
+        optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, class_loss_weight=0.1, detached_epochs=30
+    ),
+    "balanced": Recipe(),
+    # Both tasks from early on, with equal weight.
+    "aggressive": Recipe(segmentation_epochs=5, detached_epochs=5, class_loss_weight=1.0, learning_rate=2e-3),
+    # A long schedule, which the segmentation gains most from; the head never changes the encoder.
+    "segmentation_focused": Recipe(
+        optimizer="sgd",
+        learning_rate=1e-2,
+        weight_decay=3e-5,
+        class_loss_weight=0.0,
+        epochs=700,
+        segmentation_epochs=300,
+        validate_every=25,
+        patience=150,
+        annealing_epochs=50,
+    ),
+}
+
+
+def changed_recipe(preset: str, changes: Sequence[str]) -> Recipe:
+    """Take a preset and change what is asked for.
+
+    Args:
+        preset: One of `PRESETS`.
+        changes: `name=value` each; values of lists are separated by commas.
+
+    Raises:
+        ValueError: For an unknown name, or a value of the wrong kind.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    values = PRESETS[preset].describe()
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in values or not text:
+            raise ValueError(f"a change must be NAME=VALUE with a name of {', '.join(values)}, got {change!r}")
+        try:
+            values[name] = _like(values[name], text)
+        except ValueError as error:
+            raise ValueError(f"{name} must be like {values[name]!r}, got {text!r}") from error
+    return Recipe.parse(values)
+
+
+def _like(example: Any, text: str) -> Any:
+    """Read a text as a value of the same kind as another."""
+    if isinstance(example, list):
+        kind = type(example[0]) if example else str
+        return [kind(part) for part in text.split(",") if part]
+    return type(example)(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Learning rate over the epochs, as a factor of the first one.
+
+    nnU-Net's polynomial decay; where training stops early, from there straight to zero, since a decay that is merely
+    cut off leaves the rate high.
+
+    Attributes:
+        epochs: That were planned.
+        annealing_epochs: In which the rate goes to zero after stopping early.
+        anneal_from: First epoch of those; `None` while nothing has stopped.
+    """
+
+    epochs: int
+    annealing_epochs: int
+    anneal_from: int | None = None
+
+    @property
+    def last_epoch(self) -> int:
+        """One past the last epoch."""
+        if self.anneal_from is None:
+            return self.epochs
+        return min(self.epochs, self.anneal_from + self.annealing_epochs)
+
+    def factor(self, epoch: int) -> float:
+        """What the first learning rate is multiplied with in an epoch, counted from 0."""
+        if self.anneal_from is None or epoch < self.anneal_from:
+            return (1 - epoch / self.epochs) ** 0.9
+        left = (self.last_epoch - epoch) / (self.last_epoch - self.anneal_from + 1)
+        return (1 - self.anneal_from / self.epochs) ** 0.9 * max(left, 0.0)
+
+
+class EpochScheduler:
+    """Sets the learning rates of both optimizers at the start of an epoch, as nnU-Net's scheduler does for one.
+
+    Args:
+        trainer: Has `schedule`, which may change, `recipe` and `head_optimizer`.
+        optimizer: Of encoder and decoder.
+    """
+
+    def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
+        self._trainer, self._optimizer = trainer, optimizer
+
+    def step(self, epoch: int) -> None:
+        """Begin an epoch, counted from 0."""
+        factor, recipe = self._trainer.schedule.factor(epoch), self._trainer.recipe
+        for optimizer, rate in (
+            (self._optimizer, recipe.learning_rate),
+            (self._trainer.head_optimizer, recipe.head_learning_rate),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor

@@ -1,0 +1,110 @@
+"""Start or resume a multi-task training, without nnU-Net's search for trainers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..engine.engine import choose_device
+from ..engine.errors import EngineError
+from ..engine.model import read_checkpoint
+from .cases import SPLITS_FILE
+from .multi_task_plans import RECIPE_KEY
+from .planning import nnunet_environment
+from .recipe import Recipe
+from .tables import DatasetError
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""In nnU-Net's order."""
+
+
+def train(
+    dataset_name: str,
+    configuration: str,
+    fold: int | str,
+    *,
+    recipe: Recipe,
+    plans_name: str,
+    raw: str | os.PathLike[str],
+    preprocessed: str | os.PathLike[str],
+    results: str | os.PathLike[str],
+    device: str = "auto",
+    resume: bool = False,
+    pretrained: str | os.PathLike[str] | None = None,
+    final_validation: bool = False,
+) -> Path:
+    """Train one fold.
+
+    Args:
+        dataset_name: Such as Dataset801_PancreasPhantom.
+        configuration: Such as 3d_fullres.
+        fold: Number of a split of `splits_final.json`, or "all".
+        recipe: How.
+        plans_name: Plans file without its ending, such as nnUNetResEncUNetMPlans.
+        raw: nnU-Net's nnUNet_raw.
+        preprocessed: nnU-Net's nnUNet_preprocessed.
+        results: nnU-Net's nnUNet_results.
+        device: "auto", "cpu", "cuda" or "mps".
+        resume: Go on from the final, latest or best checkpoint, the first that is there; without one, begin. A finished
+            training stays as it is.
+        pretrained: Checkpoint whose weights a new training begins with, of nnU-Net's own trainer or of this one:
+            encoder and decoder must fit, a head is taken where it fits.
+        final_validation: Run nnU-Net's own validation of the final checkpoint afterwards.
+
+    Returns:
+        The model folder, which holds `plans.json`, `dataset.json` and `fold_<fold>`.
+
+    Raises:
+        ValueError: For an unknown device, or a fold that the splits do not have.
+        DatasetError: Where the preprocessed data set is not there.
+        EngineError: Where nnU-Net is not installed, the device is not there, or a training would be overwritten.
+    """
+    folder = Path(preprocessed) / dataset_name
+    for name in (f"{plans_name}.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
+    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
+    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    fold = _check_fold(fold, folder / SPLITS_FILE)
+    chosen = choose_device(device)
+    if chosen.index is not None:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}; choose by CUDA_VISIBLE_DEVICES")
+    with nnunet_environment(raw=Path(raw), preprocessed=Path(preprocessed), results=Path(results)):
+        try:
+            from .trainer import nnUNetTrainerMultiTask
+        except ImportError as error:
+            raise EngineError(f"training needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
+        plans |= {RECIPE_KEY: recipe.describe(), "continue_training": resume}
+        target = Path(results) / dataset_name / f"{nnUNetTrainerMultiTask.__name__}__{plans_name}__{configuration}"
+        present = [path for name in RESUMABLE if (path := target / f"fold_{fold}" / name).is_file()]
+        if present and not resume:
+            raise EngineError(f"{present[0]} is there: resume that training with --continue, or remove its folder")
+        trainer = nnUNetTrainerMultiTask(plans, configuration, fold, dataset, chosen)
+        if present:
+            trainer.load_checkpoint(str(present[0]))
+        elif pretrained is not None:
+            trainer.begin_with(read_checkpoint(Path(pretrained)).weights)
+        if present and present[0].name == RESUMABLE[0] and trainer.current_epoch >= trainer.schedule.last_epoch:
+            logger.info("%s: the training is finished", present[0])
+        else:
+            trainer.run_training()
+        if final_validation:
+            trainer.perform_actual_validation()
+    return target
+
+
+def _check_fold(fold: int | str, splits_file: Path) -> int | str:
+    """Refuse a fold that is not there: nnU-Net would split at random, and mix validation cases into training."""
+    if fold == "all":
+        return fold
+    if not splits_file.is_file():
+        raise DatasetError(f"{splits_file} is missing: run nnturbo prepare first, or train fold all")
+    count = len(json.loads(splits_file.read_text()))
+    if not str(fold).isdecimal() or int(fold) >= count:
+        raise ValueError(f"fold must be 'all' or below {count}, the number of splits in {splits_file}, got {fold!r}")
+    return int(fold)

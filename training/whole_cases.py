@@ -1,0 +1,156 @@
+"""Validation on whole cases while a network trains: the engine's own path from scan to labels and class."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..engine.backends.torch import TorchRunner
+from ..engine.engine import Engine
+from ..engine.model import Model
+from ..engine.plans import parse_plan
+from ..engine.sliding_window import SlidingWindow
+from ..engine.volume import read_volume
+from .metrics import classification_metrics, dice
+from .tables import DatasetError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationCase:
+    """One case to validate on: files of all channels, file of the labels, class."""
+
+    name: str
+    images: tuple[Path, ...]
+    labels: Path
+    subtype: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationResult:
+    """How whole cases went.
+
+    Attributes:
+        foreground_dsc: Mean DSC of everything that is not background.
+        label_dsc: Mean DSC by label value.
+        macro_f1: Over the classes; NaN for a network without classification.
+    """
+
+    foreground_dsc: float
+    label_dsc: Mapping[int, float]
+    macro_f1: float
+
+    @property
+    def score(self) -> float:
+        """What decides whether training goes on: mean of foreground DSC and macro-F1."""
+        return self.foreground_dsc if math.isnan(self.macro_f1) else (self.foreground_dsc + self.macro_f1) / 2
+
+
+def find_validation_cases(
+    folder: Path, names: Sequence[str], dataset: Mapping[str, Any], subtypes: Mapping[str, int]
+) -> list[ValidationCase]:
+    """Find the raw scans and labels of cases.
+
+    Args:
+        folder: nnUNet_raw/DatasetXXX_Name.
+        names: Of the cases.
+        dataset: Content of `dataset.json`.
+        subtypes: Class of each case.
+
+    Raises:
+        DatasetError: Where there are no cases, or scans or labels are missing.
+    """
+    if not names:
+        raise DatasetError("validation on whole cases needs cases, the validation split has none; prepare it anew")
+    ending = dataset["file_ending"]
+    channels = range(len(dataset["modality" if "modality" in dataset else "channel_names"]))
+    listed = dataset.get("dataset", {})  # nnU-Net's way to leave scans where they are
+    cases = []
+    for name in names:
+        images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in channels]
+        files = listed.get(name, {"images": images, "label": f"labelsTr/{name}{ending}"})
+        cases.append(
+            ValidationCase(
+                name=name,
+                images=tuple(folder / os.path.expandvars(image) for image in files["images"]),
+                labels=folder / os.path.expandvars(files["label"]),
+                subtype=subtypes[name],
+            )
+        )
+    if absent := [str(path) for case in cases for path in (*case.images, case.labels) if not path.is_file()]:
+        raise DatasetError(f"validation on whole cases needs the raw scans and labels, missing: {absent[0]}")
+    return cases
+
+
+def network_engine(
+    network: nn.Module, plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str, device: torch.device
+) -> Engine:
+    """Make an engine around a network as it is, without mirroring; in fp32 on a CPU and fp16 on a GPU.
+
+    Args:
+        network: In evaluation mode, without deep supervision.
+        plans: Content of `plans.json`.
+        dataset: Content of `dataset.json`.
+        configuration: Such as 3d_fullres.
+        device: Where the network lies.
+    """
+    plan = parse_plan(plans, dataset, configuration)
+    model = Model(
+        plan=plan,
+        weights=(network.state_dict(),),
+        folds=("training",),
+        mirror_axes=(),
+        trainer="nnUNetTrainerMultiTask",
+        source=Path(),
+        plans=plans,
+        dataset=dataset,
+    )
+    window = SlidingWindow(
+        patch_size=plan.patch_size_3d,
+        tile_step_size=0.5,
+        views=((),),
+        views_per_call=1,
+        slicewise=len(plan.patch_size) == 2,
+    )
+    runner = TorchRunner([network], device, "fp16" if device.type == "cuda" else "fp32")
+    return Engine(model, runner, window=window, sums_device=device, provenance={})
+
+
+def validate(engine: Engine, cases: Sequence[ValidationCase]) -> ValidationResult:
+    """Predict whole cases and compare.
+
+    Raises:
+        EngineError: Where a case cannot be read or predicted.
+    """
+    labels = engine.model.plan.labels.foreground
+    ignored = engine.model.dataset["labels"].get("ignore")
+    foreground: list[float] = []
+    by_label: dict[int, list[float]] = {label: [] for label in labels}
+    predicted: list[int | None] = []
+    for case in cases:
+        images = list(case.images)
+        prediction = engine.predict(images if len(images) > 1 else images[0])
+        reference = np.rint(read_volume(case.labels, channels=1).array[0])
+        known = np.ones(reference.shape, bool) if ignored is None else reference != ignored
+        segmentation, reference = prediction.segmentation[known], reference[known]
+        foreground.append(dice(segmentation > 0, reference > 0))
+        for label in labels:
+            by_label[label].append(dice(segmentation == label, reference == label))
+        predicted.append(None if prediction.classification is None else prediction.classification.label)
+    macro_f1 = math.nan
+    if None not in predicted:
+        scheme = engine.model.plan.classification
+        classes = len(scheme.class_names) if scheme else 0
+        macro_f1 = classification_metrics([case.subtype for case in cases], predicted, classes).macro_f1
+    return ValidationResult(
+        foreground_dsc=float(np.mean(foreground)),
+        label_dsc={label: float(np.mean(values)) for label, values in by_label.items()},
+        macro_f1=macro_f1,
+    )
