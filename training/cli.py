@@ -217,6 +217,7 @@ def _add_train(commands: Any) -> None:
     )
     add("--lda", nargs="+", type=int, metavar="STAGE", help="afterwards fit a classifier on these encoder stages")
     add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--pretrained", metavar="FILE", help="checkpoint to begin with; a plain nnU-Net's will do")
     add("--continue", dest="resume", action="store_true", help="go on from the newest checkpoint")
     add("--val", action="store_true", help="run nnU-Net's own validation of the final checkpoint afterwards")
     for name in ("raw", "preprocessed", "results"):
@@ -242,6 +243,7 @@ def _train(options: argparse.Namespace) -> int:
         plans_name=options.p,
         device=options.device,
         resume=options.resume,
+        pretrained=options.pretrained,
         final_validation=options.val,
         **folders,
     )

@@ -50,8 +50,9 @@ TINY = Recipe(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyDataset:
-    """Where the data set lies; `plans` and `dataset` are what its json files hold."""
+    """Where the data set lies, as it came and prepared; `plans` and `dataset` are what its json files hold."""
 
+    source: Path
     raw: Path
     preprocessed: Path
     name: str
@@ -112,11 +113,12 @@ def work_in_threads(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Six training and three validation phantoms of 40 x 50 x 60 voxels, and plans for a network of four stages."""
+    """Seven training and three validation phantoms of 40 x 50 x 60 voxels, and plans for a network of four stages."""
     pytest.importorskip("nnunetv2", reason="training needs nnU-Net")
     import_nnunet()
     folder = tmp_path_factory.mktemp("tiny")
-    write_dataset(folder / "source", counts={"train": 6, "validation": 3}, seed=3, settings=PHANTOMS)
+    counts = {"train": 7, "validation": 3, "test": 2}
+    write_dataset(folder / "source", counts=counts, seed=3, settings=PHANTOMS, answers=True)
     prepared = prepare_dataset(folder / "source", folder / "raw", dataset_id=7, dataset_name="Tiny")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,6 +135,7 @@ def tiny(tmp_path_factory):
     shrink(plans["configurations"][CONFIGURATION])
     plans_file.write_text(json.dumps(plans))
     return TinyDataset(
+        source=folder / "source",
         raw=folder / "raw",
         preprocessed=folder / "preprocessed",
         name=prepared.folder.name,

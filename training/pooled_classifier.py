@@ -1,0 +1,227 @@
+"""A shrinkage discriminant analysis on pooled encoder features, fitted after training and kept in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..engine.backends.torch import TorchRunner
+from ..engine.engine import choose_device
+from ..engine.errors import EngineError, ModelError
+from ..engine.files import written_atomically
+from ..engine.heads import FocusPooling
+from ..engine.model import Model, read_model
+from ..engine.network import MultiTaskUNet, build_network
+from ..engine.plans import Plan
+from ..engine.preprocessing import preprocess
+from ..engine.sliding_window import SlidingWindow, predict_logits
+from ..engine.timing import Timings
+from ..engine.volume import read_volume
+from ..engine.voting import Votes
+from .cases import ENDING, LABELS_FILE, SPLITS_FILE
+from .metrics import classification_metrics
+from .multi_task_plans import read_classes
+from .tables import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifiedScan:
+    """A scan whose class is known: files of all channels, and the index of the class."""
+
+    images: tuple[Path, ...]
+    subtype: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PooledFit:
+    """How well a fitted classifier did.
+
+    Attributes:
+        cases: Number of cases that it was fitted on.
+        macro_f1: Of a five-fold cross-validation over them. The network has seen them all, so it flatters.
+    """
+
+    cases: int
+    macro_f1: float
+
+
+def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | str) -> list[ClassifiedScan]:
+    """Find scans and classes of the cases that a fold is trained on.
+
+    Args:
+        raw_dataset: `nnUNet_raw/DatasetXXX_Name`, as `prepare_dataset` writes it.
+        preprocessed_dataset: The same in `nnUNet_preprocessed`.
+        fold: Number of a split, or "all" for every labelled case.
+
+    Raises:
+        DatasetError: Where a file is missing, or a split is not there.
+    """
+    subtypes, _ = read_classes(preprocessed_dataset / LABELS_FILE)
+    if fold == "all":
+        cases = sorted(path.name.removesuffix(ENDING) for path in (raw_dataset / "labelsTr").glob(f"*{ENDING}"))
+    else:
+        splits = json.loads((preprocessed_dataset / SPLITS_FILE).read_text())
+        if not 0 <= int(fold) < len(splits):
+            raise DatasetError(f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is none")
+        cases = sorted(splits[int(fold)]["train"])
+    description = json.loads((preprocessed_dataset / "dataset.json").read_text())
+    ending = description["file_ending"]
+    scans = []
+    for case in cases:
+        images = tuple(
+            raw_dataset / "imagesTr" / f"{case}_{channel:04d}{ending}"
+            for channel in range(len(description["channel_names"]))
+        )
+        if missing := [path for path in images if not path.is_file()]:
+            raise DatasetError(f"{missing[0]} is missing: the classifier is fitted on the scans of the training cases")
+        scans.append(ClassifiedScan(images=images, subtype=subtypes[case]))
+    return scans
+
+
+def fit_pooled_classifier(
+    model_folder: str | os.PathLike[str],
+    fold: int | str,
+    scans: Sequence[ClassifiedScan],
+    *,
+    stages: Sequence[int],
+    checkpoint: str = "checkpoint_final.pth",
+    device: str = "auto",
+    progress: Callable[[int, int, object], None] | None = None,
+) -> PooledFit:
+    """Fit a classifier on scans and put it into the checkpoint of a fold, where the engine finds it.
+
+    Args:
+        model_folder: Of a multi-task model.
+        fold: Whose checkpoint.
+        scans: Those that the network was trained on.
+        stages: Stages of the encoder to pool, counted from the finest, 0.
+        checkpoint: Its file name.
+        device: Where the network runs.
+        progress: Called with the number done, the number of all, and the scan.
+
+    Raises:
+        ModelError: Where the model has no classification head, or no such stages.
+        EngineError: Where scikit-learn is not installed, or a scan cannot be read.
+        ValueError: Where a class has fewer than two scans.
+    """
+    model = read_model(model_folder, folds=[fold], checkpoint=checkpoint)
+    features = []
+    for done, vector in enumerate(_features(model, scans, stages, device), start=1):
+        features.append(vector)
+        if progress is not None:
+            progress(done, len(scans), scans[done - 1].images[0])
+    scheme = model.plan.classification
+    assert scheme is not None  # a network with a head has one
+    labels = np.array([scan.subtype for scan in scans])
+    weight, bias = fit_discriminant(np.array(features), labels, scheme.num_classes)
+    macro_f1 = _cross_validate(np.array(features), labels, scheme.num_classes)
+    path = Path(model_folder) / f"fold_{fold}" / checkpoint
+    content = torch.load(path, map_location="cpu", weights_only=False)  # the caller's own training
+    content["pooled_classifier"] = {"kind": "lda", "stages": list(stages), "weight": weight, "bias": bias}
+    with written_atomically(path) as temporary:
+        torch.save(content, temporary)
+    logger.info("%s: fitted on %d scans, cross-validated macro-F1 %.3f", path, len(scans), macro_f1)
+    return PooledFit(cases=len(scans), macro_f1=macro_f1)
+
+
+def _features(model: Model, scans: Sequence[ClassifiedScan], stages: Sequence[int], device: str) -> Any:
+    network = build_network(model.plan, model.weights[0])
+    if not isinstance(network, MultiTaskUNet):
+        raise ModelError(f"{model.source}: only models with a classification head can have a fitted classifier")
+    deepest = len(network.encoder.output_channels) - 1
+    if not stages or not 0 <= min(stages) <= max(stages) <= deepest:
+        raise ModelError(f"stages must be among the encoder's 0 to {deepest}, got {list(stages)}")
+    network.head = FocusPooling(stages)
+    return case_outputs(network, model.plan, scans, choose_device(device))
+
+
+def case_outputs(
+    network: MultiTaskUNet, plan: Plan, scans: Sequence[ClassifiedScan], device: torch.device
+) -> Iterator[NDArray[np.float64]]:
+    """Say what a network's head gives for whole scans, as the engine does: over tiles, weighted by what they show.
+
+    Args:
+        network: With any head.
+        plan: Of the network.
+        scans: Which.
+        device: Where the network runs.
+
+    Yields:
+        One vector, as long as the head's output, for each scan.
+    """
+    scheme = plan.classification
+    assert scheme is not None  # a MultiTaskUNet's plan has one
+    runner = TorchRunner([network.to(device)], device, "fp16" if device.type == "cuda" else "fp32")
+    window = SlidingWindow(
+        patch_size=plan.patch_size_3d,
+        tile_step_size=0.5,
+        views=((),),
+        views_per_call=1,
+        slicewise=len(plan.patch_size) == 2,
+    )
+    for scan in scans:
+        volume = read_volume(list(scan.images), channels=len(plan.channels))
+        case = preprocess(volume.reoriented() if plan.reorient else volume, plan, device, None)
+        votes = Votes(scheme, views=1, aggregation="foreground")
+        for _ in predict_logits(case, runner, window, plan.labels.num_outputs, timings=Timings(), votes=votes):
+            pass  # the segmentation is not needed
+        yield votes.mean_logits().numpy()
+
+
+def fit_discriminant(
+    features: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit a linear discriminant analysis with Ledoit-Wolf shrinkage and equal priors.
+
+    Args:
+        features: (N, F).
+        labels: (N,) in 0 to `num_classes` - 1.
+        num_classes: S, at least 2.
+
+    Returns:
+        Weight (S, F) and bias (S,), float32: `features @ weight.T + bias` are class logits.
+
+    Raises:
+        EngineError: Where scikit-learn is not installed.
+        ValueError: Where a class has fewer than two cases.
+    """
+    try:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    except ImportError as error:
+        raise EngineError(f"the classifier needs scikit-learn ({error}): pip install 'nnturbo[training]'") from error
+    counts = np.bincount(labels, minlength=num_classes)
+    if counts.min() < 2:
+        raise ValueError(f"every class needs at least two cases to fit a classifier, got {counts.tolist()}")
+    analysis = LinearDiscriminantAnalysis(
+        solver="lsqr", shrinkage="auto", priors=np.full(num_classes, 1 / num_classes)
+    ).fit(features, labels)
+    weight, bias = analysis.coef_, analysis.intercept_
+    if num_classes == 2:  # scikit-learn gives the second class's logit less the first one's
+        weight, bias = np.vstack([np.zeros_like(weight), weight]), np.concatenate([[0.0], bias])
+    return torch.from_numpy(weight.astype(np.float32)), torch.from_numpy(bias.astype(np.float32))
+
+
+def _cross_validate(features: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], num_classes: int) -> float:
+    """Macro-F1 of predictions by classifiers that did not see the case; every fifth case of a class is left out."""
+    parts = np.zeros(len(labels), dtype=int)
+    for label in range(num_classes):
+        parts[labels == label] = np.arange((labels == label).sum()) % 5
+    predicted = np.zeros(len(labels), dtype=int)
+    for part in np.unique(parts):
+        left = parts == part
+        if np.bincount(labels[~left], minlength=num_classes).min() < 2:
+            return float("nan")
+        weight, bias = fit_discriminant(features[~left], labels[~left], num_classes)
+        predicted[left] = (features[left] @ weight.numpy().T + bias.numpy()).argmax(1)
+    return classification_metrics(labels.tolist(), predicted.tolist(), num_classes).macro_f1
