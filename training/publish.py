@@ -12,9 +12,10 @@ import torch
 from ..engine.errors import OutputError
 from ..engine.files import write_json, written_atomically
 from ..engine.model import read_model
+from .history import CURVES_FILE, HISTORY_FILE
 
 INFERENCE_KEYS = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes", "pooled_classifier")
-RECORDS = ("history.csv", "progress.png")
+RECORDS = (HISTORY_FILE, CURVES_FILE)
 """What a training leaves that is worth reading."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..engine.files import written_atomically
 from ..engine.model import read_checkpoint
 from .cases import LABELS_FILE
 from .class_loss import class_loss, class_weights, content_weights, shown_content
+from .history import write_history
 from .multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
 from .random_state import random_state, restore_random_state
 from .recipe import PRESETS, EpochScheduler, Recipe, Schedule
@@ -252,11 +252,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         super().on_epoch_end()
         if self.current_epoch % self.recipe.save_every == 0 and self.current_epoch < self.schedule.last_epoch:
             self._write_checkpoint(Path(self.output_folder) / "checkpoint_latest.pth", self.current_epoch)
-        names = list(dict.fromkeys(name for line in self.history for name in line))
-        with written_atomically(Path(self.output_folder) / "history.csv") as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_history(self.history, Path(self.output_folder))
 
     def on_train_start(self) -> None:
         """Make everything ready; after a resume, go on with the random numbers where they stopped."""

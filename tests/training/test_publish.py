@@ -27,7 +27,8 @@ def test_only_what_inference_needs_is_kept(published, trained):
     assert after.stat().st_size < before.stat().st_size / 2
     assert str(trained.parents[1]).encode() not in after.read_bytes()
     assert sorted(path.name for path in published.iterdir()) == ["dataset.json", "fold_0", "plans.json"]
-    assert (published / "fold_0" / "history.csv").read_bytes() == (trained / "fold_0" / "history.csv").read_bytes()
+    for name in ("history.csv", "curves.png"):
+        assert (published / "fold_0" / name).read_bytes() == (trained / "fold_0" / name).read_bytes()
 
 
 def test_nothing_is_replaced(published, trained):

@@ -1,0 +1,44 @@
+"""What a training leaves to read: a line per epoch, and its curves."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..engine.files import written_atomically
+
+HISTORY_FILE, CURVES_FILE = "history.csv", "curves.png"
+
+PANELS = (
+    ("loss on patches", ("train_loss", "val_loss", "class_loss")),
+    ("validation", ("pseudo_dice", "foreground_dsc", "macro_f1")),
+    ("DSC of whole cases by label", ("dsc_1", "dsc_2")),
+)
+
+
+def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
+    """Write `history.csv` and, of the same numbers, `curves.png`.
+
+    Args:
+        lines: One per epoch; what was not measured in an epoch is left out of its line.
+        folder: Where; files of these names are replaced.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with written_atomically(folder / HISTORY_FILE) as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axes, (title, shown) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for name in shown:
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
+                axes.legend(fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+    with written_atomically(folder / CURVES_FILE) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
