@@ -211,12 +211,16 @@ def _write_subtypes(engine: Predictor, job: Job, records: Mapping[str, Any]) -> 
         table.writerows(sorted((name, subtype) for name, subtype in rows.items() if subtype is not None))
 
 
-def _subtype(class_names: Sequence[str], record: Mapping[str, Any]) -> int | None:
-    """Take the class from a record; None where it has none, or one of other classes than the model's."""
+def _subtype(class_names: Sequence[str], record: Mapping[str, Any]) -> str | None:
+    """Take the class from a record: its name where that is a number, else its index.
+
+    They differ for a data set that lacks the class 0. None where the record has no class, or one of other classes than
+    the model's.
+    """
     match record:
         case {"status": "done", "classification": {"label": int(label), "probabilities": {**probabilities}}}:
-            known = list(probabilities) == list(class_names) and 0 <= label < len(class_names)
-            return label if known else None
+            if list(probabilities) == list(class_names) and 0 <= label < len(class_names):
+                return class_names[label] if class_names[label].isdecimal() else str(label)
     return None
 
 

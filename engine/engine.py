@@ -85,6 +85,15 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Turn "auto" into fp32 on a CPU and fp16 on a GPU, as nnU-Net."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
 class Engine:
     """A trained model, loaded once and ready for any number of scans. Make one with `Engine.load`."""
 
@@ -147,21 +156,17 @@ class Engine:
         """
         options = options or EngineOptions()
         target = choose_device(device)
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if precision == "auto":
-            precision = "fp16" if target.type == "cuda" else "fp32"
+        precision = choose_precision(precision, target)
         chosen = choose_backend(backend, target, precision)
         loaded = _with_classifier(
             read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), options.classifier
         )
         views = _views(loaded) if mirror else ((),)
-        window = SlidingWindow(
-            patch_size=loaded.plan.patch_size_3d,
+        window = SlidingWindow.of_plan(
+            loaded.plan,
             tile_step_size=tile_step_size,
             views=views,
             views_per_call=options.views_per_call or (1 if target.type == "cpu" else len(views)),
-            slicewise=len(loaded.plan.patch_size) == 2,
         )
         provenance = {
             "model": str(Path(model).resolve()),

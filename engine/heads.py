@@ -49,7 +49,10 @@ POOLED_KINDS = ("lda",)
 
 
 class Head(nn.Module):
-    """From features of the encoder's stages, (N, C, *grid) each, and a focus map to (N, S)."""
+    """From features of the encoder's stages, (N, C, *grid) each, and a focus map to (N, S).
+
+    Features come in the precision of the network; each head turns those that it reads into fp32.
+    """
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
         """Answer for each tile."""
@@ -71,7 +74,7 @@ class PooledHead(Head):
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
         """Answer for each tile; the focus map is not looked at."""
-        return self.layers(torch.cat([features[stage].flatten(2).mean(2) for stage in self.stages], 1))
+        return self.layers(torch.cat([features[stage].float().flatten(2).mean(2) for stage in self.stages], 1))
 
 
 class AttentionHead(Head):
@@ -101,7 +104,7 @@ class AttentionHead(Head):
         """Answer for each tile."""
         pooled = []
         for index, stage in enumerate(self.stages):
-            feature = features[stage]
+            feature = features[stage].float()
             voxels = feature.flatten(2).transpose(1, 2)  # (N, V, C)
             prior = _pool(focus, feature.shape[2:]).flatten(2).clamp_min(SMALLEST_FOCUS).log()  # (N, 1, V)
             keys = self.keys[index](voxels)  # (N, V, D)
@@ -123,7 +126,7 @@ class FocusPooling(Head):
         """Pool; (N, 3 times the channels of all stages)."""
         pooled = []
         for stage in self.stages:
-            feature = features[stage]
+            feature = features[stage].float()
             inside = _pool(focus, feature.shape[2:])
             voxels = feature.flatten(2)
             pooled.append(voxels.mean(2))

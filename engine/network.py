@@ -88,11 +88,10 @@ class MultiTaskUNet(nn.Module):
         features = self.encoder(tiles)
         seg_logits = self.decoder(features)
         finest = seg_logits[0] if isinstance(seg_logits, list) else seg_logits
+        seen = [feature.detach() for feature in features] if detached else features
         # Half precision is enough for the many features, not for the few numbers that are made of them.
         with _without_autocast(tiles.device):
-            pooled = [(feature.detach() if detached else feature).float() for feature in features]
-            focus = focus_map(finest.detach().float(), self.scheme)
-            return seg_logits, self.head(pooled, focus)
+            return seg_logits, self.head(seen, focus_map(finest.detach().float(), self.scheme))
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels import accumulate_views, gather_views
 from .backends import Runner
 from .errors import PredictionError
+from .plans import Plan
 from .preprocessing import Case
 from .timing import Timings
 from .voting import Votes
@@ -47,6 +48,19 @@ class SlidingWindow:
         """Check the step."""
         if not 0 < self.tile_step_size <= 1:
             raise ValueError(f"tile_step_size must be in (0, 1], got {self.tile_step_size}")
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, *, tile_step_size: float = 0.5, views: tuple[View, ...] = ((),), views_per_call: int = 1
+    ) -> SlidingWindow:
+        """Cover a grid with tiles of the plan's patch size, by default without mirroring."""
+        return cls(
+            patch_size=plan.patch_size_3d,
+            tile_step_size=tile_step_size,
+            views=views,
+            views_per_call=views_per_call,
+            slicewise=len(plan.patch_size) == 2,
+        )
 
     def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """First voxel of every tile along z, y, x of a grid at least as large as the patch."""

@@ -94,7 +94,7 @@ def demo_table(demo: Demo) -> str:
         predicted = "-"
         if classification:
             probability = classification["probabilities"][classification["name"]]
-            predicted = f"{classification['label']} ({probability:.2f})"
+            predicted = f"{classification['name']} ({probability:.2f})"
         lines.append(f"{case.name:<12}{case.whole.dsc:>12.3f}{case.lesion.dsc:>12.3f}{case.subtype:>9}  {predicted:>9}")
     whole, lesion = demo.evaluation.whole.dsc, demo.evaluation.lesion.dsc
     lines += ["-" * 57, f"{'mean':<12}{whole:>12.3f}{lesion:>12.3f}", "", "seconds by stage, mean over the cases"]
@@ -146,7 +146,7 @@ def _draw_classes(axes: Axes, case: CaseEvaluation, classification: Mapping[str,
         axes.set_axis_off()
         return
     names: Sequence[str] = list(classification["probabilities"])
-    colours = ["#ff3c78" if index == case.subtype else "#9aa0a6" for index in range(len(names))]
+    colours = ["#ff3c78" if name == str(case.subtype) else "#9aa0a6" for name in names]
     axes.bar(names, [classification["probabilities"][name] for name in names], color=colours)
     axes.set_ylim(0, 1)
     axes.set_title(f"subtype (true: {case.subtype})", fontsize=10)

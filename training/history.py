@@ -13,7 +13,6 @@ HISTORY_FILE, CURVES_FILE = "history.csv", "curves.png"
 PANELS = (
     ("loss on patches", ("train_loss", "val_loss", "class_loss")),
     ("validation", ("pseudo_dice", "foreground_dsc", "macro_f1")),
-    ("DSC of whole cases by label", ("dsc_1", "dsc_2")),
 )
 
 
@@ -32,7 +31,8 @@ def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(lines)
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for axes, (title, shown) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    panels = (*PANELS, ("DSC of whole cases by label", [name for name in names if name.startswith("dsc_")]))
+    for axes, (title, shown) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name in shown:
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             if points:

@@ -73,7 +73,8 @@ def plan_and_preprocess(
     raw, preprocessed = Path(dataset_folder).absolute(), Path(preprocessed_folder).absolute()
     training_cases = _training_cases(raw, preprocessed / raw.name)
     _check_room(raw, preprocessed, len(configurations))
-    with nnunet_environment(raw=raw.parent, preprocessed=preprocessed), _logged_prints():
+    # Its planner takes as many threads as n_proc_DA says, and fails where a training was given none.
+    with nnunet_environment(raw=raw.parent, preprocessed=preprocessed, n_proc_DA=processes), _logged_prints():
         try:
             plans_file = _plan(raw.name, preprocessed, planner, training_cases, processes)
             _preprocess(raw.name, plans_file, configurations, processes)
@@ -134,9 +135,12 @@ def _first_split(path: Path) -> dict[str, frozenset[str]]:
 
 
 @contextlib.contextmanager
-def nnunet_environment(**folders: Path) -> Iterator[None]:
-    """Point nnU-Net at its folders (raw, preprocessed, results), which it takes from the environment."""
-    wanted = {f"nnUNet_{name}": str(folder.absolute()) for name, folder in folders.items()}
+def nnunet_environment(**settings: Path | int) -> Iterator[None]:
+    """Set what nnU-Net takes from the environment: its folders (raw, preprocessed, results), and n_proc_DA."""
+    wanted = {
+        f"nnUNet_{name}": str(value.absolute() if isinstance(value, Path) else value)
+        for name, value in settings.items()
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..engine.backends.torch import TorchRunner
-from ..engine.engine import choose_device
+from ..engine.classification import is_indices
+from ..engine.engine import choose_device, choose_precision
 from ..engine.errors import EngineError, ModelError
 from ..engine.files import written_atomically
 from ..engine.heads import FocusPooling
@@ -27,10 +28,11 @@ from ..engine.sliding_window import SlidingWindow, predict_logits
 from ..engine.timing import Timings
 from ..engine.volume import read_volume
 from ..engine.voting import Votes
-from .cases import ENDING, LABELS_FILE, SPLITS_FILE
+from .cases import LABELS_FILE, SPLITS_FILE
 from .metrics import classification_metrics
 from .multi_task_plans import read_classes
 from .tables import DatasetError
+from .whole_cases import find_labelled_cases
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
     """Find scans and classes of the cases that a fold is trained on.
 
     Args:
-        raw_dataset: `nnUNet_raw/DatasetXXX_Name`, as `prepare_dataset` writes it.
+        raw_dataset: `nnUNet_raw/DatasetXXX_Name`.
         preprocessed_dataset: The same in `nnUNet_preprocessed`.
         fold: Number of a split, or "all" for every labelled case.
 
@@ -68,25 +70,17 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
         DatasetError: Where a file is missing, or a split is not there.
     """
     subtypes, _ = read_classes(preprocessed_dataset / LABELS_FILE)
+    dataset = json.loads((preprocessed_dataset / "dataset.json").read_text())
     if fold == "all":
-        cases = sorted(path.name.removesuffix(ENDING) for path in (raw_dataset / "labelsTr").glob(f"*{ENDING}"))
+        ending = dataset["file_ending"]
+        cases = sorted(path.name.removesuffix(ending) for path in (raw_dataset / "labelsTr").glob(f"*{ending}"))
     else:
         splits = json.loads((preprocessed_dataset / SPLITS_FILE).read_text())
         if not 0 <= int(fold) < len(splits):
             raise DatasetError(f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is none")
         cases = sorted(splits[int(fold)]["train"])
-    description = json.loads((preprocessed_dataset / "dataset.json").read_text())
-    ending = description["file_ending"]
-    scans = []
-    for case in cases:
-        images = tuple(
-            raw_dataset / "imagesTr" / f"{case}_{channel:04d}{ending}"
-            for channel in range(len(description["channel_names"]))
-        )
-        if missing := [path for path in images if not path.is_file()]:
-            raise DatasetError(f"{missing[0]} is missing: the classifier is fitted on the scans of the training cases")
-        scans.append(ClassifiedScan(images=images, subtype=subtypes[case]))
-    return scans
+    found = find_labelled_cases(raw_dataset, cases, dataset, subtypes)
+    return [ClassifiedScan(images=case.images, subtype=case.subtype) for case in found]
 
 
 def fit_pooled_classifier(
@@ -135,13 +129,15 @@ def fit_pooled_classifier(
     return PooledFit(cases=len(scans), macro_f1=macro_f1)
 
 
-def _features(model: Model, scans: Sequence[ClassifiedScan], stages: Sequence[int], device: str) -> Any:
+def _features(
+    model: Model, scans: Sequence[ClassifiedScan], stages: Sequence[int], device: str
+) -> Iterator[NDArray[np.float64]]:
     network = build_network(model.plan, model.weights[0])
     if not isinstance(network, MultiTaskUNet):
         raise ModelError(f"{model.source}: only models with a classification head can have a fitted classifier")
     deepest = len(network.encoder.output_channels) - 1
-    if not stages or not 0 <= min(stages) <= max(stages) <= deepest:
-        raise ModelError(f"stages must be among the encoder's 0 to {deepest}, got {list(stages)}")
+    if not is_indices(tuple(stages)) or max(stages) > deepest:
+        raise ModelError(f"stages must be different ones among the encoder's 0 to {deepest}, got {list(stages)}")
     network.head = FocusPooling(stages)
     return case_outputs(network, model.plan, scans, choose_device(device))
 
@@ -162,14 +158,8 @@ def case_outputs(
     """
     scheme = plan.classification
     assert scheme is not None  # a MultiTaskUNet's plan has one
-    runner = TorchRunner([network.to(device)], device, "fp16" if device.type == "cuda" else "fp32")
-    window = SlidingWindow(
-        patch_size=plan.patch_size_3d,
-        tile_step_size=0.5,
-        views=((),),
-        views_per_call=1,
-        slicewise=len(plan.patch_size) == 2,
-    )
+    runner = TorchRunner([network.to(device)], device, choose_precision("auto", device))
+    window = SlidingWindow.of_plan(plan)
     for scan in scans:
         volume = read_volume(list(scan.images), channels=len(plan.channels))
         case = preprocess(volume.reoriented() if plan.reorient else volume, plan, device, None)

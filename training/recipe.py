@@ -132,6 +132,8 @@ class Recipe:
                 0 <= share <= 1 for share in (self.label_smoothing, self.pancreas_weight, self.oversample_foreground)
             ),
             "focus_labels must name at least one label": len(self.focus_labels) > 0,
+            "epochs must be more than segmentation_epochs, or the head never learns": self.epochs
+            > self.segmentation_epochs,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError(f"recipe: {'; '.join(broken)}; got {self}")

@@ -70,6 +70,9 @@ def train(
             raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
     plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
     dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
+    if not arrays.is_dir():
+        raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
     fold = _check_fold(fold, folder / SPLITS_FILE)
     chosen = choose_device(device)
     if chosen.index is not None:
@@ -80,7 +83,9 @@ def train(
         except ImportError as error:
             raise EngineError(f"training needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
         plans |= {RECIPE_KEY: recipe.describe(), "continue_training": resume}
-        target = Path(results) / dataset_name / f"{nnUNetTrainerMultiTask.__name__}__{plans_name}__{configuration}"
+        # By the name that the plans give themselves, as nnU-Net does, not by that of their file.
+        model = f"{nnUNetTrainerMultiTask.__name__}__{plans['plans_name']}__{configuration}"
+        target = Path(results) / dataset_name / model
         present = [path for name in RESUMABLE if (path := target / f"fold_{fold}" / name).is_file()]
         if present and not resume:
             raise EngineError(f"{present[0]} is there: resume that training with --continue, or remove its folder")

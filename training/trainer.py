@@ -25,7 +25,7 @@ from .multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
 from .random_state import random_state, restore_random_state
 from .recipe import PRESETS, EpochScheduler, Recipe, Schedule
 from .tables import DatasetError
-from .whole_cases import ValidationCase, find_validation_cases, network_engine, validate
+from .whole_cases import LabelledCase, find_labelled_cases, network_engine, validate
 
 
 class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainers by names of this form
@@ -76,8 +76,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         """Build network, optimizers and loss; compile what may be compiled without changing the names of weights.
 
         Raises:
-            DatasetError: Where a case has no class.
-            ValueError: Where a class has no training case.
+            DatasetError: Where a case has no class, or a class no training case.
         """
         training, validation = self.do_split()
         if unknown := sorted({str(case) for case in (*training, *validation)} - set(self.subtypes)):
@@ -85,7 +84,10 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
                 f"{self._classes_file} must say the class of every case; {len(unknown)} are missing: "
                 f"{', '.join(unknown)[:200]}"
             )
-        weights = class_weights([self.subtypes[str(case)] for case in training], len(set(self.subtypes.values())))
+        try:
+            weights = class_weights([self.subtypes[str(case)] for case in training], len(set(self.subtypes.values())))
+        except ValueError as error:
+            raise DatasetError(f"{self._classes_file}: {error}") from error
         super().initialize()
         self.class_weights = weights.to(self.device)
         if super()._do_i_compile():
@@ -227,7 +229,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
                 f"{self.schedule.last_epoch - 1}"
             )
 
-    def _validation_cases(self) -> list[ValidationCase]:
+    def _validation_cases(self) -> list[LabelledCase]:
         """Cases of the validation split, as many as the recipe asks for, with their raw scans.
 
         Raises:
@@ -244,7 +246,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         if not nnUNet_raw.is_set():
             raise EngineError("validation on whole cases reads scans from nnUNet_raw, set it; or set validate_every 0")
         folder = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name
-        return find_validation_cases(folder, cases, self.dataset_json, self.subtypes)
+        return find_labelled_cases(folder, cases, self.dataset_json, self.subtypes)
 
     def on_epoch_end(self) -> None:
         """Let nnU-Net log and keep its best checkpoint; then save, and write the history."""

@@ -1,4 +1,4 @@
-"""Validation on whole cases while a network trains: the engine's own path from scan to labels and class."""
+"""Whole cases and what is true of them; validation on them by the engine's own path from scan to labels and class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..engine.backends.torch import TorchRunner
-from ..engine.engine import Engine
+from ..engine.engine import Engine, choose_precision
 from ..engine.model import Model
 from ..engine.plans import parse_plan
 from ..engine.sliding_window import SlidingWindow
@@ -24,8 +24,8 @@ from .tables import DatasetError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationCase:
-    """One case to validate on: files of all channels, file of the labels, class."""
+class LabelledCase:
+    """One case of a raw data set: files of all channels, file of the labels, index of the class."""
 
     name: str
     images: tuple[Path, ...]
@@ -53,9 +53,9 @@ class ValidationResult:
         return self.foreground_dsc if math.isnan(self.macro_f1) else (self.foreground_dsc + self.macro_f1) / 2
 
 
-def find_validation_cases(
+def find_labelled_cases(
     folder: Path, names: Sequence[str], dataset: Mapping[str, Any], subtypes: Mapping[str, int]
-) -> list[ValidationCase]:
+) -> list[LabelledCase]:
     """Find the raw scans and labels of cases.
 
     Args:
@@ -68,7 +68,7 @@ def find_validation_cases(
         DatasetError: Where there are no cases, or scans or labels are missing.
     """
     if not names:
-        raise DatasetError("validation on whole cases needs cases, the validation split has none; prepare it anew")
+        raise DatasetError(f"{folder}: the split must have cases, it has none: prepare the data set anew")
     ending = dataset["file_ending"]
     channels = range(len(dataset["modality" if "modality" in dataset else "channel_names"]))
     listed = dataset.get("dataset", {})  # nnU-Net's way to leave scans where they are
@@ -77,7 +77,7 @@ def find_validation_cases(
         images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in channels]
         files = listed.get(name, {"images": images, "label": f"labelsTr/{name}{ending}"})
         cases.append(
-            ValidationCase(
+            LabelledCase(
                 name=name,
                 images=tuple(folder / os.path.expandvars(image) for image in files["images"]),
                 labels=folder / os.path.expandvars(files["label"]),
@@ -85,7 +85,7 @@ def find_validation_cases(
             )
         )
     if absent := [str(path) for case in cases for path in (*case.images, case.labels) if not path.is_file()]:
-        raise DatasetError(f"validation on whole cases needs the raw scans and labels, missing: {absent[0]}")
+        raise DatasetError(f"{absent[0]} is missing: whole cases are read from the raw scans and labels")
     return cases
 
 
@@ -112,18 +112,11 @@ def network_engine(
         plans=plans,
         dataset=dataset,
     )
-    window = SlidingWindow(
-        patch_size=plan.patch_size_3d,
-        tile_step_size=0.5,
-        views=((),),
-        views_per_call=1,
-        slicewise=len(plan.patch_size) == 2,
-    )
-    runner = TorchRunner([network], device, "fp16" if device.type == "cuda" else "fp32")
-    return Engine(model, runner, window=window, sums_device=device, provenance={})
+    runner = TorchRunner([network], device, choose_precision("auto", device))
+    return Engine(model, runner, window=SlidingWindow.of_plan(plan), sums_device=device, provenance={})
 
 
-def validate(engine: Engine, cases: Sequence[ValidationCase]) -> ValidationResult:
+def validate(engine: Engine, cases: Sequence[LabelledCase]) -> ValidationResult:
     """Predict whole cases and compare.
 
     Raises:
@@ -133,7 +126,7 @@ def validate(engine: Engine, cases: Sequence[ValidationCase]) -> ValidationResul
     ignored = engine.model.dataset["labels"].get("ignore")
     foreground: list[float] = []
     by_label: dict[int, list[float]] = {label: [] for label in labels}
-    predicted: list[int | None] = []
+    predicted: list[int] = []
     for case in cases:
         images = list(case.images)
         prediction = engine.predict(images if len(images) > 1 else images[0])
@@ -143,12 +136,12 @@ def validate(engine: Engine, cases: Sequence[ValidationCase]) -> ValidationResul
         foreground.append(dice(segmentation > 0, reference > 0))
         for label in labels:
             by_label[label].append(dice(segmentation == label, reference == label))
-        predicted.append(None if prediction.classification is None else prediction.classification.label)
+        if prediction.classification is not None:
+            predicted.append(prediction.classification.label)
     macro_f1 = math.nan
-    if None not in predicted:
-        scheme = engine.model.plan.classification
-        classes = len(scheme.class_names) if scheme else 0
-        macro_f1 = classification_metrics([case.subtype for case in cases], predicted, classes).macro_f1
+    if engine.class_names is not None:
+        truth = [case.subtype for case in cases]
+        macro_f1 = classification_metrics(truth, predicted, len(engine.class_names)).macro_f1
     return ValidationResult(
         foreground_dsc=float(np.mean(foreground)),
         label_dsc={label: float(np.mean(values)) for label, values in by_label.items()},

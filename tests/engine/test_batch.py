@@ -259,6 +259,16 @@ class TestSubtypes:
                 "logits": list(answer.logits),
             }
 
+    def test_classes_that_are_numbers_are_written_as_they_are(self, scans, tmp_path):
+        engine = Engine.load(
+            write_model(tmp_path / "m", plans=multi_task(plans_json(), class_names=["1", "2", "7"])),
+            device="cpu",
+            mirror=False,
+        )
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        names = [engine.predict(scans / f"{name}_0000.nii.gz").classification.name for name in "abc"]
+        assert [row.split(",")[1] for row in self.rows(tmp_path / "out")] == names
+
     def test_a_model_without_classification_has_no_table(self, engine, scans, tmp_path):
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
         assert not (tmp_path / "out" / "subtype_results.csv").exists()

@@ -1,5 +1,6 @@
 """The classifier fitted after training: scikit-learn's own answers, and the same features the engine sees."""
 
+import re
 import shutil
 
 import numpy as np
@@ -96,9 +97,10 @@ class TestFitting:
         assert after["pooled_classifier"]["weight"].shape == (3, 3 * (4 + 8))
         assert not list((folder / "fold_0").glob(".writing-*"))
 
-    def test_stages_that_the_encoder_does_not_have(self, trained):
-        with pytest.raises(ModelError, match=r"among the encoder's 0 to 3, got \[1, 4\]"):
-            fit_pooled_classifier(trained, 0, [], stages=(1, 4), device="cpu")
+    @pytest.mark.parametrize("stages", [[1, 4], [1, 1], [-1], []])
+    def test_stages_that_the_encoder_does_not_have_or_twice(self, trained, stages):
+        with pytest.raises(ModelError, match=re.escape(f"different ones among the encoder's 0 to 3, got {stages}")):
+            fit_pooled_classifier(trained, 0, [], stages=stages, device="cpu")
         assert read_model(trained, folds=[0]).pooled_classifiers == (None,)
 
 

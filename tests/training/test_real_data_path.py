@@ -102,7 +102,7 @@ def test_bad_arguments(tiny, tmp_path, capsys, arguments, said):
 
 
 def test_recipe_changes_are_read_as_what_they_replace():
-    recipe = changed_recipe("conservative", ["head=gap_mlp", "head_stages=0,3", "epochs=7", "class_loss_weight=0.5"])
-    assert (recipe.head, recipe.head_stages, recipe.epochs, recipe.class_loss_weight) == ("gap_mlp", (0, 3), 7, 0.5)
+    recipe = changed_recipe("conservative", ["head=gap_mlp", "head_stages=0,3", "epochs=70", "class_loss_weight=0.5"])
+    assert (recipe.head, recipe.head_stages, recipe.epochs, recipe.class_loss_weight) == ("gap_mlp", (0, 3), 70, 0.5)
     assert recipe.optimizer == "sgd"
     assert changed_recipe("balanced", CHANGES) == TINY

@@ -65,6 +65,7 @@ class TestRefusals:
             ({"pancreas_weight": -0.1}, "must lie in 0 to 1"),
             ({"oversample_foreground": 2}, "must lie in 0 to 1"),
             ({"focus_labels": ()}, "focus_labels must name at least one label"),
+            ({"epochs": 20}, "epochs must be more than segmentation_epochs, or the head never learns"),
             ({"left_out": ("GaussianBlur",)}, "left_out must be among GaussianNoiseTransform, "),
             # The one that cuts patches to their size.
             ({"left_out": ("SpatialTransform",)}, "left_out must be among GaussianNoiseTransform, "),

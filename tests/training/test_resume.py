@@ -116,7 +116,8 @@ class TestKilled:
         for name in ("plans.json", "dataset.json", "fold_0/history.csv"):
             assert (resumed / name).read_text() == (trained / name).read_text()
         names = {path.name for path in (resumed / "fold_0").iterdir() if not path.name.startswith("training_log")}
-        whole = {"checkpoint_final.pth", "checkpoint_best.pth", "history.csv", "progress.png", "debug.json"}
+        records = {"history.csv", "curves.png", "progress.png", "debug.json"}
+        whole = {"checkpoint_final.pth", "checkpoint_best.pth", *records}
         # Killed while it wrote, it may leave a file, though under no final name.
         assert {name for name in names if not name.startswith(".writing-")} == whole
         for name in ("checkpoint_final.pth", "checkpoint_best.pth"):

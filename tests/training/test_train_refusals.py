@@ -60,8 +60,8 @@ class TestClasses:
         lines = [f"{case},3,validation" if line.startswith(f"{case},") else line for line in path.read_text().split()]
         path.write_text("\n".join(lines))
         counts = [sum(f"_{subtype}_" in case for case in tiny.training_cases) for subtype in range(3)]
-        message = f"every class must have a training case, counts by class are {[*counts, 0]}"
-        refused(ValueError, re.escape(message), arguments)
+        message = f"{path}: every class must have a training case, counts by class are {[*counts, 0]}"
+        refused(DatasetError, re.escape(message), arguments)
 
     def test_one_class(self, tiny, copied):
         folder, arguments = copied
@@ -82,6 +82,10 @@ class TestArguments:
     def test_no_plans(self, copied):
         arguments = copied[1] | {"plans_name": "nnUNetOther"}
         refused(DatasetError, r"nnUNetOther\.json is missing: run nnturbo prepare first, or check the names", arguments)
+
+    def test_a_configuration_that_was_not_preprocessed(self, copied):
+        message = r"nnUNetCompactPlans_2d is missing: run nnturbo prepare with --configurations 2d$"
+        refused(DatasetError, message, copied[1] | {"configuration": "2d"})
 
     def test_a_configuration_that_only_inherits(self, tiny, copied):
         folder, arguments = copied
@@ -117,13 +121,13 @@ class TestScans:
     """Missing scans are found before the first epoch, not at its end."""
 
     def test_no_raw_scans(self, copied, tmp_path):
-        message = r"needs the raw scans and labels, missing: .*imagesTr/quiz_0_008_0000\.nii\.gz$"
+        message = r"imagesTr/quiz_0_008_0000\.nii\.gz is missing: whole cases are read from the raw scans and labels$"
         refused(DatasetError, message, copied[1] | {"raw": tmp_path / "nowhere"})
 
     def test_no_validation_cases(self, tiny, copied):
         folder, arguments = copied
         (folder / "splits_final.json").write_text(json.dumps([{"train": tiny.training_cases, "val": []}]))
-        refused(DatasetError, "validation on whole cases needs cases, the validation split has none", arguments)
+        refused(DatasetError, "the split must have cases, it has none: prepare the data set anew", arguments)
 
     def test_without_validation_they_are_not_needed(self, tiny, environment, monkeypatch):
         with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,10 @@ from nnturbo.engine import Engine, EngineError
 from nnturbo.engine.model import read_checkpoint
 from nnturbo.engine.volume import read_volume
 from nnturbo.training.recipe import Recipe
-from nnturbo.training.whole_cases import find_validation_cases, network_engine, validate
+from nnturbo.training.whole_cases import find_labelled_cases, network_engine, validate
 from sklearn.metrics import f1_score
 
 from tests.training.conftest import CONFIGURATION, TINY, import_nnunet, make_trainer, work_in_threads
-
-TRAINERS = Path(__file__).parents[2] / "training" / "nnunet_trainers"
 
 
 def plain_dice(one, other):
@@ -105,7 +102,7 @@ class TestWholeCases:
         """Where the prediction is wrong the reference says ignore: all that is left agrees."""
         engine = Engine.load(trained, device="cpu", mirror=False)
         found = engine.predict(tiny.image(tiny.validation_cases[0])).segmentation.copy()
-        cases = find_validation_cases(tiny.raw / tiny.name, tiny.validation_cases[:1], tiny.dataset, {"quiz_0_008": 0})
+        cases = find_labelled_cases(tiny.raw / tiny.name, tiny.validation_cases[:1], tiny.dataset, {"quiz_0_008": 0})
         wrong = np.zeros(found.shape, bool)
         wrong[10:20, 10:20] = True
         reference = sitk.GetImageFromArray(np.where(wrong, 3, found).astype(np.uint8))
@@ -130,29 +127,10 @@ class TestWholeCases:
             "file_ending": ".nii.gz",
             "dataset": {"a": {"images": ["$SCANS/a_ct.nii.gz"], "label": "masks/a.nii.gz"}},
         }
-        (case,) = find_validation_cases(tmp_path / "raw", ["a"], dataset, {"a": 2})
+        (case,) = find_labelled_cases(tmp_path / "raw", ["a"], dataset, {"a": 2})
         assert case.images == (tmp_path / "scans" / "a_ct.nii.gz",)
         assert case.labels == tmp_path / "raw" / "masks" / "a.nii.gz"
         assert (case.name, case.subtype) == ("a", 2)
-
-
-@pytest.fixture
-def found_by_nnunet(monkeypatch):
-    """Let nnU-Net's search pass over its built-in trainers.
-
-    It imports every one of them, for seconds; one needs torchvision, which beside a CPU build of torch cannot be
-    imported. The search of external folders, which follows it, is nnU-Net's own.
-    """
-    from nnunetv2.utilities import find_objects
-
-    search = find_objects.recursive_find_python_class
-
-    def search_outside(folder, class_name, current_module, *arguments, **options):
-        return None if current_module else search(folder, class_name, current_module, *arguments, **options)
-
-    monkeypatch.setattr(find_objects, "recursive_find_python_class", search_outside)
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["/nowhere", str(TRAINERS)]))
-    return find_objects.recursive_find_trainer_class_by_name
 
 
 class TestInsideNnunet:
