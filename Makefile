@@ -5,10 +5,7 @@ BIN := $(VENV)/bin
 # One resolution for everything: a release of torchvision fits one release of torch only.
 TORCH ?= torch==2.13.0
 
-# A model and a scan to demonstrate on; until nnturbo brings its own, they lie beside the checkout or are named here.
-SHARED ?= ../shared
-DEMO_MODEL ?= $(SHARED)/models/Dataset501_Abdomen/nnUNetTrainer__smallPlans__3d_fullres
-DEMO_SCAN ?= $(SHARED)/data/abdomen_ct_0000.nii.gz
+DEMO_MODEL ?= examples/demo_model
 
 .PHONY: demo test check benchmark clean
 
@@ -17,7 +14,7 @@ $(BIN)/python:
 	$@ -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e .
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
@@ -25,12 +22,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
 	touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
-	@test -d "$(DEMO_MODEL)" && test -f "$(DEMO_SCAN)" || { \
-	  echo "make demo needs a trained nnU-Net model and a scan it fits; there is none at"; \
-	  echo "  $(DEMO_MODEL)"; echo "  $(DEMO_SCAN)"; \
-	  echo "Name yours: make demo DEMO_MODEL=path/to/model/folder DEMO_SCAN=path/to/scan_0000.nii.gz"; exit 1; }
-	$(BIN)/nnturbo predict -i "$(DEMO_SCAN)" -o demo -m "$(DEMO_MODEL)" --disable_tta --verbose
-	@echo "volumes, times by stage and what made them: demo/predictions.json"
+	$(BIN)/nnturbo demo -m $(DEMO_MODEL) -o demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
