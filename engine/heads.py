@@ -60,15 +60,18 @@ class Head(nn.Module):
 
 
 class PooledHead(Head):
-    """Averages over the patch, of one stage or several, then one layer or two."""
+    """Averages over the patch, of one stage or several, then one layer or two.
+
+    The averages are normalised first: instance normalisation leaves them small, and what is small learns slowly.
+    """
 
     def __init__(self, scheme: ClassificationScheme, channels: Sequence[int]) -> None:
         super().__init__()
         self.stages = scheme.stages
         width = sum(channels[stage] for stage in scheme.stages)
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.LayerNorm(width)]
         if scheme.kind == "gap_mlp":
-            layers = [nn.LayerNorm(width), nn.Linear(width, scheme.hidden), nn.GELU()]
+            layers += [nn.Linear(width, scheme.hidden), nn.GELU()]
             width = scheme.hidden
         self.layers = nn.Sequential(*layers, nn.Dropout(scheme.dropout), nn.Linear(width, scheme.num_classes))
 

@@ -89,7 +89,8 @@ class TestAgainstNumpy:
         head = head_of(scheme_of())
         means = np.concatenate([f.double().numpy().reshape(2, f.shape[1], -1).mean(2) for f in features], 1)
         weights = numbers(head)
-        expected = means @ weights["layers.1.weight"].T + weights["layers.1.bias"]
+        rows = normed(means, weights["layers.0.weight"], weights["layers.0.bias"])
+        expected = rows @ weights["layers.2.weight"].T + weights["layers.2.bias"]
         assert np.allclose(head(features, focus).detach(), expected, atol=1e-5)
 
     def test_gap_mlp_on_one_stage(self, dimensions):
@@ -213,7 +214,7 @@ def test_names_of_encoder_and_decoder_are_the_plain_unets():
 
 def test_a_plain_unets_checkpoint_lacks_the_head():
     plan = parse_plan(multi_task(plans_json()), dataset_json(), "3d_fullres")
-    with pytest.raises(CheckpointError, match=r"2 missing, such as head\.layers\.1\.weight"):
+    with pytest.raises(CheckpointError, match=r"4 missing, such as head\.layers\.0\.weight"):
         build_network(plan, random_weights(plans_json(), dataset_json()))
 
 
