@@ -229,12 +229,19 @@ def _train(options: argparse.Namespace) -> int:
         name: _nnunet_folder(getattr(options, name), f"nnUNet_{name}", f"--{name}")
         for name in ("raw", "preprocessed", "results")
     }
+    from .pooled_classifier import check_counts, fit_pooled_classifier, training_scans
     from .recipe import changed_recipe
     from .train import train
 
     recipe = changed_recipe(options.preset, options.set)
     dataset = _dataset_name(options.d, folders["preprocessed"])
     fold: int | str = int(options.f) if options.f.isdecimal() else options.f
+    scans = []
+    if options.lda is not None:
+        # What would stop the fit is said before hours of training.
+        scans = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold)
+        subtypes = [scan.subtype for scan in scans]
+        check_counts(subtypes, max(subtypes) + 1)
     model = train(
         dataset,
         options.c,
@@ -248,10 +255,7 @@ def _train(options: argparse.Namespace) -> int:
         **folders,
     )
     if options.lda is not None:
-        from .pooled_classifier import fit_pooled_classifier, training_scans
-
         _say("fitting a classifier on pooled features of the training cases")
-        scans = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold)
         with _progress_line("cases") as progress:
             fit = fit_pooled_classifier(
                 model, fold, scans, stages=options.lda, device=options.device, progress=progress

@@ -190,9 +190,7 @@ def fit_discriminant(
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     except ImportError as error:
         raise EngineError(f"the classifier needs scikit-learn ({error}): pip install 'nnturbo[training]'") from error
-    counts = np.bincount(labels, minlength=num_classes)
-    if counts.min() < 2:
-        raise ValueError(f"every class needs at least two cases to fit a classifier, got {counts.tolist()}")
+    check_counts(labels, num_classes)
     analysis = LinearDiscriminantAnalysis(
         solver="lsqr", shrinkage="auto", priors=np.full(num_classes, 1 / num_classes)
     ).fit(features, labels)
@@ -200,6 +198,17 @@ def fit_discriminant(
     if num_classes == 2:  # scikit-learn gives the second class's logit less the first one's
         weight, bias = np.vstack([np.zeros_like(weight), weight]), np.concatenate([[0.0], bias])
     return torch.from_numpy(weight.astype(np.float32)), torch.from_numpy(bias.astype(np.float32))
+
+
+def check_counts(labels: NDArray[np.integer[Any]] | Sequence[int], num_classes: int) -> None:
+    """Refuse what no classifier can be fitted on.
+
+    Raises:
+        ValueError: Where a class has fewer than two cases.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    if counts.min() < 2:
+        raise ValueError(f"every class needs at least two cases to fit a classifier, got {counts.tolist()}")
 
 
 def _cross_validate(features: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], num_classes: int) -> float:
