@@ -16,7 +16,7 @@ from typing import Any
 from .startup import OUR_IMPORT, STOCK_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/parity.md")
+DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -111,7 +111,53 @@ def parity_rows() -> str:
     return markdown(header, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"gains": gains, "parity": parity, "parity_rows": parity_rows}
+def heads() -> str:
+    """Classification heads on one encoder, and their controls."""
+    result = load("heads")
+    rows = [
+        [
+            row["head"],
+            f"{row['macro_f1']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["interval"]),
+            ", ".join("-" if value is None else f"{value:.2f}" for value in row["f1"]),
+            f"{row['classes_answered']} of 3",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["head", "macro-F1", "95 % interval", "F1 by subtype", "subtypes ever answered"], rows)
+
+
+def demo() -> str:
+    """The demo model on held-out phantoms."""
+    result = load("demo_model")
+    subtypes, control = result["subtypes"], result["control"]
+    whole, lesion = ("{low:.3f} to {high:.3f}".format(**result[f"{part}_dsc_interval"]) for part in ("whole", "lesion"))
+    return markdown(
+        [f"over {result['cases']} phantoms", "measured", "95 % interval"],
+        [
+            ["whole-pancreas DSC", f"{result['whole']['dsc']:.3f}", whole],
+            ["lesion DSC", f"{result['lesion']['dsc']:.3f}", lesion],
+            [
+                "subtype macro-F1",
+                f"{subtypes['metrics']['macro_f1']:.3f}",
+                "{low:.3f} to {high:.3f}".format(**subtypes["macro_f1_interval"]),
+            ],
+            [
+                "random subtypes, as a control",
+                f"{control['macro_f1']:.3f}",
+                "{low:.3f} to {high:.3f}".format(**control["interval"]),
+            ],
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gains": gains,
+    "parity": parity,
+    "parity_rows": parity_rows,
+    "heads": heads,
+    "demo": demo,
+}
 
 
 def filled(document: str) -> str:
