@@ -33,9 +33,9 @@ def focus_map(seg_logits: Tensor, scheme: ClassificationScheme) -> Tensor:
 
 
 def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:
-    """Average over the voxels that share one voxel of a coarser grid."""
-    pool: Any = F.adaptive_avg_pool3d if len(grid) == 3 else F.adaptive_avg_pool2d
-    return pool(values, list(grid))
+    """Average over the voxels that share one voxel of a coarser grid, whose size divides the finer one's."""
+    block = [fine // coarse for fine, coarse in zip(values.shape[2:], grid, strict=True)]
+    return F.avg_pool3d(values, block, block) if len(grid) == 3 else F.avg_pool2d(values, block, block)
 
 
 def _rim(values: Tensor) -> Tensor:
@@ -219,7 +219,8 @@ class PooledClassifier:
                 f"{list(self.stages)}; it has {self.weight.shape[1]}. Was it fitted to this network? Fit it anew, or "
                 "take the network's head with --classifier head"
             )
-        return LinearClassifier(self.stages, self.weight.clone(), self.bias.clone())
+        # What all classes share says nothing, and is so large in discriminant functions that it costs digits.
+        return LinearClassifier(self.stages, self.weight - self.weight.mean(0), self.bias - self.bias.mean())
 
 
 def _finite(values: Any, name: str) -> Tensor:
