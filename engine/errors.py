@@ -13,6 +13,10 @@ class CheckpointError(ModelError):
     """A checkpoint cannot be read safely, or its weights do not fit the network."""
 
 
+class BundleError(ModelError):
+    """A bundle is damaged, from another machine, or of a newer version."""
+
+
 class VolumeError(EngineError):
     """A scan cannot be read, or is not a scan this engine can take."""
 

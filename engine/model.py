@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +26,8 @@ from .errors import CheckpointError, ModelError
 from .heads import PooledClassifier
 from .plans import Plan, parse_plan
 from .tensors import is_plain
+
+logger = logging.getLogger(__name__)
 
 LARGEST_JSON_BYTES = 256 * 2**20
 UNREADABLE = (
@@ -128,6 +131,29 @@ def read_model(
             dataset=dataset,
             pooled_classifiers=tuple(loaded.pooled_classifier for loaded in checkpoints),
         )
+
+
+def with_classifier(model: Model, wanted: str) -> Model:
+    """Keep a model's fitted classifiers, or drop them so that the network's head answers.
+
+    Raises:
+        ModelError: Where fitted classifiers are asked for and a fold has none.
+    """
+    if model.plan.classification is None:
+        return model
+    without = [fold for fold in model.folds if fold not in model.fitted_folds]
+    if wanted == "lda" and without:
+        raise ModelError(
+            f"classifier lda needs a fitted classifier in every fold's checkpoint; in {model.source} fold "
+            f"{', '.join(without)} has none. Fit it, or take the network's head: --classifier head"
+        )
+    if wanted == "auto" and 0 < len(without) < len(model.folds):
+        logger.warning(
+            "%s: fold %s has no fitted classifier, so the network's head answers", model.source, ", ".join(without)
+        )
+    chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
+    logger.info("classifier %s of %s", "lda" if chosen.pooled_classifiers else "head", model.source)
+    return chosen
 
 
 def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> None:

@@ -4,8 +4,25 @@ import os
 from pathlib import Path
 
 import pytest
+from nnturbo.engine.backends import choose
 
 TRAINERS = Path(__file__).parents[1] / "training" / "nnunet_trainers"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep what tests compile out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNTURBO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_compiled_unasked():
+    """Run networks as they are unless a test asks for more: compiling takes seconds, and few are about that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(choose.AUTOMATIC, "cpu", ("torch",))
+        yield
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..engine.backends.choose import choose_device, choose_precision
 from ..engine.backends.torch import TorchRunner
 from ..engine.classification import is_indices
-from ..engine.engine import choose_device, choose_precision
 from ..engine.errors import EngineError, ModelError
 from ..engine.files import written_atomically
 from ..engine.heads import FocusPooling
+from ..engine.inference import InferenceNetwork
 from ..engine.model import Model, read_model
 from ..engine.network import MultiTaskUNet, build_network
 from ..engine.plans import Plan
@@ -158,7 +159,7 @@ def case_outputs(
     """
     scheme = plan.classification
     assert scheme is not None  # a MultiTaskUNet's plan has one
-    runner = TorchRunner([network.to(device)], device, choose_precision("auto", device))
+    runner = TorchRunner(InferenceNetwork([network]).to(device), device, choose_precision("auto", device))
     window = SlidingWindow.of_plan(plan)
     for scan in scans:
         volume = read_volume(list(scan.images), channels=len(plan.channels))

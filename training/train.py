@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..engine.engine import choose_device
+from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
 from ..engine.model import read_checkpoint
 from .cases import SPLITS_FILE

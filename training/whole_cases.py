@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..engine.backends.choose import choose_precision
 from ..engine.backends.torch import TorchRunner
-from ..engine.engine import Engine, choose_precision
+from ..engine.engine import Engine
+from ..engine.inference import InferenceNetwork
 from ..engine.model import Model
 from ..engine.plans import parse_plan
 from ..engine.sliding_window import SlidingWindow
@@ -112,7 +114,7 @@ def network_engine(
         plans=plans,
         dataset=dataset,
     )
-    runner = TorchRunner([network], device, choose_precision("auto", device))
+    runner = TorchRunner(InferenceNetwork([network]), device, choose_precision("auto", device))
     return Engine(model, runner, window=SlidingWindow.of_plan(plan), sums_device=device, provenance={})
 
 

@@ -1,17 +1,14 @@
-"""Ways to run the network: each turns a model into a `Runner` and says where it cannot."""
+"""Ways to run the network: each turns a model into a `Runner`, by way of files or not, and says where it cannot."""
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable
 from ..model import Model
-
-logger = logging.getLogger(__name__)
 
 
 class NetworkOutput(NamedTuple):
@@ -35,47 +32,40 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """One way of running networks."""
+    """One way of running networks.
+
+    Args:
+        name: As `--backend` takes it.
+        compiles: Whether it writes what it runs: such a backend loads from a bundle's folder only.
+        bound_to: What its artefacts depend on, as `describe_machine` or a manifest's versions name it.
+    """
 
     name: str
+    compiles: bool
+    bound_to: tuple[str, ...]
 
     def unavailable(self, device: torch.device, precision: str) -> str | None:
         """Return why this backend cannot run there, in words, or None where it can."""
         ...
 
-    def load(self, model: Model, device: torch.device, precision: str) -> Runner:
-        """Make a model ready to run."""
+    def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
+        """Write what `load` needs.
+
+        Args:
+            model: With weights.
+            tiles: (N, C, *patch) float32, N at least 2, on the device to build for: what to trace and calibrate with.
+            precision: One that is available there.
+            folder: Where to write.
+        """
         ...
 
+    def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> Runner:
+        """Make ready to run.
 
-def backends() -> dict[str, Backend]:
-    """Every backend by name, the best first."""
-    from .torch import TorchBackend
-
-    return {backend.name: backend for backend in (TorchBackend(),)}
-
-
-def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
-    """Find the backend asked for, or with "auto" the best one that runs here, and log which and why.
-
-    Raises:
-        ValueError: For a name that is no backend.
-        BackendUnavailable: Where it cannot run on this device in this precision.
-    """
-    known = backends()
-    if name != "auto" and name not in known:
-        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
-    reasons = {}
-    for candidate in known.values() if name == "auto" else (known[name],):
-        reason = candidate.unavailable(device, precision)
-        if reason is None:
-            logger.info(
-                "backend %s on %s in %s%s",
-                candidate.name,
-                device,
-                precision,
-                "".join(f"; not {other}: {why}" for other, why in reasons.items()),
-            )
-            return candidate
-        reasons[candidate.name] = reason
-    raise BackendUnavailable("; ".join(f"{other} cannot run here: {why}" for other, why in reasons.items()))
+        Args:
+            model: Without weights, where there is a folder.
+            folder: What `build` wrote; None for a backend that does not compile and a model with weights.
+            device: Where to run.
+            precision: The one it was built in.
+        """
+        ...

@@ -294,7 +294,7 @@ class TestFittedClassifier:
 
     def test_the_choice_is_logged(self, tmp_path, caplog):
         folder = fitted_model(tmp_path, [pooled_classifier()])
-        with caplog.at_level(logging.INFO, logger="nnturbo.engine.engine"):
+        with caplog.at_level(logging.INFO, logger="nnturbo.engine.model"):
             load(folder)
             load(folder, classifier="head")
         assert [message.split(" of ")[0] for message in caplog.messages] == ["classifier lda", "classifier head"]

@@ -1,0 +1,93 @@
+"""Which device, precision and backend a model runs on, in and with."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..errors import BackendUnavailable
+from . import Backend
+from .inductor import InductorBackend
+from .onnx import OnnxBackend
+from .openvino import OpenVinoBackend
+from .torch import TorchBackend
+from .torchscript import TorchScriptBackend
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+AUTOMATIC = {"cpu": ("openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
+"""What "auto" tries on each kind of device, in this order; the others are for those who ask for them."""
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name."""
+    known: tuple[Backend, ...] = (
+        OpenVinoBackend(),
+        TorchBackend(),
+        InductorBackend(),
+        TorchScriptBackend(),
+        OnnxBackend(),
+    )
+    return {backend.name: backend for backend in known}
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+
+    Raises:
+        BackendUnavailable: Where it is not.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}") from error
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise BackendUnavailable(
+            f"device {device} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices; use -device cpu, or a CUDA build of torch"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise BackendUnavailable("device mps is not there: it needs a Mac with Apple's GPU; use -device cpu")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    return chosen
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Turn "auto" into fp32 on a CPU and fp16 on a GPU, as nnU-Net."""
+    if precision == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
+    """Find the backend asked for, or with "auto" the best one that runs here, and log which and why.
+
+    Raises:
+        ValueError: For a name that is no backend.
+        BackendUnavailable: Where it cannot run on this device in this precision.
+    """
+    known = backends()
+    if name != "auto" and name not in known:
+        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
+    reasons = {}
+    for candidate in [known[each] for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]:
+        reason = candidate.unavailable(device, precision)
+        if reason is None:
+            logger.info(
+                "backend %s on %s in %s%s",
+                candidate.name,
+                device,
+                precision,
+                "".join(f"; not {other}: {why}" for other, why in reasons.items()),
+            )
+            return candidate
+        reasons[candidate.name] = reason
+    raise BackendUnavailable("; ".join(f"{other} cannot run here: {why}" for other, why in reasons.items()))

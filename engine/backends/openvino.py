@@ -1,0 +1,94 @@
+"""OpenVINO: the fastest way to run a network on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from ..inference import inference_network
+from ..model import Model
+from . import NetworkOutput
+
+FILE = "network.xml"
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailable(f"OpenVINO is not installed ({error}): pip install 'nnturbo[openvino]'") from error
+    return openvino
+
+
+class OpenVinoRunner:
+    """Runs a compiled network in main memory, one tile at a time: a CPU takes no less time for several at once."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._outputs = len(request.model_outputs)
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        """Run a batch of tiles, (N, C, *patch) float32."""
+        outputs = [self._run(tile) for tile in tiles.cpu().numpy()]
+        return NetworkOutput(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)))
+
+    def _run(self, tile: np.ndarray) -> list[np.ndarray]:
+        self._request.infer([np.ascontiguousarray(tile[None])], share_inputs=True)
+        # Copies: the next call writes to the same memory.
+        return [self._request.get_output_tensor(index).data.copy() for index in range(self._outputs)]
+
+
+class OpenVinoBackend:
+    """Networks compiled by OpenVINO, for CPUs."""
+
+    name = "openvino"
+    compiles = True
+    bound_to: tuple[str, ...] = ()
+
+    def unavailable(self, device: torch.device, precision: str) -> str | None:
+        """Return why OpenVINO cannot run in this precision on this device, or None."""
+        if device.type != "cpu":
+            return f"it runs on CPUs here, not on {device.type}"
+        if precision not in HINTS:
+            return f"it runs in {', '.join(HINTS)}, not in {precision}"
+        if importlib.util.find_spec("openvino") is None:
+            return "OpenVINO is not installed: pip install 'nnturbo[openvino]'"
+        if precision == "bf16" and "BF16" not in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "this CPU has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
+        return None
+
+    def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
+        """Convert to `network.xml` and `network.bin`, for one tile, with weights in fp32."""
+        openvino = _openvino()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch about itself
+            exported = torch.export.export(inference_network(model), (tiles[:1],), strict=False)
+            converted = openvino.convert_model(exported)
+        converted.reshape([1, *tiles.shape[1:]])
+        openvino.save_model(converted, str(folder / FILE), compress_to_fp16=False)
+
+    def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> OpenVinoRunner:
+        """Compile for this CPU, with as many threads as torch has."""
+        assert folder is not None  # it compiles
+        compiled = (
+            _openvino()
+            .Core()
+            .compile_model(
+                str(folder / FILE),
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": HINTS[precision],
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                },
+            )
+        )
+        return OpenVinoRunner(compiled.create_infer_request())

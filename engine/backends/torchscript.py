@@ -1,0 +1,58 @@
+"""TorchScript: one file that Python and C++ load without the network's code."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..inference import inference_network, with_low_convolutions
+from ..model import Model
+from . import NetworkOutput
+from .torch import DTYPES, refuse_half_on_cpu
+
+FILE = "network.ts"
+
+
+class ScriptRunner:
+    """Runs a traced network."""
+
+    def __init__(self, script: torch.jit.ScriptModule, device: torch.device) -> None:
+        self._script = script
+        self._device = device
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
+        with torch.inference_mode():
+            return NetworkOutput(*self._script(tiles.to(self._device)))
+
+
+class TorchScriptBackend:
+    """Networks traced by torch.jit."""
+
+    name = "torchscript"
+    compiles = True
+    bound_to: tuple[str, ...] = ()
+
+    def unavailable(self, device: torch.device, precision: str) -> str | None:
+        """Return why it cannot run in this precision on this device, or None."""
+        return refuse_half_on_cpu(device, precision)
+
+    def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
+        """Trace to `network.ts`, for any number of tiles."""
+        network = inference_network(model)
+        if precision != "fp32":
+            network = with_low_convolutions(network, DTYPES[precision])
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated, and that shapes become constants
+            script = torch.jit.trace(network.to(tiles.device), (tiles,), check_trace=False)
+            torch.jit.save(script, str(folder / FILE))
+
+    def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> ScriptRunner:
+        """Load it onto a device."""
+        assert folder is not None  # it compiles
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated
+            return ScriptRunner(torch.jit.load(str(folder / FILE), map_location=device), device)

@@ -1,0 +1,152 @@
+"""The network as engines run it: all folds, both answers, and a form that compilers like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import Model
+from .network import MultiTaskUNet, build_network
+
+Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+class InferenceNetwork(nn.Module):
+    """Averages the logits of several folds; what every backend runs or compiles.
+
+    Args:
+        networks: One per fold, all of the same kind.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.multi_task = isinstance(networks[0], MultiTaskUNet)
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, ...]:
+        """Run (N, C, *patch).
+
+        Returns:
+            Segmentation logits (N, K, *patch) and, for multi-task networks, class logits (N, S) in float32.
+        """
+        outputs = [_run(network, tiles) for network in self.networks]
+        if len(outputs) == 1:
+            return outputs[0]
+        return tuple(torch.stack(parts).mean(0) for parts in zip(*outputs, strict=True))
+
+
+def _run(network: nn.Module, tiles: Tensor) -> tuple[Tensor, ...]:
+    if isinstance(network, MultiTaskUNet):
+        return network.forward_multitask(tiles)  # type: ignore[return-value]  # no deep supervision in inference
+    return (network(tiles),)
+
+
+def inference_network(model: Model) -> InferenceNetwork:
+    """Build a model's network, one per fold, without the logits of deep supervision.
+
+    Transposed convolutions that only spread voxels become `Upsampling`.
+
+    Raises:
+        CheckpointError: Where weights do not fit the plan.
+    """
+    fitted = model.pooled_classifiers or [None] * len(model.weights)
+    networks = [
+        build_network(model.plan, weights, classifier)
+        for weights, classifier in zip(model.weights, fitted, strict=True)
+    ]
+    for network in networks:
+        decoder: Any = network.get_submodule("decoder")
+        decoder.seg_layers = decoder.seg_layers[-1:]
+        _replace(network, lambda module: Upsampling(module) if _only_spreads(module) else None)
+    return InferenceNetwork(networks).eval()
+
+
+def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> InferenceNetwork:
+    """Run a network's convolutions in bfloat16 or float16, and all else in float32; changes it in place.
+
+    Norms, sums, activations and classification heads stay in float32, and so do the last convolutions, whose outputs
+    are the logits: rounding these is what changes labels.
+    """
+    last = {id(layer) for fold in network.networks for layer in fold.get_submodule("decoder.seg_layers").children()}
+    _replace(
+        network,
+        lambda module: (
+            LowConvolution(module, dtype) if isinstance(module, Convolution) and id(module) not in last else None
+        ),
+    )
+    return network
+
+
+def _replace(network: nn.Module, choose: Any) -> None:
+    """Put another module in the place of each for which `choose` gives one, under every name that it has."""
+    chosen: dict[int, nn.Module | None] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if id(module) not in chosen:
+            chosen[id(module)] = choose(module)
+        if (replacement := chosen[id(module)]) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, replacement)
+
+
+class LowConvolution(nn.Module):
+    """A convolution in a lower precision between float32 tensors."""
+
+    def __init__(self, convolution: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.convolution = convolution.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Convolve."""
+        return self.convolution(values.to(self.dtype)).float()
+
+
+def _only_spreads(module: nn.Module) -> bool:
+    """Whether this is a transposed convolution whose outputs come from one input voxel each."""
+    return (
+        isinstance(module, (nn.ConvTranspose3d, nn.ConvTranspose2d))
+        and module.kernel_size == module.stride
+        and set(module.padding) == {0}
+        and set(module.output_padding) == {0}
+        and set(module.dilation) == {1}
+        and module.groups == 1
+    )
+
+
+class Upsampling(nn.Module):
+    """A transposed convolution whose kernel equals its stride, as a pointwise convolution and a shuffle of voxels.
+
+    Note:
+        Each output voxel is the channels of one input voxel times one position of the kernel. A pointwise convolution
+        to channels times positions makes them all; what remains is to move positions into place. The sums are the
+        same, and so are the bits. torch runs transposed 3D convolutions on CPUs by a slow path (pytorch #194496).
+    """
+
+    def __init__(self, convolution: nn.ConvTranspose3d | nn.ConvTranspose2d) -> None:
+        super().__init__()
+        self.stride = tuple(convolution.stride)
+        self.channels = convolution.out_channels
+        positions = math.prod(self.stride)
+        pointwise = nn.Conv3d if len(self.stride) == 3 else nn.Conv2d
+        self.convolution = pointwise(
+            convolution.in_channels, self.channels * positions, 1, bias=convolution.bias is not None
+        )
+        with torch.no_grad():
+            weight = convolution.weight  # (in, out, *stride)
+            self.convolution.weight.copy_(weight.flatten(1).t().reshape(self.convolution.weight.shape))
+            if convolution.bias is not None and self.convolution.bias is not None:
+                self.convolution.bias.copy_(convolution.bias.repeat_interleave(positions))
+        self.requires_grad_(False)
+
+    def forward(self, coarse: Tensor) -> Tensor:
+        """From (N, in, *grid) to (N, out, *finer grid)."""
+        grid = coarse.shape[2:]
+        fine = self.convolution(coarse).reshape(-1, self.channels, *self.stride, *grid)
+        axes = range(2, 2 + len(grid))
+        # (N, out, sz, sy, sx, z, y, x) to (N, out, z, sz, y, sy, x, sx)
+        fine = fine.permute(0, 1, *(axis for position in axes for axis in (position + len(grid), position)))
+        return fine.reshape(-1, self.channels, *(n * s for n, s in zip(grid, self.stride, strict=True)))
