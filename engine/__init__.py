@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classification import Classification
+    from .compilation import build
     from .engine import Engine, EngineOptions
     from .ensemble import Ensemble
     from .errors import (
         BackendUnavailable,
+        BundleError,
         CheckpointError,
         EngineError,
         ModelError,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendUnavailable",
+    "BundleError",
     "CheckpointError",
     "Classification",
     "Engine",
@@ -36,16 +39,19 @@ __all__ = [
     "PredictionError",
     "Volume",
     "VolumeError",
+    "build",
     "read_volume",
     "write_segmentation",
 ]
 
 _MODULES = {
     "classification": ("Classification",),
+    "compilation": ("build",),
     "engine": ("Engine", "EngineOptions"),
     "ensemble": ("Ensemble",),
     "errors": (
         "BackendUnavailable",
+        "BundleError",
         "CheckpointError",
         "EngineError",
         "ModelError",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .model import Model
-    from .plans import Architecture
+from typing import Any
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
+CLASSIFIERS = ("auto", "head", "lda")
+PHANTOMS, PHANTOM_SEED = 4, 11
+"""What lower precision is measured on where no scans are given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands)
-    inspect = commands.add_parser("inspect", help="say what is in a model and how it can run here")
-    inspect.add_argument("model", help="model folder or nnU-Net export zip")
+    _add_build(commands)
+    inspect = commands.add_parser("inspect", help="say what is in a model or bundle and how it can run here")
+    inspect.add_argument("model", help="model folder, nnU-Net export zip, or bundle")
     inspect.add_argument("-c", dest="configuration", help="configuration to take from a zip that holds several")
     inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser("doctor", help="say what this machine offers")
@@ -82,7 +84,7 @@ def _add_predict(commands: Any) -> None:
         nargs="+",
         action="extend",
         metavar="MODEL",
-        help="model folder or nnU-Net export zip; the probabilities of several are averaged",
+        help="model folder, nnU-Net export zip, or bundle; the probabilities of several are averaged",
     )
     add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
@@ -116,13 +118,13 @@ def _add_predict(commands: Any) -> None:
     add(
         "--precision",
         default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", *PRECISIONS),
         help="auto is fp32 on a CPU and fp16 on a GPU, as nnU-Net (default: %(default)s)",
     )
     add(
         "--classifier",
         default="auto",
-        choices=("auto", "head", "lda"),
+        choices=CLASSIFIERS,
         help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
         "auto takes the latter where every fold has one (default: %(default)s)",
     )
@@ -133,6 +135,78 @@ def _add_predict(commands: Any) -> None:
         help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
     )
     predict.set_defaults(run=_predict)
+
+
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser(
+        "build",
+        help="compile a model into a bundle",
+        description="Below fp32, the bundle's labels are compared with those of fp32 first, on the calibration scans "
+        "or, for CT models without any, on generated phantoms; where they agree too little there is no bundle.",
+    )
+    add = build.add_argument
+    add("-m", required=True, metavar="MODEL", help="model folder or nnU-Net export zip")
+    add("-o", required=True, metavar="BUNDLE", help="folder for the bundle; must not exist")
+    add("-c", metavar="CONFIGURATION", help="configuration, with a zip that holds several")
+    add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
+    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add("-device", default="auto", help="what to build for: auto, cpu or cuda (default: %(default)s)")
+    add("--backend", default="auto", help="what to compile for; nnturbo inspect lists them (default: %(default)s)")
+    add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(default: %(default)s)")
+    add("--classifier", default="auto", choices=CLASSIFIERS, help="as in predict (default: %(default)s)")
+    add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
+    add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
+    add("--verbose", action="store_true", help="say what was chosen")
+    build.set_defaults(run=_build)
+
+
+def _build(options: argparse.Namespace) -> int:
+    from .compilation import build
+    from .inspection import describe
+
+    with contextlib.ExitStack() as stack:
+        calibration, name = _calibration(options, stack)
+        build(
+            options.m,
+            options.o,
+            backend=options.backend,
+            precision=options.precision,
+            device=options.device,
+            folds=options.f,
+            checkpoint=options.chk,
+            configuration=options.c,
+            classifier=options.classifier,
+            calibration=calibration,
+            calibration_name=name,
+            floor=options.floor,
+        )
+    return _say_rows(describe(options.o, None))
+
+
+def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
+    """Find the scans to calibrate with; phantoms where none are given and labels may change."""
+    from .model import read_model
+
+    plan = read_model(options.m, folds=options.f, checkpoint=options.chk, configuration=options.c).plan
+    if options.calibration is not None:
+        from .batch import find_cases
+
+        cases = find_cases(Path(options.calibration), plan.file_ending)
+        return [case.images for case in cases], "calibration scans"
+    if options.precision in ("auto", "fp32"):
+        return [], ""
+    if [channel.scheme for channel in plan.channels] != ["CTNormalization"]:
+        raise ValueError(
+            f"{options.precision} changes some labels, and a bundle says how many: give scans to measure it on as "
+            "--calibration FOLDER. Phantoms stand in for CT alone"
+        )
+    import tempfile
+
+    from ..training.phantom import SMALL_SETTINGS, write_dataset
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nnturbo-"))
+    phantoms = write_dataset(folder, counts={"test": PHANTOMS}, seed=PHANTOM_SEED, settings=SMALL_SETTINGS)
+    return [phantom.image for phantom in phantoms], "generated phantoms"
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -249,74 +323,18 @@ class _ProgressBar:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    import torch
+    from .inspection import describe
 
-    from .backends import backends
-    from .model import read_model
-    from .network import build_network
-
-    model = read_model(options.model, configuration=options.configuration)
-    plan = model.plan
-    for weights, fitted in zip(model.weights, model.pooled_classifiers, strict=True):
-        build_network(plan, weights, fitted)  # says here what would stop a prediction
-    regions = "" if plan.labels.regions_class_order is None else " (regions)"
-    rows = [
-        ("model", str(model.source)),
-        ("dataset", plan.dataset_name),
-        ("configuration", f"{plan.configuration}, trained by {model.trainer}"),
-        ("folds", ", ".join(model.folds)),
-        ("network", f"{_network_name(plan.architecture)}, {model.num_parameters / 1e6:.2f} M parameters"),
-        (
-            "input",
-            ", ".join(f"{n} ({c.scheme})" for n, c in zip(plan.channel_names, plan.channels, strict=True))
-            + (f", and the labels of {plan.previous_stage}" if plan.previous_stage else ""),
-        ),
-        ("labels", ", ".join(f"{value} {name}" for name, value in plan.labels.labels.items()) + regions),
-        ("patch", f"{' x '.join(map(str, plan.patch_size))} voxels of {' x '.join(f'{s:g}' for s in plan.spacing)} mm"),
-        ("mirroring", "along axes " + ", ".join(map(str, model.mirror_axes)) if model.mirror_axes else "none"),
-        *_classification_rows(model),
-    ]
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for backend in backends().values():
-            for precision in ("fp32", "bf16", "fp16"):
-                reason = backend.unavailable(device, precision)
-                rows.append(
-                    (f"{backend.name} {device} {precision}", "runs here" if reason is None else f"no: {reason}")
-                )
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        _say(f"{name:{width}}  {value}")
-    return DONE
-
-
-def _network_name(architecture: Architecture) -> str:
-    name = architecture.class_name.rpartition(".")[2]
-    backbone = str(architecture.arguments.get("backbone", "")).rpartition(".")[2]
-    return f"{name} around {backbone}" if backbone else name
-
-
-def _classification_rows(model: Model) -> list[tuple[str, str]]:
-    """What answers for the case; nothing for a model without classification."""
-    scheme = model.plan.classification
-    if scheme is None:
-        return []
-    fitted = [
-        f"fold {fold}: {classifier.kind} on stages {', '.join(map(str, classifier.stages))}"
-        for fold, classifier in zip(model.folds, model.pooled_classifiers, strict=True)
-        if classifier is not None
-    ]
-    return [
-        ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(scheme.class_names))),
-        ("head", f"{scheme.kind} on stages {', '.join(map(str, scheme.stages))}"),
-        ("fitted classifier", "; ".join(fitted) or "none"),
-    ]
+    return _say_rows(describe(options.model, options.configuration))
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from .doctor import examine
 
-    rows = examine()
+    return _say_rows(examine())
+
+
+def _say_rows(rows: Sequence[tuple[str, str]]) -> int:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         _say(f"{name:{width}}  {value}")

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .backends import Runner, choose_backend
-from .errors import BackendUnavailable, ModelError, VolumeError
+from .backends import Runner
+from .backends.choose import choose_backend, choose_device, choose_precision
+from .bundle import bundle_model, check_machine, is_bundle, plan_bundle, read_manifest, source_hashes
+from .errors import BundleError, VolumeError
 from .labels import segment
-from .model import Model, read_model
+from .model import Model, read_model, with_classifier
 from .prediction import Prediction
 from .preprocessing import Case, preprocess
 from .sliding_window import SlidingWindow, mirror_views, predict_logits
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CLASSIFIERS = ("auto", "head", "lda")
 
 
@@ -59,39 +60,6 @@ class EngineOptions:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.views_per_call is not None and self.views_per_call < 1:
             raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")
-
-
-def choose_device(device: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
-
-    Raises:
-        BackendUnavailable: Where it is not.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}") from error
-    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
-        raise BackendUnavailable(
-            f"device {device} is not there: torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices; use -device cpu, or a CUDA build of torch"
-        )
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise BackendUnavailable("device mps is not there: it needs a Mac with Apple's GPU; use -device cpu")
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
-    return chosen
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Turn "auto" into fp32 on a CPU and fp16 on a GPU, as nnU-Net."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision != "auto":
-        return precision
-    return "fp16" if device.type == "cuda" else "fp32"
 
 
 class Engine:
@@ -138,54 +106,56 @@ class Engine:
         """Load a trained model.
 
         Args:
-            model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`) or export zip.
+            model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`), export zip, or bundle.
             folds: Folds to average; by default all numbered ones, else "all".
             checkpoint: File name of the checkpoint in each fold.
             configuration: The one wanted; needed for a zip that holds several.
             backend: How the network runs: "auto" or a name that `nnturbo inspect` lists.
-            precision: "fp32", "bf16", "fp16", or "auto": fp32 on a CPU and fp16 on a GPU, as nnU-Net.
+            precision: "fp32", "bf16", "fp16", "int8" (bundles only), or "auto": fp32 on a CPU and fp16 on a GPU, as
+                nnU-Net; that of a bundle.
             device: "auto", "cpu", "cuda", "cuda:N" or "mps".
             tile_step_size: Distance of tiles as a fraction of the patch, in (0, 1].
             mirror: Average over mirrored views, along the axes the model was trained with.
             options: What rarely needs changing.
 
         Raises:
-            ModelError: Where the model cannot be used.
+            ModelError: Where the model cannot be used, a `BundleError` where a bundle cannot.
             BackendUnavailable: Where device, precision or backend are not to be had here.
             ValueError: For arguments out of range.
         """
         options = options or EngineOptions()
-        target = choose_device(device)
-        precision = choose_precision(precision, target)
-        chosen = choose_backend(backend, target, precision)
-        loaded = _with_classifier(
-            read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), options.classifier
-        )
-        views = _views(loaded) if mirror else ((),)
+        if is_bundle(model):
+            opened = _open_bundle(Path(model), folds, configuration, backend, precision, device, options.classifier)
+        else:
+            read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
+            opened = _open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
+        views = _views(opened.model) if mirror else ((),)
         window = SlidingWindow.of_plan(
-            loaded.plan,
+            opened.model.plan,
             tile_step_size=tile_step_size,
             views=views,
-            views_per_call=options.views_per_call or (1 if target.type == "cpu" else len(views)),
+            views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else len(views)),
         )
         provenance = {
             "model": str(Path(model).resolve()),
-            **_describe(loaded, options),
-            "checkpoint": checkpoint,
-            "backend": chosen.name,
-            "precision": precision,
-            "device": str(target),
+            "dataset": opened.model.plan.dataset_name,
+            "trainer": opened.model.trainer,
+            "configuration": opened.model.plan.configuration,
+            "folds": list(opened.model.folds),
+            **opened.provenance,
+            **({"aggregation": options.aggregation} if opened.model.plan.classification is not None else {}),
+            "device": str(opened.device),
             "tile_step_size": tile_step_size,
             "mirror_views": len(views),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         return cls(
-            loaded,
-            chosen.load(loaded, target, precision),
+            opened.model,
+            opened.runner,
             window=window,
             provenance=provenance,
-            sums_device=target if options.sums_on_device else torch.device("cpu"),
+            sums_device=opened.device if options.sums_on_device else torch.device("cpu"),
             aggregation=options.aggregation,
         )
 
@@ -283,41 +253,72 @@ class Engine:
         return np.rint(labels.array[0]).astype(np.int32)
 
 
-def _with_classifier(model: Model, wanted: str) -> Model:
-    """Keep a model's fitted classifiers, or drop them so that the network's head answers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A model that is ready to run, and what predictions say about how."""
 
-    Raises:
-        ModelError: Where fitted classifiers are asked for and a fold has none.
-    """
-    if model.plan.classification is None:
-        return model
-    without = [fold for fold in model.folds if fold not in model.fitted_folds]
-    if wanted == "lda" and without:
-        raise ModelError(
-            f"classifier lda needs a fitted classifier in every fold's checkpoint; in {model.source} fold "
-            f"{', '.join(without)} has none. Fit it, or take the network's head: --classifier head"
-        )
-    if wanted == "auto" and 0 < len(without) < len(model.folds):
-        logger.warning(
-            "%s: fold %s has no fitted classifier, so the network's head answers", model.source, ", ".join(without)
-        )
-    chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
-    logger.info("classifier %s of %s", "lda" if chosen.pooled_classifiers else "head", model.source)
-    return chosen
+    model: Model
+    runner: Runner
+    device: torch.device
+    provenance: dict[str, Any]
 
 
-def _describe(model: Model, options: EngineOptions) -> dict[str, Any]:
-    """What a prediction's provenance says about the model."""
-    described = {
-        "dataset": model.plan.dataset_name,
-        "trainer": model.trainer,
-        "configuration": model.plan.configuration,
-        "folds": list(model.folds),
-    }
+def _open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> _Opened:
+    """Choose how a model runs here, and compile it if need be, or take what was compiled before."""
+    target = choose_device(device)
+    precision = choose_precision(precision, target)
+    chosen = choose_backend(backend, target, precision)
+    provenance = {"checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
     if model.plan.classification is not None:
-        described["classifier"] = "lda" if model.pooled_classifiers else "head"
-        described["aggregation"] = options.aggregation
-    return described
+        provenance["classifier"] = "lda" if model.pooled_classifiers else "head"
+    if not chosen.compiles:
+        runner = chosen.load(model, None, target, precision)
+        return _Opened(model=model, runner=runner, device=target, provenance=provenance)
+    if precision == "int8":
+        raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
+    from .cache import cached_bundle
+
+    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, target)
+    with cached_bundle(model, manifest, chosen, target) as folder:
+        runner = chosen.load(model, folder, target, precision)
+    return _Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
+
+
+def _open_bundle(
+    folder: Path,
+    folds: Sequence[int | str] | None,
+    configuration: str | None,
+    backend: str,
+    precision: str,
+    device: str,
+    classifier: str,
+) -> _Opened:
+    """Verify a bundle and load what was compiled; arguments may only repeat what it was built for."""
+    manifest = read_manifest(folder)
+    asked = {
+        "folds": (None if folds is None else tuple(map(str, folds)), manifest.folds),
+        "configuration": (configuration, manifest.configuration),
+        "backend": (backend if backend != "auto" else None, manifest.backend),
+        "precision": (precision if precision != "auto" else None, manifest.precision),
+        "classifier": (classifier if classifier != "auto" and manifest.classifier else None, manifest.classifier),
+    }
+    for name, (wanted, built) in asked.items():
+        if wanted is not None and wanted != built:
+            raise BundleError(f"{folder} was built with {name} {built}, not {wanted}: build another bundle for that")
+    target = choose_device(str(manifest.machine.get("device", "cpu")) if device == "auto" else device)
+    chosen = choose_backend(manifest.backend, target, manifest.precision)
+    check_machine(manifest, chosen, target, folder)
+    model = bundle_model(manifest, folder)
+    provenance = {
+        "source": dict(manifest.source),
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "agreement": manifest.agreement,
+    }
+    if manifest.classifier is not None:
+        provenance["classifier"] = manifest.classifier
+    runner = chosen.load(model, folder, target, manifest.precision)
+    return _Opened(model=model, runner=runner, device=target, provenance=provenance)
 
 
 def _views(model: Model) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,238 @@
+"""A compiled model on disk: a manifest with everything inference needs, and a backend's artefacts, verified on load."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backends import Backend
+from .errors import BundleError, OutputError
+from .files import write_json
+from .model import Model
+from .plans import parse_plan
+
+SCHEMA = 1
+MANIFEST = "engine.json"
+LARGEST_MANIFEST_BYTES = 256 * 2**20
+PACKAGES = ("nnturbo", "torch", "openvino", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "torch-tensorrt")
+"""Those whose versions a manifest keeps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What `engine.json` says.
+
+    Args:
+        schema: Version of this format.
+        plans, dataset: Content of the model's `plans.json` and `dataset.json`.
+        configuration, folds, mirror_axes, trainer: Of the model.
+        classifier: What answers for the case, "head" or "lda"; None without classification.
+        source: SHA-256 of each file that the weights come from, by its name within the model.
+        backend, precision: How the network runs.
+        machine: What it was built for, see `describe_machine`.
+        versions: Of the packages it was built with.
+        files: SHA-256 of every artefact, by name.
+        agreement: How its labels compare with those of fp32 torch, see `Agreement`; None where it was not measured.
+    """
+
+    schema: int
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    configuration: str
+    folds: tuple[str, ...]
+    mirror_axes: tuple[int, ...]
+    trainer: str
+    classifier: str | None
+    source: Mapping[str, str]
+    backend: str
+    precision: str
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+    agreement: Mapping[str, Any] | None
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What compiled code depends on: kind of device, instructions of the CPU, or the GPU's compute capability."""
+    described = {"device": device.type, "architecture": platform.machine(), "system": platform.system()}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return {**described, "compute_capability": f"{major}.{minor}"}
+    return {**described, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def source_hashes(model: Model, checkpoint: str) -> dict[str, str]:
+    """Hash the files that a model's weights were read from: a checkpoint for each fold, or the zip."""
+    if model.source.is_file():
+        return {model.source.name: sha256(model.source)}
+    names = [f"fold_{fold}/{checkpoint}" for fold in model.folds]
+    return {name: sha256(model.source / name) for name in names}
+
+
+def plan_bundle(
+    model: Model, source: Mapping[str, str], backend: Backend, precision: str, device: torch.device
+) -> Manifest:
+    """Describe a bundle that is yet to be built."""
+    scheme, fitted = model.plan.classification, model.pooled_classifiers
+    return Manifest(
+        schema=SCHEMA,
+        plans=model.plans,
+        dataset=model.dataset,
+        configuration=model.plan.configuration,
+        folds=model.folds,
+        mirror_axes=model.mirror_axes,
+        trainer=model.trainer,
+        classifier=None if scheme is None else "lda" if fitted else "head",
+        source=source,
+        backend=backend.name,
+        precision=precision,
+        machine=describe_machine(device),
+        versions=_versions(),
+        files={},
+        agreement=None,
+    )
+
+
+@contextlib.contextmanager
+def new_bundle(out: Path) -> Iterator[Path]:
+    """Give a folder to write a bundle in, which gets its name when the block ends well and else disappears.
+
+    Raises:
+        OutputError: Where `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists: choose another folder for the bundle, or remove it")
+    aside = out.with_name(f".writing-{out.name}-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def compile_model(model: Model, manifest: Manifest, backend: Backend, tiles: torch.Tensor, folder: Path) -> Manifest:
+    """Write a backend's artefacts and the manifest; returns the latter with the artefacts' hashes."""
+    backend.build(model, tiles, manifest.precision, folder)
+    manifest = replace(manifest, files={path.name: sha256(path) for path in sorted(folder.iterdir())})
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a bundle's folder, judged by its manifest."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and verify the hash of every artefact.
+
+    Raises:
+        BundleError: Where something is missing, changed, or of a newer version.
+    """
+    manifest = _parse_manifest(folder / MANIFEST)
+    for name, digest in manifest.files.items():
+        artefact = folder / name
+        if Path(name).name != name or not artefact.is_file():
+            raise BundleError(f"{folder} must hold {name!r:.120}, which its manifest names; build the bundle anew")
+        if sha256(artefact) != digest:
+            raise BundleError(f"{artefact} is not what was built: its SHA-256 differs. Build the bundle anew")
+    return manifest
+
+
+def _parse_manifest(path: Path) -> Manifest:
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST_BYTES:
+            raise BundleError(f"{path} must be at most {LARGEST_MANIFEST_BYTES} bytes, it has {path.stat().st_size}")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} must be a bundle's manifest; it cannot be read: {error}") from error
+    if not isinstance(content, dict) or type(content.get("schema")) is not int:
+        raise BundleError(f"{path} must hold an object with a schema number; build the bundle anew")
+    if content["schema"] > SCHEMA:
+        raise BundleError(
+            f"{path.parent} is a bundle of schema {content['schema']}, this nnturbo knows up to {SCHEMA}: update "
+            "nnturbo, or build the bundle anew"
+        )
+    if wrong := sorted({field.name for field in fields(Manifest)} ^ set(content)):
+        raise BundleError(f"{path} has too much or too little: {', '.join(wrong):.120}; build the bundle anew")
+    kinds = {"str": str, "int": int, "Mapping": dict, "tuple": list}
+    for field in fields(Manifest):
+        optional = str(field.type).endswith("| None")
+        kind = kinds[str(field.type).partition("[")[0].partition(" ")[0]]
+        if not (isinstance(content[field.name], kind) or (optional and content[field.name] is None)):
+            raise BundleError(f"{path}: {field.name} must be a {kind.__name__}; build the bundle anew")
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    return Manifest(**values)
+
+
+def check_machine(manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:
+    """Refuse a bundle whose artefacts run on other machines only.
+
+    Raises:
+        BundleError: It names what differs.
+    """
+    built = {**manifest.versions, **manifest.machine}
+    here = {**_versions(), **describe_machine(device)}
+    differing = [
+        f"{key} {built.get(key, 'unknown')} there, {here.get(key, 'none')} here"
+        for key in backend.bound_to
+        if built.get(key) != here.get(key)
+    ]
+    if differing:
+        raise BundleError(
+            f"{folder} was built by {manifest.backend} for another machine or version: {'; '.join(differing)}. Build "
+            "it anew where it shall run"
+        )
+
+
+def bundle_model(manifest: Manifest, folder: Path) -> Model:
+    """Describe the model of a bundle, without weights: those are in the artefacts.
+
+    Raises:
+        ModelError: Where its plan is damaged.
+    """
+    if not all(type(axis) is int and 0 <= axis <= 2 for axis in manifest.mirror_axes):
+        raise BundleError(f"{folder}: mirror_axes must be among 0, 1, 2; build the bundle anew")
+    if not all(isinstance(fold, str) and Path(fold).name == fold for fold in manifest.folds):
+        raise BundleError(f"{folder}: folds must be names; build the bundle anew")
+    return Model(
+        plan=parse_plan(manifest.plans, manifest.dataset, manifest.configuration),
+        weights=(),
+        folds=manifest.folds,
+        mirror_axes=manifest.mirror_axes,
+        trainer=manifest.trainer,
+        source=folder,
+        plans=manifest.plans,
+        dataset=manifest.dataset,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

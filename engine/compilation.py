@@ -1,0 +1,156 @@
+"""A model compiled into a bundle, with the price of lower precision measured before it gets its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreement, measure_agreement
+from .backends import NetworkOutput
+from .backends.choose import choose_backend, choose_device, choose_precision
+from .bundle import MANIFEST, compile_model, new_bundle, plan_bundle, source_hashes
+from .engine import Engine, EngineOptions, Image
+from .errors import BundleError
+from .files import write_json
+from .model import Model, read_model, with_classifier
+from .sliding_window import SlidingWindow
+
+logger = logging.getLogger(__name__)
+
+FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": 0.98}
+"""Least Dice with fp32, of the label that agrees least, for a bundle to be kept."""
+
+CALIBRATION_TILES = 24
+
+
+def build(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    configuration: str | None = None,
+    classifier: str = "auto",
+    calibration: Sequence[Image] = (),
+    calibration_name: str = "calibration scans",
+    floor: float | None = None,
+) -> Path:
+    """Compile a trained model into a bundle that `Engine.load` opens.
+
+    Args:
+        model: nnU-Net v2 model folder or export zip.
+        out: Folder of the bundle; must not exist.
+        backend: As `Engine.load` takes it, like the next five.
+        precision: "auto" is fp32 on a CPU and fp16 on a GPU.
+        device: What to build for.
+        folds: Folds to average.
+        checkpoint: File name of the checkpoint in each fold.
+        configuration: The one wanted, of a zip that holds several.
+        classifier: As `EngineOptions` takes it.
+        calibration: Scans to measure the agreement with fp32 on, and to calibrate int8 with. A must below fp32.
+        calibration_name: What they are; the bundle keeps it.
+        floor: Least Dice with fp32, of the label that agrees least, in 0 to 1; by default 0.9995 for fp32, 0.99
+            for bf16 and fp16, 0.98 for int8.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ValueError: For arguments out of range, and a precision below fp32 without scans.
+        ModelError: Where the model cannot be used.
+        BackendUnavailable: Where the backend cannot build here.
+        BundleError: Where the agreement is below the floor; there is no bundle then.
+        VolumeError: Where a calibration scan cannot be read, or does not suit the model.
+        OutputError: Where the folder exists or cannot be written.
+    """
+    if floor is not None and not 0 <= floor <= 1:
+        raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
+    target = choose_device(device)
+    precision = choose_precision(precision, target)
+    if precision != "fp32" and not calibration:
+        raise ValueError(
+            f"{precision} changes some labels, and a bundle says how many: give scans to measure it on as calibration"
+        )
+    chosen = choose_backend(backend, target, precision)
+    read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
+    loaded = with_classifier(read, classifier)
+    out = Path(out)
+    with new_bundle(out) as aside:
+        tiles = _calibration_tiles(loaded, calibration, target) if precision == "int8" else _example(loaded, target)
+        manifest = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, target)
+        manifest = compile_model(loaded, manifest, chosen, tiles, aside)
+        if calibration:
+            reference = Engine.load(
+                model,
+                folds=folds,
+                checkpoint=checkpoint,
+                configuration=configuration,
+                backend="torch",
+                precision="fp32",
+                device=device,
+                options=EngineOptions(classifier=classifier),
+            )
+            agreement = measure_agreement(reference, Engine.load(aside, device=device), calibration, calibration_name)
+            logger.info("%s: %s", out, agreement)
+            _check_floor(agreement, FLOORS[precision] if floor is None else floor, precision)
+            manifest = replace(manifest, agreement=asdict(agreement))
+            write_json(aside / MANIFEST, asdict(manifest))
+    return out
+
+
+def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
+    if agreement.lowest_dice < floor:
+        raise BundleError(
+            f"{precision} must agree with fp32 to a Dice of {floor:g} for every label, it does to "
+            f"{agreement.lowest_dice:.4f}: {agreement}. Build in a higher precision, calibrate with other scans, or "
+            "accept it with a lower floor"
+        )
+
+
+def _example(model: Model, device: torch.device) -> Tensor:
+    """Tiles to trace with; two, since one would be taken for a constant."""
+    return torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
+
+
+def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.device) -> Tensor:
+    """Take tiles of preprocessed scans, (N, C, *patch), spread over all of them.
+
+    Raises:
+        VolumeError: Where a scan cannot be read, or does not suit the model.
+    """
+    recorder = _TileRecorder(model)
+    window = SlidingWindow.of_plan(model.plan)
+    engine = Engine(model, recorder, window=window, sums_device=device, provenance={})
+    for scan in scans:
+        engine.predict(scan)
+    return torch.cat(recorder.tiles[:: -(-len(recorder.tiles) // CALIBRATION_TILES)]).to(device)
+
+
+class _TileRecorder:
+    """Stands for a network and keeps some of what it is given: all at first, and ever fewer of many."""
+
+    def __init__(self, model: Model) -> None:
+        self.tiles: list[Tensor] = []
+        self._plan = model.plan
+        self._seen, self._stride = 0, 1
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        if self._seen % self._stride == 0:
+            self.tiles.append(tiles.clone())
+        if len(self.tiles) > 2 * CALIBRATION_TILES:
+            self.tiles, self._stride = self.tiles[::2], 2 * self._stride
+        self._seen += 1
+        scheme = self._plan.classification
+        return NetworkOutput(
+            tiles.new_zeros(len(tiles), self._plan.labels.num_outputs, *tiles.shape[2:]),
+            None if scheme is None else tiles.new_zeros(len(tiles), scheme.num_classes),
+        )

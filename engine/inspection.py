@@ -1,0 +1,110 @@
+"""What is in a model or bundle, and how it can run here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from .agreement import Agreement
+from .backends.choose import PRECISIONS, backends
+from .bundle import Manifest, bundle_model, is_bundle, read_manifest
+from .inference import inference_network
+from .model import Model, read_model
+from .plans import Architecture
+
+
+def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tuple[str, str]]:
+    """Look into a model folder, export zip or bundle.
+
+    Args:
+        path: Which.
+        configuration: The one wanted, of a zip that holds several.
+
+    Returns:
+        Rows of (what, finding).
+
+    Raises:
+        ModelError: Where it cannot be used.
+    """
+    if is_bundle(path):
+        manifest = read_manifest(Path(path))
+        return [*_model_rows(bundle_model(manifest, Path(path))), *_bundle_rows(manifest)]
+    model = read_model(path, configuration=configuration)
+    inference_network(model)  # says here what would stop a prediction
+    return [*_model_rows(model), *_fitted_rows(model), *_backend_rows()]
+
+
+def _model_rows(model: Model) -> list[tuple[str, str]]:
+    plan = model.plan
+    size = f", {model.num_parameters / 1e6:.2f} M parameters" if model.weights else ""  # a bundle's are compiled
+    regions = "" if plan.labels.regions_class_order is None else " (regions)"
+    rows = [
+        ("model", str(model.source)),
+        ("dataset", plan.dataset_name),
+        ("configuration", f"{plan.configuration}, trained by {model.trainer}"),
+        ("folds", ", ".join(model.folds)),
+        ("network", _network_name(plan.architecture) + size),
+        (
+            "input",
+            ", ".join(f"{n} ({c.scheme})" for n, c in zip(plan.channel_names, plan.channels, strict=True))
+            + (f", and the labels of {plan.previous_stage}" if plan.previous_stage else ""),
+        ),
+        ("labels", ", ".join(f"{value} {name}" for name, value in plan.labels.labels.items()) + regions),
+        ("patch", f"{' x '.join(map(str, plan.patch_size))} voxels of {' x '.join(f'{s:g}' for s in plan.spacing)} mm"),
+        ("mirroring", "along axes " + ", ".join(map(str, model.mirror_axes)) if model.mirror_axes else "none"),
+    ]
+    if (scheme := plan.classification) is not None:
+        rows += [
+            ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(scheme.class_names))),
+            ("head", f"{scheme.kind} on stages {', '.join(map(str, scheme.stages))}"),
+        ]
+    return rows
+
+
+def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    agreement = "not measured: built in fp32 without scans to compare on"
+    if manifest.agreement is not None:
+        known = {field.name for field in fields(Agreement)}
+        agreement = str(Agreement(**{key: value for key, value in manifest.agreement.items() if key in known}))
+    rows = [
+        ("built for", f"{manifest.backend} in {manifest.precision}"),
+        ("machine", ", ".join(f"{key} {value}" for key, value in manifest.machine.items())),
+        ("versions", ", ".join(f"{key} {value}" for key, value in manifest.versions.items())),
+        ("agreement", agreement),
+        *((f"source {name}", digest) for name, digest in manifest.source.items()),
+        *((f"file {name}", digest) for name, digest in manifest.files.items()),
+    ]
+    return rows if manifest.classifier is None else [*rows, ("classifier", manifest.classifier)]
+
+
+def _backend_rows() -> list[tuple[str, str]]:
+    """Which backends run here, in which precision, and why not."""
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    reasons = {
+        f"{backend.name} {device} {precision}": backend.unavailable(device, precision)
+        for device in devices
+        for backend in backends().values()
+        for precision in PRECISIONS
+    }
+    return [(way, "runs here" if reason is None else f"no: {reason}") for way, reason in reasons.items()]
+
+
+def _fitted_rows(model: Model) -> list[tuple[str, str]]:
+    """What may answer for the case in place of the head; nothing for a model without classification."""
+    if model.plan.classification is None:
+        return []
+    fitted = [
+        f"fold {fold}: {classifier.kind} on stages {', '.join(map(str, classifier.stages))}"
+        for fold, classifier in zip(model.folds, model.pooled_classifiers, strict=True)
+        if classifier is not None
+    ]
+    return [("fitted classifier", "; ".join(fitted) or "none")]
+
+
+def _network_name(architecture: Architecture) -> str:
+    name = architecture.class_name.rpartition(".")[2]
+    backbone = str(architecture.arguments.get("backbone", "")).rpartition(".")[2]
+    return f"{name} around {backbone}" if backbone else name
