@@ -1,0 +1,393 @@
+"""The whole path from a scan to its labels as TorchScript, for C++ and for programs with nothing but torch.
+
+`ScanPath` is `Engine.predict` without the network: `preprocessing`, `sliding_window`, `labels` and `voting` in the part
+of Python that torch.jit.script compiles. What its stages share is a dictionary of tensors, which C++ can hold too.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .plans import Plan
+from .script_labels import ScriptLabels
+from .script_preprocessing import ScriptPreprocessing
+from .sliding_window import gaussian, mirror_views
+from .voting import AGGREGATIONS
+
+
+def tile_starts(length: int, patch: int, step: float) -> Tensor:
+    """First voxels of the tiles along one axis, (n,) int64 (`sliding_window.tile_positions`)."""
+    count = math.ceil((length - patch) / (patch * step)) + 1
+    distance = (length - patch) / max(count - 1, 1)
+    return torch.round(torch.arange(count, dtype=torch.float64) * distance).long()
+
+
+def tile_weights(length: int, patch: int, starts: Tensor) -> Tensor:
+    """Weights of each tile along one axis, (n, patch) float32 (`sliding_window.axis_weights`)."""
+    weight = gaussian(patch)
+    total = torch.zeros(length, dtype=torch.float64)
+    places = [int(start) for start in starts]
+    for start in places:
+        total[start : start + patch] += weight
+    return torch.stack([(weight / total[start : start + patch]).float() for start in places])
+
+
+def move_up(buffer: Tensor, planes: int) -> None:
+    """Drop the first planes of (C, Z, Y, X), move the others up and clear the rest."""
+    kept = buffer.shape[1] - planes
+    for plane in range(kept):
+        buffer[:, plane] = buffer[:, plane + planes]
+    buffer[:, kept:] = 0
+
+
+class ScanPath(nn.Module):
+    """From a scan to the tiles of a network, and from its logits to labels; holds no weights. Compile it: `scan_path`.
+
+    A case is `state = start(...)`; for each tile in ascending order `views`, the network, and `state = add(...)`; then
+    `finish(state)`. It computes on the scan's device, and reads the scan's memory until the last tile.
+
+    Attributes:
+        channels: Of the scan.
+        class_names: What a case may be; empty without a classification head.
+        label_names: By value; empty for models of regions.
+    """
+
+    class_names: list[str]
+    label_names: list[str]
+    flips: list[list[int]]
+
+    def __init__(self, plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground") -> None:
+        super().__init__()
+        labels, scheme = plan.labels, plan.classification
+        dimensions = len(plan.patch_size)
+        self.channels = len(plan.channels)
+        self.class_names = list(scheme.class_names) if scheme else []
+        self.has_regions = labels.regions_class_order is not None
+        self.label_names = [] if self.has_regions else sorted(labels.labels, key=lambda name: labels.labels[name])
+        self.num_outputs = labels.num_outputs
+        self.focus_channels = list(scheme.focus_channels) if scheme else [0]
+        self.by_foreground = aggregation == "foreground"
+        self.patch_size = list(plan.patch_size_3d)
+        self.slicewise = dimensions == 2
+        spatial = [axis + 3 - dimensions for axis in mirror_axes if axis < dimensions]
+        self.flips = [list(axes) for axes in mirror_views(spatial)]
+        self.preprocessing = ScriptPreprocessing(plan)
+        self.labels = ScriptLabels(plan)
+
+    @classmethod
+    def of_plan(cls, plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground") -> "ScanPath":
+        """Make the path of a plan.
+
+        Args:
+            plan: The model's.
+            mirror_axes: Axes of the patch that the model was trained to be mirrored along.
+            aggregation: How answers for tiles become one, as in `EngineOptions`: "foreground" or "mean".
+
+        Raises:
+            ModelError: For a plan that needs more than a scan and its spacing.
+            ValueError: For an unknown aggregation.
+        """
+        if aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+        if plan.previous_stage is not None:
+            raise ModelError(
+                f"a whole path takes a scan alone; this configuration continues from the labels of "
+                f"{plan.previous_stage}: use nnturbo predict, or a model that is no cascade"
+            )
+        if plan.reorient:
+            raise ModelError(
+                "a whole path takes a scan without its orientation; this model was trained on reoriented scans: "
+                "use nnturbo predict"
+            )
+        return cls(plan, mirror_axes, aggregation)
+
+    @torch.jit.export
+    def start(self, image: Tensor, spacing: list[float], tile_step_size: float, mirror: bool) -> dict[str, Tensor]:
+        """Prepare a case.
+
+        Args:
+            image: (C, Z, Y, X) raw values of any real type, on the device to compute on.
+            spacing: mm, (z, y, x).
+            tile_step_size: Distance of tiles as a fraction of the patch, in (0, 1].
+            mirror: Whether to average over mirrored views.
+
+        Returns:
+            The state of the case. "tiles" has the first voxel of each tile in the padded grid, (tiles, 3) int64.
+        """
+        if not 0 < tile_step_size <= 1:
+            raise ValueError(f"tile_step_size must be in (0, 1], got {tile_step_size}")
+        state = self.preprocessing.begin(image, spacing)
+        self.labels.begin(state, [image.shape[1], image.shape[2], image.shape[3]], image.device)
+        self._cover(state, tile_step_size, len(self.flips) if mirror else 1)
+        return state
+
+    @torch.jit.export
+    def views(self, state: dict[str, Tensor], tile: int) -> Tensor:
+        """Make the network's input for a tile: (V, C, *patch) float32, itself first, then its mirror images."""
+        row, _, _ = self._place(state, tile)
+        self._advance(state, row)
+        patch = self._at(state, tile, state["buffer"])
+        views = torch.stack([patch.flip([axis + 1 for axis in axes]) for axes in self._flips(state)])
+        return views[:, :, 0] if self.slicewise else views
+
+    @torch.jit.export
+    def add(
+        self, state: dict[str, Tensor], tile: int, seg_logits: Tensor, class_logits: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Take what the network says about a tile; planes that are finished become labels.
+
+        Args:
+            state: Of the case.
+            tile: Its index; one after the other, from 0.
+            seg_logits: (V, K, *patch) for all views of the tile.
+            class_logits: (V, S) for models with a classification head.
+
+        Returns:
+            The state to go on with.
+        """
+        row, y, x = self._place(state, tile)
+        if tile != int(state["done"]):
+            raise ValueError(f"tiles must be added in ascending order, expected {int(state['done'])}, got {tile}")
+        logits = self._checked_logits(state, seg_logits)
+        if len(self.class_names) > 0:
+            self._vote(state, tile, logits, class_logits)
+        wz, wy, wx = state["weights.0"][row] / logits.shape[0], state["weights.1"][y], state["weights.2"][x]
+        weights = wz[:, None, None] * (wy[:, None] * wx)
+        sums = self._at(state, tile, state["sums"])
+        for view, axes in enumerate(self._flips(state)):
+            sums.addcmul_(logits[view].flip([axis + 1 for axis in axes]), weights)
+        state["done"].fill_(tile + 1)
+        if y + 1 == state["weights.1"].shape[0] and x + 1 == state["weights.2"].shape[0]:
+            self._finish_row(state, row)
+        return state
+
+    @torch.jit.export
+    def finish(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Answer for the case.
+
+        Returns:
+            Labels (Z, Y, X) on the scan's grid and device, uint8, or int32 for models of 255 foreground labels and
+            more; and class probabilities (S,) float32 on the CPU, S = 0 for models without a classification head.
+        """
+        tiles, done = state["tiles"].shape[0], int(state["done"])
+        if done != tiles:
+            raise ValueError(f"all {tiles} tiles must be added before the case is finished, got {done}")
+        if len(self.class_names) == 0:
+            return state["labels"], torch.empty(0)
+        logits, weights = state["votes.logits"].cpu().double().mean(1), state["votes.weights"].cpu().double().mean(1)
+        weights = weights if bool(weights.sum() != 0) else torch.ones_like(weights)
+        mean = (weights @ logits) / weights.sum()
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError("the network's class logits must be finite, got NaN or infinity: its weights are damaged")
+        return state["labels"], torch.softmax(mean, 0).float()
+
+    def _cover(self, state: dict[str, Tensor], tile_step_size: float, num_views: int) -> None:
+        """Lay tiles over the grid and make room for what they add up to."""
+        device = state["image"].device
+        patch = self.patch_size
+        shape: list[int] = state["shape"].tolist()
+        padded = [max(shape[axis], patch[axis]) for axis in range(3)]
+        state["padded"] = torch.tensor(padded)
+        state["before"] = torch.tensor([(padded[axis] - shape[axis]) // 2 for axis in range(3)])
+        starts: list[Tensor] = []
+        for axis in range(3):
+            # The patch of a 2d configuration is one plane deep: each plane is a row of tiles of its own.
+            step = 1.0 if self.slicewise and axis == 0 else tile_step_size
+            starts.append(tile_starts(padded[axis], patch[axis], step))
+            state[f"weights.{axis}"] = tile_weights(padded[axis], patch[axis], starts[axis]).to(device)
+        state["tiles"] = torch.cartesian_prod(starts[0], starts[1], starts[2])
+        state["starts"] = starts[0]
+        state["num_views"], state["row"], state["done"] = torch.tensor(num_views), torch.tensor(-1), torch.tensor(0)
+        state["buffer"] = torch.zeros(self.channels, patch[0], padded[1], padded[2], device=device)
+        state["sums"] = torch.zeros(self.num_outputs, patch[0], padded[1], padded[2], device=device)
+        tiles = state["tiles"].shape[0]
+        state["votes.logits"] = torch.zeros(tiles, num_views, len(self.class_names), device=device)
+        state["votes.weights"] = torch.ones(tiles, num_views, device=device)
+
+    def _flips(self, state: dict[str, Tensor]) -> list[list[int]]:
+        return self.flips[: int(state["num_views"])]
+
+    def _place(self, state: dict[str, Tensor], tile: int) -> tuple[int, int, int]:
+        """Which tile this is along z, y and x."""
+        if not 0 <= tile < state["tiles"].shape[0]:
+            raise ValueError(f"tile must be from 0 to {state['tiles'].shape[0] - 1}, got {tile}")
+        along_y, along_x = state["weights.1"].shape[0], state["weights.2"].shape[0]
+        return tile // (along_y * along_x), tile // along_x % along_y, tile % along_x
+
+    def _at(self, state: dict[str, Tensor], tile: int, row: Tensor) -> Tensor:
+        """View a tile in a buffer of its row, (C, depth, Y, X)."""
+        y, x = int(state["tiles"][tile, 1]), int(state["tiles"][tile, 2])
+        return row[:, :, y : y + self.patch_size[1], x : x + self.patch_size[2]]
+
+    def _inside(self, state: dict[str, Tensor], row: Tensor) -> Tensor:
+        """View what is no padding, in y and x, of (C, planes, Y, X)."""
+        before: list[int] = state["before"].tolist()
+        shape: list[int] = state["shape"].tolist()
+        return row[:, :, before[1] : before[1] + shape[1], before[2] : before[2] + shape[2]]
+
+    def _advance(self, state: dict[str, Tensor], row: int) -> None:
+        """Make the buffer hold the padded input of a row of tiles; planes that rows share are kept."""
+        held = int(state["row"])
+        if held == row:
+            return
+        depth, top, before = self.patch_size[0], int(state["starts"][row]), int(state["before"][0])
+        kept = max(int(state["starts"][held]) + depth - top, 0) if 0 <= held < row else 0
+        buffer = state["buffer"]
+        move_up(buffer, depth - kept)
+        first, last = max(top + kept - before, 0), min(top + depth - before, int(state["shape"][0]))
+        if first < last:
+            inside = self._inside(state, buffer)[:, first + before - top : last + before - top]
+            inside.copy_(self.preprocessing.planes(state, first, last))
+        state["row"].fill_(row)
+
+    def _checked_logits(self, state: dict[str, Tensor], seg_logits: Tensor) -> Tensor:
+        """Give the logits of a tile's views as (V, K, z, y, x) float32 on the scan's device."""
+        logits = seg_logits.unsqueeze(2) if self.slicewise else seg_logits
+        views, patch = int(state["num_views"]), self.patch_size
+        expected = [views, self.num_outputs, patch[0], patch[1], patch[2]]
+        if list(logits.shape) != expected:
+            raise ValueError(f"seg_logits must be of shape {expected}, (V, K, *patch), got {list(logits.shape)}")
+        return logits.detach().to(state["sums"].device, torch.float32)
+
+    def _vote(self, state: dict[str, Tensor], tile: int, logits: Tensor, class_logits: Tensor | None) -> None:
+        """Keep a tile's class logits, and what they count (`voting.Votes`)."""
+        expected = [logits.shape[0], len(self.class_names)]
+        if class_logits is None or list(class_logits.shape) != expected:
+            got = "none" if class_logits is None else f"{list(class_logits.shape)}"
+            raise ValueError(f"class_logits must be of shape {expected}, (V, S), got {got}")
+        state["votes.logits"][tile] = class_logits.detach().to(torch.float32)
+        if not self.by_foreground:
+            return
+        focus = torch.tensor(self.focus_channels, device=logits.device)
+        for view in range(logits.shape[0]):
+            # View by view: for many labels, what the softmax needs is large.
+            if self.has_regions:
+                shown = torch.sigmoid(logits[view].index_select(0, focus)).amax(0)
+            else:
+                shown = torch.softmax(logits[view], 0).index_select(0, focus).sum(0)
+            state["votes.weights"][tile, view] = shown.mean()
+
+    def _finish_row(self, state: dict[str, Tensor], row: int) -> None:
+        """Hand on the planes that no later row of tiles adds to (`sliding_window.predict_logits`)."""
+        starts, before, sums = state["starts"], int(state["before"][0]), state["sums"]
+        top = int(starts[row])
+        bottom = int(starts[row + 1]) if row + 1 < starts.shape[0] else int(state["padded"][0])
+        # The planes of this row that lie in the grid proper, not in its padding.
+        first, last = max(before - top, 0), min(before + int(state["shape"][0]), bottom) - top
+        if first < last:
+            logits = sums[:, first:last]
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(logits))).all()):
+                raise ValueError(
+                    "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
+                    "precision is too low for this model"
+                )
+            self.labels.add(state, self._inside(state, logits))
+        move_up(sums, bottom - top)
+
+
+class _OneAnswer(nn.Module):
+    """Runs a network that gives segmentation logits."""
+
+    def __init__(self, network: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run (N, C, *patch)."""
+        output: tuple[Tensor] = self.network(tiles)
+        return output[0], None
+
+
+class _TwoAnswers(nn.Module):
+    """Runs a network that gives segmentation and class logits."""
+
+    def __init__(self, network: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run (N, C, *patch)."""
+        output: tuple[Tensor, Tensor] = self.network(tiles)
+        return output[0], output[1]
+
+
+class WholePath(nn.Module):
+    """A scan path and its network. Compile it with `whole_path`; `.save()` then writes a program in one file.
+
+    Args:
+        path: What surrounds the network.
+        network: Compiled; gives a tuple of segmentation logits and, where the path has classes, class logits.
+    """
+
+    class_names: list[str]
+    label_names: list[str]
+
+    def __init__(self, path: ScanPath, network: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.class_names, self.label_names, self.channels = path.class_names, path.label_names, path.channels
+        self.path = path
+        self.network = _TwoAnswers(network) if path.class_names else _OneAnswer(network)
+
+    def forward(
+        self, image: Tensor, spacing: list[float], tile_step_size: float = 0.5, mirror: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Segment a scan; arguments as in `ScanPath.start`, on the network's device, answers as in `ScanPath.finish`.
+
+        Mirror views go through the network one at a time on a CPU, where more take memory and no less time.
+        """
+        with torch.no_grad():
+            state = self.path.start(image, spacing, tile_step_size, mirror)
+            for tile in range(state["tiles"].shape[0]):
+                views = self.path.views(state, tile)
+                at_once = 1 if views.device.type == "cpu" else views.shape[0]
+                seg_logits: list[Tensor] = []
+                class_logits: list[Tensor] = []
+                for batch in views.split(at_once):
+                    seg, classes = self.network(batch)
+                    seg_logits.append(seg)
+                    if classes is not None:
+                        class_logits.append(classes)
+                answer = torch.cat(class_logits) if len(class_logits) > 0 else None
+                state = self.path.add(state, tile, torch.cat(seg_logits), answer)
+            return self.path.finish(state)
+
+
+def _script(module: nn.Module) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that torch.jit is deprecated
+        return torch.jit.script(module.eval())
+
+
+def scan_path(plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground") -> torch.jit.ScriptModule:
+    """Compile the path of a plan without its network; arguments and errors as in `ScanPath.of_plan`."""
+    return _script(ScanPath.of_plan(plan, mirror_axes, aggregation))
+
+
+def whole_path(
+    network: torch.jit.ScriptModule, plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground"
+) -> torch.jit.ScriptModule:
+    """Compile the path of a plan together with its network.
+
+    Args:
+        network: Scripted or traced, from (N, C, *patch) to a tuple of segmentation logits (N, K, *patch) and, where the
+            plan has a classification head, class logits (N, S).
+        plan: The model's plan.
+        mirror_axes: Axes of the patch that the model was trained to be mirrored along.
+        aggregation: How answers for tiles become one: "foreground" or "mean".
+
+    Raises:
+        ModelError: For a plan that `ScanPath.of_plan` refuses, or a network that gives something else.
+        TypeError: For a network that is not compiled.
+    """
+    if not isinstance(network, torch.jit.ScriptModule):
+        raise TypeError(f"network must be a torch.jit.ScriptModule, got {type(network).__name__}: trace it first")
+    path = ScanPath.of_plan(plan, mirror_axes, aggregation)
+    try:
+        return _script(WholePath(path, network))
+    except RuntimeError as error:
+        expected = "(seg_logits, class_logits)" if path.class_names else "(seg_logits,)"
+        raise ModelError(f"the network must give a tuple {expected}; {str(error).strip()[:300]}") from error
