@@ -1,0 +1,13 @@
+#pragma once
+
+#include <stdexcept>
+
+namespace nnturbo {
+
+/// Everything this library reports: the text says what must hold, what came, and what to do.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace nnturbo
