@@ -146,7 +146,7 @@ def _add_build(commands: Any) -> None:
     )
     add = build.add_argument
     add("-m", required=True, metavar="MODEL", help="model folder or nnU-Net export zip")
-    add("-o", required=True, metavar="BUNDLE", help="folder for the bundle; must not exist")
+    add("-o", required=True, metavar="BUNDLE", help="folder for the bundle, which must not exist, or file")
     add("-c", metavar="CONFIGURATION", help="configuration, with a zip that holds several")
     add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
     add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
@@ -156,14 +156,34 @@ def _add_build(commands: Any) -> None:
     add("--classifier", default="auto", choices=CLASSIFIERS, help="as in predict (default: %(default)s)")
     add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
     add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
+    add(
+        "--whole-path",
+        action="store_true",
+        help="write one TorchScript file from scan to labels, for programs with nothing but torch, no bundle",
+    )
     add("--verbose", action="store_true", help="say what was chosen")
     build.set_defaults(run=_build)
 
 
 def _build(options: argparse.Namespace) -> int:
-    from .compilation import build
+    from .compilation import build, build_whole_path
     from .inspection import describe
 
+    if options.whole_path:
+        given = {"--backend": options.backend != "auto", "--precision": options.precision not in ("auto", "fp32")}
+        given |= {"--calibration": options.calibration is not None, "--floor": options.floor is not None}
+        if wrong := [flag for flag, is_given in given.items() if is_given]:
+            raise ValueError(f"--whole-path is TorchScript in fp32, {', '.join(wrong)} cannot be chosen")
+        build_whole_path(
+            options.m,
+            options.o,
+            device=options.device,
+            folds=options.f,
+            checkpoint=options.chk,
+            configuration=options.c,
+            classifier=options.classifier,
+        )
+        return DONE
     with contextlib.ExitStack() as stack:
         calibration, name = _calibration(options, stack)
         build(

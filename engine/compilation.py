@@ -14,10 +14,11 @@ from torch import Tensor
 from .agreement import Agreement, measure_agreement
 from .backends import NetworkOutput
 from .backends.choose import choose_backend, choose_device, choose_precision
+from .backends.torchscript import save_script, trace
 from .bundle import MANIFEST, compile_model, new_bundle, plan_bundle, source_hashes
 from .engine import Engine, EngineOptions, Image
 from .errors import BundleError
-from .files import write_json
+from .files import write_json, written_atomically
 from .model import Model, read_model, with_classifier
 from .sliding_window import SlidingWindow
 
@@ -76,11 +77,11 @@ def build(
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
     target = choose_device(device)
     precision = choose_precision(precision, target)
+    chosen = choose_backend(backend, target, precision)
     if precision != "fp32" and not calibration:
         raise ValueError(
             f"{precision} changes some labels, and a bundle says how many: give scans to measure it on as calibration"
         )
-    chosen = choose_backend(backend, target, precision)
     read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
     loaded = with_classifier(read, classifier)
     out = Path(out)
@@ -97,14 +98,62 @@ def build(
                 backend="torch",
                 precision="fp32",
                 device=device,
+                mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
                 options=EngineOptions(classifier=classifier),
             )
-            agreement = measure_agreement(reference, Engine.load(aside, device=device), calibration, calibration_name)
+            agreement = measure_agreement(
+                reference, Engine.load(aside, device=device, mirror=False), calibration, calibration_name
+            )
             logger.info("%s: %s", out, agreement)
             _check_floor(agreement, FLOORS[precision] if floor is None else floor, precision)
             manifest = replace(manifest, agreement=asdict(agreement))
             write_json(aside / MANIFEST, asdict(manifest))
     return out
+
+
+def build_whole_path(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    configuration: str | None = None,
+    classifier: str = "auto",
+    aggregation: str = "foreground",
+) -> Path:
+    """Write a model and all that surrounds it as one TorchScript file, in fp32.
+
+    `torch.jit.load(out)(image, spacing, tile_step_size=0.5, mirror=True)`, in Python or C++, takes a scan (C, Z, Y, X)
+    of any size with its spacing in mm (z, y, x), and gives labels (Z, Y, X) and class probabilities.
+
+    Args:
+        model: nnU-Net v2 model folder or export zip.
+        out: The file; it is replaced.
+        device: Where it shall run.
+        folds: Folds to average.
+        checkpoint: File name of the checkpoint in each fold.
+        configuration: The one wanted, of a zip that holds several.
+        classifier: As `EngineOptions` takes it.
+        aggregation: As `EngineOptions` takes it.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModelError: Where the model cannot be used, or needs more than its scan: cascades, readers that reorient.
+        OutputError: Where the file cannot be written.
+    """
+    from .whole_path import whole_path
+
+    read = with_classifier(
+        read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), classifier
+    )
+    network = trace(read, _example(read, choose_device(device)), "fp32")
+    script = whole_path(network, read.plan, read.mirror_axes, aggregation)
+    with written_atomically(out) as temporary:
+        save_script(script, temporary)
+    return Path(out)
 
 
 def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from ..inference import inference_network, with_low_convolutions
 from ..model import Model
 from . import NetworkOutput
 from .torch import DTYPES, refuse_half_on_cpu
 
+logger = logging.getLogger(__name__)
+
 FILE = "network.ts"
+PATH_FILE = "path.ts"
+"""What lies around the network, for C++ programs (`whole_path.ScanPath`)."""
 
 
 class ScriptRunner:
@@ -34,21 +40,16 @@ class TorchScriptBackend:
 
     name = "torchscript"
     compiles = True
-    bound_to: tuple[str, ...] = ()
+    bound_to: tuple[str, ...] = ("device",)  # constants stay where they were traced
 
     def unavailable(self, device: torch.device, precision: str) -> str | None:
         """Return why it cannot run in this precision on this device, or None."""
         return refuse_half_on_cpu(device, precision)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Trace to `network.ts`, for any number of tiles."""
-        network = inference_network(model)
-        if precision != "fp32":
-            network = with_low_convolutions(network, DTYPES[precision])
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.jit is deprecated, and that shapes become constants
-            script = torch.jit.trace(network.to(tiles.device), (tiles,), check_trace=False)
-            torch.jit.save(script, str(folder / FILE))
+        """Trace to `network.ts`, for any number of tiles, and write `path.ts`."""
+        save_script(trace(model, tiles, precision), folder / FILE)
+        write_scan_path(model, folder)
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> ScriptRunner:
         """Load it onto a device."""
@@ -56,3 +57,36 @@ class TorchScriptBackend:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch.jit is deprecated
             return ScriptRunner(torch.jit.load(str(folder / FILE), map_location=device), device)
+
+
+def trace(model: Model, tiles: Tensor, precision: str) -> torch.jit.ScriptModule:
+    """Turn a model's network into TorchScript, for any number of tiles.
+
+    Args:
+        model: With weights.
+        tiles: (N, C, *patch), N at least 2, on the device to run on.
+        precision: "fp32"; in "bf16" and "fp16", convolutions alone are lower.
+    """
+    network = inference_network(model)
+    if precision != "fp32":
+        network = with_low_convolutions(network, DTYPES[precision])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated, and that shapes become constants
+        return torch.jit.trace(network.to(tiles.device), (tiles,), check_trace=False)  # type: ignore[return-value]
+
+
+def save_script(script: torch.jit.ScriptModule, path: Path) -> None:
+    """Write TorchScript to a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        torch.jit.save(script, str(path))
+
+
+def write_scan_path(model: Model, folder: Path) -> None:
+    """Write `path.ts`, unless the model is one that only Python can run."""
+    from ..whole_path import scan_path
+
+    try:
+        save_script(scan_path(model.plan, model.mirror_axes), folder / PATH_FILE)
+    except ModelError as error:
+        logger.warning("no %s, so C++ programs cannot use this bundle: %s", PATH_FILE, error)

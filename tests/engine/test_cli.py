@@ -1,11 +1,15 @@
+import contextlib
 import json
+import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnturbo.engine import Engine, Ensemble
+import torch
+from nnturbo.engine import Engine, Ensemble, cli, read_volume
 from nnturbo.engine.cli import main
 
 from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, write_model
@@ -235,3 +239,72 @@ def test_the_installed_command_runs():
     )
     assert result.returncode == 0
     assert "predict" in result.stdout
+
+
+class TestBuild:
+    def test_a_bundle_predicts_and_says_what_it_is(self, model, scans, tmp_path, capsys):
+        bundle = str(tmp_path / "bundle")
+        assert main(["build", "-m", str(model), "-o", bundle, "-device", "cpu", "--backend", "torchscript"]) == 0
+        said = capsys.readouterr().out
+        assert main(["inspect", bundle]) == 0
+        assert capsys.readouterr().out == said
+        assert re.search(r"^built for +torchscript in fp32$", said, re.MULTILINE)
+        assert re.search(r"^agreement +not measured", said, re.MULTILINE)
+        assert re.search(r"^source fold_0/checkpoint_final\.pth +[0-9a-f]{64}$", said, re.MULTILINE)
+        arguments = ["-i", str(scans), "-o", str(tmp_path / "out"), "-m", bundle, "--disable_tta"]
+        assert main(["predict", *arguments]) == 0
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
+        expected = Engine.load(model, device="cpu", mirror=False).predict(scans / "a_0000.nii.gz")
+        assert np.array_equal(labels, expected.segmentation)
+
+    def test_calibration_scans_are_compared_on(self, model, scans, tmp_path, capsys):
+        arguments = ["-m", str(model), "-o", str(tmp_path / "b"), "-device", "cpu", "--backend", "torch"]
+        assert main(["build", *arguments, "--calibration", str(scans)]) == 0
+        assert "0 of " in (said := capsys.readouterr().out)
+        assert "voxels differ from fp32 on 4 calibration scans; Dice pancreas 1.0000, lesion 1.0000" in said
+
+    def test_phantoms_stand_in_for_ct(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(cli, "PHANTOMS", 1)
+        arguments = ["build", "-m", str(model), "-o", str(tmp_path / "b"), "--precision", "bf16"]
+        with contextlib.ExitStack() as stack:
+            scans, name = cli._calibration(cli._parser().parse_args(arguments), stack)
+            assert name == "generated phantoms"
+            (phantom,) = [read_volume(scan, channels=1) for scan in scans]
+            assert phantom.array.min() < -100 < 200 < phantom.array.max()  # fat to beyond soft tissue
+        assert not scans[0].exists()
+
+    def test_fp32_needs_no_scans(self, model, tmp_path):
+        arguments = ["build", "-m", str(model), "-o", str(tmp_path / "b")]
+        assert cli._calibration(cli._parser().parse_args(arguments), contextlib.ExitStack()) == ([], "")
+
+    def test_but_not_for_mr(self, tmp_path, capsys):
+        mr = write_model(tmp_path / "mr", plans=plans_json(normalization_schemes=["ZScoreNormalization"]))
+        arguments = ["-m", str(mr), "-o", str(tmp_path / "b"), "-device", "cpu", "--backend", "torch"]
+        assert main(["build", *arguments, "--precision", "bf16"]) == 2
+        assert "give scans to measure it on as --calibration FOLDER" in capsys.readouterr().err
+
+    def test_wrong_usage_is_status_2(self, model, tmp_path, capsys):
+        (tmp_path / "b").mkdir()
+        arguments = ["-m", str(model), "-o", str(tmp_path / "b"), "-device", "cpu"]
+        assert main(["build", *arguments]) == 2
+        assert "exists: choose another folder" in capsys.readouterr().err
+        assert main(["build", *arguments, "--calibration", str(tmp_path / "nowhere")]) == 2
+        assert "nowhere" in capsys.readouterr().err
+
+    def test_the_whole_path_is_one_file(self, model, scans, tmp_path):
+        out = tmp_path / "model.ts"
+        assert main(["build", "-m", str(model), "-o", str(out), "-device", "cpu", "--whole-path"]) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that torch.jit is deprecated
+            script = torch.jit.load(out)
+        volume = read_volume(scans / "a_0000.nii.gz", channels=1)
+        labels, classes = script(torch.from_numpy(volume.array), list(volume.geometry.spacing))
+        expected = Engine.load(model, device="cpu").predict(scans / "a_0000.nii.gz").segmentation
+        assert np.array_equal(labels.numpy(), expected)
+        assert len(np.unique(expected)) > 1
+        assert len(classes) == 0
+
+    def test_the_whole_path_has_no_backend_to_choose(self, model, tmp_path, capsys):
+        arguments = ["-m", str(model), "-o", str(tmp_path / "model.ts"), "--whole-path", "--backend", "onnx"]
+        assert main(["build", *arguments, "--precision", "bf16"]) == 2
+        assert "--backend, --precision cannot be chosen" in capsys.readouterr().err

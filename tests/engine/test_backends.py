@@ -1,0 +1,128 @@
+import importlib.util
+import logging
+
+import pytest
+import torch
+from nnturbo.engine import BackendUnavailable
+from nnturbo.engine.backends import choose, inductor, onnx
+from nnturbo.engine.backends.choose import AUTOMATIC, PRECISIONS, backends, choose_backend
+from nnturbo.engine.inference import inference_network
+from nnturbo.engine.model import read_model
+
+from tests.engine.factory import multi_task, plans_2d, plans_json, write_model
+
+CPU = torch.device("cpu")
+
+
+def model_of(folder, plans, **arguments):
+    return read_model(write_model(folder / "m", plans=plans, **arguments))
+
+
+def built(name, model, folder, precision="fp32"):
+    backend = backends()[name]
+    if reason := backend.unavailable(CPU, precision):
+        pytest.skip(f"{name}: {reason}")
+    tiles = torch.zeros(2, model.plan.input_channels, *model.plan.patch_size)
+    backend.build(model, tiles, precision, folder)
+    return backend.load(model, folder, CPU, precision)
+
+
+@pytest.mark.parametrize(
+    "plans", [plans_json(), multi_task(plans_json(), kind="attention"), plans_2d()], ids=["single", "multi", "2d"]
+)
+@pytest.mark.parametrize("name", ["torch", "torchscript", "onnx"])
+def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, name, plans):
+    model = model_of(tmp_path, plans, folds=("0", "1"))
+    runner = built(name, model, tmp_path)
+    network = inference_network(model)
+    for count in (1, 2, 5):
+        tiles = torch.randn(count, 1, *model.plan.patch_size)
+        output, expected = runner(tiles), network(tiles)
+        assert torch.allclose(output.seg_logits, expected[0], atol=1e-4)
+        assert output.seg_logits.std() > 0.01
+        if model.plan.classification is None:
+            assert output.class_logits is None
+        else:
+            assert torch.allclose(output.class_logits, expected[1], atol=1e-4)
+
+
+def test_inductor_gives_torchs_logits(tmp_path):
+    model = model_of(tmp_path, multi_task(plans_json()), folds=("0", "1"))
+    runner = built("inductor", model, tmp_path)
+    tiles = torch.randn(3, 1, 8, 12, 16)
+    output, expected = runner(tiles), inference_network(model)(tiles)
+    assert torch.allclose(output.seg_logits, expected[0], atol=1e-4)
+    assert torch.allclose(output.class_logits, expected[1], atol=1e-4)
+    first = output.seg_logits.clone()
+    runner(torch.zeros(3, 1, 8, 12, 16))
+    assert torch.equal(output.seg_logits, first)  # it is the caller's own
+
+
+def test_torchscript_in_bf16_is_close(tmp_path):
+    model = model_of(tmp_path, multi_task(plans_json()))
+    runner = built("torchscript", model, tmp_path, "bf16")
+    tiles = torch.randn(2, 1, 8, 12, 16)
+    output, (seg_logits, class_logits) = runner(tiles), inference_network(model)(tiles)
+    assert output.seg_logits.dtype == output.class_logits.dtype == torch.float32
+    assert 0 < (output.seg_logits - seg_logits).abs().max() < 0.05 * seg_logits.abs().max()
+    assert (output.class_logits - class_logits).abs().max() < 0.1
+
+
+def test_a_torch_bundle_holds_weights_and_the_fitted_classifiers_alone(tmp_path):
+    from tests.engine.factory import pooled_classifier
+
+    model = model_of(tmp_path, multi_task(plans_json()), checkpoint={"pooled_classifier": pooled_classifier()})
+    built("torch", model, tmp_path)
+    content = torch.load(tmp_path / "fold_0.pth", weights_only=True)
+    assert set(content["pooled_classifier"]) == {"kind", "stages", "weight", "bias"}
+    assert set(content) == {
+        "network_weights",
+        "init_args",
+        "inference_allowed_mirroring_axes",
+        "trainer_name",
+        "pooled_classifier",
+    }
+
+
+class TestChoice:
+    def test_auto_takes_openvino_on_a_cpu_where_it_is_installed_and_says_so(self, monkeypatch, caplog):
+        monkeypatch.setitem(AUTOMATIC, "cpu", ("openvino", "torch"))
+        with caplog.at_level(logging.INFO):
+            chosen = choose_backend("auto", CPU, "fp32")
+        expected = "openvino" if importlib.util.find_spec("openvino") else "torch"
+        assert chosen.name == expected
+        assert f"backend {expected} on cpu in fp32" in caplog.text
+
+    def test_auto_names_why_it_did_not_take_the_better_one(self, monkeypatch, caplog):
+        monkeypatch.setitem(AUTOMATIC, "cpu", ("openvino", "torch"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with caplog.at_level(logging.INFO):
+            assert choose_backend("auto", CPU, "fp32").name == "torch"
+        assert "not openvino: OpenVINO is not installed: pip install 'nnturbo[openvino]'" in caplog.text
+
+    def test_what_none_can_do_is_refused_with_every_reason(self):
+        with pytest.raises(BackendUnavailable, match="torch cannot run here: fp16 needs a GPU"):
+            choose_backend("auto", CPU, "fp16")
+
+    @pytest.mark.parametrize("name", list(backends()))
+    def test_every_backend_answers_for_every_device_and_precision(self, name):
+        answers = {
+            (device, precision): backends()[name].unavailable(torch.device(device), precision)
+            for device in ("cpu", "cuda", "mps")
+            for precision in PRECISIONS
+        }
+        assert all(answer is None or (isinstance(answer, str) and len(answer) > 10) for answer in answers.values())
+        assert any(answer is not None for answer in answers.values())  # none does everything
+
+    def test_inductor_needs_a_compiler(self, monkeypatch):
+        monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
+        assert "install a C++ compiler" in backends()["inductor"].unavailable(CPU, "fp32")
+
+    def test_onnx_names_the_packages_that_are_missing(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
+        reason = "onnx, onnxscript, onnxruntime not installed: pip install 'nnturbo\\[onnx\\]'"
+        with pytest.raises(BackendUnavailable, match=reason):
+            choose.choose_backend("onnx", CPU, "fp32")
+        model = model_of(tmp_path, plans_json())
+        with pytest.raises(BackendUnavailable, match="onnx, onnxscript not installed"):
+            onnx.export_onnx(inference_network(model), torch.zeros(2, 1, 8, 12, 16), tmp_path / "network.onnx")

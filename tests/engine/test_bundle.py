@@ -1,0 +1,340 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from nnturbo.engine import (
+    BackendUnavailable,
+    BundleError,
+    Engine,
+    EngineOptions,
+    ModelError,
+    OutputError,
+    Volume,
+    build,
+    compilation,
+)
+from nnturbo.engine import bundle as bundle_module
+from nnturbo.engine.backends.choose import backends
+from nnturbo.engine.bundle import MANIFEST, is_bundle, read_manifest, sha256
+from nnturbo.engine.compilation import CALIBRATION_TILES, _calibration_tiles
+from nnturbo.engine.model import read_model
+
+from tests.engine.factory import multi_task, plans_json, pooled_classifier, smooth_scan, write_model
+
+SPACING = (3.0, 1.2, 1.2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(
+        tmp_path_factory.mktemp("model") / "m",
+        plans=multi_task(plans_json()),
+        folds=("0", "1"),
+        checkpoint={"pooled_classifier": pooled_classifier()},
+    )
+
+
+@pytest.fixture(scope="module")
+def scan():
+    return Volume.from_array(smooth_scan((9, 24, 26)), SPACING, name="scan")
+
+
+@pytest.fixture(scope="module")
+def small_scan():
+    """Of one tile: bfloat16 takes long on CPUs that do not have it."""
+    return Volume.from_array(smooth_scan((8, 12, 16)), (2.0, 1.5, 1.5), name="small scan")
+
+
+@pytest.fixture(scope="module")
+def kept(model, tmp_path_factory):
+    """One bundle for all tests that only read."""
+    return build(model, tmp_path_factory.mktemp("bundles") / "b", backend="torchscript", device="cpu")
+
+
+@pytest.fixture
+def bundle(kept, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(kept, tmp_path / "bundle")
+
+
+def change(bundle, **values):
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**manifest, **values}))
+
+
+class TestUse:
+    @pytest.mark.parametrize("backend", ["torch", "torchscript"])
+    def test_answers_are_those_of_the_model(self, model, scan, tmp_path, backend):
+        expected = Engine.load(model, backend="torch", device="cpu").predict(scan)
+        out = build(model, tmp_path / "b", backend=backend, device="cpu")
+        shutil.move(out, tmp_path / "moved")
+        prediction = Engine.load(tmp_path / "moved").predict(scan)
+        assert np.array_equal(prediction.segmentation, expected.segmentation)
+        assert prediction.classification.label == expected.classification.label
+        assert np.allclose(prediction.classification.logits, expected.classification.logits, atol=1e-4)
+        assert (prediction.provenance["backend"], prediction.provenance["precision"]) == (backend, "fp32")
+        assert prediction.provenance["classifier"] == "lda"
+        assert prediction.provenance["mirror_views"] == 8
+        assert prediction.provenance["source"] == {
+            f"fold_{fold}/checkpoint_final.pth": sha256(model / f"fold_{fold}" / "checkpoint_final.pth")
+            for fold in (0, 1)
+        }
+
+    def test_it_needs_no_pickle_and_no_checkpoint(self, kept):
+        assert sorted(path.name for path in kept.iterdir()) == sorted([MANIFEST, *read_manifest(kept).files])
+        assert not [path for path in kept.iterdir() if path.suffix in (".pth", ".pkl")]
+
+    def test_what_is_chosen_at_build_stays_and_what_is_chosen_at_load_can_change(self, model, scan, tmp_path):
+        out = build(model, tmp_path / "b", backend="torch", device="cpu", folds=[1], classifier="head")
+        prediction = Engine.load(out, mirror=False, options=EngineOptions(aggregation="mean")).predict(scan)
+        expected = Engine.load(
+            model,
+            device="cpu",
+            folds=[1],
+            mirror=False,
+            options=EngineOptions(aggregation="mean", classifier="head"),
+        ).predict(scan)
+        assert np.array_equal(prediction.segmentation, expected.segmentation)
+        assert prediction.classification == expected.classification
+        assert prediction.provenance["aggregation"] == "mean"
+        assert prediction.provenance["folds"] == ["1"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"folds": [0]}, r"built with folds \('0', '1'\), not \('0',\)"),
+            ({"configuration": "2d"}, "built with configuration 3d_fullres, not 2d"),
+            ({"backend": "torch"}, "built with backend torchscript, not torch"),
+            ({"precision": "bf16"}, "built with precision fp32, not bf16"),
+            ({"options": EngineOptions(classifier="head")}, "built with classifier lda, not head"),
+            ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ],
+    )
+    def test_what_it_was_not_built_for_is_refused(self, kept, arguments, message):
+        with pytest.raises((BundleError, BackendUnavailable), match=message):
+            Engine.load(kept, **arguments)
+
+    def test_repeating_what_it_was_built_for_is_fine(self, kept, scan):
+        engine = Engine.load(
+            kept,
+            folds=[0, "1"],
+            configuration="3d_fullres",
+            backend="torchscript",
+            precision="fp32",
+            device="cpu",
+            options=EngineOptions(classifier="lda"),
+        )
+        assert engine.class_names == ("0", "1", "2")
+
+    def test_its_own_hash_of_a_zip_is_the_zips(self, model, tmp_path):
+        archive = shutil.make_archive(str(tmp_path / "model"), "zip", model.parent, "m")
+        out = build(archive, tmp_path / "b", backend="torch", device="cpu")
+        assert dict(read_manifest(out).source) == {"model.zip": sha256(tmp_path / "model.zip")}
+
+
+class TestDamage:
+    def test_a_changed_artefact(self, bundle):
+        content = bytearray((bundle / "network.ts").read_bytes())
+        content[len(content) // 2] ^= 1
+        (bundle / "network.ts").write_bytes(content)
+        with pytest.raises(BundleError, match=r"network\.ts is not what was built: its SHA-256 differs"):
+            Engine.load(bundle)
+
+    def test_a_truncated_artefact(self, bundle):
+        content = (bundle / "network.ts").read_bytes()
+        (bundle / "network.ts").write_bytes(content[: len(content) // 2])
+        with pytest.raises(BundleError, match="SHA-256 differs"):
+            Engine.load(bundle)
+
+    def test_a_missing_artefact(self, bundle):
+        (bundle / "network.ts").unlink()
+        with pytest.raises(BundleError, match=r"must hold 'network\.ts'"):
+            Engine.load(bundle)
+
+    def test_an_artefact_outside_of_it(self, bundle, tmp_path):
+        (tmp_path / "other").write_bytes(b"x")
+        change(bundle, files={"../other": sha256(tmp_path / "other")})
+        with pytest.raises(BundleError, match=r"must hold '\.\./other'"):
+            Engine.load(bundle)
+
+    def test_a_newer_schema(self, bundle):
+        change(bundle, schema=2)
+        with pytest.raises(BundleError, match="schema 2, this nnturbo knows up to 1: update nnturbo"):
+            Engine.load(bundle)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "cannot be read"),
+            (b"{", "cannot be read"),
+            (b"[]", "an object with a schema number"),
+            (b'{"schema": true}', "an object with a schema number"),
+            (b'{"schema": 1}', "too much or too little: agreement, backend"),
+            (b"[" * 100_000, "cannot be read"),
+        ],
+    )
+    def test_what_is_no_manifest(self, bundle, content, message):
+        (bundle / MANIFEST).write_bytes(content)
+        with pytest.raises(BundleError, match=message):
+            Engine.load(bundle)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"folds": "0"}, "folds must be a list"),
+            ({"folds": ["../0"]}, "folds must be names"),
+            ({"mirror_axes": [3]}, "mirror_axes must be among 0, 1, 2"),
+            ({"plans": None}, "plans must be a dict"),
+            ({"plans": {}}, "configurations"),
+            ({"extra": 1}, "too much or too little: extra"),
+            ({"backend": "magic"}, "backend must be auto or one of"),
+            ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ],
+    )
+    def test_values_that_cannot_be(self, bundle, values, message):
+        change(bundle, **values)
+        with pytest.raises((ModelError, BackendUnavailable, ValueError), match=message):
+            Engine.load(bundle)
+
+    def test_a_large_manifest_is_not_read(self, bundle, monkeypatch):
+        monkeypatch.setattr(bundle_module, "LARGEST_MANIFEST_BYTES", 100)
+        with pytest.raises(BundleError, match="at most 100 bytes"):
+            Engine.load(bundle)
+
+    def test_compiled_for_another_machine(self, bundle, monkeypatch):
+        backend = type(backends()["torchscript"])
+        monkeypatch.setattr(backend, "bound_to", ("architecture", "cpu", "torch"))
+        Engine.load(bundle)
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        change(bundle, machine={**manifest["machine"], "cpu": "Z80"}, versions={"torch": "0.1"})
+        with pytest.raises(BundleError, match=r"cpu Z80 there, .+ here; torch 0\.1 there, .+ here.*Build it anew"):
+            Engine.load(bundle)
+
+
+class TestBuild:
+    def test_an_existing_folder_stays(self, model, tmp_path):
+        (tmp_path / "b").mkdir()
+        with pytest.raises(OutputError, match="exists: choose another folder"):
+            build(model, tmp_path / "b", backend="torch", device="cpu")
+        assert list((tmp_path / "b").iterdir()) == []
+
+    def test_a_folder_that_cannot_be_made(self, model, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot be written"):
+            build(model, tmp_path / "file" / "b", backend="torch", device="cpu")
+
+    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError(28, "disk full")])
+    def test_a_build_that_fails_leaves_nothing(self, model, tmp_path, monkeypatch, error):
+        def fail(self, model, tiles, precision, folder):
+            (folder / "half").write_text("")
+            raise error
+
+        monkeypatch.setattr(type(backends()["torch"]), "build", fail)
+        with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+            build(model, tmp_path / "b", backend="torch", device="cpu")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_lower_precision_needs_scans_to_measure_on(self, model, tmp_path):
+        with pytest.raises(ValueError, match="bf16 changes some labels"):
+            build(model, tmp_path / "b", backend="torch", device="cpu", precision="bf16")
+
+    @pytest.mark.parametrize("floor", [-0.1, 1.1])
+    def test_a_floor_is_a_dice(self, model, tmp_path, floor):
+        with pytest.raises(ValueError, match="floor must be a Dice from 0 to 1"):
+            build(model, tmp_path / "b", device="cpu", floor=floor)
+
+    def test_a_backend_that_is_not_there(self, model, tmp_path):
+        with pytest.raises(BackendUnavailable, match="fp16 needs a GPU"):
+            build(model, tmp_path / "b", backend="torch", device="cpu", precision="fp16")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_it_is_a_bundle_and_the_model_is_none(self, kept, model, tmp_path):
+        assert is_bundle(kept)
+        assert not is_bundle(model)
+        assert not is_bundle(tmp_path / "nowhere")
+
+
+class TestAgreement:
+    def test_it_is_measured_and_kept(self, model, small_scan, tmp_path):
+        out = build(
+            model,
+            tmp_path / "b",
+            backend="torchscript",
+            device="cpu",
+            precision="bf16",
+            calibration=[small_scan, small_scan],
+            calibration_name="smooth fields",
+            floor=0.5,
+        )
+        agreement = read_manifest(out).agreement
+        exact = Engine.load(model, device="cpu", mirror=False).predict(small_scan).segmentation
+        low = Engine.load(out, mirror=False).predict(small_scan)
+        assert (agreement["scans"], agreement["what"]) == (2, "smooth fields")
+        assert agreement["voxels"] == 2 * exact.size
+        assert agreement["different"] == 2 * np.count_nonzero(low.segmentation != exact) > 0
+        for name, label in (("pancreas", 1), ("lesion", 2)):
+            one, other = exact == label, low.segmentation == label
+            dice = 2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other))
+            assert agreement["dice"][name] == pytest.approx(dice)
+        assert agreement["same_class"] in (0, 1, 2)
+        assert low.provenance["agreement"] == agreement
+
+    def test_below_the_floor_there_is_no_bundle(self, model, small_scan, tmp_path):
+        with pytest.raises(
+            BundleError, match=r"bf16 must agree with fp32 to a Dice of 1 for every label, it does to 0\."
+        ):
+            build(
+                model,
+                tmp_path / "b",
+                backend="torchscript",
+                device="cpu",
+                precision="bf16",
+                calibration=[small_scan],
+                floor=1.0,
+            )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_fp32_is_measured_where_scans_are_given(self, model, scan, tmp_path):
+        out = build(model, tmp_path / "b", backend="torch", device="cpu", calibration=[scan])
+        agreement = read_manifest(out).agreement
+        assert agreement["different"] == 0
+        assert set(agreement["dice"].values()) == {1.0}
+        assert agreement["same_class"] == 1
+
+    def test_scans_that_do_not_fit_are_named(self, model, tmp_path):
+        two = Volume.from_array(np.zeros((2, 9, 9, 9), np.int16), SPACING, name="two channels")
+        with pytest.raises(Exception, match="two channels") as caught:
+            build(model, tmp_path / "b", backend="torch", device="cpu", calibration=[two])
+        assert type(caught.value).__name__ == "VolumeError"
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestCalibrationTiles:
+    def test_they_are_preprocessed_and_spread_over_the_scans(self, model, scan):
+        loaded = read_model(model)
+        tiles = _calibration_tiles(loaded, [scan], torch.device("cpu"))
+        assert tiles.shape[1:] == (1, 8, 12, 16)
+        assert 1 < len(tiles) <= CALIBRATION_TILES
+        assert tiles.abs().max() < 10  # normalised: the scan has hundreds
+        assert tiles.std() > 0.1
+
+    def test_many_are_thinned_evenly(self, model, scan, monkeypatch):
+        monkeypatch.setattr(compilation, "CALIBRATION_TILES", 3)
+        loaded = read_model(model)
+        every = []
+
+        class Recorder(compilation._TileRecorder):
+            def __call__(self, tiles):
+                every.append(tiles.clone())
+                return super().__call__(tiles)
+
+        monkeypatch.setattr(compilation, "_TileRecorder", Recorder)
+        tiles = _calibration_tiles(loaded, [scan] * 3, torch.device("cpu"))
+        places = [next(i for i, one in enumerate(every) if torch.equal(one[0], tile)) for tile in tiles]
+        assert 2 <= len(tiles) <= 3
+        assert len(every) > 12
+        per_scan = len(every) // 3
+        steps = np.diff(places)
+        assert (steps % per_scan != 0).any() or len(set(steps)) == 1
