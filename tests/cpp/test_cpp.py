@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ import torch
 from nnturbo.engine import Engine
 from nnturbo.engine import build as build_bundle
 
+from tests.cpp.conftest import SOURCE, cmake
 from tests.engine.factory import (
     dataset_json,
     multi_task,
@@ -28,59 +28,7 @@ from tests.engine.factory import (
     write_model,
 )
 
-SOURCE = Path(__file__).parents[2] / "examples" / "cpp"
-HEADERS = {
-    "nifti/nifti1.h": "libnifti2-dev",
-    "openssl/evp.h": "libssl-dev",
-    "nlohmann/json.hpp": "nlohmann-json3-dev",
-}
-BUILD_FOLDER = "NNTURBO_CPP_BUILD"  # keeps the build from one run of these tests to the next
 SHAPE = (9, 24, 26)
-
-
-def missing_tools():
-    """Say what the build needs and this machine lacks, or return an empty text."""
-    tools = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
-    if "g++" in tools:
-        return ", ".join(tools)
-    for header, package in HEADERS.items():
-        found = subprocess.run(
-            ["g++", "-x", "c++", "-fsyntax-only", "-include", header, os.devnull], capture_output=True, check=False
-        )
-        tools += [] if found.returncode == 0 else [package]
-    return ", ".join(tools)
-
-
-def build(source, folder, *prefixes):
-    prefix = ";".join([torch.utils.cmake_prefix_path, *map(str, prefixes)])
-    for step in (
-        ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DNNTURBO_WARNINGS_AS_ERRORS=ON"],
-        ["cmake", "--build", folder],
-    ):
-        result = subprocess.run(step, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    if missing := missing_tools():
-        pytest.skip(f"the C++ library is built with tools that are not here: {missing}")
-    return build(SOURCE, Path(os.environ.get(BUILD_FOLDER) or tmp_path_factory.mktemp("build")))
-
-
-@pytest.fixture(scope="module")
-def command(built):
-    def run(*arguments, **environment):
-        return subprocess.run(
-            [built / "nnturbo_predict", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
-
-    return run
 
 
 def write_manifest(folder, **changes):
@@ -442,7 +390,7 @@ def test_programs_embed_the_installed_library(built, bundle, tmp_path):
         f"add_executable(embedding {Path(__file__).with_name('embedding.cpp')})\n"
         "target_link_libraries(embedding PRIVATE nnturbo::nnturbo)\n"
     )
-    build(source, tmp_path / "built", tmp_path / "prefix")
+    cmake(source, tmp_path / "built", tmp_path / "prefix")
     result = subprocess.run([tmp_path / "built" / "mine", bundle], capture_output=True, text=True, check=True)
     assert "labels of [64, 128, 128]" in result.stdout
     result = subprocess.run([tmp_path / "built" / "embedding", bundle], capture_output=True, text=True, check=False)
