@@ -1,0 +1,152 @@
+"""Every backend's forward on one tile, against nnU-Net's eager fp32 network in the same process.
+
+    python -m nnturbo.benchmarks.backends [--models PlainConvUNet ...] [--demo FOLDER] [--rounds 5] [--json FILE]
+
+Bundles are built first; then runs are interleaved, a round being one run of each. Load time and memory come from a
+process of its own for each bundle, which loads it and runs one tile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnturbo.engine.backends.choose import backends
+from nnturbo.engine.backends.torch import TorchRunner
+from nnturbo.engine.bundle import bundle_model, compile_model, new_bundle, plan_bundle, read_manifest, source_hashes
+from nnturbo.engine.errors import EngineError
+from nnturbo.engine.inference import InferenceNetwork
+from nnturbo.engine.model import Model, read_model
+from nnturbo.engine.network import build_network
+from torch import Tensor
+
+from .report import python, run_measured, write_report
+from .stages import smooth_field
+from .task_models import ARCHITECTURES, write_task_model
+
+CPU = torch.device("cpu")
+STOCK = "nnU-Net, eager fp32"
+ALONE = """
+import sys, time, json
+start = time.perf_counter()
+import torch
+from pathlib import Path
+from nnturbo.engine.backends.choose import backends
+from nnturbo.engine.bundle import bundle_model, read_manifest
+imported = time.perf_counter()
+folder = Path(sys.argv[1])
+manifest = read_manifest(folder)
+model = bundle_model(manifest, folder)
+runner = backends()[manifest.backend].load(model, folder, torch.device("cpu"), manifest.precision)
+loaded = time.perf_counter()
+runner(torch.zeros(1, model.plan.input_channels, *model.plan.patch_size))
+print(json.dumps({"load_s": loaded - imported, "first_s": time.perf_counter() - loaded}), file=open(sys.argv[2], "w"))
+"""
+
+
+def ways(precisions: list[str]) -> list[tuple[str, str]]:
+    """Every backend and precision that runs on this CPU."""
+    return [
+        (name, precision)
+        for name, backend in backends().items()
+        for precision in precisions
+        if backend.unavailable(CPU, precision) is None
+    ]
+
+
+def tile_of(model: Model) -> Tensor:
+    """One tile (1, C, *patch) like a normalised scan: smooth, with noise."""
+    shape = (model.plan.input_channels, *model.plan.patch_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (smooth_field(shape, 0) + 0.2 * noise)[None].contiguous()
+
+
+def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile: Tensor, folder: Path) -> float:
+    """Write a bundle; returns seconds."""
+    backend = backends()[name]
+    start = time.perf_counter()
+    with new_bundle(folder) as aside:
+        tiles = torch.cat([tile, tile.flip(-1)])
+        compile_model(model, plan_bundle(model, hashes, backend, precision, CPU), backend, tiles, aside)
+    return time.perf_counter() - start
+
+
+def load(folder: Path) -> Callable[[Tensor], Any]:
+    """Open a bundle's runner."""
+    manifest = read_manifest(folder)
+    return backends()[manifest.backend].load(bundle_model(manifest, folder), folder, CPU, manifest.precision)
+
+
+def alone(folder: Path) -> dict[str, float]:
+    """Load and run a bundle in a process of its own."""
+    answer = folder.parent / "alone.json"
+    run = run_measured(python("-c", ALONE, str(folder), str(answer)))
+    return {**json.loads(answer.read_text()), "peak_bytes": run.peak_bytes}
+
+
+def measure(name: str, model: Model, rounds: int, precisions: list[str], folder: Path) -> list[dict[str, Any]]:
+    """All backends on one model."""
+    tile, hashes = tile_of(model), source_hashes(model, "checkpoint_final.pth")
+    stock = InferenceNetwork([build_network(model.plan, weights) for weights in model.weights])
+    runners: dict[str, Callable[[Tensor], Any]] = {STOCK: TorchRunner(stock, CPU, "fp32")}
+    rows: dict[str, dict[str, Any]] = {STOCK: {"model": name, "way": STOCK}}
+    for backend, precision in ways(precisions):
+        way, bundle = f"{backend} {precision}", folder / f"{backend}-{precision}"
+        try:
+            row: dict[str, Any] = {"build_s": build(model, hashes, backend, precision, tile, bundle)}
+        except EngineError as error:
+            print(f"{name} {way}: {error}")
+            continue
+        row["file_bytes"] = sum(file.stat().st_size for file in bundle.iterdir())
+        rows[way] = {"model": name, "way": way, **row, **alone(bundle)}
+        runners[way] = load(bundle)
+        print(f"{name} {way}: built in {row['build_s']:.1f} s", flush=True)
+    expected = runners[STOCK](tile).seg_logits.argmax(1)
+    samples: dict[str, list[float]] = {way: [] for way in runners}
+    for way, runner in runners.items():
+        differing = int((runner(tile).seg_logits.argmax(1) != expected).sum())
+        rows[way] |= {"voxels_differing": differing, "voxels": expected.numel()}
+    for _ in range(rounds):
+        for way, runner in runners.items():
+            start = time.perf_counter()
+            runner(tile)
+            samples[way].append(time.perf_counter() - start)
+    reference = statistics.median(samples[STOCK])
+    for way, taken in samples.items():
+        median = statistics.median(taken)
+        rows[way] |= {"samples_s": taken, "median_s": median, "ratio": reference / median}
+        print(f"{name:20} {way:22} {median:7.3f} s  {reference / median:5.2f} x", flush=True)
+    return list(rows.values())
+
+
+def main() -> None:
+    """Measure, print, and keep the samples."""
+    parser = argparse.ArgumentParser(description="backends")
+    parser.add_argument("--models", nargs="*", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--demo", type=Path, help="a trained model, measured too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folders = {network: write_task_model(folder / network, network) for network in options.models}
+        if options.demo:
+            folders[options.demo.name] = options.demo
+        for network, model in folders.items():
+            rows += measure(
+                network, read_model(model), options.rounds, options.precisions, folder / f"bundles-{network}"
+            )
+            write_report(options.json, {"benchmark": "backends", "threads": torch.get_num_threads(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

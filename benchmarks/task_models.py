@@ -1,0 +1,108 @@
+"""Models of the pancreas task's size with random weights: PlainConvUNet and ResEnc M as nnU-Net plans them.
+
+    python -m nnturbo.benchmarks.task_models FOLDER
+
+Speed does not depend on the weights; agreement is measured on trained models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnturbo.engine.network import make_network
+from nnturbo.engine.plans import parse_plan
+
+from .stages import dataset_json
+
+PATCH = [64, 128, 192]
+SPACING_MM = [2.0, 0.732, 0.732]
+FEATURES = [32, 64, 128, 256, 320, 320]
+CLASSES = 3
+RESAMPLING = {"is_seg": False, "order_z": 0, "force_separate_z": None}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "PlainConvUNet": {"n_conv_per_stage": [2] * 6},
+    "ResidualEncoderUNet": {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6]},
+}
+
+
+def plans_json(network: str) -> dict[str, Any]:
+    """What nnU-Net plans for the pancreas data set (patch, features and strides of its fingerprint)."""
+    depth = {**ARCHITECTURES[network], "n_conv_per_stage_decoder": [1 if network == "ResidualEncoderUNet" else 2] * 5}
+    return {
+        "dataset_name": "Dataset901_TaskSize",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": {
+            "patch_size": PATCH, "spacing": SPACING_MM, "batch_size": 2, "data_identifier": "nnUNetPlans_3d_fullres",
+            "preprocessor_name": "DefaultPreprocessor", "batch_dice": False,
+            "median_image_size_in_voxels": [64.0, 119.0, 181.0],
+            "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+            "resampling_fn_data": "resample_data_or_seg_to_shape",
+            "resampling_fn_data_kwargs": {**RESAMPLING, "order": 3},
+            "resampling_fn_seg": "resample_data_or_seg_to_shape",
+            "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+            "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+            "resampling_fn_probabilities_kwargs": {**RESAMPLING, "order": 1},
+            "architecture": {
+                "network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
+                "arch_kwargs": {
+                    "n_stages": 6, "features_per_stage": FEATURES, "conv_op": "torch.nn.modules.conv.Conv3d",
+                    "kernel_sizes": [[1, 3, 3], *([[3, 3, 3]] * 5)],
+                    "strides": [[1, 1, 1], [1, 2, 2], *([[2, 2, 2]] * 4)], **depth, "conv_bias": True,
+                    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                    "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+                    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+                },
+                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+            },
+        }},
+        "foreground_intensity_properties_per_channel": {
+            "0": {"mean": 74.06, "std": 44.36, "percentile_00_5": -56.0, "percentile_99_5": 180.0,
+                  "median": 78.0, "min": -400.0, "max": 1000.0}
+        },
+    }  # fmt: skip
+
+
+def write_task_model(folder: Path, network: str) -> Path:
+    """Write a model folder with random weights, seeded."""
+    plans, dataset = plans_json(network), dataset_json(CLASSES)
+    plan = parse_plan(plans, dataset, "3d_fullres")
+    made = make_network(plan.architecture, plan.input_channels, CLASSES).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        spread = (2 / fan_in) ** 0.5 if parameter.ndim > 1 else 0.1
+        parameter.data.normal_(0, spread, generator=generator)
+    for name, parameter in made.named_parameters():
+        if ".norm.weight" in name:
+            parameter.data.add_(1)
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    checkpoint = {
+        "network_weights": made.state_dict(),
+        "init_args": {"configuration": "3d_fullres"},
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    return folder
+
+
+def main() -> None:
+    """Write both."""
+    parser = argparse.ArgumentParser(description="models of the task's size")
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    for network in ARCHITECTURES:
+        print(write_task_model(options.folder / network, network))
+
+
+if __name__ == "__main__":
+    main()
