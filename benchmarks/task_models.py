@@ -1,4 +1,4 @@
-"""Models of the pancreas task's size with random weights: PlainConvUNet and ResEnc M as nnU-Net plans them.
+"""Models of the pancreas task's size with random weights, PlainConvUNet and ResEnc M as nnU-Net plans them, and a scan.
 
     python -m nnturbo.benchmarks.task_models FOLDER
 
@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import SimpleITK as sitk
 import torch
 from nnturbo.engine.network import make_network
 from nnturbo.engine.plans import parse_plan
 
-from .stages import dataset_json
+from .stages import dataset_json, smooth_field
 
 PATCH = [64, 128, 192]
 SPACING_MM = [2.0, 0.732, 0.732]
@@ -95,13 +96,23 @@ def write_task_model(folder: Path, network: str) -> Path:
     return folder
 
 
+def write_task_scan(path: Path) -> Path:
+    """Write a scan of the task's median size, which one tile covers."""
+    scan = (50 + 60 * smooth_field((1, 60, 118, 180), 0)[0]).to(torch.int16).numpy()
+    image = sitk.GetImageFromArray(scan)
+    image.SetSpacing(SPACING_MM[::-1])
+    sitk.WriteImage(image, str(path))
+    return path
+
+
 def main() -> None:
-    """Write both."""
+    """Write all of it."""
     parser = argparse.ArgumentParser(description="models of the task's size")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     for network in ARCHITECTURES:
         print(write_task_model(options.folder / network, network))
+    print(write_task_scan(options.folder / "scan_0000.nii.gz"))
 
 
 if __name__ == "__main__":
