@@ -1,6 +1,6 @@
-"""Labels of every backend against those of fp32 torch, on generated phantoms or given scans; no mirroring.
+r"""Labels of every backend against those of fp32 torch, on generated phantoms or given scans; no mirroring.
 
-    python -m nnturbo.benchmarks.agreement --model FOLDER [--cases 12 | --scans FILE ...] [--ways openvino:fp32 ...] \\
+    python -m nnturbo.benchmarks.agreement --model FOLDER [--cases 12 | --scans FILE ...] [--ways openvino:fp32 ...] \
         [--calibration 4] [--json FILE]
 
 int8 is calibrated on phantoms of another seed, or on the scans themselves where those are given.

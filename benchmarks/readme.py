@@ -151,12 +151,58 @@ def demo() -> str:
     )
 
 
+def backends() -> str:
+    """Every backend's forward on one tile, against nnU-Net's."""
+    rows = [
+        [
+            row["model"],
+            row["way"],
+            f"{row['median_s']:.2f} s",
+            f"{row['ratio']:.2f} x",
+            f"{row['voxels_differing'] / row['voxels']:.0e}",
+            *(
+                [
+                    f"{row['build_s']:.0f} s",
+                    f"{row['load_s']:.1f} s",
+                    f"{row['file_bytes'] / 2**20:.0f} MiB",
+                    f"{row['peak_bytes'] / 2**30:.1f} GiB",
+                ]
+                if "build_s" in row
+                else [""] * 4
+            ),
+        ]
+        for row in load("backends")["rows"]
+    ]
+    header = ["network", "backend", "one tile", "", "voxels with another label", "build", "load", "files", "memory"]
+    return markdown(header, rows)
+
+
+def deployed() -> str:
+    """Whole commands from bundles, and agreement of whole scans."""
+    rows = []
+    for name in ("command_fp32", "command_int8"):
+        result = load(name)
+        seconds = result["median_s"]
+        rows.append(
+            [
+                result["bundle"],
+                f"{seconds['stock']:.0f} s",
+                f"{seconds['nnturbo']:.1f} s",
+                f"{result['ratio']:.1f} x",
+                f"{result['voxels_differing']} of {result['voxels']}",
+            ]
+        )
+    return markdown(["bundle", "nnU-Net 2.8.1", "nnturbo", "", "voxels with another label"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
     "parity_rows": parity_rows,
     "heads": heads,
     "demo": demo,
+    "backends": backends,
+    "deployed": deployed,
 }
 
 
