@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .backends import Backend
-from .errors import BundleError, OutputError
+from .errors import BackendUnavailable, BundleError, OutputError
 from .files import write_json
 from .model import Model
 from .plans import parse_plan
@@ -134,8 +134,19 @@ def new_bundle(out: Path) -> Iterator[Path]:
 
 
 def compile_model(model: Model, manifest: Manifest, backend: Backend, tiles: torch.Tensor, folder: Path) -> Manifest:
-    """Write a backend's artefacts and the manifest; returns the latter with the artefacts' hashes."""
-    backend.build(model, tiles, manifest.precision, folder)
+    """Write a backend's artefacts and the manifest; returns the latter with the artefacts' hashes.
+
+    Raises:
+        BackendUnavailable: Where the backend fails, running out of memory among the reasons.
+    """
+    try:
+        backend.build(model, tiles, manifest.precision, folder)
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise BackendUnavailable(
+            f"{backend.name} could not compile this model in {manifest.precision}: {reason:.300}. Choose another "
+            "backend, or a machine with more memory if that ran out"
+        ) from error
     manifest = replace(manifest, files={path.name: sha256(path) for path in sorted(folder.iterdir())})
     write_json(folder / MANIFEST, asdict(manifest))
     return manifest

@@ -225,14 +225,26 @@ class TestBuild:
         with pytest.raises(OutputError, match="cannot be written"):
             build(model, tmp_path / "file" / "b", backend="torch", device="cpu")
 
-    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError(28, "disk full")])
-    def test_a_build_that_fails_leaves_nothing(self, model, tmp_path, monkeypatch, error):
+    @pytest.mark.parametrize(
+        ("error", "expected", "message"),
+        [
+            (
+                RuntimeError("out of memory\nstack"),
+                BackendUnavailable,
+                "torch could not compile .* in fp32: out of memory",
+            ),
+            (MemoryError(), BackendUnavailable, "MemoryError.*a machine with more memory"),
+            (OSError(28, "disk full"), OutputError, "cannot be written: disk full"),
+            (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        ],
+    )
+    def test_a_build_that_fails_leaves_nothing(self, model, tmp_path, monkeypatch, error, expected, message):
         def fail(self, model, tiles, precision, folder):
             (folder / "half").write_text("")
             raise error
 
         monkeypatch.setattr(type(backends()["torch"]), "build", fail)
-        with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        with pytest.raises(expected, match=message):
             build(model, tmp_path / "b", backend="torch", device="cpu")
         assert list(tmp_path.iterdir()) == []
 
