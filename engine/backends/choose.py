@@ -11,7 +11,9 @@ from . import Backend
 from .inductor import InductorBackend
 from .onnx import OnnxBackend
 from .openvino import OpenVinoBackend
+from .tensorrt import TensorRtBackend
 from .torch import TorchBackend
+from .torch_tensorrt import TorchTensorRtBackend
 from .torchscript import TorchScriptBackend
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ def backends() -> dict[str, Backend]:
         InductorBackend(),
         TorchScriptBackend(),
         OnnxBackend(),
+        TensorRtBackend(),
+        TorchTensorRtBackend(),
     )
     return {backend.name: backend for backend in known}
 

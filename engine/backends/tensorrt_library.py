@@ -1,0 +1,255 @@
+"""What nnturbo uses of TensorRT: networks parsed from ONNX, engines built, opened and given other weights.
+
+Parsing and building ran with TensorRT-RTX 1.7; opening, refitting and running are not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
+from ..files import cache_root, written_atomically
+from ..model import Model
+from .onnx import INPUT
+
+logger = logging.getLogger(__name__)
+
+EXTRAS = {"tensorrt": "nnturbo[tensorrt]", "tensorrt_rtx": "nnturbo[tensorrt-rtx]"}
+"""The packages with TensorRT's interface, the one for data-centre GPUs first, and what installs them."""
+
+MOST_TILES = 8
+"""Tiles that an engine takes at once: all mirror views of one, in 3D."""
+
+
+def installed() -> tuple[str, ...]:
+    """Names of the TensorRT packages that are here."""
+    return tuple(name for name in EXTRAS if importlib.util.find_spec(name) is not None)
+
+
+class Library:
+    """TensorRT under either of its names.
+
+    Args:
+        name: "tensorrt" or "tensorrt_rtx".
+
+    Raises:
+        BackendUnavailable: Where it is not installed or cannot be imported.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        try:
+            self.api: Any = importlib.import_module(name)
+        except ImportError as error:
+            raise BackendUnavailable(f"{name} cannot be imported ({error}): pip install '{EXTRAS[name]}'") from error
+        self.log: Any = _log(name)
+
+    @property
+    def version(self) -> str:
+        """Of the installed package."""
+        return str(self.api.__version__)
+
+    def compute_capabilities(self) -> dict[str, Any]:
+        """Compute capabilities such as "8.6" that TensorRT-RTX builds for without a GPU; none for `tensorrt`."""
+        members = self.api.ComputeCapability.__members__ if self.name == "tensorrt_rtx" else {}
+        return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
+
+    @contextmanager
+    def errors(self) -> Iterator[list[str]]:
+        """Collect what TensorRT logs as errors."""
+        self.log.errors.clear()
+        yield self.log.errors
+
+    def parse(self, onnx: bytes) -> tuple[Any, Any]:
+        """Read a model into a strongly typed network: what is half in the file is half in the engine, and no more.
+
+        Returns:
+            The builder and the network; the latter lives as long as the former.
+
+        Raises:
+            ModelError: With TensorRT's words, where there is something it does not know.
+        """
+        with self.errors() as errors:
+            builder = self.api.Builder(self.log)
+            network = builder.create_network(1 << int(self.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            parser = self.api.OnnxParser(network, self.log)
+            if not parser.parse(onnx):
+                raise ModelError(
+                    f"{self.name} {self.version} cannot take this network: {_sentence(_found_by(parser) or errors)}. "
+                    "Use another backend, or report the network"
+                )
+        return builder, network
+
+    def build(
+        self,
+        onnx: bytes,
+        *,
+        usual_tiles: int = MOST_TILES,
+        compute_capabilities: Sequence[str] = (),
+        refittable: bool = False,
+    ) -> bytes:
+        """Build an engine for 1 to 8 tiles.
+
+        Args:
+            onnx: What `export_onnx` wrote.
+            usual_tiles: How many it shall be fastest for.
+            compute_capabilities: What to build for, such as "8.6"; by default the GPU that is here.
+            refittable: Leave the weights out and let them be filled in later.
+
+        Returns:
+            The engine, serialised.
+
+        Raises:
+            ModelError: Where TensorRT cannot parse the model.
+            BackendUnavailable: Where it cannot build the engine here, such as for want of memory.
+        """
+        builder, network = self.parse(onnx)
+        config = self.configure(builder, compute_capabilities, refittable)
+        config.add_optimization_profile(profile(builder, network, usual_tiles))
+        with self.errors() as errors, self._timing_cache(config):
+            serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise BackendUnavailable(
+                f"{self.name} {self.version} could not build an engine here: {_sentence(errors)}. Free memory on the "
+                "GPU if that is what it lacks, else use another backend"
+            )
+        return bytes(serialized)
+
+    def configure(self, builder: Any, compute_capabilities: Sequence[str] = (), refittable: bool = False) -> Any:
+        """Say how and for which GPUs to build, see `build`.
+
+        Raises:
+            BackendUnavailable: For compute capabilities that it cannot build for.
+        """
+        known = self.compute_capabilities()
+        if unknown := set(compute_capabilities) - set(known):
+            raise BackendUnavailable(
+                f"{self.name} {self.version} cannot build for compute capability {', '.join(sorted(unknown))}, "
+                f"only for {', '.join(known) or 'the GPU that is here'}"
+            )
+        config = builder.create_builder_config()
+        config.clear_flag(self.api.BuilderFlag.TF32)  # what is in fp32 is there for its bits
+        config.profiling_verbosity = self.api.ProfilingVerbosity.DETAILED
+        if refittable:
+            config.set_flag(self.api.BuilderFlag.REFIT)
+            config.set_flag(self.api.BuilderFlag.STRIP_PLAN)
+        if known:
+            wanted = [known[name] for name in compute_capabilities] or [self.api.ComputeCapability.CURRENT]
+            config.num_compute_capabilities = len(wanted)
+            for index, capability in enumerate(wanted):
+                config.set_compute_capability(capability, index)
+        return config
+
+    @contextmanager
+    def _timing_cache(self, config: Any) -> Iterator[None]:
+        """Let a build use what earlier ones measured. TensorRT-RTX measures nothing, and would want a GPU for it."""
+        if self.name != "tensorrt":
+            yield
+            return
+        path = cache_file(f"tensorrt-{self.version}.timing")
+        cache = config.create_timing_cache(_read_or_empty(path))
+        if cache is None or not config.set_timing_cache(cache, False):  # of another GPU
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+        yield
+        keep(path, bytes(config.get_timing_cache().serialize()))
+
+    def open(self, path: Path) -> Any:
+        """Deserialise an engine on the current device.
+
+        Raises:
+            BundleError: With TensorRT's words, where it cannot.
+        """
+        with self.errors() as errors:
+            engine = self.api.Runtime(self.log).deserialize_cuda_engine(path.read_bytes())
+            if engine is None:
+                raise BundleError(
+                    f"{path} must be an engine of {self.name} {self.version} for this GPU; it cannot be opened: "
+                    f"{_sentence(errors)}. Build the bundle anew where it shall run"
+                )
+        return engine
+
+    def refit(self, engine: Any, onnx: Path) -> None:
+        """Fill in an engine's weights from a model of the same shape.
+
+        Raises:
+            BundleError: Where some are missing or do not fit.
+        """
+        with self.errors() as errors:
+            refitter = self.api.Refitter(engine, self.log)
+            parser = self.api.OnnxParserRefitter(refitter, self.log)
+            whole = parser.refit_from_file(str(onnx)) and not refitter.get_missing_weights()
+            if not (whole and refitter.refit_cuda_engine()):
+                raise BundleError(
+                    f"{onnx} must hold every weight of the engine beside it: {_sentence(_found_by(parser) + errors)}. "
+                    "Build the bundle anew"
+                )
+
+
+def mirror_views_of(model: Model) -> int:
+    """How many tiles come at once on a GPU: all mirror views of one."""
+    return 2 ** len([axis for axis in model.mirror_axes if axis < len(model.plan.patch_size)])
+
+
+def profile(builder: Any, network: Any, usual_tiles: int) -> Any:
+    """Describe the tiles that an engine takes: from 1 to 8, and `usual_tiles` the fastest."""
+    made = builder.create_optimization_profile()
+    _, *sizes = network.get_input(0).shape
+    made.set_shape(INPUT, (1, *sizes), (usual_tiles, *sizes), (MOST_TILES, *sizes))
+    return made
+
+
+def _found_by(parser: Any) -> list[str]:
+    """What a parser did not like, with the operator it is about."""
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return [f"{error.node_operator()} {error.node_name()} {error.desc()}".strip() for error in errors]
+
+
+def _sentence(messages: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(messages)) or "it does not say why"
+
+
+@functools.cache
+def _log(name: str) -> Any:
+    """Make what TensorRT logs to; one for each package and process, since it keeps the first that it is given."""
+    base: Any = importlib.import_module(name).ILogger
+
+    class Log(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (base.INTERNAL_ERROR, base.ERROR):
+                self.errors.append(message)
+            logger.debug("%s %s: %s", name, severity.name, message)
+
+    return Log()
+
+
+def cache_file(name: str) -> Path:
+    """Where something lies that only saves time, beside the compiled models."""
+    return cache_root() / name
+
+
+def _read_or_empty(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a cache; where that fails, the next run takes longer, and the log says so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(path) as temporary:
+            temporary.write_bytes(content)
+    except (OSError, OutputError) as error:
+        logger.warning("%s cannot be kept, so the next start takes as long: %s", path, error)

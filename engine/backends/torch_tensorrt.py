@@ -1,0 +1,132 @@
+"""Torch-TensorRT: TensorRT engines inside a TorchScript file. Not yet run on hardware; follows 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable, BundleError
+from ..inference import inference_network, with_low_convolutions
+from ..model import Model
+from . import NetworkOutput
+from .tensorrt_library import MOST_TILES, cache_file, mirror_views_of
+
+FILE = "network.ts"
+PRECISIONS = ("fp16", "fp32")
+EXTRA = "nnturbo[torch-tensorrt]"
+
+
+def _torch_tensorrt() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about parts of it that nobody asked for
+            import torch_tensorrt  # type: ignore[import-not-found]  # where there is no GPU, there is none
+    except (ImportError, OSError) as error:  # the latter for libraries of TensorRT that are missing
+        raise BackendUnavailable(f"torch_tensorrt cannot be imported ({error}): pip install '{EXTRA}'") from error
+    return torch_tensorrt
+
+
+class TorchTensorRtRunner:
+    """Runs the compiled network, up to eight tiles at once."""
+
+    def __init__(self, script: torch.jit.ScriptModule, device: torch.device) -> None:
+        self._script = script
+        self._device = device
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the GPU, in float32."""
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            parts = [
+                self._script(part.contiguous()) for part in tiles.to(self._device, torch.float32).split(MOST_TILES)
+            ]
+            return NetworkOutput(*(torch.cat(outputs) for outputs in zip(*parts, strict=True)))
+
+
+class TorchTensorRtBackend:
+    """Networks compiled by Torch-TensorRT, for Python and C++ programs that already run torch."""
+
+    name = "torch_tensorrt"
+    compiles = True
+    bound_to: tuple[str, ...] = ("architecture", "system", "compute_capability", "torch", "torch-tensorrt")
+
+    def unavailable(self, device: torch.device, precision: str) -> str | None:
+        """Return why it cannot run in this precision on this device, or None."""
+        if precision not in PRECISIONS:
+            return f"it runs in fp16, its default, or in fp32, not in {precision}"
+        if device.type != "cuda":
+            return f"it runs on CUDA devices, not on {device.type}"
+        if importlib.util.find_spec("torch_tensorrt") is None:
+            return f"Torch-TensorRT is not installed: pip install '{EXTRA}'"
+        return None
+
+    def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
+        """Compile all folds and their average to `network.ts`, for 1 to 8 tiles.
+
+        Precision is that of the network's own weights and casts, which TensorRT keeps: `enabled_precisions` would be
+        ignored from 2.13 on.
+
+        Raises:
+            BackendUnavailable: Where Torch-TensorRT cannot be imported or cannot compile the network here.
+        """
+        torch_tensorrt = _torch_tensorrt()
+        network = inference_network(model)
+        if precision == "fp16":
+            network = with_low_convolutions(network, torch.float16)
+        # It takes no cache of another GPU or version.
+        gpu = torch.cuda.get_device_name(tiles.device).replace(" ", "-")
+        timing_cache = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
+        views = mirror_views_of(model)
+        batch = torch.export.Dim("batch", min=1, max=MOST_TILES)
+        with torch.no_grad(), warnings.catch_warnings(), torch.cuda.device(tiles.device):
+            warnings.simplefilter("ignore")  # of torch about TorchScript, and of 2.11 about defaults
+            exported = torch.export.export(
+                network.to(tiles.device), (tiles,), dynamic_shapes=({0: batch},), strict=False
+            )
+            try:
+                compiled = torch_tensorrt.compile(
+                    exported,
+                    ir="dynamo",
+                    arg_inputs=[
+                        torch_tensorrt.Input(
+                            min_shape=(1, *tiles.shape[1:]),
+                            opt_shape=(views, *tiles.shape[1:]),
+                            max_shape=(MOST_TILES, *tiles.shape[1:]),
+                            dtype=torch.float32,
+                        )
+                    ],
+                    device=tiles.device,
+                    disable_tf32=True,  # what is in fp32 is there for its bits
+                    truncate_double=True,
+                    immutable_weights=True,
+                    timing_cache_path=str(timing_cache),
+                )
+            except RuntimeError as error:
+                raise BackendUnavailable(f"torch_tensorrt could not compile this network here: {error}") from error
+            torch_tensorrt.save(compiled, str(folder / FILE), output_format="torchscript", arg_inputs=(tiles,))
+
+    def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TorchTensorRtRunner:
+        """Load it onto the GPU.
+
+        Raises:
+            BackendUnavailable: Where Torch-TensorRT or a GPU is missing.
+            BundleError: Where the file cannot be loaded here.
+        """
+        assert folder is not None  # it compiles
+        if device.type != "cuda":
+            raise BackendUnavailable(f"engines of TensorRT run on CUDA devices, not on {device.type}")
+        _torch_tensorrt()  # lets torch know the operator that runs engines
+        with warnings.catch_warnings(), torch.cuda.device(device):
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated
+            try:
+                script = torch.jit.load(str(folder / FILE), map_location=device)
+            except RuntimeError as error:
+                raise BundleError(
+                    f"{folder / FILE} must be a network that Torch-TensorRT compiled for this GPU; it cannot be "
+                    f"loaded: {error}. Build the bundle anew where it shall run"
+                ) from error
+            return TorchTensorRtRunner(script, device)
