@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.backends.torch import TorchRunner
-from nnturbo.engine.bundle import bundle_model, compile_model, new_bundle, plan_bundle, read_manifest, source_hashes
+from nnturbo.engine.bundle import (
+    bundle_model,
+    compile_model,
+    describe_machine,
+    new_bundle,
+    plan_bundle,
+    read_manifest,
+    source_hashes,
+)
 from nnturbo.engine.errors import EngineError
 from nnturbo.engine.inference import InferenceNetwork
 from nnturbo.engine.model import Model, read_model
@@ -74,7 +82,9 @@ def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile:
     start = time.perf_counter()
     with new_bundle(folder) as aside:
         tiles = torch.cat([tile, tile.flip(-1)])
-        compile_model(model, plan_bundle(model, hashes, backend, precision, CPU), backend, tiles, aside)
+        compile_model(
+            model, plan_bundle(model, hashes, backend, precision, describe_machine(CPU)), backend, tiles, aside
+        )
     return time.perf_counter() - start
 
 

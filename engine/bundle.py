@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -65,11 +65,19 @@ class Manifest:
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """What compiled code depends on: kind of device, instructions of the CPU, or the GPU's compute capability."""
-    described = {"device": device.type, "architecture": platform.machine(), "system": platform.system()}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return {**described, "compute_capability": f"{major}.{minor}"}
-    return {**described, "cpu": torch.backends.cpu.get_cpu_capability()}
+        return describe_gpus([f"{major}.{minor}"])
+    return {**_host(device.type), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def describe_gpus(compute_capabilities: Sequence[str]) -> dict[str, str]:
+    """The same for any of several GPUs, which need not be here."""
+    return {**_host("cuda"), "compute_capability": ", ".join(compute_capabilities)}
+
+
+def _host(device: str) -> dict[str, str]:
+    return {"device": device, "architecture": platform.machine(), "system": platform.system()}
 
 
 def sha256(path: Path) -> str:
@@ -90,9 +98,9 @@ def source_hashes(model: Model, checkpoint: str) -> dict[str, str]:
 
 
 def plan_bundle(
-    model: Model, source: Mapping[str, str], backend: Backend, precision: str, device: torch.device
+    model: Model, source: Mapping[str, str], backend: Backend, precision: str, machine: Mapping[str, str]
 ) -> Manifest:
-    """Describe a bundle that is yet to be built."""
+    """Describe a bundle that is yet to be built for a machine, this one (`describe_machine`) or another."""
     scheme, fitted = model.plan.classification, model.pooled_classifiers
     return Manifest(
         schema=SCHEMA,
@@ -106,7 +114,7 @@ def plan_bundle(
         source=source,
         backend=backend.name,
         precision=precision,
-        machine=describe_machine(device),
+        machine=machine,
         versions=_versions(),
         files={},
         agreement=None,
@@ -210,7 +218,7 @@ def check_machine(manifest: Manifest, backend: Backend, device: torch.device, fo
     differing = [
         f"{key} {built.get(key, 'unknown')} there, {here.get(key, 'none')} here"
         for key in backend.bound_to
-        if built.get(key) != here.get(key)
+        if here.get(key) not in (built[key].split(", ") if key in built else [None])
     ]
     if differing:
         raise BundleError(

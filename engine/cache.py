@@ -1,4 +1,4 @@
-"""Models compiled on the fly, kept for the next time: `~/.cache/nnturbo`, or the folder that NNTURBO_CACHE names."""
+"""Models compiled on the fly, kept for the next time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from .backends import Backend
 from .bundle import MANIFEST, Manifest, compile_model, new_bundle, read_manifest
 from .errors import BundleError, OutputError
+from .files import cache_root
 from .model import Model
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
     Raises:
         OutputError: Where the cache cannot be written.
     """
-    root = Path(os.environ.get("NNTURBO_CACHE") or Path.home() / ".cache" / "nnturbo")
+    root = cache_root()
     description = json.dumps(asdict(manifest), sort_keys=True).encode()
     folder = root / hashlib.sha256(description).hexdigest()[:32]
     while True:

@@ -157,6 +157,13 @@ def _add_build(commands: Any) -> None:
     add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
     add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
     add(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="X.Y",
+        help="GPUs that are not here, such as 8.6 12.0, to build TensorRT engines for",
+    )
+    add(
         "--whole-path",
         action="store_true",
         help="write one TorchScript file from scan to labels, for programs with nothing but torch, no bundle",
@@ -199,6 +206,7 @@ def _build(options: argparse.Namespace) -> int:
             calibration=calibration,
             calibration_name=name,
             floor=options.floor,
+            compute_capabilities=options.compute_capability,
         )
     return _say_rows(describe(options.o, None))
 
@@ -213,7 +221,7 @@ def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tu
 
         cases = find_cases(Path(options.calibration), plan.file_ending)
         return [case.images for case in cases], "calibration scans"
-    if options.precision in ("auto", "fp32"):
+    if options.precision in ("auto", "fp32") or options.compute_capability:
         return [], ""
     if [channel.scheme for channel in plan.channels] != ["CTNormalization"]:
         raise ValueError(

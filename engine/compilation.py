@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .agreement import Agreement, measure_agreement
-from .backends import NetworkOutput
+from .backends import Backend, NetworkOutput
 from .backends.choose import choose_backend, choose_device, choose_precision
+from .backends.tensorrt import TensorRtBackend
 from .backends.torchscript import save_script, trace
-from .bundle import MANIFEST, compile_model, new_bundle, plan_bundle, source_hashes
+from .bundle import MANIFEST, compile_model, describe_gpus, describe_machine, new_bundle, plan_bundle, source_hashes
 from .engine import Engine, EngineOptions, Image
-from .errors import BundleError
+from .errors import BackendUnavailable, BundleError
 from .files import write_json, written_atomically
 from .model import Model, read_model, with_classifier
 from .sliding_window import SlidingWindow
@@ -44,6 +45,7 @@ def build(
     calibration: Sequence[Image] = (),
     calibration_name: str = "calibration scans",
     floor: float | None = None,
+    compute_capabilities: Sequence[str] = (),
 ) -> Path:
     """Compile a trained model into a bundle that `Engine.load` opens.
 
@@ -61,6 +63,8 @@ def build(
         calibration_name: What they are; the bundle keeps it.
         floor: Least Dice with fp32, of the label that agrees least, in 0 to 1; by default 0.9995 for fp32, 0.99
             for bf16 and fp16, 0.98 for int8.
+        compute_capabilities: Of GPUs that are not here, such as ("8.6", "12.0"), to build TensorRT engines for, in fp16
+            by default; their agreement cannot be measured.
 
     Returns:
         The bundle's folder.
@@ -75,19 +79,24 @@ def build(
     """
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
-    target = choose_device(device)
-    precision = choose_precision(precision, target)
-    chosen = choose_backend(backend, target, precision)
-    if precision != "fp32" and not calibration:
-        raise ValueError(
-            f"{precision} changes some labels, and a bundle says how many: give scans to measure it on as calibration"
-        )
+    if compute_capabilities:
+        target, precision, chosen = _choose_for_gpus(compute_capabilities, backend, precision)
+        machine, calibration = describe_gpus(compute_capabilities), ()
+    else:
+        target = choose_device(device)
+        precision = choose_precision(precision, target)
+        chosen = choose_backend(backend, target, precision)
+        machine = describe_machine(target)
+        if precision != "fp32" and not calibration:
+            raise ValueError(
+                f"{precision} changes some labels, and a bundle says how many: scans are needed as calibration"
+            )
     read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
     loaded = with_classifier(read, classifier)
     out = Path(out)
     with new_bundle(out) as aside:
         tiles = _calibration_tiles(loaded, calibration, target) if precision == "int8" else _example(loaded, target)
-        manifest = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, target)
+        manifest = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, machine)
         manifest = compile_model(loaded, manifest, chosen, tiles, aside)
         if calibration:
             reference = Engine.load(
@@ -109,6 +118,19 @@ def build(
             manifest = replace(manifest, agreement=asdict(agreement))
             write_json(aside / MANIFEST, asdict(manifest))
     return out
+
+
+def _choose_for_gpus(
+    compute_capabilities: Sequence[str], backend: str, precision: str
+) -> tuple[torch.device, str, Backend]:
+    """Choose what builds for GPUs that are not here: TensorRT, traced on the CPU."""
+    if backend not in ("auto", "tensorrt"):
+        raise ValueError(f"for GPUs that are not here only tensorrt can build, not {backend}")
+    chosen, precision = TensorRtBackend(compute_capabilities), "fp16" if precision == "auto" else precision
+    target = torch.device("cpu")
+    if (reason := chosen.unavailable(target, precision)) is not None:
+        raise BackendUnavailable(f"tensorrt cannot build here: {reason}")
+    return target, precision, chosen
 
 
 def build_whole_path(

@@ -15,7 +15,7 @@ import torch
 
 from .backends import Runner
 from .backends.choose import choose_backend, choose_device, choose_precision
-from .bundle import bundle_model, check_machine, is_bundle, plan_bundle, read_manifest, source_hashes
+from .bundle import bundle_model, check_machine, describe_machine, is_bundle, plan_bundle, read_manifest, source_hashes
 from .errors import BundleError, VolumeError
 from .labels import segment
 from .model import Model, read_model, with_classifier
@@ -278,7 +278,7 @@ def _open_model(model: Model, checkpoint: str, backend: str, precision: str, dev
         raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
     from .cache import cached_bundle
 
-    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, target)
+    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, describe_machine(target))
     with cached_bundle(model, manifest, chosen, target) as folder:
         runner = chosen.load(model, folder, target, precision)
     return _Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)

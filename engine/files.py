@@ -13,6 +13,11 @@ from typing import Any
 from .errors import OutputError
 
 
+def cache_root() -> Path:
+    """Where compiled models are kept: `~/.cache/nnturbo`, or the folder that NNTURBO_CACHE names."""
+    return Path(os.environ.get("NNTURBO_CACHE") or Path.home() / ".cache" / "nnturbo")
+
+
 @contextlib.contextmanager
 def written_atomically(path: str | os.PathLike[str], *, ending: str | None = None) -> Iterator[Path]:
     """Give a temporary path in the same folder; when the block ends well, sync it and rename it to `path`.

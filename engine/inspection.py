@@ -65,7 +65,7 @@ def _model_rows(model: Model) -> list[tuple[str, str]]:
 
 
 def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    agreement = "not measured: built in fp32 without scans to compare on"
+    agreement = "not measured: no scans to compare on, or built for a GPU that was not there"
     if manifest.agreement is not None:
         known = {field.name for field in fields(Agreement)}
         agreement = str(Agreement(**{key: value for key, value in manifest.agreement.items() if key in known}))

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 
@@ -350,3 +351,42 @@ class TestCalibrationTiles:
         per_scan = len(every) // 3
         steps = np.diff(places)
         assert (steps % per_scan != 0).any() or len(set(steps)) == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="builds without a GPU: pip install tensorrt-rtx-cu13"
+)
+class TestOtherGpus:
+    def test_a_bundle_says_what_for_and_that_nothing_was_measured(self, model, tmp_path):
+        out = build(model, tmp_path / "b", compute_capabilities=["8.6", "12.0"])
+        manifest = read_manifest(out)
+        assert (manifest.backend, manifest.precision, manifest.agreement) == ("tensorrt", "fp16", None)
+        assert manifest.machine["device"] == "cuda"
+        assert manifest.machine["compute_capability"] == "8.6, 12.0"
+        assert len(manifest.files) == 2  # one engine per fold
+        with pytest.raises(BackendUnavailable, match="cuda is not there"):
+            Engine.load(out)
+        backend = backends()["tensorrt"]
+        here = {key: value for key, value in manifest.machine.items() if key != "compute_capability"}
+        for capability, fits in (("8.6", True), ("12.0", True), ("8.9", False)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    bundle_module, "describe_machine", lambda _, c=capability: {**here, "compute_capability": c}
+                )
+                if fits:
+                    bundle_module.check_machine(manifest, backend, torch.device("cpu"), out)
+                else:
+                    with pytest.raises(BundleError, match=r"compute_capability 8\.6, 12\.0 there, 8\.9 here"):
+                        bundle_module.check_machine(manifest, backend, torch.device("cpu"), out)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"backend": "onnx"}, ValueError, "only tensorrt can build, not onnx"),
+            ({"precision": "int8"}, BackendUnavailable, "not in int8"),
+            ({"compute_capabilities": ["9.0"]}, BackendUnavailable, "not 9.0"),
+        ],
+    )
+    def test_what_cannot_be(self, model, tmp_path, arguments, error, message):
+        with pytest.raises(error, match=message):
+            build(model, tmp_path / "b", **{"compute_capabilities": ["8.6"], **arguments})
