@@ -48,8 +48,6 @@ def _run(network: nn.Module, tiles: Tensor) -> tuple[Tensor, ...]:
 def inference_network(model: Model) -> InferenceNetwork:
     """Build a model's network, one per fold, without the logits of deep supervision.
 
-    Transposed convolutions that only spread voxels become `Upsampling`.
-
     Raises:
         CheckpointError: Where weights do not fit the plan.
     """
@@ -61,8 +59,17 @@ def inference_network(model: Model) -> InferenceNetwork:
     for network in networks:
         decoder: Any = network.get_submodule("decoder")
         decoder.seg_layers = decoder.seg_layers[-1:]
-        _replace(network, lambda module: Upsampling(module) if _only_spreads(module) else None)
     return InferenceNetwork(networks).eval()
+
+
+def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
+    """Turn transposed convolutions that only spread voxels into `Upsampling`; changes a network in place.
+
+    For eager torch and TorchScript, whose transposed 3D convolutions are slow on CPUs (pytorch #194496), and for
+    TensorRT (as in NVIDIA's MLPerf 3D-UNet). OpenVINO, inductor and ONNX Runtime were faster with what the network has.
+    """
+    _replace(network, lambda module: Upsampling(module) if _only_spreads(module) else None)
+    return network
 
 
 def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> InferenceNetwork:
@@ -122,8 +129,7 @@ class Upsampling(nn.Module):
 
     Note:
         Each output voxel is the channels of one input voxel times one position of the kernel. A pointwise convolution
-        to channels times positions makes them all; what remains is to move positions into place. The sums are the
-        same, and so are the bits. torch runs transposed 3D convolutions on CPUs by a slow path (pytorch #194496).
+        to channels times positions makes them all; what remains is to move positions into place.
     """
 
     def __init__(self, convolution: nn.ConvTranspose3d | nn.ConvTranspose2d) -> None:

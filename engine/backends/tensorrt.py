@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, BundleError, EngineError, PredictionError
-from ..inference import InferenceNetwork, inference_network, with_low_convolutions
+from ..inference import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
 from .onnx import INPUT, OUTPUTS, export_onnx
@@ -255,7 +255,7 @@ class TensorRtBackend:
 
 def _networks(model: Model, precision: str) -> list[InferenceNetwork]:
     """Each fold for itself, with half convolutions for fp16."""
-    folds = [InferenceNetwork([network]).eval() for network in inference_network(model).networks]
+    folds = [InferenceNetwork([network]).eval() for network in with_shuffles(inference_network(model)).networks]
     return folds if precision == "fp32" else [with_low_convolutions(fold, torch.float16) for fold in folds]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..inference import InferenceNetwork, inference_network
+from ..inference import InferenceNetwork, inference_network, with_shuffles
 from ..model import Model, read_checkpoint
 from . import NetworkOutput
 
@@ -81,4 +81,4 @@ class TorchBackend:
                 weights=tuple(checkpoint.weights for checkpoint in checkpoints),
                 pooled_classifiers=fitted if any(fitted) else (),
             )
-        return TorchRunner(inference_network(model).to(device), device, precision)
+        return TorchRunner(with_shuffles(inference_network(model)).to(device), device, precision)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, BundleError
-from ..inference import inference_network, with_low_convolutions
+from ..inference import inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
 from .tensorrt_library import MOST_TILES, cache_file, mirror_views_of
@@ -74,7 +74,7 @@ class TorchTensorRtBackend:
             BackendUnavailable: Where Torch-TensorRT cannot be imported or cannot compile the network here.
         """
         torch_tensorrt = _torch_tensorrt()
-        network = inference_network(model)
+        network = with_shuffles(inference_network(model))
         if precision == "fp16":
             network = with_low_convolutions(network, torch.float16)
         # It takes no cache of another GPU or version.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..inference import inference_network, with_low_convolutions
+from ..inference import inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
 from .torch import DTYPES, refuse_half_on_cpu
@@ -67,7 +67,7 @@ def trace(model: Model, tiles: Tensor, precision: str) -> torch.jit.ScriptModule
         tiles: (N, C, *patch), N at least 2, on the device to run on.
         precision: "fp32"; in "bf16" and "fp16", convolutions alone are lower.
     """
-    network = inference_network(model)
+    network = with_shuffles(inference_network(model))
     if precision != "fp32":
         network = with_low_convolutions(network, DTYPES[precision])
     with torch.no_grad(), warnings.catch_warnings():

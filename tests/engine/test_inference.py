@@ -8,6 +8,7 @@ from nnturbo.engine.inference import (
     Upsampling,
     inference_network,
     with_low_convolutions,
+    with_shuffles,
 )
 from nnturbo.engine.model import read_model
 from nnturbo.engine.network import build_network
@@ -60,20 +61,23 @@ def test_upsampling_is_exact_where_sums_are():
 @pytest.mark.parametrize(
     "plans", [plans_json(), plans_2d(), multi_task(plans_json()), multi_task(plans_json(), kind="attention")]
 )
-def test_the_network_of_inference_gives_the_logits_of_the_one_that_was_trained(tmp_path, plans):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_network_of_inference_gives_the_logits_of_the_one_that_was_trained(tmp_path, plans, shuffled):
     model = model_of(tmp_path, plans)
     tiles = tiles_for(model)
     trained = build_network(model.plan, model.weights[0])
     network = inference_network(model)
+    if shuffled:
+        network = with_shuffles(network)
     got = network(tiles)
     expected = trained.forward_multitask(tiles) if network.multi_task else (trained(tiles),)
     assert len(got) == len(expected) == (2 if model.plan.classification else 1)
     for one, other in zip(got, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
         assert one.std() > 0.01
-    kinds = [type(module) for module in network.modules()]
-    assert Upsampling in kinds
-    assert not {nn.ConvTranspose3d, nn.ConvTranspose2d} & set(kinds)
+    kinds = {type(module) for module in network.modules()}
+    assert (Upsampling in kinds) == shuffled
+    assert bool({nn.ConvTranspose3d, nn.ConvTranspose2d} & kinds) != shuffled
 
 
 def test_logits_of_deep_supervision_are_gone(tmp_path):
@@ -116,7 +120,7 @@ def test_a_fitted_classifier_takes_the_place_of_the_head(tmp_path):
 class TestLowConvolutions:
     def test_convolutions_alone_are_low_and_the_last_ones_are_not(self, tmp_path):
         network = inference_network(model_of(tmp_path, multi_task(plans_json(), kind="attention"), folds=("0", "1")))
-        low = with_low_convolutions(network, torch.bfloat16)
+        low = with_low_convolutions(with_shuffles(network), torch.bfloat16)
         kinds = {name: parameter.dtype for name, parameter in low.named_parameters()}
         halved = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
         assert all(".convolution." in name for name in halved)

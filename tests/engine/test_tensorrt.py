@@ -17,7 +17,7 @@ from nnturbo.engine.backends.choose import choose_backend
 from nnturbo.engine.backends.onnx import export_onnx
 from nnturbo.engine.backends.tensorrt import TensorRtBackend
 from nnturbo.engine.backends.tensorrt_library import MOST_TILES, Library, keep, mirror_views_of, profile
-from nnturbo.engine.inference import LowConvolution, inference_network, with_low_convolutions
+from nnturbo.engine.inference import LowConvolution, inference_network, with_low_convolutions, with_shuffles
 from nnturbo.engine.model import read_model, with_classifier
 from torch import nn
 
@@ -42,7 +42,7 @@ class Case:
 
     def __init__(self, model, folder, precision):
         self.model = model
-        self.network = inference_network(model)
+        self.network = with_shuffles(inference_network(model))
         if precision == "fp16":
             self.network = with_low_convolutions(self.network, torch.float16)
         self.tiles = torch.randn(2, model.plan.input_channels, *model.plan.patch_size)
@@ -431,7 +431,7 @@ def test_engines_give_torchs_logits_for_any_number_of_tiles(tmp_path, precision,
     folder.mkdir()
     TensorRtBackend().build(model, torch.zeros(2, 1, 8, 12, 16, device="cuda"), precision, folder)
     runner = TensorRtBackend().load(model, folder, CUDA, precision)
-    network = inference_network(model)
+    network = with_shuffles(inference_network(model))
     for count in (1, 2, 8, 11):
         tiles = torch.randn(count, 1, 8, 12, 16)
         output, expected = runner(tiles), network(tiles)

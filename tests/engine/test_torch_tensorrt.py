@@ -17,7 +17,7 @@ from nnturbo.engine import BackendUnavailable, BundleError
 from nnturbo.engine.backends import torch_tensorrt
 from nnturbo.engine.backends.choose import choose_backend
 from nnturbo.engine.backends.torch_tensorrt import TorchTensorRtBackend
-from nnturbo.engine.inference import inference_network, with_low_convolutions
+from nnturbo.engine.inference import inference_network, with_low_convolutions, with_shuffles
 from nnturbo.engine.model import read_model
 
 from tests.engine.factory import multi_task, plans_json, write_model
@@ -158,7 +158,7 @@ class TestWheel:
 
 def test_the_network_that_is_compiled_has_its_precisions_in_the_graph(tmp_path):
     # What `build` does up to Torch-TensorRT, which keeps the types it finds.
-    network = inference_network(read_model(write_model(tmp_path / "m", plans=multi_task(plans_json()))))
+    network = with_shuffles(inference_network(read_model(write_model(tmp_path / "m", plans=multi_task(plans_json())))))
     network = with_low_convolutions(network, torch.float16)
     batch = torch.export.Dim("batch", min=1, max=8)
     tiles = torch.zeros(2, 1, 8, 12, 16)
@@ -215,7 +215,7 @@ def test_engines_give_torchs_logits_for_any_number_of_tiles(tmp_path, precision)
     backend = TorchTensorRtBackend()
     backend.build(model, torch.zeros(2, 1, 8, 12, 16, device="cuda"), precision, tmp_path)
     runner = backend.load(model, tmp_path, CUDA, precision)
-    network = inference_network(model)
+    network = with_shuffles(inference_network(model))
     for count in (1, 2, 8, 11):
         tiles = torch.randn(count, 1, 8, 12, 16)
         output, expected = runner(tiles), network(tiles)
