@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
 import numpy as np
 
 from .engine import Engine, Image
+from .errors import BundleError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +21,7 @@ class Agreement:
         scans: How many.
         voxels: Of all scans.
         different: Voxels whose label differs.
-        dice: By name of the label, over the voxels of all scans; 1 for a label that neither engine gives.
+        dice: By name of the label, over the voxels of all scans; None for a label that neither engine gives.
         same_class: Scans with the same classification; None for models without.
         what: Says what the scans were.
     """
@@ -26,19 +29,43 @@ class Agreement:
     scans: int
     voxels: int
     different: int
-    dice: dict[str, float]
+    dice: dict[str, float | None]
     same_class: int | None
     what: str
 
     @property
-    def lowest_dice(self) -> float:
-        """Of the label that agrees least."""
-        return min(self.dice.values())
+    def lowest_dice(self) -> float | None:
+        """Of the label that agrees least; None where neither engine gives any."""
+        return min((dice for dice in self.dice.values() if dice is not None), default=None)
+
+    @classmethod
+    def parse(cls, content: Any) -> Agreement:
+        """Read what a bundle keeps of one.
+
+        Raises:
+            BundleError: Where it is anything else.
+        """
+        kinds = {
+            "scans": int,
+            "voxels": int,
+            "different": int,
+            "dice": dict,
+            "same_class": (int, NoneType),
+            "what": str,
+        }
+        if not isinstance(content, dict) or set(content) != set(kinds):
+            raise BundleError(f"a bundle's agreement must have {', '.join(kinds)}; build the bundle anew")
+        for key, kind in kinds.items():
+            if not isinstance(content[key], kind):
+                raise BundleError(f"a bundle's agreement: {key} cannot be {content[key]!r:.80}; build the bundle anew")
+        if not all(dice is None or isinstance(dice, (int, float)) for dice in content["dice"].values()):
+            raise BundleError("a bundle's agreement: dice must be numbers by label; build the bundle anew")
+        return cls(**content)
 
     def __str__(self) -> str:
         """Say it in one line."""
         classes = "" if self.same_class is None else f", {self.same_class} of {self.scans} with the same class"
-        dice = ", ".join(f"{name} {value:.4f}" for name, value in self.dice.items())
+        dice = ", ".join(f"{name} {'not seen' if dice is None else f'{dice:.4f}'}" for name, dice in self.dice.items())
         return (
             f"{self.different} of {self.voxels} voxels differ from fp32 on {self.scans} {self.what}; Dice {dice}"
             f"{classes}"
@@ -78,7 +105,7 @@ def measure_agreement(reference: Engine, engine: Engine, scans: Iterable[Image],
         voxels=voxels,
         different=different,
         dice={
-            names.get(label, str(label)): 2 * common[label] / sizes[label] if sizes[label] else 1.0 for label in sizes
+            names.get(label, str(label)): 2 * common[label] / sizes[label] if sizes[label] else None for label in sizes
         },
         same_class=same_class,
         what=what,

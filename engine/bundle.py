@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from .backends import Backend
+from .backends.choose import PRECISIONS, backends
 from .errors import BackendUnavailable, BundleError, OutputError
 from .files import write_json
 from .model import Model
@@ -24,6 +26,8 @@ from .plans import parse_plan
 
 SCHEMA = 1
 MANIFEST = "engine.json"
+WRITING = ".writing-"
+"""What the name of a bundle that is not complete begins with."""
 LARGEST_MANIFEST_BYTES = 256 * 2**20
 PACKAGES = ("nnturbo", "torch", "openvino", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "torch-tensorrt")
 """Those whose versions a manifest keeps."""
@@ -130,10 +134,14 @@ def new_bundle(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise OutputError(f"{out} exists: choose another folder for the bundle, or remove it")
-    aside = out.with_name(f".writing-{out.name}-{os.getpid()}")
     try:
-        aside.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{WRITING}{out.name[:80]}-", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+    try:
         yield aside
+        aside.chmod(0o755)  # mkdtemp makes folders private
         aside.rename(out)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
@@ -172,12 +180,17 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: Where something is missing, changed, or of a newer version.
     """
     manifest = _parse_manifest(folder / MANIFEST)
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
+    if missing := set(manifest.files) - present:
+        raise BundleError(f"{folder} must hold {min(missing)!r:.120}, which its manifest names; build the bundle anew")
+    if unknown := present - set(manifest.files):
+        raise BundleError(
+            f"{folder} must hold what its manifest names and nothing else, it holds {min(unknown)!r:.120}: nothing "
+            "vouches for that. Remove it, or build the bundle anew"
+        )
     for name, digest in manifest.files.items():
-        artefact = folder / name
-        if Path(name).name != name or not artefact.is_file():
-            raise BundleError(f"{folder} must hold {name!r:.120}, which its manifest names; build the bundle anew")
-        if sha256(artefact) != digest:
-            raise BundleError(f"{artefact} is not what was built: its SHA-256 differs. Build the bundle anew")
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise BundleError(f"{folder / name} is not what was built: its SHA-256 differs. Build the bundle anew")
     return manifest
 
 
@@ -190,6 +203,8 @@ def _parse_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} must be a bundle's manifest; it cannot be read: {error}") from error
     if not isinstance(content, dict) or type(content.get("schema")) is not int:
         raise BundleError(f"{path} must hold an object with a schema number; build the bundle anew")
+    if content["schema"] < 1:
+        raise BundleError(f"{path} must have a schema from 1 on, it has {content['schema']}; build the bundle anew")
     if content["schema"] > SCHEMA:
         raise BundleError(
             f"{path.parent} is a bundle of schema {content['schema']}, this nnturbo knows up to {SCHEMA}: update "
@@ -233,10 +248,17 @@ def bundle_model(manifest: Manifest, folder: Path) -> Model:
     Raises:
         ModelError: Where its plan is damaged.
     """
-    if not all(type(axis) is int and 0 <= axis <= 2 for axis in manifest.mirror_axes):
-        raise BundleError(f"{folder}: mirror_axes must be among 0, 1, 2; build the bundle anew")
-    if not all(isinstance(fold, str) and Path(fold).name == fold for fold in manifest.folds):
-        raise BundleError(f"{folder}: folds must be names; build the bundle anew")
+    if manifest.backend not in backends() or manifest.precision not in PRECISIONS:
+        raise BundleError(
+            f"{folder} was built for {manifest.backend} in {manifest.precision}, which this nnturbo lacks"
+        )
+    if not all(isinstance(value, str) for value in manifest.machine.values()):
+        raise BundleError(f"{folder}: machine must be described in words; build the bundle anew")
+    axes, folds = manifest.mirror_axes, manifest.folds
+    if not all(type(axis) is int and 0 <= axis <= 2 for axis in axes) or len(set(axes)) != len(axes):
+        raise BundleError(f"{folder}: mirror_axes must be among 0, 1, 2 and differ; build the bundle anew")
+    if not folds or not all(isinstance(fold, str) and Path(fold).name == fold for fold in folds):
+        raise BundleError(f"{folder}: folds must be one or more names; build the bundle anew")
     return Model(
         plan=parse_plan(manifest.plans, manifest.dataset, manifest.configuration),
         weights=(),

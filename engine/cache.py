@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 
 from .backends import Backend
-from .bundle import MANIFEST, Manifest, compile_model, new_bundle, read_manifest
-from .errors import BundleError, OutputError
+from .bundle import MANIFEST, WRITING, Manifest, compile_model, new_bundle, read_manifest
+from .errors import BundleError
 from .files import cache_root
 from .model import Model
 
 logger = logging.getLogger(__name__)
 
+KEY_LENGTH = 32
 LARGEST_CACHE_BYTES = 20 * 2**30
 """Beyond this, what was not used for longest goes."""
 
@@ -39,26 +41,56 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
         backend: What compiles it.
         device: What for.
 
-    Raises:
-        OutputError: Where the cache cannot be written.
+    Note:
+        Where the cache cannot be written, the bundle lives as long as the block; that is logged.
     """
-    root = cache_root()
+    root = _writable(cache_root())
+    if root is None:
+        with tempfile.TemporaryDirectory(prefix="nnturbo-") as own:
+            folder = Path(own) / "bundle"
+            _compile(model, manifest, backend, device, folder)
+            yield folder
+        return
     description = json.dumps(asdict(manifest), sort_keys=True).encode()
-    folder = root / hashlib.sha256(description).hexdigest()[:32]
+    folder = root / hashlib.sha256(description).hexdigest()[:KEY_LENGTH]
     while True:
         with _locked(folder, fcntl.LOCK_SH):
             if _is_whole(folder):
-                os.utime(folder / MANIFEST)
+                with contextlib.suppress(OSError):  # another user's, in a shared cache
+                    os.utime(folder / MANIFEST)
                 yield folder
                 return
         with _locked(folder, fcntl.LOCK_EX):
             if not _is_whole(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                for left in (folder, *root.glob(f"{WRITING}{folder.name}-*")):
+                    shutil.rmtree(left, ignore_errors=True)
                 logger.warning("compiling for %s, once: it is kept in %s", backend.name, root)
-                tiles = torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
-                with new_bundle(folder) as aside:
-                    compile_model(model, manifest, backend, tiles, aside)
+                _compile(model, manifest, backend, device, folder)
         _remove_oldest(root, keep=folder)
+
+
+def _compile(model: Model, manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:
+    tiles = torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
+    with new_bundle(folder) as aside:
+        compile_model(model, manifest, backend, tiles, aside)
+
+
+def _writable(root: Path | None) -> Path | None:
+    """Make the cache's folder; None, with a warning, where that cannot be."""
+    try:
+        if root is not None:
+            root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+            return root
+        reason = "there is no home folder"
+    except OSError as error:
+        reason = f"{root} cannot be written ({error.strerror or error})"
+    logger.warning(
+        "what is compiled is not kept, %s: name another folder in the environment variable NNTURBO_CACHE, or build a "
+        "bundle with nnturbo build",
+        reason,
+    )
+    return None
 
 
 def _is_whole(folder: Path) -> bool:
@@ -72,29 +104,24 @@ def _is_whole(folder: Path) -> bool:
 @contextlib.contextmanager
 def _locked(folder: Path, operation: int) -> Iterator[None]:
     """Hold a lock on a bundle: shared while it is used, exclusive while it is made or removed."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise OutputError(
-            f"compiled models are kept in {folder.parent}, which cannot be written ({error.strerror or error}): name "
-            "another folder in the environment variable NNTURBO_CACHE, or build a bundle with nnturbo build"
-        ) from error
-    with lock:
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, operation)
         yield
 
 
 def _remove_oldest(root: Path, *, keep: Path) -> None:
     """Remove what was not used for longest until the rest is small enough; what is in use stays."""
-    bundles = sorted(root.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-    sizes = {path.parent: sum(file.stat().st_size for file in path.parent.iterdir()) for path in bundles}
-    total = sum(sizes.values())
-    for folder, size in sizes.items():
+    found = []
+    for manifest in root.glob(f"{'[0-9a-f]' * KEY_LENGTH}/{MANIFEST}"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it at this moment
+            size = sum(file.stat().st_size for file in manifest.parent.iterdir())
+            found.append((manifest.stat().st_mtime, manifest.parent, size))
+    total = sum(size for _, _, size in found)
+    for _, folder, size in sorted(found):
         if total <= LARGEST_CACHE_BYTES:
             return
         if folder == keep:
             continue
         with contextlib.suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             total -= size

@@ -14,6 +14,7 @@ from typing import Any
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
 CLASSIFIERS = ("auto", "head", "lda")
+AGGREGATIONS = ("foreground", "mean")
 PHANTOMS, PHANTOM_SEED = 4, 11
 """What lower precision is measured on where no scans are given."""
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"nnturbo: {error}", sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        _say("nnturbo: interrupted; finished cases are kept, --continue_prediction goes on with the rest", sys.stderr)
+        kept = "; finished cases are kept, --continue_prediction goes on with the rest"
+        _say(f"nnturbo: interrupted{kept if options.run is _predict else ''}", sys.stderr)
         return 130
 
 
@@ -131,7 +133,7 @@ def _add_predict(commands: Any) -> None:
     add(
         "--aggregation",
         default="foreground",
-        choices=("foreground", "mean"),
+        choices=AGGREGATIONS,
         help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
     )
     predict.set_defaults(run=_predict)
@@ -154,6 +156,7 @@ def _add_build(commands: Any) -> None:
     add("--backend", default="auto", help="what to compile for; nnturbo inspect lists them (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(default: %(default)s)")
     add("--classifier", default="auto", choices=CLASSIFIERS, help="as in predict (default: %(default)s)")
+    add("--aggregation", default="foreground", choices=AGGREGATIONS, help="as in predict, with --whole-path")
     add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
     add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
     add(
@@ -189,6 +192,7 @@ def _build(options: argparse.Namespace) -> int:
             checkpoint=options.chk,
             configuration=options.c,
             classifier=options.classifier,
+            aggregation=options.aggregation,
         )
         return DONE
     with contextlib.ExitStack() as stack:
@@ -213,15 +217,18 @@ def _build(options: argparse.Namespace) -> int:
 
 def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
     """Find the scans to calibrate with; phantoms where none are given and labels may change."""
+    from .backends.choose import choose_device, choose_precision
     from .model import read_model
 
     plan = read_model(options.m, folds=options.f, checkpoint=options.chk, configuration=options.c).plan
     if options.calibration is not None:
         from .batch import find_cases
 
+        if not Path(options.calibration).is_dir():
+            raise ValueError(f"--calibration must be a folder of scans, {options.calibration} is none")
         cases = find_cases(Path(options.calibration), plan.file_ending)
         return [case.images for case in cases], "calibration scans"
-    if options.precision in ("auto", "fp32") or options.compute_capability:
+    if choose_precision(options.precision, choose_device(options.device)) == "fp32" or options.compute_capability:
         return [], ""
     if [channel.scheme for channel in plan.channels] != ["CTNormalization"]:
         raise ValueError(

@@ -16,9 +16,18 @@ from .backends import Backend, NetworkOutput
 from .backends.choose import choose_backend, choose_device, choose_precision
 from .backends.tensorrt import TensorRtBackend
 from .backends.torchscript import save_script, trace
-from .bundle import MANIFEST, compile_model, describe_gpus, describe_machine, new_bundle, plan_bundle, source_hashes
+from .bundle import (
+    MANIFEST,
+    compile_model,
+    describe_gpus,
+    describe_machine,
+    is_bundle,
+    new_bundle,
+    plan_bundle,
+    source_hashes,
+)
 from .engine import Engine, EngineOptions, Image
-from .errors import BackendUnavailable, BundleError
+from .errors import BackendUnavailable, BundleError, ModelError, OutputError
 from .files import write_json, written_atomically
 from .model import Model, read_model, with_classifier
 from .sliding_window import SlidingWindow
@@ -79,6 +88,10 @@ def build(
     """
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
+    if floor is not None and not calibration:
+        raise ValueError("a floor needs scans to measure the agreement on: give them as calibration")
+    if is_bundle(model):
+        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
     if compute_capabilities:
         target, precision, chosen = _choose_for_gpus(compute_capabilities, backend, precision)
         machine, calibration = describe_gpus(compute_capabilities), ()
@@ -93,9 +106,16 @@ def build(
             )
     read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
     loaded = with_classifier(read, classifier)
-    out = Path(out)
+    if calibration and loaded.plan.previous_stage is not None:
+        raise ValueError(
+            f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
+            "it: build it in fp32, without calibration"
+        )
+    out, int8 = Path(out), precision == "int8"
+    # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
+    measured = (calibration[1::2] or calibration) if int8 else calibration
     with new_bundle(out) as aside:
-        tiles = _calibration_tiles(loaded, calibration, target) if precision == "int8" else _example(loaded, target)
+        tiles = _calibration_tiles(loaded, calibration[::2], target) if int8 else _example(loaded, target)
         manifest = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, machine)
         manifest = compile_model(loaded, manifest, chosen, tiles, aside)
         if calibration:
@@ -111,7 +131,7 @@ def build(
                 options=EngineOptions(classifier=classifier),
             )
             agreement = measure_agreement(
-                reference, Engine.load(aside, device=device, mirror=False), calibration, calibration_name
+                reference, Engine.load(aside, device=device, mirror=False), measured, calibration_name
             )
             logger.info("%s: %s", out, agreement)
             _check_floor(agreement, FLOORS[precision] if floor is None else floor, precision)
@@ -173,12 +193,19 @@ def build_whole_path(
     )
     network = trace(read, _example(read, choose_device(device)), "fp32")
     script = whole_path(network, read.plan, read.mirror_axes, aggregation)
-    with written_atomically(out) as temporary:
+    if Path(out).is_dir():
+        raise OutputError(f"{out} must be a file to write, it is a folder")
+    with written_atomically(out, ending=".ts") as temporary:
         save_script(script, temporary)
     return Path(out)
 
 
 def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
+    if agreement.lowest_dice is None:
+        raise BundleError(
+            f"the {agreement.what} must show what the model segments, neither fp32 nor {precision} finds any of it "
+            "there: give other scans as calibration"
+        )
     if agreement.lowest_dice < floor:
         raise BundleError(
             f"{precision} must agree with fp32 to a Dice of {floor:g} for every label, it does to "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from .backends import Runner
 from .backends.choose import choose_backend, choose_device, choose_precision
 from .bundle import bundle_model, check_machine, describe_machine, is_bundle, plan_bundle, read_manifest, source_hashes
-from .errors import BundleError, VolumeError
+from .errors import BundleError, EngineError, VolumeError
 from .labels import segment
 from .model import Model, read_model, with_classifier
 from .prediction import Prediction
@@ -32,6 +32,7 @@ Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
 
 CLASSIFIERS = ("auto", "head", "lda")
+DEFAULT_CHECKPOINT = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class Engine:
         model: str | os.PathLike[str],
         *,
         folds: Sequence[int | str] | None = None,
-        checkpoint: str = "checkpoint_final.pth",
+        checkpoint: str = DEFAULT_CHECKPOINT,
         configuration: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
@@ -125,7 +126,15 @@ class Engine:
         """
         options = options or EngineOptions()
         if is_bundle(model):
-            opened = _open_bundle(Path(model), folds, configuration, backend, precision, device, options.classifier)
+            asked = {
+                "folds": None if folds is None else sorted(map(str, folds)),
+                "checkpoint": None if checkpoint == DEFAULT_CHECKPOINT else checkpoint,
+                "configuration": configuration,
+                "backend": None if backend == "auto" else backend,
+                "precision": None if precision == "auto" else precision,
+                "classifier": None if options.classifier == "auto" else options.classifier,
+            }
+            opened = _open_bundle(Path(model), asked, device)
         else:
             read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
             opened = _open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
@@ -284,31 +293,34 @@ def _open_model(model: Model, checkpoint: str, backend: str, precision: str, dev
     return _Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
 
 
-def _open_bundle(
-    folder: Path,
-    folds: Sequence[int | str] | None,
-    configuration: str | None,
-    backend: str,
-    precision: str,
-    device: str,
-    classifier: str,
-) -> _Opened:
-    """Verify a bundle and load what was compiled; arguments may only repeat what it was built for."""
+def _open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> _Opened:
+    """Verify a bundle and load what was compiled.
+
+    Args:
+        folder: The bundle.
+        asked: Arguments of `Engine.load`, None where they were left out; they may only repeat what it was built for.
+        device: Where to run.
+    """
     manifest = read_manifest(folder)
-    asked = {
-        "folds": (None if folds is None else tuple(map(str, folds)), manifest.folds),
-        "configuration": (configuration, manifest.configuration),
-        "backend": (backend if backend != "auto" else None, manifest.backend),
-        "precision": (precision if precision != "auto" else None, manifest.precision),
-        "classifier": (classifier if classifier != "auto" and manifest.classifier else None, manifest.classifier),
-    }
-    for name, (wanted, built) in asked.items():
-        if wanted is not None and wanted != built:
-            raise BundleError(f"{folder} was built with {name} {built}, not {wanted}: build another bundle for that")
-    target = choose_device(str(manifest.machine.get("device", "cpu")) if device == "auto" else device)
+    model = bundle_model(manifest, folder)
+    built = {
+        "folds": sorted(manifest.folds),
+        "checkpoint": asked["checkpoint"] if any(asked["checkpoint"] == Path(name).name for name in manifest.source)
+        else DEFAULT_CHECKPOINT,
+        "configuration": manifest.configuration,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "classifier": manifest.classifier or asked["classifier"],
+    }  # fmt: skip
+    for name, wanted in asked.items():
+        if wanted is not None and wanted != built[name]:
+            raise BundleError(
+                f"{folder} was built with {name} {_in_words(built[name])}, not {_in_words(wanted)}: build another "
+                "bundle for that"
+            )
+    target = choose_device(manifest.machine.get("device", "cpu") if device == "auto" else device)
     chosen = choose_backend(manifest.backend, target, manifest.precision)
     check_machine(manifest, chosen, target, folder)
-    model = bundle_model(manifest, folder)
     provenance = {
         "source": dict(manifest.source),
         "backend": manifest.backend,
@@ -317,8 +329,20 @@ def _open_bundle(
     }
     if manifest.classifier is not None:
         provenance["classifier"] = manifest.classifier
-    runner = chosen.load(model, folder, target, manifest.precision)
+    try:
+        runner = chosen.load(model, folder, target, manifest.precision)
+    except EngineError:
+        raise
+    except Exception as error:  # whatever a runtime raises for files it cannot read
+        reason = str(error).strip().partition("\n")[0]
+        raise BundleError(
+            f"{chosen.name} cannot load {folder}: {reason:.200}. Build it anew, with the versions installed here"
+        ) from error
     return _Opened(model=model, runner=runner, device=target, provenance=provenance)
+
+
+def _in_words(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
 
 
 def _views(model: Model) -> tuple[tuple[int, ...], ...]:

@@ -13,9 +13,14 @@ from typing import Any
 from .errors import OutputError
 
 
-def cache_root() -> Path:
-    """Where compiled models are kept: `~/.cache/nnturbo`, or the folder that NNTURBO_CACHE names."""
-    return Path(os.environ.get("NNTURBO_CACHE") or Path.home() / ".cache" / "nnturbo")
+def cache_root() -> Path | None:
+    """Where compiled models are kept: what NNTURBO_CACHE names, or `~/.cache/nnturbo`; None for a user without home."""
+    if named := os.environ.get("NNTURBO_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "nnturbo"
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager

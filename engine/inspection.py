@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from .agreement import Agreement
-from .backends.choose import PRECISIONS, backends
-from .bundle import Manifest, bundle_model, is_bundle, read_manifest
+from .backends.choose import PRECISIONS, backends, choose_backend, choose_device
+from .bundle import Manifest, bundle_model, check_machine, is_bundle, read_manifest
+from .errors import BackendUnavailable, BundleError
 from .inference import inference_network
 from .model import Model, read_model
 from .plans import Architecture
@@ -31,7 +31,8 @@ def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tu
     """
     if is_bundle(path):
         manifest = read_manifest(Path(path))
-        return [*_model_rows(bundle_model(manifest, Path(path))), *_bundle_rows(manifest)]
+        model_rows = _model_rows(bundle_model(manifest, Path(path)))
+        return [*model_rows, *_bundle_rows(manifest), ("here", _runs_here(manifest, Path(path)))]
     model = read_model(path, configuration=configuration)
     inference_network(model)  # says here what would stop a prediction
     return [*_model_rows(model), *_fitted_rows(model), *_backend_rows()]
@@ -67,8 +68,7 @@ def _model_rows(model: Model) -> list[tuple[str, str]]:
 def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
     agreement = "not measured: no scans to compare on, or built for a GPU that was not there"
     if manifest.agreement is not None:
-        known = {field.name for field in fields(Agreement)}
-        agreement = str(Agreement(**{key: value for key, value in manifest.agreement.items() if key in known}))
+        agreement = str(Agreement.parse(manifest.agreement))
     rows = [
         ("built for", f"{manifest.backend} in {manifest.precision}"),
         ("machine", ", ".join(f"{key} {value}" for key, value in manifest.machine.items())),
@@ -78,6 +78,17 @@ def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
         *((f"file {name}", digest) for name, digest in manifest.files.items()),
     ]
     return rows if manifest.classifier is None else [*rows, ("classifier", manifest.classifier)]
+
+
+def _runs_here(manifest: Manifest, folder: Path) -> str:
+    """Whether a bundle runs on this machine, and if not, why."""
+    try:
+        device = choose_device(manifest.machine.get("device", "cpu"))
+        backend = choose_backend(manifest.backend, device, manifest.precision)
+        check_machine(manifest, backend, device, folder)
+    except (BackendUnavailable, BundleError, ValueError) as error:
+        return f"does not run: {error}"
+    return "runs"
 
 
 def _backend_rows() -> list[tuple[str, str]]:

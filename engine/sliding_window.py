@@ -194,14 +194,14 @@ def _add_tile(
         with timings("network"):
             try:
                 output = runner(batch[:, :, 0] if window.slicewise else batch)
-                logits = output.seg_logits.to(device)
+                logits = output.seg_logits.to(device).reshape(len(views), len(sums), *size)
                 if votes is not None:
                     votes.add(output)
             except RuntimeError as error:  # torch's own, running out of memory among them
                 reason = str(error).strip().partition("\n")[0]
                 raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
         with timings("stitch"):
-            accumulate_views(logits.reshape(len(views), -1, *size), views, (wz, wy, wx), out=place)
+            accumulate_views(logits, views, (wz, wy, wx), out=place)
 
 
 def _check_finite(logits: Tensor) -> None:

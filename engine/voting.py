@@ -39,6 +39,10 @@ class Votes:
         """Take one or more views of a tile; all views of one tile come before those of the next."""
         if output.class_logits is None:
             raise PredictionError("the network must give class logits, as the plan says; its backend gave none")
+        if (classes := output.class_logits.shape[-1]) != self._scheme.num_classes:
+            raise PredictionError(
+                f"the network must give logits of the plan's {self._scheme.num_classes} classes, it gave {classes}"
+            )
         self._logits.append(output.class_logits.float())
         if self._by_foreground:
             # View by view: for many labels, what the softmax needs is large.

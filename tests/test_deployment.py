@@ -6,18 +6,25 @@ from pathlib import Path
 import pytest
 from nnturbo.engine import build
 
-from tests.engine.factory import multi_task, plans_json, write_model
+from tests.engine.factory import dataset_json, multi_task, plans_json, write_model
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
 
 
-@pytest.mark.parametrize("plans", [plans_json(), multi_task(plans_json())], ids=["single", "multi"])
-def test_the_triton_repository_describes_the_network(tmp_path, monkeypatch, plans):
+REGIONS = dataset_json(labels={"background": 0, "whole": [1, 2], "lesion": 2}, regions_class_order=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("plans", "dataset"),
+    [(plans_json(), dataset_json()), (multi_task(plans_json()), dataset_json()), (plans_json(), REGIONS)],
+    ids=["single", "multi", "regions"],
+)
+def test_the_triton_repository_describes_the_network(tmp_path, monkeypatch, plans, dataset):
     onnx = pytest.importorskip("onnx", reason="exports ONNX")
     pytest.importorskip("onnxscript", reason="exports ONNX")
     pytest.importorskip("onnxruntime", reason="builds a bundle for it")
     monkeypatch.chdir(tmp_path)
-    build(write_model(tmp_path / "m", plans=plans), "BUNDLE", backend="onnx", device="cpu")
+    build(write_model(tmp_path / "m", plans=plans, dataset=dataset), "BUNDLE", backend="onnx", device="cpu")
     (program,) = re.findall(r"```python\n(import json.*?)```", DOCUMENT.read_text(), re.DOTALL)
     exec(program, {})
     config = (tmp_path / "repository" / "pancreas" / "config.pbtxt").read_text()

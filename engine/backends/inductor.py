@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BackendUnavailable
 from ..inference import inference_network, with_low_convolutions
 from ..model import Model
 from . import NetworkOutput
@@ -45,12 +46,12 @@ class InductorBackend:
         """Return why it cannot run in this precision on this device, or None."""
         if device.type not in ("cpu", "cuda"):
             return f"it runs on CPUs and CUDA devices, not on {device.type}"
-        if shutil.which("g++") is None:
-            return "it compiles with g++, and there is none: install a C++ compiler"
         return refuse_half_on_cpu(device, precision)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Compile to `network.pt2`, for this machine's instructions and one tile, and write `path.ts`."""
+        if shutil.which("g++") is None:
+            raise BackendUnavailable("inductor compiles with g++, and there is none: install a C++ compiler")
         from torch._inductor import aoti_compile_and_package
 
         network = inference_network(model)

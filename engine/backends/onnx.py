@@ -31,7 +31,10 @@ class OnnxRunner:
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32."""
-        outputs = self._session.run(None, {INPUT: np.ascontiguousarray(tiles.cpu().numpy())})
+        try:
+            outputs = self._session.run(None, {INPUT: np.ascontiguousarray(tiles.cpu().numpy())})
+        except Exception as error:  # ONNX Runtime's own, which have no common base but this
+            raise RuntimeError(f"ONNX Runtime: {error}") from error
         return NetworkOutput(*map(torch.from_numpy, outputs))
 
 
@@ -48,8 +51,8 @@ class OnnxBackend:
             return f"it runs in fp32, not in {precision}"
         if device.type not in PROVIDERS:
             return f"it runs on CPUs and CUDA devices, not on {device.type}"
-        if missing := missing_packages("onnxruntime"):
-            return missing
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "ONNX Runtime is not installed: pip install 'nnturbo[onnx]'"
         import onnxruntime
 
         if PROVIDERS[device.type] not in onnxruntime.get_available_providers():
@@ -71,12 +74,6 @@ class OnnxBackend:
         return OnnxRunner(onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device.type]]))
 
 
-def missing_packages(*packages: str) -> str | None:
-    """Say which of the packages that ONNX needs are not installed, in words, or None."""
-    missing = [name for name in ("onnx", "onnxscript", *packages) if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed: pip install 'nnturbo[onnx]'" if missing else None
-
-
 def export_onnx(network: InferenceNetwork, tiles: Tensor, path: Path) -> None:
     """Write a network as ONNX, for 1 to 64 tiles at once.
 
@@ -88,8 +85,8 @@ def export_onnx(network: InferenceNetwork, tiles: Tensor, path: Path) -> None:
     Raises:
         BackendUnavailable: Where onnx or onnxscript are not installed.
     """
-    if missing := missing_packages():
-        raise BackendUnavailable(missing)
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise BackendUnavailable(f"{', '.join(missing)} not installed: pip install 'nnturbo[onnx]'")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

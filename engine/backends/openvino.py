@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from ..errors import BackendUnavailable
 from ..inference import inference_network
 from ..model import Model
 from . import NetworkOutput
+from .quantization import quantize
 
 FILE = "network.xml"
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""What is not quantised in an int8 network runs in float32."""
 
 
 def _openvino() -> Any:
@@ -33,6 +37,7 @@ class OpenVinoRunner:
 
     def __init__(self, request: Any) -> None:
         self._request = request
+        self._one_at_a_time = threading.Lock()  # the request holds input and output of one tile
         self._outputs = len(request.model_outputs)
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
@@ -41,9 +46,10 @@ class OpenVinoRunner:
         return NetworkOutput(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)))
 
     def _run(self, tile: np.ndarray) -> list[np.ndarray]:
-        self._request.infer([np.ascontiguousarray(tile[None])], share_inputs=True)
-        # Copies: the next call writes to the same memory.
-        return [self._request.get_output_tensor(index).data.copy() for index in range(self._outputs)]
+        with self._one_at_a_time:
+            self._request.infer([np.ascontiguousarray(tile[None])], share_inputs=True)
+            # Copies: the next call writes to the same memory.
+            return [self._request.get_output_tensor(index).data.copy() for index in range(self._outputs)]
 
 
 class OpenVinoBackend:
@@ -66,29 +72,33 @@ class OpenVinoBackend:
         return None
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Convert to `network.xml` and `network.bin`, for one tile, with weights in fp32."""
+        """Convert to `network.xml` and `network.bin`, for one tile; weights in fp32, or quantised with the tiles."""
         openvino = _openvino()
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch about itself
             exported = torch.export.export(inference_network(model), (tiles[:1],), strict=False)
             converted = openvino.convert_model(exported)
         converted.reshape([1, *tiles.shape[1:]])
+        if precision == "int8":
+            converted = quantize(converted, [tile[None] for tile in tiles.cpu().numpy()], _segmentation)
         openvino.save_model(converted, str(folder / FILE), compress_to_fp16=False)
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> OpenVinoRunner:
         """Compile for this CPU, with as many threads as torch has."""
         assert folder is not None  # it compiles
-        compiled = (
-            _openvino()
-            .Core()
-            .compile_model(
-                str(folder / FILE),
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": HINTS[precision],
-                    "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                },
-            )
-        )
-        return OpenVinoRunner(compiled.create_infer_request())
+        return OpenVinoRunner(_compiled(folder / FILE, precision).create_infer_request())
+
+
+def _compiled(model: Any, precision: str) -> Any:
+    options = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return _openvino().Core().compile_model(str(model) if isinstance(model, Path) else model, "CPU", options)
+
+
+def _segmentation(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Run a model on one tile for its segmentation logits."""
+    runner = OpenVinoRunner(_compiled(model, "int8").create_infer_request())
+    return lambda tile: runner(torch.from_numpy(tile)).seg_logits.numpy()

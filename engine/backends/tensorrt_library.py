@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,7 +236,7 @@ def _log(name: str) -> Any:
 
 def cache_file(name: str) -> Path:
     """Where something lies that only saves time, beside the compiled models."""
-    return cache_root() / name
+    return (cache_root() or Path(tempfile.gettempdir())) / name
 
 
 def _read_or_empty(path: Path) -> bytes:

@@ -114,14 +114,16 @@ class TestChoice:
         assert all(answer is None or (isinstance(answer, str) and len(answer) > 10) for answer in answers.values())
         assert any(answer is not None for answer in answers.values())  # none does everything
 
-    def test_inductor_needs_a_compiler(self, monkeypatch):
+    def test_inductor_needs_a_compiler_to_build_and_not_to_run(self, monkeypatch, tmp_path):
         monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
-        assert "install a C++ compiler" in backends()["inductor"].unavailable(CPU, "fp32")
+        model = model_of(tmp_path, plans_json())
+        assert backends()["inductor"].unavailable(CPU, "fp32") is None
+        with pytest.raises(BackendUnavailable, match=r"there is none: install a C\+\+ compiler"):
+            backends()["inductor"].build(model, torch.zeros(2, 1, 8, 12, 16), "fp32", tmp_path)
 
     def test_onnx_names_the_packages_that_are_missing(self, monkeypatch, tmp_path):
         monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
-        reason = "onnx, onnxscript, onnxruntime not installed: pip install 'nnturbo\\[onnx\\]'"
-        with pytest.raises(BackendUnavailable, match=reason):
+        with pytest.raises(BackendUnavailable, match=r"ONNX Runtime is not installed: pip install 'nnturbo\[onnx\]'"):
             choose.choose_backend("onnx", CPU, "fp32")
         model = model_of(tmp_path, plans_json())
         with pytest.raises(BackendUnavailable, match="onnx, onnxscript not installed"):

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from nnturbo.engine import (
     EngineOptions,
     ModelError,
     OutputError,
+    Prediction,
+    PredictionError,
     Volume,
+    VolumeError,
     build,
     compilation,
 )
 from nnturbo.engine import bundle as bundle_module
+from nnturbo.engine.agreement import Agreement, measure_agreement
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundle import MANIFEST, is_bundle, read_manifest, sha256
 from nnturbo.engine.compilation import CALIBRATION_TILES, _calibration_tiles
@@ -105,7 +110,11 @@ class TestUse:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"folds": [0]}, r"built with folds \('0', '1'\), not \('0',\)"),
+            ({"folds": [0]}, "built with folds 0, 1, not 0"),
+            (
+                {"checkpoint": "checkpoint_best.pth"},
+                "built with checkpoint checkpoint_final.pth, not checkpoint_best.pth",
+            ),
             ({"configuration": "2d"}, "built with configuration 3d_fullres, not 2d"),
             ({"backend": "torch"}, "built with backend torchscript, not torch"),
             ({"precision": "bf16"}, "built with precision fp32, not bf16"),
@@ -120,7 +129,8 @@ class TestUse:
     def test_repeating_what_it_was_built_for_is_fine(self, kept, scan):
         engine = Engine.load(
             kept,
-            folds=[0, "1"],
+            folds=["1", 0],
+            checkpoint="checkpoint_final.pth",
             configuration="3d_fullres",
             backend="torchscript",
             precision="fp32",
@@ -160,6 +170,27 @@ class TestDamage:
         with pytest.raises(BundleError, match=r"must hold '\.\./other'"):
             Engine.load(bundle)
 
+    def test_an_artefact_that_nothing_vouches_for(self, bundle):
+        change(bundle, files={})
+        with pytest.raises(BundleError, match=r"and nothing else, it holds 'network\.ts': nothing vouches for that"):
+            Engine.load(bundle)
+
+    @pytest.mark.parametrize("backend", [name for name in backends() if name not in ("tensorrt", "torch_tensorrt")])
+    def test_an_artefact_that_was_damaged_before_it_was_hashed(self, bundle, backend):
+        if reason := backends()[backend].unavailable(torch.device("cpu"), "fp32"):
+            pytest.skip(reason)
+        for path in bundle.iterdir():
+            if path.name != MANIFEST:
+                path.unlink()
+        names = ("network.ts", "network.pt2", "network.xml", "network.bin", "network.onnx", "fold_0.pth", "fold_1.pth")
+        for name in names:
+            (bundle / name).write_bytes(b"no network")
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        here = {**manifest["machine"], **bundle_module.describe_machine(torch.device("cpu"))}
+        change(bundle, backend=backend, machine=here, files={name: sha256(bundle / name) for name in names})
+        with pytest.raises(ModelError, match=f"{backend} cannot load|fold_0.pth must"):
+            Engine.load(bundle)
+
     def test_a_newer_schema(self, bundle):
         change(bundle, schema=2)
         with pytest.raises(BundleError, match="schema 2, this nnturbo knows up to 1: update nnturbo"):
@@ -185,19 +216,40 @@ class TestDamage:
         ("values", "message"),
         [
             ({"folds": "0"}, "folds must be a list"),
-            ({"folds": ["../0"]}, "folds must be names"),
+            ({"folds": ["../0"]}, "folds must be one or more names"),
+            ({"folds": []}, "folds must be one or more names"),
+            ({"mirror_axes": [0, 0]}, "mirror_axes must be among 0, 1, 2 and differ"),
+            ({"schema": 0}, "must have a schema from 1 on"),
+            ({"precision": "fp8"}, "in fp8, which this nnturbo lacks"),
+            ({"machine": {"device": 1}}, "machine must be described in words"),
             ({"mirror_axes": [3]}, "mirror_axes must be among 0, 1, 2"),
             ({"plans": None}, "plans must be a dict"),
             ({"plans": {}}, "configurations"),
             ({"extra": 1}, "too much or too little: extra"),
-            ({"backend": "magic"}, "backend must be auto or one of"),
+            ({"backend": "magic"}, "was built for magic in fp32, which this nnturbo lacks"),
+            ({"backend": "auto"}, "was built for auto in fp32, which this nnturbo lacks"),
             ({"precision": "fp16"}, "fp16 needs a GPU"),
         ],
     )
     def test_values_that_cannot_be(self, bundle, values, message):
         change(bundle, **values)
-        with pytest.raises((ModelError, BackendUnavailable, ValueError), match=message):
+        with pytest.raises((ModelError, BackendUnavailable), match=message):
             Engine.load(bundle)
+
+    @pytest.mark.parametrize("change_of", ["labels", "class names"])
+    def test_a_network_that_gives_something_else_than_the_plan_says(self, bundle, scan, change_of):
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        if change_of == "labels":
+            manifest["dataset"]["labels"]["more"] = 3
+            message = "the network failed on a tile"
+        else:
+            arguments = manifest["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+            arguments["head"]["class_names"].append("more")
+            message = "logits of the plan's 4 classes, it gave 3"
+        change(bundle, **manifest)
+        engine = Engine.load(bundle, mirror=False)
+        with pytest.raises(PredictionError, match=message):
+            engine.predict(scan)
 
     def test_a_large_manifest_is_not_read(self, bundle, monkeypatch):
         monkeypatch.setattr(bundle_module, "LARGEST_MANIFEST_BYTES", 100)
@@ -256,12 +308,20 @@ class TestBuild:
     @pytest.mark.parametrize("floor", [-0.1, 1.1])
     def test_a_floor_is_a_dice(self, model, tmp_path, floor):
         with pytest.raises(ValueError, match="floor must be a Dice from 0 to 1"):
-            build(model, tmp_path / "b", device="cpu", floor=floor)
+            build(model, tmp_path / "b", device="cpu", floor=floor, calibration=["scan"])
 
     def test_a_backend_that_is_not_there(self, model, tmp_path):
         with pytest.raises(BackendUnavailable, match="fp16 needs a GPU"):
             build(model, tmp_path / "b", backend="torch", device="cpu", precision="fp16")
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_bundle_is_no_model_to_build_from(self, kept, tmp_path):
+        with pytest.raises(ModelError, match="is a bundle already; build from the model folder"):
+            build(kept, tmp_path / "b", backend="torch", device="cpu")
+
+    def test_what_an_earlier_build_left_is_no_obstacle(self, model, tmp_path):
+        (tmp_path / ".writing-b-left").mkdir()
+        assert is_bundle(build(model, tmp_path / "b", backend="torch", device="cpu"))
 
     def test_it_is_a_bundle_and_the_model_is_none(self, kept, model, tmp_path):
         assert is_bundle(kept)
@@ -316,11 +376,73 @@ class TestAgreement:
         assert set(agreement["dice"].values()) == {1.0}
         assert agreement["same_class"] == 1
 
+    def test_labels_that_no_scan_shows_are_not_called_equal(self, model, tmp_path):
+        def scan_of(*labels):
+            return Prediction(
+                segmentation=np.array([[labels]], np.uint8),
+                probabilities=None,
+                geometry=None,
+                labels=None,
+                timings={},
+                warnings=(),
+                provenance={},
+                properties={},
+                classification=None,
+            )
+
+        class Fixed:
+            model = read_model(write_model(tmp_path / "plain"))
+            class_names = None
+
+            def __init__(self, answer):
+                self.answer = answer
+
+            def predict(self, image):
+                return self.answer
+
+        seen = measure_agreement(Fixed(scan_of(0, 1, 1)), Fixed(scan_of(0, 1, 0)), ["scan"], "scans")
+        assert seen.dice == {"pancreas": pytest.approx(2 / 3), "lesion": None}
+        assert seen.lowest_dice == pytest.approx(2 / 3)
+        assert "pancreas 0.6667, lesion not seen" in str(seen)
+        nothing = measure_agreement(Fixed(scan_of(0, 0)), Fixed(scan_of(0, 0)), ["scan"], "scans")
+        assert nothing.lowest_dice is None
+        with pytest.raises(BundleError, match="the scans must show what the model segments"):
+            compilation._check_floor(nothing, 0.0, "bf16")
+
+    @pytest.mark.parametrize("content", [{}, [], {"scans": 1}, None])
+    def test_what_is_no_agreement(self, kept, content):
+        with pytest.raises(BundleError, match="a bundle's agreement must have scans, voxels"):
+            Agreement.parse(content)
+
+    @pytest.mark.parametrize("change_of", [{"voxels": "1"}, {"dice": {"a": "1"}}, {"same_class": 0.5}])
+    def test_values_that_no_agreement_has(self, change_of):
+        good = {"scans": 1, "voxels": 1, "different": 0, "dice": {"a": None}, "same_class": None, "what": "scans"}
+        assert asdict(Agreement.parse(good)) == good
+        with pytest.raises(BundleError, match="a bundle's agreement: "):
+            Agreement.parse({**good, **change_of})
+
+    def test_int8_is_measured_on_scans_that_did_not_calibrate_it(self, model, tmp_path, monkeypatch):
+        calibrated, measured = [], []
+        monkeypatch.setattr(compilation, "choose_backend", lambda *_: backends()["torch"])
+        monkeypatch.setattr(
+            compilation,
+            "_calibration_tiles",
+            lambda _, scans, __: calibrated.extend(scans) or torch.zeros(2, 1, 8, 12, 16),
+        )
+        monkeypatch.setattr(compilation, "measure_agreement", lambda _, __, scans, ___: measured.extend(scans) or 1 / 0)
+        monkeypatch.setattr(Engine, "load", lambda *_, **__: None)
+        with pytest.raises(ZeroDivisionError):
+            build(model, tmp_path / "b", precision="int8", device="cpu", calibration=["a", "b", "c", "d", "e"])
+        assert (calibrated, measured) == (["a", "c", "e"], ["b", "d"])
+
+    def test_a_floor_needs_scans(self, model, tmp_path):
+        with pytest.raises(ValueError, match="a floor needs scans"):
+            build(model, tmp_path / "b", device="cpu", floor=0.9)
+
     def test_scans_that_do_not_fit_are_named(self, model, tmp_path):
         two = Volume.from_array(np.zeros((2, 9, 9, 9), np.int16), SPACING, name="two channels")
-        with pytest.raises(Exception, match="two channels") as caught:
+        with pytest.raises(VolumeError, match="two channels"):
             build(model, tmp_path / "b", backend="torch", device="cpu", calibration=[two])
-        assert type(caught.value).__name__ == "VolumeError"
         assert list(tmp_path.iterdir()) == []
 
 

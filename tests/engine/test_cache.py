@@ -1,10 +1,12 @@
 import multiprocessing
 import os
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from nnturbo.engine import Engine, OutputError, Volume
+from nnturbo.engine import Engine, Volume
 from nnturbo.engine import cache as cache_module
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundle import MANIFEST
@@ -130,11 +132,46 @@ def test_processes_that_start_together_compile_once(root, model):
     assert not list(root.glob(".writing-*"))
 
 
-def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
+def test_without_a_cache_it_is_compiled_each_time_and_that_is_said(model, tmp_path, monkeypatch, builds, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NNTURBO_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(OutputError, match="name another folder in the environment variable NNTURBO_CACHE"):
-        load(model)
+    expected = Engine.load(model, device="cpu", backend="torch", mirror=False).predict(SCAN)
+    for _ in range(2):
+        assert np.array_equal(load(model).predict(SCAN).segmentation, expected.segmentation)
+    assert len(builds) == 2
+    assert "what is compiled is not kept" in caplog.text
+    assert "name another folder in the environment variable NNTURBO_CACHE" in caplog.text
+
+
+def test_without_a_home_folder_too(model, monkeypatch, builds, caplog):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NNTURBO_CACHE")
+    monkeypatch.setattr(Path, "home", nobody)
+    load(model)
+    assert "there is no home folder" in caplog.text
+
+
+def test_what_an_interrupted_build_left_goes(root, model, builds):
+    load(model)
+    (folder,) = bundles(root)
+    left = root / f".writing-{folder.name}-abc"
+    left.mkdir()
+    (folder / MANIFEST).unlink()
+    load(model)
+    assert not left.exists()
+    assert bundles(root) == [folder]
+
+
+def test_folders_of_others_stay(root, model, monkeypatch):
+    load(model)
+    other = root / "mine"
+    shutil.copytree(bundles(root)[0], other)
+    monkeypatch.setattr(cache_module, "LARGEST_CACHE_BYTES", 0)
+    load(write_model(root.parent / "m2", checkpoint={"inference_allowed_mirroring_axes": (2,)}))
+    assert other.is_dir()
+    assert len(bundles(root)) == 2  # that, and what was made last
 
 
 def test_int8_is_not_made_on_the_fly(model, root):

@@ -1,0 +1,167 @@
+import importlib.util
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from nnturbo.engine import BackendUnavailable, Engine, Volume, build
+from nnturbo.engine.backends import quantization
+from nnturbo.engine.backends.choose import backends
+from nnturbo.engine.backends.openvino import OpenVinoBackend
+from nnturbo.engine.bundle import read_manifest
+from nnturbo.engine.inference import inference_network
+from nnturbo.engine.model import read_model
+
+from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
+
+openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
+
+CPU = torch.device("cpu")
+needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
+
+
+def runner_of(model, folder, precision="fp32", tiles=None):
+    backend = OpenVinoBackend()
+    tiles = torch.zeros(2, 1, *model.plan.patch_size) if tiles is None else tiles
+    backend.build(model, tiles, precision, folder)
+    return backend.load(model, folder, CPU, precision)
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [plans_json(), multi_task(plans_json(), kind="attention"), multi_task(plans_2d())],
+    ids=["single", "multi", "2d"],
+)
+def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, plans):
+    model = read_model(write_model(tmp_path / "m", plans=plans, folds=("0", "1")))
+    runner, network = runner_of(model, tmp_path), inference_network(model)
+    first = None
+    for count in (1, 3):
+        tiles = torch.randn(count, 1, *model.plan.patch_size)
+        output, expected = runner(tiles), network(tiles)
+        assert torch.allclose(output.seg_logits, expected[0], atol=1e-4)
+        assert output.seg_logits.std() > 0.01
+        if model.plan.classification is None:
+            assert output.class_logits is None
+        else:
+            assert torch.allclose(output.class_logits, expected[1], atol=1e-4)
+        if first is None:
+            first, copy = output.seg_logits, output.seg_logits.clone()
+    assert torch.equal(first, copy)  # later calls leave it alone
+
+
+def test_a_model_is_compiled_on_the_fly_and_labels_are_torchs(tmp_path):
+    model = write_model(tmp_path / "m")
+    scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
+    expected = Engine.load(model, device="cpu", backend="torch").predict(scan).segmentation
+    prediction = Engine.load(model, device="cpu", backend="openvino").predict(scan)
+    assert prediction.provenance["backend"] == "openvino"
+    assert np.count_nonzero(prediction.segmentation != expected) <= 1
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "reason"),
+    [
+        ("cuda", "fp32", "it runs on CPUs here, not on cuda"),
+        ("cpu", "fp16", "it runs in fp32, bf16, int8, not in fp16"),
+    ],
+)
+def test_where_it_cannot_run(device, precision, reason):
+    assert OpenVinoBackend().unavailable(torch.device(device), precision) == reason
+
+
+def test_bf16_needs_a_cpu_that_has_it():
+    capable = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    reason = OpenVinoBackend().unavailable(CPU, "bf16")
+    assert reason is None if capable else "has no bf16 instructions" in reason
+
+
+def test_a_broken_openvino_is_named(monkeypatch, tmp_path):
+    model = read_model(write_model(tmp_path / "m"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendUnavailable, match="OpenVINO is not installed"):
+        runner_of(model, tmp_path)
+
+
+def test_two_threads_do_not_mix_their_tiles(tmp_path):
+    model = read_model(write_model(tmp_path / "m"))
+    runner = runner_of(model, tmp_path)
+    tiles = torch.randn(40, 1, 8, 12, 16)
+    expected = runner(tiles).seg_logits
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda tile: runner(tile[None]).seg_logits, tiles))
+    assert torch.equal(torch.cat(outputs), expected)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("int8") / "m", plans=multi_task(plans_json()))
+
+
+@needs_nncf
+class TestInt8:
+    def kinds(self, folder):
+        """Types of operations, and which convolutions read quantised values."""
+        network = openvino.Core().read_model(folder / "network.xml")
+        operations = network.get_ordered_ops()
+        convolutions = [node for node in operations if node.get_type_name() in quantization.CONVOLUTIONS]
+        return [node.get_type_name() for node in operations], [
+            node.input_value(0).get_node().get_type_name() == "FakeQuantize" for node in convolutions
+        ]
+
+    def test_convolutions_are_quantised_but_the_first_and_the_last(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(quantization, "WANTED_DICE", 0.0)
+        tiles = torch.randn(6, 1, 8, 12, 16)
+        loaded = read_model(model)
+        output = runner_of(loaded, tmp_path, "int8", tiles)(tiles)
+        _, quantised = self.kinds(tmp_path)
+        assert not quantised[0]
+        assert not quantised[-1]
+        assert any(quantised)
+        seg_logits, _ = inference_network(loaded)(tiles)
+        same = (output.seg_logits.argmax(1) == seg_logits.argmax(1)).float().mean()
+        assert 0.9 < same < 1
+
+    def test_more_stay_in_float_where_labels_need_it(self, model, tmp_path, monkeypatch, caplog):
+        counts = {}
+        tiles = torch.randn(4, 1, 8, 12, 16)
+        for wanted in (0.0, 2.0):
+            monkeypatch.setattr(quantization, "WANTED_DICE", wanted)
+            (folder := tmp_path / str(wanted)).mkdir()
+            caplog.clear()
+            with caplog.at_level(logging.INFO):
+                runner_of(read_model(model), folder, "int8", tiles)
+            counts[wanted] = caplog.text.count("Dice")
+            dice = [float(line.split("Dice ")[1].split()[0]) for line in caplog.messages]
+            assert all(0 < value <= 1 for value in dice)
+        assert counts == {0.0: 1, 2.0: 2}  # the first will do; none will, and a third would keep all in float
+
+    def test_the_bundle_says_what_it_costs_and_says_nothing_to_the_terminal(self, model, tmp_path, capsys):
+        scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
+        out = build(
+            model, tmp_path / "b", backend="openvino", precision="int8", device="cpu", calibration=[scan], floor=0.1
+        )
+        assert capsys.readouterr() == ("", "")
+        agreement = read_manifest(out).agreement
+        assert agreement["different"] > 0
+        assert Engine.load(out, mirror=False).predict(scan).provenance["precision"] == "int8"
+
+    def test_without_nncf_it_cannot_be_built_but_run(self, model, tmp_path, monkeypatch):
+        tiles = torch.randn(2, 1, 8, 12, 16)
+        runner_of(read_model(model), tmp_path, "int8", tiles)
+        monkeypatch.setitem(sys.modules, "nncf", None)
+        assert OpenVinoBackend().load(read_model(model), tmp_path, CPU, "int8")(tiles).seg_logits.shape[1] == 3
+        with pytest.raises(BackendUnavailable, match="int8 needs NNCF to build"):
+            runner_of(read_model(model), tmp_path, "int8", tiles)
+
+    def test_the_lowest_dice_counts_labels_of_either(self):
+        exact, other = [np.array([0, 1, 1, 2])], [np.array([0, 1, 2, 0])]
+        assert quantization._lowest_dice(exact, exact) == 1
+        assert quantization._lowest_dice(exact, other) == 0  # of label 2
+        assert quantization._lowest_dice([np.array([0, 1, 1])], [np.array([0, 1, 0])]) == pytest.approx(2 / 3)
+
+
+def test_it_is_among_the_backends():
+    assert isinstance(backends()["openvino"], OpenVinoBackend)
