@@ -363,6 +363,14 @@ def test_a_network_that_fails_or_gives_no_numbers(command, own_bundle, scan, tmp
         expect_failure(command, 1, text, own_bundle, scan, tmp_path / "out.nii.gz")
 
 
+def test_labels_do_not_take_the_place_of_their_scan(command, bundle, scan):
+    before = scan.read_bytes()
+    result = command(bundle, scan, scan)
+    assert result.returncode == 2
+    assert "OUTPUT must be another file than INPUT" in result.stderr
+    assert scan.read_bytes() == before
+
+
 def test_outputs_that_cannot_be_written(command, bundle, scan, tmp_path):
     expect_failure(command, 1, "No such file or directory", bundle, scan, tmp_path / "nowhere" / "out.nii.gz")
     expect_failure(command, 1, r"must end with \.nii\.gz or \.nii", bundle, scan, tmp_path / "out.nrrd")

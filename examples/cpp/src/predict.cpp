@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <iostream>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
@@ -59,6 +61,24 @@ torch::Device parse_device(const std::string& text) {
   }
 }
 
+/// The names of the channels' files, which the command line joins by commas.
+std::vector<std::string> split(const std::string& input) {
+  std::vector<std::string> names;
+  std::istringstream joined(input);
+  for (std::string name; std::getline(joined, name, ',');) names.push_back(name);
+  return names;
+}
+
+/// Labels would take the place of the scan.
+void refuse_own_input(const std::string& input, const std::string& output) {
+  for (const std::string& name : split(input)) {
+    std::error_code absent;
+    if (std::filesystem::equivalent(name, output, absent)) {
+      throw UsageError("OUTPUT must be another file than INPUT, got " + output + " for both");
+    }
+  }
+}
+
 Arguments parse(const std::vector<std::string>& words) {
   Arguments arguments;
   std::vector<std::string> paths;
@@ -88,13 +108,13 @@ Arguments parse(const std::vector<std::string>& words) {
   arguments.bundle = paths[0];
   arguments.input = paths[1];
   arguments.output = paths[2];
+  refuse_own_input(paths[1], paths[2]);
   return arguments;
 }
 
 std::vector<nnturbo::Scan> read_channels(const std::string& input) {
   std::vector<nnturbo::Scan> channels;
-  std::istringstream names(input);
-  for (std::string name; std::getline(names, name, ',');) {
+  for (const std::string& name : split(input)) {
     channels.push_back(nnturbo::read_scan(name));
     nnturbo::check_same_grid(name, channels.back(), channels.front());
   }
@@ -146,6 +166,8 @@ int run(const std::vector<std::string>& words) {
     return kDone;
   } catch (const UsageError& error) {
     std::cerr << "nnturbo_predict: " << error.what() << "\n\n" << kUsage;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "nnturbo_predict: there is too little memory for this scan; is its header right?" << std::endl;
   } catch (const std::exception& error) {
     std::cerr << "nnturbo_predict: " << error.what() << std::endl;
   }
