@@ -165,7 +165,7 @@ def backends() -> str:
                     f"{row['build_s']:.0f} s",
                     f"{row['load_s']:.1f} s",
                     f"{row['file_bytes'] / 2**20:.0f} MiB",
-                    f"{row['peak_bytes'] / 2**30:.1f} GiB",
+                    f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "",
                 ]
                 if "build_s" in row
                 else [""] * 4
