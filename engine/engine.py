@@ -305,13 +305,12 @@ def _open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> _Opened
     model = bundle_model(manifest, folder)
     built = {
         "folds": sorted(manifest.folds),
-        "checkpoint": asked["checkpoint"] if any(asked["checkpoint"] == Path(name).name for name in manifest.source)
-        else DEFAULT_CHECKPOINT,
+        "checkpoint": Path(next(iter(manifest.source), DEFAULT_CHECKPOINT)).name,
         "configuration": manifest.configuration,
         "backend": manifest.backend,
         "precision": manifest.precision,
         "classifier": manifest.classifier or asked["classifier"],
-    }  # fmt: skip
+    }
     for name, wanted in asked.items():
         if wanted is not None and wanted != built[name]:
             raise BundleError(

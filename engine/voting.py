@@ -39,10 +39,6 @@ class Votes:
         """Take one or more views of a tile; all views of one tile come before those of the next."""
         if output.class_logits is None:
             raise PredictionError("the network must give class logits, as the plan says; its backend gave none")
-        if (classes := output.class_logits.shape[-1]) != self._scheme.num_classes:
-            raise PredictionError(
-                f"the network must give logits of the plan's {self._scheme.num_classes} classes, it gave {classes}"
-            )
         self._logits.append(output.class_logits.float())
         if self._by_foreground:
             # View by view: for many labels, what the softmax needs is large.
@@ -73,6 +69,11 @@ class Votes:
         """Answer for the case.
 
         Raises:
-            PredictionError: Where class logits are not finite.
+            PredictionError: Where class logits are not finite, or not as many as the plan has classes.
         """
-        return Classification.from_logits(self.mean_logits().tolist(), self._scheme.class_names)
+        logits = self.mean_logits()
+        if len(logits) != self._scheme.num_classes:
+            raise PredictionError(
+                f"the network must give logits of the plan's {self._scheme.num_classes} classes, it gave {len(logits)}"
+            )
+        return Classification.from_logits(logits.tolist(), self._scheme.class_names)
