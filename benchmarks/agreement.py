@@ -76,7 +76,7 @@ def main() -> None:
                     device="cpu",
                     calibration=() if precision == "fp32" else calibration,
                     calibration_name=what,
-                    floor=0,
+                    floor=None if precision == "fp32" else 0,
                 )
             except BackendUnavailable as error:
                 print(f"{way}: {error}")

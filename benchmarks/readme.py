@@ -16,7 +16,7 @@ from typing import Any
 from .startup import OUR_IMPORT, STOCK_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md")
+DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md", "docs/deployment.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -195,6 +195,19 @@ def deployed() -> str:
     return markdown(["bundle", "nnU-Net 2.8.1", "nnturbo", "", "voxels with another label"], rows)
 
 
+def agreement() -> str:
+    """Labels of every backend against fp32 torch."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("agreement_*.json")):
+        result = load(path.stem)
+        for row in result["rows"]:
+            classes = "-" if row["same_class"] is None else f"{row['same_class']} of {row['scans']}"
+            lowest = "-" if row["lowest_dice"] is None else f"{row['lowest_dice']:.4f}"
+            scans = f"{result['model']}, {row['scans']} {row['what']}"
+            rows.append([scans, row["way"], f"{row['different']} of {row['voxels']}", lowest, classes])
+    return markdown(["model and scans", "backend", "voxels that differ", "Dice of the worst label", "same class"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
@@ -203,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "backends": backends,
     "deployed": deployed,
+    "agreement": agreement,
 }
 
 
