@@ -102,13 +102,20 @@ def model(tmp_path_factory):
 
 @needs_nncf
 class TestInt8:
-    def kinds(self, folder):
-        """Types of operations, and which convolutions read quantised values."""
+    def operations(self, folder):
+        """Names and types of what computes; of its convolutions, whether they read values that int8 can hold."""
         network = openvino.Core().read_model(folder / "network.xml")
-        operations = network.get_ordered_ops()
-        convolutions = [node for node in operations if node.get_type_name() in quantization.CONVOLUTIONS]
-        return [node.get_type_name() for node in operations], [
-            node.input_value(0).get_node().get_type_name() == "FakeQuantize" for node in convolutions
+
+        def is_int8(value):
+            node = value.get_node()
+            if node.get_type_name() == "Concat":
+                return all(is_int8(node.input_value(n)) for n in range(node.get_input_size()))
+            return node.get_type_name() == "FakeQuantize"
+
+        return [
+            (node.get_type_name(), is_int8(node.input_value(0)))
+            for node in network.get_ordered_ops()
+            if node.get_type_name() in ("MVN", "MatMul", "ReduceMean", "Add", *quantization.CONVOLUTIONS)
         ]
 
     def test_convolutions_are_quantised_but_the_first_and_the_last(self, model, tmp_path, monkeypatch):
@@ -116,10 +123,10 @@ class TestInt8:
         tiles = torch.randn(6, 1, 8, 12, 16)
         loaded = read_model(model)
         output = runner_of(loaded, tmp_path, "int8", tiles)(tiles)
-        _, quantised = self.kinds(tmp_path)
-        assert not quantised[0]
-        assert not quantised[-1]
-        assert any(quantised)
+        operations = self.operations(tmp_path)
+        assert not any(quantised for kind, quantised in operations if kind not in quantization.CONVOLUTIONS)
+        convolutions = [quantised for kind, quantised in operations if kind in quantization.CONVOLUTIONS]
+        assert convolutions == [False, *[True] * (len(convolutions) - 2), False]
         seg_logits, _ = inference_network(loaded)(tiles)
         same = (output.seg_logits.argmax(1) == seg_logits.argmax(1)).float().mean()
         assert 0.9 < same < 1
@@ -136,7 +143,35 @@ class TestInt8:
             counts[wanted] = caplog.text.count("Dice")
             dice = [float(line.split("Dice ")[1].split()[0]) for line in caplog.messages]
             assert all(0 < value <= 1 for value in dice)
-        assert counts == {0.0: 1, 2.0: 2}  # the first will do; none will, and a third would keep all in float
+        assert counts == {0.0: 1, 2.0: len(quantization.RECIPES)}  # the first will do; none will
+
+    def test_whole_resolutions_stay_in_float_but_never_all(self, model, tmp_path):
+        runner_of(read_model(model), tmp_path)
+        network = openvino.Core().read_model(tmp_path / "network.xml")
+        operations = network.get_ordered_ops()
+        names = [n.get_friendly_name() for n in operations if n.get_type_name() in quantization.CONVOLUTIONS]
+        quantised = [set(names) - set(quantization._kept_in_float(network, levels)) for levels in (0, 1, 2)]
+        assert quantised[0] == set(names[1:-1])
+        assert quantised[1] == quantised[2] == {names[1]}  # the only one at the coarser of two resolutions
+
+    def test_the_best_is_kept_where_none_is_good_enough(self, model, tmp_path, monkeypatch):
+        worth = iter([0.3, 0.9, 0.5, 0.6])
+        monkeypatch.setattr(quantization, "_lowest_dice", lambda exact, other: next(worth))
+        import nncf
+
+        made = []
+
+        def quantize(*arguments, **options):
+            made.append(original(*arguments, **options))
+            return made[-1]
+
+        original = nncf.quantize
+        monkeypatch.setattr(nncf, "quantize", quantize)
+        tiles = [np.random.default_rng(0).normal(size=(1, 1, 8, 12, 16)).astype(np.float32)]
+        runner_of(read_model(model), tmp_path)
+        network = openvino.Core().read_model(tmp_path / "network.xml")
+        best = quantization.quantize(network, tiles, lambda compiled: lambda tile: np.zeros((1, 3, 2, 2, 2)))
+        assert best is made[1]
 
     def test_the_bundle_says_what_it_costs_and_says_nothing_to_the_terminal(self, model, tmp_path, capsys):
         scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
@@ -165,3 +200,13 @@ class TestInt8:
 
 def test_it_is_among_the_backends():
     assert isinstance(backends()["openvino"], OpenVinoBackend)
+
+
+@pytest.mark.parametrize("plans", [plans_json(), plans_2d()], ids=["3d", "2d"])
+def test_a_norm_is_one_operation(tmp_path, plans):
+    model = read_model(write_model(tmp_path / "m", plans=plans))
+    runner_of(model, tmp_path)
+    compiled = openvino.Core().compile_model(tmp_path / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("MVN") == 3
+    assert not {"Reduce", "Subgraph", "Eltwise"} & set(kinds)  # scale, shift and activation are part of it
