@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import argmax_labels, region_labels, resample_axis
+from ..kernels import argmax_labels, plane_groups, region_labels, resample_axis, resample_labels, weighted_sum
 from .plans import LabelScheme
 from .preprocessing import Case
-from .resampling import GridMap, plane_groups, resample
+from .resampling import GridMap, resample
 from .timing import Timings
 
 
 def segment(
     planes: Iterable[Tensor], case: Case, labels: LabelScheme, *, timings: Timings, save_probabilities: bool = False
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[Tensor, np.ndarray | None]:
     """Turn logits into a segmentation, plane by plane (nnU-Net: convert_predicted_logits_to_segmentation...).
 
     Args:
@@ -28,14 +28,20 @@ def segment(
         save_probabilities: Keep probabilities too; they take 4 K bytes per voxel of the scan.
 
     Returns:
-        Segmentation (Z, Y, X) on the scan's grid and axes, and probabilities (K, Z, Y, X) float32 or None.
+        Segmentation (Z, Y, X) on the scan's grid and axes, on the case's device, and probabilities (K, Z, Y, X) float32
+        in main memory, or None.
     """
     scan_axes = tuple(case.transpose_forward.index(axis) for axis in range(3))
     scan_shape = tuple(case.full_shape[axis] for axis in scan_axes)
     crop = tuple(slice(start, stop) for start, stop in case.box)
     # Written through views with the network's axis order, so that the results are contiguous in the scan's.
-    segmentation = np.zeros(scan_shape, dtype=labels.dtype)
-    target = segmentation.transpose(case.transpose_forward)[crop]
+    dtype = torch.uint8 if labels.dtype == np.uint8 else torch.uint16
+    segmentation = torch.zeros(scan_shape, dtype=dtype, device=case.device)
+    target = segmentation.permute(case.transpose_forward)[crop]
+    if not save_probabilities and can_fuse(case.logits_grid):
+        write_labels(planes, case.logits_grid, labels.regions_class_order, target, timings)
+        return segmentation, None
+
     probabilities = cropped_probabilities = None
     if save_probabilities:
         probabilities = np.zeros((labels.num_outputs, *scan_shape), dtype=np.float32)
@@ -43,22 +49,57 @@ def segment(
             probabilities[0] = 1  # what was cropped away is background
         axes = (0, *(axis + 1 for axis in case.transpose_forward))
         cropped_probabilities = probabilities.transpose(axes)[(slice(None), *crop)]
-
     for index, logits in enumerate(resampled_planes(planes, case.logits_grid, timings)):
         with timings("labels"):
             target[index] = (
-                (
-                    argmax_labels(logits)
-                    if labels.regions_class_order is None
-                    else region_labels(logits, labels.regions_class_order)
-                )
-                .cpu()
-                .numpy()
+                argmax_labels(logits)
+                if labels.regions_class_order is None
+                else region_labels(logits, labels.regions_class_order)
             )
             if cropped_probabilities is not None:
                 nonlinearity = torch.sigmoid(logits) if labels.regions_class_order else torch.softmax(logits, 0)
                 cropped_probabilities[:, index] = nonlinearity.cpu().numpy()
     return segmentation, probabilities
+
+
+def can_fuse(grid: GridMap) -> bool:
+    """Whether resampling and labelling may be one operation: of one or two taps along each axis, without clipping."""
+    return grid.clip == "none" and all(operator.taps <= 2 for operator in grid.operators)
+
+
+def write_labels(
+    slabs: Iterable[Tensor], grid: GridMap, values: tuple[int, ...] | None, target: Tensor, timings: Timings
+) -> None:
+    """Resample logits and write their labels, as soon as the planes that they need are there.
+
+    Args:
+        slabs: (K, planes, Y, X) in ascending z.
+        grid: From the logits' grid to the target's, with `can_fuse`.
+        values: Labels of regions in painting order, or None for classes.
+        target: (Z, Y, X) of the new grid, uint8 or uint16.
+        timings: Receives "labels".
+    """
+    z = grid.operators[0]
+    last_read = z.first + z.taps  # ascends
+    seen = made = 0
+    held: Tensor | None = None  # the last plane of the slab before, which this one's first plane may be mixed with
+    for slab in slabs:
+        with timings("labels"):
+            if held is not None and made < z.n_out and z.first[made] < seen:
+                between = int(torch.searchsorted(last_read, seen + 1, right=True))
+                both = torch.cat([held, slab[:, :1]], dim=1)
+                resample_labels(
+                    both, grid.operators, target[made:between], rows=(made, between), offset=seen - 1, values=values
+                )
+                made = between
+            ready = int(torch.searchsorted(last_read, seen + slab.shape[1], right=True))
+            if made < ready:
+                resample_labels(
+                    slab, grid.operators, target[made:ready], rows=(made, ready), offset=seen, values=values
+                )
+                made = ready
+            seen += slab.shape[1]
+            held = slab[:, -1:].clone()
 
 
 def segment_probabilities(probabilities: np.ndarray, labels: LabelScheme) -> np.ndarray:
@@ -108,19 +149,9 @@ def resampled_planes(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -
             with timings("labels"):
                 for old in [old for old in held if old < first[made]]:
                     del held[old]
-                result = _combine([held[first[made] + tap] for tap in range(z.taps)], z.weights[made].tolist())
+                result = weighted_sum([held[first[made] + tap] for tap in range(z.taps)], z.weights[made].tolist())
             yield result
             made += 1
-
-
-def _combine(planes: list[Tensor], weights: list[float]) -> Tensor:
-    """Weighted sum of neighbouring planes."""
-    if weights[0] == 1 or len(planes) == 1:
-        return planes[0]
-    result = planes[0] * weights[0]
-    for plane, weight in zip(planes[1:], weights[1:], strict=True):
-        result.add_(plane, alpha=weight)
-    return result
 
 
 def _in_plane(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -> Iterator[Tensor]:

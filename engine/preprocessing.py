@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import normalize
 from .errors import VolumeError
 from .plans import ChannelNormalization, Plan
 from .resampling import GridMap, Resampling, resample, resample_rows
@@ -41,25 +42,10 @@ class Normalization:
     scale: float = 1.0
     masked: bool = False
 
-    def __call__(self, image: Tensor, mask: Tensor | None) -> Tensor:
-        """Normalise one channel in place.
-
-        Args:
-            image: (Z, Y, X) float32, overwritten.
-            mask: Bool, of the same shape; read where the channel is masked.
-
-        Returns:
-            `image`.
-        """
-        if self.low > -np.inf or self.high < np.inf:
-            image.clamp_(self.low, self.high)
-        if self.shift != 0:
-            image.sub_(self.shift)
-        if self.scale != 1:
-            image.div_(self.scale)
-        if self.masked and mask is not None:
-            image.masked_fill_(~mask, 0.0)
-        return image
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """What `kernels.normalize` takes for a channel."""
+        return self.low, self.high, self.shift, self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +53,7 @@ class Case:
     """A scan, cropped, with everything needed to make planes of the network's grid from it and to come back.
 
     Args:
-        image: (C, Z, Y, X), any numeric type; the cropped scan with the network's axis order.
+        image: (C, Z, Y, X) on the device, any number type and strides; the cropped scan with the network's axis order.
         normalizations: One per channel.
         mask: (Z, Y, X) bool, the non-zero region with holes filled, where a channel is normalised within it.
         grid: From the cropped scan to the network's grid.
@@ -81,7 +67,7 @@ class Case:
         device: Where planes are made.
     """
 
-    image: np.ndarray
+    image: Tensor
     normalizations: tuple[Normalization, ...]
     mask: np.ndarray | None
     grid: GridMap
@@ -104,38 +90,60 @@ class Case:
         """Channels of the network's input."""
         return len(self.image) + (0 if self.previous is None else len(self.previous_labels))
 
+    def to(self, device: torch.device) -> Case:
+        """Move what planes are made of to another device."""
+        low, high = self.limits
+        return replace(
+            self,
+            image=self.image.to(device),
+            limits=(None if low is None else low.to(device), None if high is None else high.to(device)),
+            previous=None if self.previous is None else self.previous.to(device),
+            device=device,
+        )
+
     def planes(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         """Make the planes of each half-open z range of the network's grid, in ascending order.
 
         Yields:
             (C, stop - start, Y, X) float32 on the device.
         """
-        held, held_from = None, 0
         for start, stop in ranges:
             low, high = self.grid.operators[0].inputs_of(start, stop)
-            # Ranges share the planes that interpolation reads across their border: normalise those once.
-            if held is None or low >= held_from + held.shape[1]:
-                held = self._normalized(low, high)
-            else:
-                held = torch.cat([held[:, low - held_from :], self._normalized(held_from + held.shape[1], high)], dim=1)
-            held_from = low
-            image = resample_rows(held, self.grid, rows=(start, stop), offset=low, limits=self.limits)
+            image, normalization = self.image[:, low:high], [channel.numbers for channel in self.normalizations]
+            if self.mask is not None:
+                mask = torch.from_numpy(self.mask[low:high]).to(self.device)
+                image, normalization = normalize_within(image, self.normalizations, mask), None
+            image = resample_rows(
+                image, self.grid, rows=(start, stop), offset=low, limits=self.limits, normalization=normalization
+            )
             if self.previous is not None:
                 labels = self.previous[start:stop]
                 image = torch.cat([image, *((labels == label)[None].float() for label in self.previous_labels)])
             yield image
 
-    def _normalized(self, start: int, stop: int) -> Tensor:
-        """Return the normalised planes [start, stop) of the cropped scan, (C, stop - start, Y, X)."""
-        image = to_float(self.image[:, start:stop], self.device)
-        mask = None if self.mask is None else torch.from_numpy(self.mask[start:stop]).to(self.device)
-        channels = [normalize(channel, mask) for normalize, channel in zip(self.normalizations, image, strict=True)]
-        return channels[0][None] if len(channels) == 1 else torch.stack(channels)
+
+def normalize_within(image: Tensor, normalizations: Sequence[Normalization], mask: Tensor) -> Tensor:
+    """Normalise planes (C, Z, Y, X), with zero outside a mask (Z, Y, X) in masked channels."""
+    image = normalize(image, [channel.numbers for channel in normalizations])
+    for channel, of_channel in zip(image, normalizations, strict=True):
+        if of_channel.masked:
+            channel.masked_fill_(~mask, 0.0)
+    return image
 
 
-def to_float(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy planes of a scan, of any numeric type and memory order, to a fresh float32 tensor on a device."""
-    return torch.from_numpy(np.array(array, dtype=np.float32, order="C")).to(device)
+def to_device(image: np.ndarray, device: torch.device) -> Tensor:
+    """Make a scan a tensor on a device; on a CPU without a copy, wherever torch can read it as it lies."""
+    if not image.dtype.isnative or image.dtype == np.longdouble:
+        image = image.astype(np.float32)
+    if not image.flags.writeable or any(stride < 0 for stride in image.strides):
+        image = image.copy()
+    tensor = torch.from_numpy(image)
+    if device.type == "cpu":
+        return tensor
+    # A GPU's kernels read these types; the scan's own is half the way for most CT.
+    dtype = tensor.dtype if tensor.dtype in (torch.int16, torch.uint8) else torch.float32
+    staged = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda").copy_(tensor)
+    return staged.to(device, non_blocking=True)
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -223,14 +231,16 @@ def _limits(
     """
     axes = tuple(axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis)
     lows, highs = [], []
-    for channel, normalize in zip(image, normalizations, strict=True):
-        inside = mask if normalize.masked else None
+    for channel, of_channel in zip(image, normalizations, strict=True):
+        inside = mask if of_channel.masked else None
         if inside is None:
             extremes = [channel.min(axes, keepdims=True), channel.max(axes, keepdims=True)]
         else:
             extremes = [np.where(inside, channel, fill).astype(np.float32) for fill in (np.inf, -np.inf)]
             extremes = [extremes[0].min(axes, keepdims=True), extremes[1].max(axes, keepdims=True)]
-        low, high = (normalize(torch.from_numpy(e.astype(np.float32)), None).numpy() for e in extremes)
+        low, high = (
+            normalize(to_device(e[None], torch.device("cpu")), [of_channel.numbers])[0].numpy() for e in extremes
+        )
         if inside is not None:
             outside = ~inside.all(axes, keepdims=True)
             low, high = np.where(outside, np.minimum(low, 0), low), np.where(outside, np.maximum(high, 0), high)
@@ -340,7 +350,7 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
 
     return Case(
-        image=image,
+        image=to_device(image, device),
         normalizations=normalizations,
         mask=mask if any(channel.masked for channel in normalizations) else None,
         grid=grid,

@@ -6,7 +6,7 @@ per (length before, length after) and applied as small matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import AxisOperator, resample_axis
+from ..kernels import AxisOperator, plane_groups, resample_axis
+from ..kernels.reference import Normalization
 from .errors import ModelError
 
 ANISOTROPY_THRESHOLD = 3.0
@@ -29,11 +30,6 @@ SPLINE_PADDING = 12
 
 SPLINE_REACH = 14
 """Samples on each side that a spline coefficient depends on; 0.268 ** 15 is below float32 rounding."""
-
-
-WORKING_BYTES = 16 * 2**20
-"""Planes resampled at once. glibc returns blocks over 32 MiB to the system, and fetching them anew costs more than
-the products: measured on 3 x 546 x 546 to 512 x 512, 28 MiB at once take 0.33 s for 140 planes, 57 MiB 1.1 s."""
 
 
 @lru_cache(maxsize=128)
@@ -280,51 +276,54 @@ def resample_rows(
     rows: tuple[int, int],
     offset: int,
     limits: tuple[Tensor | None, Tensor | None],
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """Resample to the planes [rows[0], rows[1]) of the new grid.
 
     Args:
-        data: (C, z, Y, X) float32: the input planes from `offset` on that these rows need.
+        data: (C, z, Y, X): the input planes from `offset` on that these rows need; float32, or normalised on the way.
         grid: The map from the whole input grid to the new one.
         rows: Half-open range along z of the new grid.
         offset: Index of the first plane in `data`.
-        limits: What `value_range` gives for the whole input.
+        limits: What `value_range` gives for the whole input, normalised.
+        normalization: Of the input, for each channel.
     """
     z, y, x = grid.operators
-
-    def along(axis: int, array: Tensor) -> Tensor:
-        if axis == 0:
-            return resample_axis(array, z, -3, rows=rows, offset=offset)
-        return resample_axis(array, (y, x)[axis - 1], axis - 3)
-
+    clamps: dict[str, Any] = {}
     low, high = limits
-    if grid.clip == "volume" or grid.last_axis != 0:
-        data = along(0, data.contiguous())
-    if grid.clip == "volume" or grid.last_axis == 0:
-        data = resample_in_plane(data, y, x)
-    else:
-        data = along(3 - grid.last_axis, data)
     if low is not None and high is not None:
         if grid.clip == "slice" and grid.last_axis == 0:
             low, high = (limit[:, offset : offset + data.shape[1]] for limit in (low, high))
-        data = torch.clamp(data, low, high)
-    if grid.clip != "volume":
-        data = along(grid.last_axis, data)
-    return data
+        clamps = {"limits": (low, high)}
+    along_z: dict[str, Any] = {"rows": rows, "offset": offset}
+    if grid.last_axis == 0 and grid.clip == "volume":
+        data = resample_axis(data, z, -3, **along_z, normalization=normalization)
+        return _in_plane(data, y, x, clamps)
+    if grid.last_axis == 0:
+        data = _in_plane(data, y, x, clamps, normalization)
+        return resample_axis(data, z, -3, **along_z)
+    other = 3 - grid.last_axis
+    data = resample_axis(data, z, -3, **along_z, normalization=normalization)
+    data = resample_axis(data, (y, x)[other - 1], other - 3, **clamps)
+    return resample_axis(data, (y, x)[grid.last_axis - 1], grid.last_axis - 3)
 
 
-def resample_in_plane(data: Tensor, y: AxisOperator, x: AxisOperator) -> Tensor:
+def _in_plane(
+    data: Tensor,
+    y: AxisOperator,
+    x: AxisOperator,
+    clamps: Mapping[str, Any],
+    normalization: Normalization | None = None,
+) -> Tensor:
     """Resample (C, Z, Y, X) along y and x, a few planes at a time."""
-    if y.is_identity and x.is_identity:
+    if y.is_identity and x.is_identity and normalization is None and not clamps:
         return data.contiguous()
-    out = torch.empty(*data.shape[:2], y.n_out, x.n_out, dtype=data.dtype, device=data.device)
+    out = torch.empty(*data.shape[:2], y.n_out, x.n_out, dtype=torch.float32, device=data.device)
     for part in plane_groups(data.shape, y.n_out * x.n_out):
-        out[:, part] = resample_axis(resample_axis(data[:, part], y, -2), x, -1)
+        of_part = {
+            name: tuple(limit[:, part] if limit.shape[1] > 1 else limit for limit in both)
+            for name, both in clamps.items()
+        }
+        lines = resample_axis(data[:, part], y, -2, normalization=normalization)
+        out[:, part] = resample_axis(lines, x, -1, **of_part)
     return out
-
-
-def plane_groups(shape: Sequence[int], voxels_out: int) -> Iterator[slice]:
-    """Cut the planes of a (C, Z, Y, X) array so that one group, before or after resampling, is `WORKING_BYTES`."""
-    channels, planes, *plane = shape
-    step = max(1, WORKING_BYTES // (4 * channels * max(plane[0] * plane[1], voxels_out)))
-    return (slice(start, min(start + step, planes)) for start in range(0, planes, step))

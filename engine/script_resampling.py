@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.operators import BLOCK_ROWS
-from ..kernels.reference import LINE_VOXELS
-from .resampling import SPLINE_PADDING, SPLINE_POLE, SPLINE_REACH, WORKING_BYTES, Resampling
+from ..kernels.reference import LINE_VOXELS, WORKING_BYTES
+from .resampling import SPLINE_PADDING, SPLINE_POLE, SPLINE_REACH, Resampling
 
 # Compiled functions see no globals: constants reach them as default values of their arguments.
 

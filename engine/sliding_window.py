@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import accumulate_views, gather_views
+from ..kernels import accumulate_views, gather_tiles
 from .backends import Runner
 from .errors import PredictionError
 from .plans import Plan
@@ -143,19 +143,25 @@ def predict_logits(
     padded = tuple(max(n, patch) for n, patch in zip(case.shape, window.patch_size, strict=True))
     before = tuple((new - old) // 2 for new, old in zip(padded, case.shape, strict=True))
     starts = window.positions(padded)
-    weights = [axis_weights(*of_axis) for of_axis in zip(padded, window.patch_size, starts, strict=True)]
+    weights = [
+        [weight.to(case.device) for weight in axis_weights(*of_axis)]
+        for of_axis in zip(padded, window.patch_size, starts, strict=True)
+    ]
+    weights[0] = [weight / len(window.views) for weight in weights[0]]
     depth = window.patch_size[0]
-    rows = _Rows(case, padded, before, starts[0], depth)
+    rows = _Rows(case, before[0], starts[0], depth)
     sums = torch.zeros(num_outputs, depth, *padded[1:], device=case.device)
     tiles = [(y, x) for y in range(len(starts[1])) for x in range(len(starts[2]))]
     total, done = len(starts[0]) * len(tiles), 0
+    all_finite = torch.ones((), dtype=torch.bool)
 
     for row, top in enumerate(starts[0]):
         with timings("preprocess"):
             volume = rows.advance()
         for y, x in tiles:
             corner, of_tile = (0, starts[1][y], starts[2][x]), (weights[0][row], weights[1][y], weights[2][x])
-            _add_tile(volume, corner, runner, window, of_tile, sums, votes, timings)
+            read_from = (0, corner[1] - before[1], corner[2] - before[2])
+            _add_tile(volume, read_from, corner, runner, window, of_tile, sums, votes, timings)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -163,15 +169,19 @@ def predict_logits(
         # The planes of this row that lie in the grid proper, not in its padding.
         first, last = max(before[0] - top, 0), min(before[0] + case.shape[0] - top, finished)
         with timings("stitch"):
-            _check_finite(sums[:, first:last])
+            # Of the row before: a GPU has this one to go on with, and need not wait for the answer.
+            _require(all_finite)
+            all_finite = _finite(sums[:, first:last])
         if first < last:
             yield sums[:, first:last, before[1] : before[1] + case.shape[1], before[2] : before[2] + case.shape[2]]
         with timings("stitch"):
             _shift(sums, finished)
+    _require(all_finite)
 
 
 def _add_tile(
     volume: Tensor,
+    read_from: tuple[int, int, int],
     corner: tuple[int, int, int],
     runner: Runner,
     window: SlidingWindow,
@@ -183,30 +193,37 @@ def _add_tile(
     """Run all views of one tile and add them to the sums, and to the votes."""
     size = window.patch_size
     device = volume.device
-    wz, wy, wx = (weight.to(device) for weight in weights)
-    wz = wz / len(window.views)
     place = sums[(slice(None), *(slice(c, c + s) for c, s in zip(corner, size, strict=True)))]
     for first in range(0, len(window.views), window.views_per_call):
         views = window.views[first : first + window.views_per_call]
         with timings("stitch"):
             batch = torch.empty(len(views), len(volume), *size, device=device)
-            gather_views(volume, corner, size, views, out=batch)
+            gather_tiles(volume, read_from, size, views, batch)
         with timings("network"):
             try:
                 output = runner(batch[:, :, 0] if window.slicewise else batch)
                 logits = output.seg_logits.to(device).reshape(len(views), len(sums), *size)
                 if votes is not None:
                     votes.add(output)
-            except RuntimeError as error:  # torch's own, running out of memory among them
+            except torch.OutOfMemoryError:
+                raise  # there are ways to do with less
+            except RuntimeError as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
         with timings("stitch"):
-            accumulate_views(logits, views, (wz, wy, wx), out=place)
+            accumulate_views(logits, views, weights, place)
 
 
-def _check_finite(logits: Tensor) -> None:
-    """Refuse what would become labels without meaning; least and greatest value show it without a mask in memory."""
-    if logits.numel() and not torch.isfinite(torch.stack(torch.aminmax(logits))).all():
+def _finite(logits: Tensor) -> Tensor:
+    """Find out whether all are numbers, on their device; least and greatest value show it without a mask in memory."""
+    if logits.numel() == 0:
+        return torch.ones((), dtype=torch.bool)
+    return torch.isfinite(torch.stack(torch.aminmax(logits))).all()
+
+
+def _require(all_finite: Tensor) -> None:
+    """Refuse what would become labels without meaning."""
+    if not all_finite:
         raise PredictionError(
             "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
             "precision is too low for this model; try --precision fp32"
@@ -222,19 +239,16 @@ def _shift(sums: Tensor, planes: int) -> None:
 
 
 class _Rows:
-    """The padded input of one row of tiles after another; planes that rows share are kept."""
+    """The input of one row of tiles after another, padded along z; planes that rows share are kept."""
 
-    def __init__(
-        self, case: Case, padded: tuple[int, ...], before: tuple[int, ...], starts: Sequence[int], depth: int
-    ) -> None:
-        self._buffer = torch.zeros(case.num_channels, depth, *padded[1:], device=case.device)
-        self._inside = (slice(before[1], before[1] + case.shape[1]), slice(before[2], before[2] + case.shape[2]))
+    def __init__(self, case: Case, before: int, starts: Sequence[int], depth: int) -> None:
+        self._buffer = torch.zeros(case.num_channels, depth, *case.shape[1:], device=case.device)
         # What each row adds to the one before, in planes of the padded grid.
         self._added = [
             (max(start, previous + depth), start + depth)
             for previous, start in zip([-depth, *starts], starts, strict=False)
         ]
-        self._before = before[0]
+        self._before = before
         self._case_planes = case.shape[0]
         ranges = [self._in_case(*added) for added in self._added]
         self._planes = case.planes([(start, stop) for start, stop in ranges if start < stop])
@@ -244,11 +258,11 @@ class _Rows:
         return max(start - self._before, 0), min(stop - self._before, self._case_planes)
 
     def advance(self) -> Tensor:
-        """Return the next row's input, (C, depth, Y, X) on the padded grid."""
+        """Return the next row's input, (C, depth, Y, X)."""
         start, stop = next(self._next)
         _shift(self._buffer, stop - start)
         first, last = self._in_case(start, stop)
         if first < last:
-            place = self._buffer[:, -(stop - start) :][:, first + self._before - start : last + self._before - start]
-            place[:, :, self._inside[0], self._inside[1]] = next(self._planes)
+            added = self._buffer[:, -(stop - start) :]
+            added[:, first + self._before - start : last + self._before - start] = next(self._planes)
         return self._buffer

@@ -1,16 +1,54 @@
 """Array operations of the path from scan to labels, without any knowledge of nnU-Net.
 
-`nnturbo.kernels.reference` holds a plain torch version of each, which runs on every device.
+Each is a CUDA kernel for tensors on such a device, where CuPy is installed, and its plain torch twin elsewhere.
 """
 
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from . import device, reference
+from .loader import has_cupy
 from .operators import AxisOperator
-from .reference import accumulate_views, argmax_labels, gather_views, region_labels, resample_axis
+from .reference import argmax_labels, normalize, plane_groups, region_labels, weighted_sum
 
 __all__ = [
     "AxisOperator",
     "accumulate_views",
     "argmax_labels",
-    "gather_views",
+    "gather_tiles",
+    "normalize",
+    "plane_groups",
     "region_labels",
     "resample_axis",
+    "resample_labels",
+    "weighted_sum",
 ]
+
+
+def _for(tensor: Tensor) -> ModuleType:
+    """Where operations on this tensor are found."""
+    return device if tensor.is_cuda and has_cupy() else reference
+
+
+def gather_tiles(volume: Tensor, *arguments: Any) -> Tensor:
+    """Copy one tile of a volume, mirrored in several ways, into a batch: see `reference.gather_tiles`."""
+    return _for(volume).gather_tiles(volume, *arguments)
+
+
+def accumulate_views(logits: Tensor, *arguments: Any) -> None:
+    """Add the weighted sum of mirrored views of a tile to the sums: see `reference.accumulate_views`."""
+    _for(logits).accumulate_views(logits, *arguments)
+
+
+def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:
+    """Normalise, apply a linear operator along one axis, and clamp: see `reference.resample_axis`."""
+    return _for(data).resample_axis(data, operator, axis, **options)
+
+
+def resample_labels(logits: Tensor, *arguments: Any, **options: Any) -> None:
+    """Resample logits and write labels: see `reference.resample_labels`."""
+    _for(logits).resample_labels(logits, *arguments, **options)

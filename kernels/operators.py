@@ -62,6 +62,23 @@ class AxisOperator:
         """Half-open range of inputs that the outputs [start, stop) read."""
         return int(self.first[start]), int(self.first[stop - 1]) + self.taps
 
+    def require_inputs(self, rows: tuple[int, int], offset: int, held: int) -> None:
+        """Refuse data that lack inputs of the outputs [rows[0], rows[1]).
+
+        Args:
+            rows: Half-open range of outputs.
+            offset: Index of the first input that the data hold.
+            held: How many they hold.
+
+        Raises:
+            ValueError: Where they do not reach.
+        """
+        low, high = self.inputs_of(*rows)
+        if low < offset or high > offset + held:
+            raise ValueError(
+                f"outputs [{rows[0]}, {rows[1]}) read inputs [{low}, {high}), data holds [{offset}, {offset + held})"
+            )
+
     @classmethod
     def identity(cls, n: int) -> AxisOperator:
         """Return the operator that changes nothing on an axis of length n."""

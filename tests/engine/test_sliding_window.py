@@ -25,7 +25,7 @@ def case_of(image: np.ndarray) -> Case:
     """A case whose grid is the scan's own."""
     shape = image.shape[1:]
     return Case(
-        image=image,
+        image=torch.from_numpy(image),
         normalizations=(Normalization(),) * len(image),
         mask=None,
         grid=GridMap.identity(shape),

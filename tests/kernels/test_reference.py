@@ -7,7 +7,7 @@ from nnturbo.kernels import (
     AxisOperator,
     accumulate_views,
     argmax_labels,
-    gather_views,
+    gather_tiles,
     region_labels,
     resample_axis,
 )
@@ -69,10 +69,10 @@ def test_resample_axis_selects_and_keeps():
     assert torch.equal(resample_axis(volume, nearest, -3), volume[:, [0, 0, 2, 3]])
 
 
-def test_gather_views_cuts_and_flips():
+def test_gather_tiles_cuts_and_flips():
     volume = torch.arange(2 * 6 * 7 * 8.0).reshape(2, 6, 7, 8)
     out = torch.empty(len(VIEWS), 2, 3, 4, 5, dtype=torch.bfloat16)
-    gather_views(volume, (1, 2, 3), (3, 4, 5), VIEWS, out)
+    gather_tiles(volume, (1, 2, 3), (3, 4, 5), VIEWS, out)
     tile = volume.numpy()[:, 1:4, 2:6, 3:8]
     for view, axes in zip(out, VIEWS, strict=True):
         expected = torch.from_numpy(np.flip(tile, [axis + 1 for axis in axes]).copy()).bfloat16()
@@ -80,10 +80,10 @@ def test_gather_views_cuts_and_flips():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_accumulate_views_undoes_the_flips_of_gather_views(dtype):
+def test_accumulate_views_undoes_the_flips_of_gather_tiles(dtype):
     generator = torch.Generator().manual_seed(0)
     volume = torch.randint(-8, 8, (3, 4, 5, 6), generator=generator).float()
-    logits = gather_views(volume, (0, 0, 0), (4, 5, 6), VIEWS, torch.empty(8, 3, 4, 5, 6, dtype=dtype))
+    logits = gather_tiles(volume, (0, 0, 0), (4, 5, 6), VIEWS, torch.empty(8, 3, 4, 5, 6, dtype=dtype))
     weights = tuple(torch.randint(1, 5, (n,), generator=generator).float() for n in (4, 5, 6))
     before = torch.randint(-8, 8, (3, 4, 5, 6), generator=generator).float()
     out = before.clone()

@@ -1,0 +1,47 @@
+// What every kernel uses; pasted in front of each file, so that one string is all there is to compile and to cache.
+//
+// Parameters are pointers and 64-bit integers alone: a launch is a list of integers, whoever makes it. Types are macros:
+// each combination is compiled for itself. Half and bfloat16 are bits here: no header of CUDA is needed, and the same text
+// compiles for a CPU.
+
+typedef long long Index;  // of elements in volumes, which may have more than 2^31
+
+struct Half {
+    unsigned short bits;
+};
+struct Bfloat {
+    unsigned short bits;
+};
+
+#ifndef ON_HOST
+#define SHARED_FLOATS(name) extern __shared__ float name[]
+
+__device__ inline float to_float(Half value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+__device__ inline void store(Half* place, float value) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(place->bits) : "f"(value));
+}
+#endif
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(short value) { return value; }
+__device__ inline float to_float(unsigned char value) { return value; }
+__device__ inline float to_float(Bfloat value) { return __uint_as_float((unsigned)value.bits << 16); }
+__device__ inline void store(float* place, float value) { *place = value; }
+__device__ inline void store(Bfloat* place, float value) {
+    unsigned bits = __float_as_uint(value);
+    bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    // To nearest, ties to even.
+    place->bits = (unsigned short)(is_nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Where index i of an axis of n voxels lies in a view that is flipped along it, or not.
+__device__ inline Index flipped(Index i, Index n, bool flip) { return flip ? n - 1 - i : i; }
+
+// Lines of x are spread over all rows of threads of all blocks.
+#define FOR_LINES(line, count)                                                          \
+    for (Index line = (Index)blockIdx.x * blockDim.y + threadIdx.y, lines_ = (count);   \
+         line < lines_; line += (Index)gridDim.x * blockDim.y)

@@ -1,0 +1,173 @@
+"""The operations of `reference` as launches of CUDA kernels; same arguments, same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import loader
+from .operators import AxisOperator
+
+MOST_BLOCKS = 4096
+"""For kernels whose rows of threads take one line after another: some waves of blocks on the largest GPUs."""
+
+COLUMNS, PITCH = 32, 33
+"""Of resample_axis.cu."""
+
+MOST_SHARED_BYTES = 48 * 1024
+LONGEST_RUN = 128
+
+
+def _flips(views: Sequence[tuple[int, ...]]) -> int:
+    """Three bits for each view: flipped along z, y, x."""
+    return sum(1 << (3 * view + axis) for view, axes in enumerate(views) for axis in axes)
+
+
+def _blocks(lines: int) -> int:
+    return max(1, min(MOST_BLOCKS, -(-lines // loader.THREADS[1])))
+
+
+def _require_lines(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous along x, got strides {tensor.stride()}")
+
+
+@lru_cache(maxsize=512)
+def _tables(operator: AxisOperator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First taps (n_out,) int32 and weights (taps, n_out) float32 on a device."""
+    return operator.first.to(device, torch.int32), operator.weights.t().contiguous().to(device)
+
+
+@lru_cache(maxsize=64)
+def _normalization_table(normalization: tuple[tuple[float, float, float, float], ...], device: torch.device) -> Tensor:
+    return torch.tensor(normalization, dtype=torch.float32, device=device)
+
+
+def gather_tiles(
+    volume: Tensor, corner: Sequence[int], size: Sequence[int], views: Sequence[tuple[int, ...]], out: Tensor
+) -> Tensor:
+    """See `reference.gather_tiles`; the volume is float32, the batch float32, float16 or bfloat16."""
+    _require_lines("volume", volume)
+    channels = len(volume)
+    loader.launch(
+        "gather_tiles",
+        out.dtype,
+        [volume.data_ptr(), *volume.stride()[:3], *volume.shape[1:], *corner, channels, *size, _flips(views),
+         len(views), out.data_ptr()],
+        device=out.device,
+        blocks=_blocks(channels * size[0] * size[1]),
+    )  # fmt: skip
+    return out
+
+
+def accumulate_views(
+    logits: Tensor, views: Sequence[tuple[int, ...]], weights: tuple[Tensor, Tensor, Tensor], out: Tensor
+) -> None:
+    """See `reference.accumulate_views`."""
+    _require_lines("the sums", out)
+    logits = logits.contiguous()
+    count, classes, *size = logits.shape
+    loader.launch(
+        "accumulate_views",
+        logits.dtype,
+        [logits.data_ptr(), _flips(views), count, classes, *size, *(weight.data_ptr() for weight in weights),
+         out.data_ptr(), *out.stride()[:3]],
+        device=out.device,
+        blocks=_blocks(classes * size[0] * size[1]),
+    )  # fmt: skip
+
+
+def resample_axis(
+    data: Tensor,
+    operator: AxisOperator,
+    axis: int,
+    *,
+    rows: tuple[int, int] | None = None,
+    offset: int = 0,
+    normalization: tuple[tuple[float, float, float, float], ...] | None = None,
+    limits: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See `reference.resample_axis`; any strides, (C, Z, Y, X) of float32, int16 or uint8."""
+    start, stop = rows or (0, operator.n_out)
+    operator.require_inputs((start, stop), offset, data.shape[axis])
+    if operator.is_identity and normalization is None and limits is None:
+        return data.narrow(axis, start - offset, stop - start)
+    shape = list(data.shape)
+    shape[axis] = stop - start
+    out = torch.empty(shape, dtype=torch.float32, device=data.device)
+    first, weights = _tables(operator, data.device)
+    a = axis + 4
+    b, o = (2, 1) if a == 3 else (3, 3 - a)
+    order = (0, a, b, o)
+    run, rows_held = _run(operator, start, stop)
+    limit = [0, 0, 0, 0] if limits is None else [limits[0].expand(shape).stride(of) for of in order]
+    low, high = (0, 0) if limits is None else (limits[0].data_ptr(), limits[1].data_ptr())
+    table = None if normalization is None else _normalization_table(normalization, data.device)
+    loader.launch(
+        "resample_axis",
+        data.dtype,
+        [data.data_ptr(), *(data.stride(of) for of in order), out.data_ptr(), *(out.stride(of) for of in order),
+         stop - start, shape[b], shape[o], start, offset, first.data_ptr(), weights.data_ptr(), operator.n_out,
+         operator.taps, run, 0 if table is None else table.data_ptr(), low, high, *limit],
+        device=data.device,
+        blocks=shape[0] * shape[o] * -(-(stop - start) // run) * -(-shape[b] // COLUMNS),
+        lines=a == 3,
+        shared_bytes=4 * PITCH * rows_held,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=512)
+def _run(operator: AxisOperator, start: int, stop: int) -> tuple[int, int]:
+    """Outputs that a block makes, as many as their inputs leave room for, and the most inputs of such a run."""
+    for run in (LONGEST_RUN, 64, 32, 16, 8, 4, 2, 1):
+        begins = torch.arange(start, stop, run)
+        ends = (begins + run).clamp(max=stop) - 1
+        inputs = int((operator.first[ends] - operator.first[begins]).max()) + operator.taps
+        if 4 * PITCH * inputs <= MOST_SHARED_BYTES:
+            return run, inputs
+    raise ValueError(f"an operator may have at most {MOST_SHARED_BYTES // (4 * PITCH)} taps, got {operator.taps}")
+
+
+def resample_labels(
+    logits: Tensor,
+    operators: tuple[AxisOperator, AxisOperator, AxisOperator],
+    out: Tensor,
+    *,
+    rows: tuple[int, int],
+    offset: int = 0,
+    values: tuple[int, ...] | None = None,
+    confidence: Tensor | None = None,
+) -> None:
+    """See `reference.resample_labels`."""
+    _require_lines("logits", logits)
+    for name, operator, held, of in zip("zyx", operators, logits.shape[1:], (rows, None, None), strict=True):
+        if operator.taps > 2:
+            raise ValueError(f"labels take one or two taps along each axis, got {operator.taps} along {name}")
+        operator.require_inputs(of or (0, operator.n_out), offset if of else 0, held)
+    if confidence is not None and confidence.stride() != out.stride():
+        raise ValueError(f"confidence must lie as the labels do, {out.stride()}, got strides {confidence.stride()}")
+    tables = [_tables(operator, logits.device) for operator in operators]
+    axes = [
+        [first.data_ptr(), weights.data_ptr(), operator.taps, operator.n_out]
+        for (first, weights), operator in zip(tables, operators, strict=True)
+    ]
+    painted = None if values is None else _values_table(values, logits.device)
+    planes = rows[1] - rows[0]
+    loader.launch(
+        "resample_labels",
+        out.dtype,
+        [logits.data_ptr(), *logits.stride()[:3], len(logits), rows[0], planes, offset, *axes[0], *axes[1], *axes[2],
+         0 if painted is None else painted.data_ptr(), out.data_ptr(), *out.stride(),
+         0 if confidence is None else confidence.data_ptr()],
+        device=logits.device,
+        blocks=_blocks(planes * operators[1].n_out),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _values_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)

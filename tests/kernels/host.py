@@ -1,0 +1,61 @@
+"""The CUDA kernels, compiled for the CPU and launched there by the library's own launching code."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache, lru_cache
+from pathlib import Path
+
+from nnturbo.kernels import loader
+
+HERE = Path(__file__).parent
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+
+compiler = shutil.which("g++")
+
+
+class HostKernels:
+    """In the place of `loader.launch`.
+
+    Args:
+        folder: Where libraries are built.
+        options: More of the compiler's.
+        threads: Of a block; fewer than on a GPU, since each is a thread here.
+    """
+
+    def __init__(self, folder, options=(), threads=(8, 2)):
+        self.folder = Path(folder)
+        self.options = options
+        self.threads = threads
+        self.launches = 0
+
+    def __call__(self, kernel, dtype, arguments, *, device, blocks, lines=None, shared_bytes=0):
+        assert shared_bytes <= 48 * 1024
+        assert 0 < blocks < 2**31
+        library = self._library(kernel, dtype, lines)
+        values = (ctypes.c_longlong * len(arguments))(*arguments)
+        # One line after another needs no more rows of threads than these.
+        blocks = blocks if kernel == "resample_axis" else min(blocks, 3)
+        library.launch(values, blocks, *self.threads, ctypes.c_size_t(shared_bytes))
+        self.launches += 1
+
+    @cache  # noqa: B019, lives as long as the tests
+    def _library(self, kernel, dtype, lines):
+        before, after = f'#include "host.h"\n#define KERNEL {kernel}\n', '\n#include "host_end.h"\n'
+        stem = self.folder / f"{kernel}-{str(dtype).removeprefix('torch.')}-{lines}"
+        stem.with_suffix(".cpp").write_text(before + loader.source(kernel, dtype, lines) + after)
+        # Each sum and product rounded for itself, as the kernels ask a GPU to.
+        subprocess.run(
+            [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror",
+             "-fPIC", "-shared", "-pthread", f"-I{HERE}", *self.options, str(stem.with_suffix(".cpp")),
+             "-o", str(stem.with_suffix(".so"))],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(stem.with_suffix(".so")))
+
+
+@lru_cache(maxsize=1)
+def host_kernels():
+    """Without sanitizers, built once."""
+    return HostKernels(tempfile.mkdtemp(prefix="nnturbo-kernels-"))

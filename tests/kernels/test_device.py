@@ -1,0 +1,153 @@
+"""The CUDA kernels: compiled for every architecture, and run on the CPU against their twins."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nnturbo.benchmarks.kernels import ARCHITECTURES, VARIANTS, compile_variant
+from nnturbo.kernels import AxisOperator, device, loader
+
+from tests.kernels import checks, host, nvrtc
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+needs_compiler = pytest.mark.skipif(host.compiler is None, reason="g++ is not installed")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels launched on the CPU."""
+    launched = host.host_kernels()
+    monkeypatch.setattr(loader, "launch", launched)
+    return launched
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_a_kernel_gives_what_its_twin_gives(kernels, name):
+    before = kernels.launches
+    checks.run(name, 60, CPU)
+    assert kernels.launches == before + 60
+
+
+def sanitized(folder, count, *replacement):
+    """Run the checks in a process that watches memory."""
+    libraries = [
+        subprocess.run([host.compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library.strip()).is_absolute() for library in libraries):
+        pytest.skip("g++ has no sanitizers")
+    return subprocess.run(
+        [sys.executable, "-m", "tests.kernels.sanitized", str(count), str(folder), *replacement],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        # Python and torch leave much behind at the end; what matters here is who reads and writes where.
+        env={**os.environ, "LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+
+
+@needs_compiler
+def test_sanitizers_stay_silent(tmp_path):
+    done = sanitized(tmp_path, 200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("200 launches") == len(checks.CHECKS)
+
+
+@needs_compiler
+def test_sanitizers_speak_where_a_kernel_writes_beyond_its_output(tmp_path):
+    done = sanitized(tmp_path, 20, "x < tx;", "x <= tx;")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_runtime_compiler_takes_every_kernel_without_a_word(architecture):
+    compiler = nvrtc.find()
+    if compiler is None:
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    for kernel, dtype, lines in VARIANTS:
+        code, said = nvrtc.compile_kernel(compiler, loader.source(kernel, dtype, lines), kernel, architecture)
+        assert said == ""
+        assert code[:4] == b"\x7fELF"
+
+
+def test_the_runtime_compiler_says_what_is_wrong():
+    compiler = nvrtc.find()
+    if compiler is None:
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    code, said = nvrtc.compile_kernel(compiler, loader.source("gather_tiles", torch.float32) + "nonsense", "k", 90)
+    assert code == b""
+    assert "nonsense" in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_nvcc_takes_a_kernel_for_all_architectures_and_nothing_is_spilled():
+    rows = compile_variant("resample_labels", torch.uint8, None)
+    assert [row["sm"] for row in rows] == list(ARCHITECTURES)
+    assert all(16 <= row["registers"] <= 128 for row in rows)
+    assert all(row["spill_bytes"] == 0 for row in rows)
+
+
+@needs_compiler
+class TestWhatCannotBeLaunched:
+    def test_a_volume_that_is_not_contiguous_along_x(self, kernels):
+        volume = torch.zeros(1, 4, 4, 4).transpose(-1, -2)
+        with pytest.raises(ValueError, match="volume must be contiguous along x, got strides"):
+            device.gather_tiles(volume, (0, 0, 0), (4, 4, 4), [()], torch.zeros(1, 1, 4, 4, 4))
+
+    def test_data_that_lack_inputs(self, kernels):
+        operator = AxisOperator(6, torch.arange(5), torch.full((5, 2), 0.5))
+        with pytest.raises(ValueError, match=r"read inputs \[2, 6\), data holds \[3, 6\)"):
+            device.resample_axis(torch.zeros(1, 3, 2, 2), operator, -3, rows=(2, 5), offset=3)
+        operators = (AxisOperator.identity(2), operator, AxisOperator.identity(2))
+        with pytest.raises(ValueError, match=r"read inputs \[0, 6\), data holds \[0, 5\)"):
+            device.resample_labels(torch.zeros(1, 2, 5, 2), operators, torch.zeros(2, 5, 2), rows=(0, 2))
+
+    def test_labels_from_more_than_two_taps(self, kernels):
+        cubic = AxisOperator(6, torch.arange(4), torch.full((4, 3), 1 / 3))
+        same = AxisOperator.identity(6)
+        with pytest.raises(ValueError, match="labels take one or two taps along each axis, got 3 along x"):
+            device.resample_labels(
+                torch.zeros(1, 6, 6, 6), (same, same, cubic), torch.zeros(6, 6, 4, dtype=torch.uint8), rows=(0, 6)
+            )
+
+    def test_more_taps_than_shared_memory_holds(self, kernels):
+        with pytest.raises(ValueError, match="at most 372 taps, got 400"):
+            device.resample_axis(
+                torch.zeros(1, 400, 2, 2), AxisOperator(400, torch.zeros(1, dtype=torch.int64), torch.ones(1, 400)), -3
+            )
+
+
+@needs_compiler
+def test_a_volume_of_more_than_2_31_elements(kernels):
+    """Only what a launch touches is in memory: the rest of 8 GiB is never written."""
+    planes = 2**31 // (64 * 64) + 8
+    volume = torch.empty(1, planes, 64, 64)
+    expected = torch.randn(1, 1, 3, 4, 5)
+    volume[0, planes - 4 : planes - 1, 7:11, 20:25] = expected[0, 0]
+    out = torch.zeros(1, 1, 3, 4, 5)
+    device.gather_tiles(volume, (planes - 4, 7, 20), (3, 4, 5), [()], out)
+    assert torch.equal(out, expected)
+    weights = (torch.ones(3), torch.ones(4), torch.ones(5))
+    device.accumulate_views(out, [()], weights, volume[:, planes - 4 : planes - 1, 7:11, 20:25])
+    assert torch.equal(volume[:, planes - 4 : planes - 1, 7:11, 20:25], 2 * expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_a_kernel_gives_what_its_twin_gives_on_a_gpu(name):
+    pytest.importorskip("cupy")
+    checks.run(name, 100, torch.device("cuda:0"))
+
+
+def test_types_have_the_sizes_that_the_kernels_think():
+    sizes = {"float": 4, "Half": 2, "Bfloat": 2, "short": 2, "unsigned char": 1, "unsigned short": 2}
+    assert {loader.TYPES[dtype]: torch.empty(0, dtype=dtype).element_size() for dtype in loader.TYPES} == sizes
+    assert ctypes.sizeof(ctypes.c_longlong) == 8
