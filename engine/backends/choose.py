@@ -45,7 +45,7 @@ def choose_device(device: str) -> torch.device:
         BackendUnavailable: Where it is not.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -59,6 +59,9 @@ def choose_device(device: str) -> torch.device:
         raise BackendUnavailable("device mps is not there: it needs a Mac with Apple's GPU; use -device cpu")
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    if chosen.type == "cuda" and chosen.index is None:
+        # The current device is another one in another thread.
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
@@ -71,27 +74,26 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
-    """Find the backend asked for, or with "auto" the best one that runs here, and log which and why.
+def usable_backends(name: str, device: torch.device, precision: str) -> list[Backend]:
+    """Find the backend asked for, or with "auto" all that run here, the best one first, and log which and why.
 
     Raises:
         ValueError: For a name that is no backend.
-        BackendUnavailable: Where it cannot run on this device in this precision.
+        BackendUnavailable: Where none can run on this device in this precision.
     """
     known = backends()
     if name != "auto" and name not in known:
         raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
-    reasons = {}
-    for candidate in [known[each] for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]:
-        reason = candidate.unavailable(device, precision)
-        if reason is None:
-            logger.info(
-                "backend %s on %s in %s%s",
-                candidate.name,
-                device,
-                precision,
-                "".join(f"; not {other}: {why}" for other, why in reasons.items()),
-            )
-            return candidate
-        reasons[candidate.name] = reason
-    raise BackendUnavailable("; ".join(f"{other} cannot run here: {why}" for other, why in reasons.items()))
+    candidates = [known[each] for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]
+    reasons = {candidate.name: candidate.unavailable(device, precision) for candidate in candidates}
+    usable = [candidate for candidate in candidates if reasons[candidate.name] is None]
+    missing = [f"{other}: {why}" for other, why in reasons.items() if why is not None]
+    if not usable:
+        raise BackendUnavailable("; ".join(f"{reason.replace(': ', ' cannot run here: ', 1)}" for reason in missing))
+    logger.info("backend %s on %s in %s%s", usable[0].name, device, precision, "".join(f"; not {m}" for m in missing))
+    return usable
+
+
+def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
+    """Find the backend asked for, or with "auto" the best one that runs here; see `usable_backends`."""
+    return usable_backends(name, device, precision)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ..errors import BackendUnavailable
 from ..inference import InferenceNetwork, inference_network
 from ..model import Model
 from . import NetworkOutput
-from .quantization import quantize
+from .quantization import INT8_FLOOR, quantize
 
 FILE = "network.xml"
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -25,6 +26,8 @@ HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
 def _openvino() -> Any:
+    """Import OpenVINO without what it reports over the network: which operations a model has, from where."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO and NNCF do without it
     try:
         import openvino
     except ImportError as error:
@@ -53,11 +56,18 @@ class OpenVinoRunner:
 
 
 class OpenVinoBackend:
-    """Networks compiled by OpenVINO, for CPUs."""
+    """Networks compiled by OpenVINO, for CPUs.
+
+    Args:
+        floor: Dice with float32, of the label that agrees least, that int8 shall keep where it can.
+    """
 
     name = "openvino"
     compiles = True
     bound_to: tuple[str, ...] = ()
+
+    def __init__(self, floor: float = INT8_FLOOR) -> None:
+        self._floor = floor
 
     def unavailable(self, device: torch.device, precision: str) -> str | None:
         """Return why OpenVINO cannot run in this precision on this device, or None."""
@@ -76,7 +86,13 @@ class OpenVinoBackend:
         openvino = _openvino()
         converted = _convert(inference_network(model), tiles[:1])
         if precision == "int8":
-            converted = quantize(converted, [tile[None] for tile in tiles.cpu().numpy()], _segmentation)
+            converted = quantize(
+                converted,
+                [tile[None] for tile in tiles.cpu().numpy()],
+                _segmentation,
+                floor=self._floor,
+                of_regions=model.plan.labels.regions_class_order is not None,
+            )
         openvino.save_model(converted, str(folder / FILE), compress_to_fp16=False)
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> OpenVinoRunner:

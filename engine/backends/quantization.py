@@ -21,14 +21,17 @@ CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "G
 PASSIVE = ("Constant", "Parameter", "Result", "Concat", "Reshape", "Transpose")
 """Operations that only move values: int8 may pass through them."""
 
-WANTED_DICE = 0.985
-"""Of the worst label on the calibration tiles, at which no more is done. Whole scans agree better than single tiles."""
+INT8_FLOOR = 0.98
+"""Least Dice with float32, of the label that agrees least, that is asked for by default."""
+
+MARGIN = 0.005
+"""What Dice on calibration tiles must be above the floor, since other scans may agree less."""
 
 SMOOTHING = 0.15
 """Share of a channel's range that moves from activations to weights (SmoothQuant's alpha)."""
 
 Tiles = Sequence[np.ndarray]
-Labels = list[np.ndarray]
+Masks = list[np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +56,25 @@ RECIPES = (
 """The fastest first, and as measured the least accurate first."""
 
 
-def quantize(model: Any, tiles: Tiles, compiled: Callable[[Any], Callable[[np.ndarray], np.ndarray]]) -> Any:
+def quantize(
+    model: Any,
+    tiles: Tiles,
+    compiled: Callable[[Any], Callable[[np.ndarray], np.ndarray]],
+    *,
+    floor: float = INT8_FLOOR,
+    of_regions: bool = False,
+) -> Any:
     """Quantise the convolutions of an OpenVINO model to int8.
 
     The first recipe whose labels agree well enough with float on the calibration tiles is taken, else the one that
-    agrees best.
+    agrees best, and where the tiles show nothing to segment the most careful one.
 
     Args:
         model: In float32, for one tile.
         tiles: To calibrate with, (1, C, *patch) float32 each.
         compiled: Makes a model ready to run: from a tile to segmentation logits (1, K, *patch).
+        floor: Dice that every label shall keep.
+        of_regions: Whether logits are of regions, which may overlap, and not of background and labels.
 
     Returns:
         The quantised model.
@@ -80,9 +92,10 @@ def quantize(model: Any, tiles: Tiles, compiled: Callable[[Any], Callable[[np.nd
             import nncf
     except ImportError as error:
         raise BackendUnavailable(f"int8 needs NNCF to build ({error}): pip install 'nnturbo[openvino]'") from error
-    exact = _labels(compiled(model), tiles)
+    exact = _masks(compiled(model), tiles, of_regions)
+    shown = any(masks.any() for masks in exact)
     best, best_dice = None, -1.0
-    for recipe in RECIPES:
+    for recipe in RECIPES if shown else RECIPES[-1:]:
         with _quiet():
             quantized = nncf.quantize(
                 model.clone(),
@@ -98,11 +111,11 @@ def quantize(model: Any, tiles: Tiles, compiled: Callable[[Any], Callable[[np.nd
                     smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=SMOOTHING, matmul=-1),
                 ),
             )
-        dice = _lowest_dice(exact, _labels(compiled(quantized), tiles))
+        dice = _lowest_dice(exact, _masks(compiled(quantized), tiles, of_regions))
         logger.info("int8, %s: Dice %.4f on the calibration tiles", recipe, dice)
         if dice > best_dice:
             best, best_dice = quantized, dice
-        if dice >= WANTED_DICE:
+        if dice >= floor + MARGIN:
             break
     return best
 
@@ -127,24 +140,59 @@ def _kept_in_float(model: Any, levels: int) -> list[str]:
     convolutions = [node for node in operations if node.get_type_name() in CONVOLUTIONS]
     sizes = {node.get_friendly_name(): math.prod(list(node.output(0).shape)[2:]) for node in convolutions}
     names = list(sizes)
+    ends = _first_convolutions(model) | _last_convolutions(model)
     finest = sorted(set(sizes.values()), reverse=True)
     # Shallow networks have no coarser level to leave to int8.
     kept_sizes = finest[: min(levels, len(finest) - 1)]
-    kept = {name for name in names if sizes[name] in kept_sizes} | {names[0], names[-1]}
+    kept = {name for name in names if sizes[name] in kept_sizes} | ends
     others = [node for node in operations if node.get_type_name() not in (*CONVOLUTIONS, *PASSIVE)]
     return [node.get_friendly_name() for node in others] + sorted(kept)
 
 
-def _labels(run: Callable[[np.ndarray], np.ndarray], tiles: Tiles) -> Labels:
-    return [run(tile).argmax(1) for tile in tiles]
+def _first_convolutions(model: Any) -> set[str]:
+    """Names of the convolutions that read the tile, one in each fold."""
+
+    def readers(node: Any) -> list[Any]:
+        return [reader.get_node() for output in node.outputs() for reader in output.get_target_inputs()]
+
+    return _nearest_convolutions(model.inputs, readers)
 
 
-def _lowest_dice(exact: Labels, other: Labels) -> float:
-    """Dice of the label that agrees least, over all tiles; of regions, that of their most probable channel."""
-    present = np.unique(np.concatenate([np.unique(labels) for labels in (*exact, *other)]))
+def _last_convolutions(model: Any) -> set[str]:
+    """Names of the convolutions that give the segmentation logits, one in each fold."""
+
+    def sources(node: Any) -> list[Any]:
+        return [value.get_source_output().get_node() for value in node.inputs()]
+
+    return _nearest_convolutions(model.outputs[:1], sources)
+
+
+def _nearest_convolutions(ports: Sequence[Any], neighbours: Callable[[Any], list[Any]]) -> set[str]:
+    found, pending = set(), [port.get_node() for port in ports]
+    while pending:
+        for node in neighbours(pending.pop()):
+            if node.get_type_name() in CONVOLUTIONS:
+                found.add(node.get_friendly_name())
+            else:
+                pending.append(node)
+    return found
+
+
+def _masks(run: Callable[[np.ndarray], np.ndarray], tiles: Tiles, of_regions: bool) -> Masks:
+    """Where each label or region is, (labels, *patch) bool for each tile; the background is left out."""
+    logits = [run(tile)[0] for tile in tiles]
+    if of_regions:
+        return [of_tile > 0 for of_tile in logits]
+    return [
+        of_tile.argmax(0) == np.arange(1, len(of_tile)).reshape(-1, *[1] * (of_tile.ndim - 1)) for of_tile in logits
+    ]
+
+
+def _lowest_dice(exact: Masks, other: Masks) -> float:
+    """Dice of the label that agrees least, over all tiles; 1 where there is none in either."""
     scores = [1.0]
-    for label in present[present > 0]:
-        common = sum(np.count_nonzero((a == label) & (b == label)) for a, b in zip(exact, other, strict=True))
-        sizes = sum(np.count_nonzero(labels == label) for labels in (*exact, *other))
-        scores.append(2 * common / sizes)
+    for label in range(len(exact[0])):
+        common = sum(np.count_nonzero(a[label] & b[label]) for a, b in zip(exact, other, strict=True))
+        size = sum(np.count_nonzero(masks[label]) for masks in (*exact, *other))
+        scores += [2 * common / size] if size else []
     return min(scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..model import Model
 from . import NetworkOutput
 from .onnx import INPUT, OUTPUTS, export_onnx
 from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep, mirror_views_of
+from .torch import exact_float32
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,15 @@ class TensorRtRunner:
         self._outputs = [name for name in OUTPUTS if name in names]
         # On the default stream TensorRT would wait for the whole device, at every call.
         self._stream = torch.cuda.Stream(device)
+        self._one_at_a_time = threading.Lock()  # a context holds the addresses of one run
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the GPU, in float32."""
         with torch.inference_mode(), torch.cuda.device(self._device):
-            parts = [
-                self._average(part.contiguous()) for part in tiles.to(self._device, torch.float32).split(MOST_TILES)
-            ]
+            with self._one_at_a_time:
+                parts = [
+                    self._average(part.contiguous()) for part in tiles.to(self._device, torch.float32).split(MOST_TILES)
+                ]
             return NetworkOutput(*(torch.cat(outputs) for outputs in zip(*parts, strict=True)))
 
     def _average(self, tiles: Tensor) -> list[Tensor]:
@@ -76,7 +80,8 @@ class TensorRtRunner:
             if not fits:
                 raise PredictionError(f"this engine does not take tiles of shape {tuple(tiles.shape)}: {errors}")
             outputs = [
-                torch.empty(tuple(context.get_tensor_shape(name)), device=tiles.device) for name in self._outputs
+                torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=tiles.device)
+                for name in self._outputs
             ]
             for name, tensor in zip((INPUT, *self._outputs), (tiles, *outputs), strict=True):
                 context.set_tensor_address(name, tensor.data_ptr())
@@ -86,8 +91,10 @@ class TensorRtRunner:
             current = torch.cuda.current_stream(tiles.device)
             self._stream.wait_stream(current)
             started = context.execute_async_v3(self._stream.cuda_stream)
-            # From here on memory freed by torch is used again only after the engine has run.
+            # From here on memory freed by torch is used again only after the engine has run, on whichever stream.
             current.wait_stream(self._stream)
+            for tensor in (tiles, *outputs, scratch):
+                tensor.record_stream(self._stream)
             if not started:
                 raise PredictionError(f"{self._library.name} could not run the network: {'; '.join(errors)}")
         return outputs
@@ -126,7 +133,8 @@ class TensorRtBackend:
 
     name = "tensorrt"
     compiles = True
-    bound_to: tuple[str, ...] = ("architecture", "system", "compute_capability", "tensorrt", "tensorrt-rtx-cu13")
+    # Engines know their library's version themselves, and only that of the one that built them matters.
+    bound_to: tuple[str, ...] = ("architecture", "system", "compute_capability")
 
     def __init__(self, compute_capabilities: Sequence[str] = ()) -> None:
         self._compute_capabilities = tuple(compute_capabilities)
@@ -215,7 +223,7 @@ class TensorRtBackend:
         """
         tiles = torch.randn(tiles.shape, device=tiles.device)
         output = self.load(model, folder, tiles.device, precision)(tiles)
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             expected = [torch.stack(parts).mean(0) for parts in zip(*(fold(tiles) for fold in folds), strict=True)]
         given = [logits for logits in output if logits is not None]
         for name, logits, exact in zip(OUTPUTS, given, expected, strict=False):

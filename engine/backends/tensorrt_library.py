@@ -65,8 +65,12 @@ class Library:
     @contextmanager
     def errors(self) -> Iterator[list[str]]:
         """Collect what TensorRT logs as errors."""
-        self.log.errors.clear()
-        yield self.log.errors
+        errors: list[str] = []
+        self.log.listening.append(errors)
+        try:
+            yield errors
+        finally:
+            self.log.listening.remove(errors)
 
     def parse(self, onnx: bytes) -> tuple[Any, Any]:
         """Read a model into a strongly typed network: what is half in the file is half in the engine, and no more.
@@ -224,11 +228,12 @@ def _log(name: str) -> Any:
     class Log(base):
         def __init__(self) -> None:
             base.__init__(self)
-            self.errors: list[str] = []
+            self.listening: list[list[str]] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (base.INTERNAL_ERROR, base.ERROR):
-                self.errors.append(message)
+                for errors in self.listening:
+                    errors.append(message)
             logger.debug("%s %s: %s", name, severity.name, message)
 
     return Log()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ..errors import BackendUnavailable, BundleError
 from ..inference import inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
-from .tensorrt_library import MOST_TILES, cache_file, mirror_views_of
+from .tensorrt_library import MOST_TILES, cache_file, keep, mirror_views_of
 
 FILE = "network.ts"
 PRECISIONS = ("fp16", "fp32")
@@ -79,11 +81,19 @@ class TorchTensorRtBackend:
             network = with_low_convolutions(network, torch.float16)
         # It takes no cache of another GPU or version.
         gpu = torch.cuda.get_device_name(tiles.device).replace(" ", "-")
-        timing_cache = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
+        kept = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
         views = mirror_views_of(model)
         batch = torch.export.Dim("batch", min=1, max=MOST_TILES)
-        with torch.no_grad(), warnings.catch_warnings(), torch.cuda.device(tiles.device):
+        with (
+            tempfile.TemporaryDirectory() as aside,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            torch.cuda.device(tiles.device),
+        ):
             warnings.simplefilter("ignore")  # of torch about TorchScript, and of 2.11 about defaults
+            timing_cache = Path(aside) / "timing"  # it writes there as it likes; what others read changes at once
+            if kept.is_file():
+                shutil.copy(kept, timing_cache)
             exported = torch.export.export(
                 network.to(tiles.device), (tiles,), dynamic_shapes=({0: batch},), strict=False
             )
@@ -103,11 +113,16 @@ class TorchTensorRtBackend:
                     disable_tf32=True,  # what is in fp32 is there for its bits
                     truncate_double=True,
                     immutable_weights=True,
+                    # Else what is left to torch would be traced with the sizes of these tiles as constants.
+                    require_full_compilation=True,
                     timing_cache_path=str(timing_cache),
                 )
-            except RuntimeError as error:
+                torch_tensorrt.save(compiled, str(folder / FILE), output_format="torchscript", arg_inputs=(tiles,))
+            except Exception as error:  # it asserts that there is an engine, and a broken cache is a TypeError
+                kept.unlink(missing_ok=True)
                 raise BackendUnavailable(f"torch_tensorrt could not compile this network here: {error}") from error
-            torch_tensorrt.save(compiled, str(folder / FILE), output_format="torchscript", arg_inputs=(tiles,))
+            if timing_cache.is_file():
+                keep(kept, timing_cache.read_bytes())
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TorchTensorRtRunner:
         """Load it onto the GPU.

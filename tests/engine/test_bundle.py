@@ -507,6 +507,7 @@ class TestOtherGpus:
             ({"backend": "onnx"}, ValueError, "only tensorrt can build, not onnx"),
             ({"precision": "int8"}, BackendUnavailable, "not in int8"),
             ({"compute_capabilities": ["9.0"]}, BackendUnavailable, "not 9.0"),
+            ({"calibration": ["scan.nii.gz"]}, ValueError, "agreement cannot be measured for GPUs that are not here"),
         ],
     )
     def test_what_cannot_be(self, model, tmp_path, arguments, error, message):

@@ -1,13 +1,17 @@
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import BackendUnavailable, Engine, Volume, build
-from nnturbo.engine.backends import quantization
+from nnturbo.engine import BackendUnavailable, Engine, Volume, build, compilation
+from nnturbo.engine.backends import choose, quantization
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.backends.openvino import OpenVinoBackend
 from nnturbo.engine.bundle import read_manifest
@@ -19,11 +23,12 @@ from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, 
 openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
 
 
-def runner_of(model, folder, precision="fp32", tiles=None):
-    backend = OpenVinoBackend()
+def runner_of(model, folder, precision="fp32", tiles=None, floor=quantization.INT8_FLOOR):
+    backend = OpenVinoBackend(floor)
     tiles = torch.zeros(2, 1, *model.plan.patch_size) if tiles is None else tiles
     backend.build(model, tiles, precision, folder)
     return backend.load(model, folder, CPU, precision)
@@ -118,11 +123,10 @@ class TestInt8:
             if node.get_type_name() in ("MVN", "MatMul", "ReduceMean", "Add", *quantization.CONVOLUTIONS)
         ]
 
-    def test_convolutions_are_quantised_but_the_first_and_the_last(self, model, tmp_path, monkeypatch):
-        monkeypatch.setattr(quantization, "WANTED_DICE", 0.0)
+    def test_convolutions_are_quantised_but_the_first_and_the_last(self, model, tmp_path):
         tiles = torch.randn(6, 1, 8, 12, 16)
         loaded = read_model(model)
-        output = runner_of(loaded, tmp_path, "int8", tiles)(tiles)
+        output = runner_of(loaded, tmp_path, "int8", tiles, floor=0)(tiles)
         operations = self.operations(tmp_path)
         assert not any(quantised for kind, quantised in operations if kind not in quantization.CONVOLUTIONS)
         convolutions = [quantised for kind, quantised in operations if kind in quantization.CONVOLUTIONS]
@@ -131,19 +135,58 @@ class TestInt8:
         same = (output.seg_logits.argmax(1) == seg_logits.argmax(1)).float().mean()
         assert 0.9 < same < 1
 
-    def test_more_stay_in_float_where_labels_need_it(self, model, tmp_path, monkeypatch, caplog):
+    def test_in_every_fold(self, tmp_path):
+        folds = read_model(write_model(tmp_path / "m", plans=multi_task(plans_json()), folds=("0", "1", "2")))
+        runner_of(folds, tmp_path, "int8", torch.randn(2, 1, 8, 12, 16), floor=0)
+        network = openvino.Core().read_model(tmp_path / "network.xml")
+        first, last = quantization._first_convolutions(network), quantization._last_convolutions(network)
+        assert len(first) == len(last) == 3
+        quantised = sum(quantised for kind, quantised in self.operations(tmp_path) if kind in quantization.CONVOLUTIONS)
+        convolutions = sum(kind in quantization.CONVOLUTIONS for kind, _ in self.operations(tmp_path))
+        assert quantised == convolutions - 6 > 0
+
+    def test_more_stay_in_float_where_labels_need_it(self, model, tmp_path, caplog):
         counts = {}
         tiles = torch.randn(4, 1, 8, 12, 16)
-        for wanted in (0.0, 2.0):
-            monkeypatch.setattr(quantization, "WANTED_DICE", wanted)
-            (folder := tmp_path / str(wanted)).mkdir()
+        for floor in (0.0, 2.0):
+            (folder := tmp_path / str(floor)).mkdir()
             caplog.clear()
             with caplog.at_level(logging.INFO):
-                runner_of(read_model(model), folder, "int8", tiles)
-            counts[wanted] = caplog.text.count("Dice")
+                runner_of(read_model(model), folder, "int8", tiles, floor)
+            counts[floor] = caplog.text.count("Dice")
             dice = [float(line.split("Dice ")[1].split()[0]) for line in caplog.messages]
             assert all(0 < value <= 1 for value in dice)
         assert counts == {0.0: 1, 2.0: len(quantization.RECIPES)}  # the first will do; none will
+
+    def test_tiles_that_show_nothing_call_for_the_most_careful_recipe(self, model, tmp_path, monkeypatch, caplog):
+        runner_of(read_model(model), tmp_path)
+        network = openvino.Core().read_model(tmp_path / "network.xml")
+        background = np.zeros((1, 3, 8, 12, 16), np.float32)
+        background[:, 0] = 1
+        tiles = [np.random.default_rng(0).normal(size=(1, 1, 8, 12, 16)).astype(np.float32)]
+        with caplog.at_level(logging.INFO):
+            quantization.quantize(network, tiles, lambda compiled: lambda tile: background)
+        assert caplog.text.count("Dice") == 1
+        assert str(quantization.RECIPES[-1]) in caplog.text
+
+    def test_int8_is_tried_again_where_other_scans_agree_less(self, model, tmp_path, monkeypatch):
+        scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
+        floors, original = [], compilation.measure_agreement
+        monkeypatch.setattr(
+            compilation, "OpenVinoBackend", lambda floor: floors.append(floor) or OpenVinoBackend(min(floor, 0.0))
+        )
+
+        worst = iter([0.5, 0.95])
+        monkeypatch.setattr(
+            compilation,
+            "measure_agreement",
+            lambda *arguments: replace(original(*arguments), dice={"a": next(worst)}),
+        )
+        out = build(
+            model, tmp_path / "b", backend="openvino", precision="int8", device="cpu", calibration=[scan], floor=0.9
+        )
+        assert floors == [0.9, 1.0]
+        assert read_manifest(out).agreement["dice"] == {"a": 0.95}
 
     def test_whole_resolutions_stay_in_float_but_never_all(self, model, tmp_path):
         runner_of(read_model(model), tmp_path)
@@ -170,7 +213,9 @@ class TestInt8:
         tiles = [np.random.default_rng(0).normal(size=(1, 1, 8, 12, 16)).astype(np.float32)]
         runner_of(read_model(model), tmp_path)
         network = openvino.Core().read_model(tmp_path / "network.xml")
-        best = quantization.quantize(network, tiles, lambda compiled: lambda tile: np.zeros((1, 3, 2, 2, 2)))
+        logits = np.zeros((1, 3, 2, 2, 2))
+        logits[:, 1] = 1
+        best = quantization.quantize(network, tiles, lambda compiled: lambda tile: logits)
         assert best is made[1]
 
     def test_the_bundle_says_what_it_costs_and_says_nothing_to_the_terminal(self, model, tmp_path, capsys):
@@ -191,11 +236,67 @@ class TestInt8:
         with pytest.raises(BackendUnavailable, match="int8 needs NNCF to build"):
             runner_of(read_model(model), tmp_path, "int8", tiles)
 
+    def masks(self, *labels, of_regions=False):
+        """What logits say whose greatest, or positive ones, are these."""
+        logits = np.stack([np.isin(labels, label) for label in range(3)]).astype(np.float32) - 0.5
+        return quantization._masks(lambda tile: logits[None], [None], of_regions)
+
     def test_the_lowest_dice_counts_labels_of_either(self):
-        exact, other = [np.array([0, 1, 1, 2])], [np.array([0, 1, 2, 0])]
+        exact, other = self.masks(0, 1, 1, 2), self.masks(0, 1, 2, 0)
         assert quantization._lowest_dice(exact, exact) == 1
         assert quantization._lowest_dice(exact, other) == 0  # of label 2
-        assert quantization._lowest_dice([np.array([0, 1, 1])], [np.array([0, 1, 0])]) == pytest.approx(2 / 3)
+        assert quantization._lowest_dice(self.masks(0, 1, 1), self.masks(0, 1, 0)) == pytest.approx(2 / 3)
+        assert quantization._lowest_dice(self.masks(0, 0), self.masks(0, 0)) == 1
+
+    def test_regions_have_no_background(self):
+        exact, other = (self.masks(*labels, of_regions=True) for labels in ((0, 1, 1), (1, 1, 1)))
+        assert exact[0].shape == (3, 3)
+        assert quantization._lowest_dice(exact, other) == 0  # of the first region
+        assert quantization._lowest_dice(*(self.masks(*labels) for labels in ((0, 1, 1), (1, 1, 1)))) == 0.8
+
+
+WATCHED = """
+import sys, time, urllib.request
+from pathlib import Path
+called = []
+urllib.request.urlopen = lambda *arguments, **options: called.append(arguments)
+from nnturbo.engine import Engine, Volume, build
+from tests.engine.factory import smooth_scan, write_model
+folder = Path(sys.argv[1])
+scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2))
+model = write_model(folder / "m")
+Engine.load(model, backend="openvino", device="cpu").predict(scan)
+out = build(model, folder / "b", backend="openvino", precision="int8", device="cpu", calibration=[scan], floor=0)
+Engine.load(out).predict(scan)
+time.sleep(1)  # reports are sent by a thread
+sys.exit(len(called))
+"""
+
+
+@needs_nncf
+def test_nothing_is_reported_over_the_network(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "NNTURBO_CACHE": str(tmp_path / "cache")}
+    # A process of its own: NNCF reports nothing under pytest.
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    done = subprocess.run([sys.executable, "-c", WATCHED, str(tmp_path)], cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0
+    assert not (tmp_path / "intel").exists()
+
+
+def test_auto_goes_on_with_torch_where_openvino_does_not_know_an_operation(tmp_path, monkeypatch, caplog):
+    def fails(*arguments):
+        raise LookupError("no conversion rule for aten::strange\nand much more")
+
+    monkeypatch.setattr(OpenVinoBackend, "build", fails)
+    monkeypatch.setattr(choose, "AUTOMATIC", {"cpu": ("openvino", "torch")})
+    monkeypatch.setenv("NNTURBO_CACHE", str(tmp_path / "cache"))  # where none has compiled this model
+    model = write_model(tmp_path / "m")
+    with pytest.raises(BackendUnavailable, match="openvino could not compile this model in fp32: no conversion rule"):
+        Engine.load(model, device="cpu", backend="openvino")
+    engine = Engine.load(model, device="cpu")
+    assert engine.provenance["backend"] == "torch"
+    assert "no conversion rule for aten::strange" in caplog.text
+    assert "and much more" not in caplog.text
 
 
 def test_it_is_among_the_backends():

@@ -4,9 +4,15 @@ Running engines needs a GPU; that test is marked, and has not run yet.
 """
 
 import ast
+import contextlib
+import ctypes
 import importlib.util
 import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +21,7 @@ from nnturbo.engine import BackendUnavailable, BundleError, ModelError
 from nnturbo.engine.backends import tensorrt, tensorrt_library
 from nnturbo.engine.backends.choose import choose_backend
 from nnturbo.engine.backends.onnx import export_onnx
-from nnturbo.engine.backends.tensorrt import TensorRtBackend
+from nnturbo.engine.backends.tensorrt import TensorRtBackend, TensorRtRunner
 from nnturbo.engine.backends.tensorrt_library import MOST_TILES, Library, keep, mirror_views_of, profile
 from nnturbo.engine.inference import LowConvolution, inference_network, with_low_convolutions, with_shuffles
 from nnturbo.engine.model import read_model, with_classifier
@@ -351,6 +357,58 @@ class TestRefusals:
             TensorRtBackend().load(model, tmp_path, CPU, "fp16")
         with pytest.raises(BundleError, match="must hold engines of tensorrt or tensorrt_rtx"):
             TensorRtBackend().load(model, tmp_path, CUDA, "fp16")
+
+
+class SlowContext:
+    """Writes the first voxel of the tiles everywhere in the logits, after a moment in which others may run."""
+
+    def set_input_shape(self, name, shape):
+        self.shape, self.addresses = shape, {}
+        return True
+
+    def get_tensor_shape(self, name):
+        return (self.shape[0], 3, *self.shape[2:])
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        time.sleep(0.001)
+
+    def update_device_memory_size_for_shapes(self):
+        return 16
+
+    def set_device_memory(self, address, size):
+        pass
+
+    def execute_async_v3(self, stream):
+        value = ctypes.c_float.from_address(self.addresses["tiles"]).value
+        count = math.prod(self.get_tensor_shape("seg_logits"))
+        place = (ctypes.c_float * count).from_address(self.addresses["seg_logits"])
+        place[:] = [value] * count
+        return True
+
+
+def test_threads_do_not_mix_their_tiles(monkeypatch):
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: None)
+    library = SimpleNamespace(
+        api=SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=0)),
+        name="tensorrt",
+        errors=lambda: contextlib.nullcontext([]),
+    )
+    engine = SimpleNamespace(
+        num_io_tensors=2,
+        get_tensor_name=lambda index: ("tiles", "seg_logits")[index],
+        create_execution_context=lambda strategy: SlowContext(),
+    )
+    runner = TensorRtRunner(library, [engine], CPU, None)
+    tiles = [torch.full((1, 1, 2, 4, 4), float(index)) for index in range(24)]
+    with ThreadPoolExecutor(4) as threads:
+        for tile, output in zip(tiles, threads.map(runner, tiles), strict=True):
+            assert output.seg_logits.dtype == torch.float32
+            assert torch.equal(output.seg_logits, tile.expand(1, 3, 2, 4, 4))
 
 
 class TestCaches:

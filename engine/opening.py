@@ -1,0 +1,122 @@
+"""Makes a model folder, or a bundle, ready to run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backends import Backend, Runner
+from .backends.choose import choose_backend, choose_device, choose_precision, usable_backends
+from .bundle import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
+from .errors import BackendUnavailable, BundleError, EngineError
+from .model import Model
+from .sliding_window import mirror_views
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CHECKPOINT = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model that is ready to run, and what predictions say about how."""
+
+    model: Model
+    runner: Runner
+    device: torch.device
+    provenance: dict[str, Any]
+
+
+def open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> Opened:
+    """Choose how a model runs here, and compile it if need be, or take what was compiled before.
+
+    With "auto", the next best backend runs what the best one cannot compile.
+    """
+    target = choose_device(device)
+    precision = choose_precision(precision, target)
+    *others, last = usable_backends(backend, target, precision)
+    for candidate in others:
+        try:
+            return _opened_by(candidate, model, checkpoint, precision, target)
+        except BackendUnavailable as error:
+            logger.warning("%s; going on without it", error)
+    return _opened_by(last, model, checkpoint, precision, target)
+
+
+def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:
+    provenance = {"checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
+    if model.plan.classification is not None:
+        provenance["classifier"] = "lda" if model.pooled_classifiers else "head"
+    if not chosen.compiles:
+        runner = chosen.load(model, None, target, precision)
+        return Opened(model=model, runner=runner, device=target, provenance=provenance)
+    if precision == "int8":
+        raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
+    from .cache import cached_bundle
+
+    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, describe_machine(target))
+    with cached_bundle(model, manifest, chosen, target) as folder:
+        runner = chosen.load(model, folder, target, precision)
+    return Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
+
+
+def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
+    """Verify a bundle and load what was compiled.
+
+    Args:
+        folder: The bundle.
+        asked: Arguments of `Engine.load`, None where they were left out; they may only repeat what it was built for.
+        device: Where to run.
+    """
+    manifest = read_manifest(folder)
+    model = bundle_model(manifest, folder)
+    built = {
+        "folds": sorted(manifest.folds),
+        "checkpoint": Path(next(iter(manifest.source), DEFAULT_CHECKPOINT)).name,
+        "configuration": manifest.configuration,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "classifier": manifest.classifier or asked["classifier"],
+    }
+    for name, wanted in asked.items():
+        if wanted is not None and wanted != built[name]:
+            raise BundleError(
+                f"{folder} was built with {name} {_in_words(built[name])}, not {_in_words(wanted)}: build another "
+                "bundle for that"
+            )
+    target = choose_device(manifest.machine.get("device", "cpu") if device == "auto" else device)
+    chosen = choose_backend(manifest.backend, target, manifest.precision)
+    check_machine(manifest, chosen, target, folder)
+    provenance = {
+        "source": dict(manifest.source),
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "agreement": manifest.agreement,
+    }
+    if manifest.classifier is not None:
+        provenance["classifier"] = manifest.classifier
+    try:
+        runner = chosen.load(model, folder, target, manifest.precision)
+    except EngineError:
+        raise
+    except Exception as error:  # whatever a runtime raises for files it cannot read
+        reason = str(error).strip().partition("\n")[0]
+        raise BundleError(
+            f"{chosen.name} cannot load {folder}: {reason:.200}. Build it anew, with the versions installed here"
+        ) from error
+    return Opened(model=model, runner=runner, device=target, provenance=provenance)
+
+
+def _in_words(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def views_of(model: Model) -> tuple[tuple[int, ...], ...]:
+    """Mirror views of a model, in the axes (z, y, x) of a 3D tile."""
+    dimensions = len(model.plan.patch_size)
+    return mirror_views([axis + 3 - dimensions for axis in model.mirror_axes if axis < dimensions])
