@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .classification import Classification
     from .compilation import build
-    from .engine import Engine, EngineOptions
+    from .engine import Engine
     from .ensemble import Ensemble
     from .errors import (
         BackendUnavailable,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         PredictionError,
         VolumeError,
     )
+    from .options import EngineOptions
     from .prediction import Prediction
     from .volume import Geometry, Volume, read_volume, write_segmentation
 
@@ -47,7 +48,7 @@ __all__ = [
 _MODULES = {
     "classification": ("Classification",),
     "compilation": ("build",),
-    "engine": ("Engine", "EngineOptions"),
+    "engine": ("Engine",),
     "ensemble": ("Ensemble",),
     "errors": (
         "BackendUnavailable",
@@ -59,6 +60,7 @@ _MODULES = {
         "PredictionError",
         "VolumeError",
     ),
+    "options": ("EngineOptions",),
     "prediction": ("Prediction",),
     "volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
 }

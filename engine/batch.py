@@ -119,7 +119,7 @@ def predict_cases(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Outcome:
-    """Predict cases one after the other and write what comes out, with a record in `predictions.json`.
+    """Predict cases in order and write what comes out, with a record in `predictions.json`.
 
     Args:
         engine: The model, or several.
@@ -142,27 +142,16 @@ def predict_cases(
         outcome.skipped = [name for name in names if _is_complete(engine, job, name, records)]
     _write_subtypes(engine, job, records)
     pending = [case for case in cases if case.name not in outcome.skipped]
-    for index, case in enumerate(pending):
-        try:
-            prediction = engine.predict(
-                case.images if len(case.images) != 1 else case.images[0],
-                previous_stage=_previous(engine, job, case.name),
-                save_probabilities=job.save_probabilities,
-                progress=None
-                if progress is None
-                else (lambda done, total, name=case.name: progress(name, done, total)),
-            )
-        except (EngineError, MemoryError) as error:
-            reason = str(error) or "out of memory"
-            logger.info("%s failed: %s", case.name, reason)
-            outcome.failed[case.name] = reason
-            records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
-        else:
-            records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
+    predictions = engine.predict_many(
+        [case.images if len(case.images) != 1 else case.images[0] for case in pending],
+        previous_stages=[_previous(engine, job, case.name) for case in pending],
+        save_probabilities=job.save_probabilities,
+        progress=None if progress is None else (lambda index, done, total: progress(pending[index].name, done, total)),
+    )
+    with contextlib.closing(predictions):
+        for index, (case, prediction) in enumerate(zip(pending, predictions, strict=True)):
             try:
-                _write(engine, job, case.name, prediction)
-                outcome.done.append(case.name)
-                logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
+                _keep(engine, job, case, prediction, records, outcome)
             except OutputError as error:
                 # What stops one result from being written stops the next one too.
                 rest = "not tried, because results cannot be written"
@@ -173,8 +162,29 @@ def predict_cases(
                 with contextlib.suppress(OutputError):  # on a full disk the records may not fit either
                     _write_records(engine, job, records)
                 return outcome
-        _write_records(engine, job, records)
+            _write_records(engine, job, records)
     return outcome
+
+
+def _keep(
+    engine: Predictor,
+    job: Job,
+    case: CaseFiles,
+    prediction: Prediction | EngineError,
+    records: dict[str, Any],
+    outcome: Outcome,
+) -> None:
+    """Write one result, and say how it went."""
+    if isinstance(prediction, EngineError):
+        reason = str(prediction)
+        logger.info("%s failed: %s", case.name, reason)
+        outcome.failed[case.name] = reason
+        records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
+        return
+    records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
+    _write(engine, job, case.name, prediction)
+    outcome.done.append(case.name)
+    logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
 
 
 def _is_complete(engine: Predictor, job: Job, name: str, records: Mapping[str, Any]) -> bool:

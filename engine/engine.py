@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .backends import Runner
-from .backends.choose import choose_backend, choose_device, choose_precision
-from .bundle import bundle_model, check_machine, describe_machine, is_bundle, plan_bundle, read_manifest, source_hashes
-from .errors import BundleError, EngineError, VolumeError
+from .bundle import is_bundle
+from .errors import EngineError, PredictionError, VolumeError
 from .labels import segment
 from .model import Model, read_model, with_classifier
+from .opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
+from .options import EngineOptions
 from .prediction import Prediction
 from .preprocessing import Case, preprocess
-from .sliding_window import SlidingWindow, mirror_views, predict_logits
+from .sliding_window import SlidingWindow, predict_logits
+from .steps import Computed, Placement, Prepared, caught
 from .timing import Timings
-from .volume import Geometry, Volume, read_volume, restore_orientation
-from .voting import AGGREGATIONS, Votes
+from .transfers import Transfers
+from .volume import Volume, read_volume, restore_orientation
+from .voting import Votes
+
+if TYPE_CHECKING:
+    from .dali import DaliLoader
 
 logger = logging.getLogger(__name__)
 
 Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
-
-CLASSIFIERS = ("auto", "head", "lda")
-DEFAULT_CHECKPOINT = "checkpoint_final.pth"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """What rarely needs changing.
-
-    Args:
-        views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
-            memory and no less time, and all on a GPU.
-        sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
-        classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was
-            fitted afterwards, or "auto": the fitted one where every fold has one. Means nothing to other models.
-        aggregation: How its answers for tiles become one: weighted by what the class is about ("foreground"), or all
-            alike ("mean"). Means nothing to other models.
-    """
-
-    views_per_call: int | None = None
-    sums_on_device: bool = True
-    classifier: str = "auto"
-    aggregation: str = "foreground"
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name, known in (("classifier", CLASSIFIERS), ("aggregation", AGGREGATIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.views_per_call is not None and self.views_per_call < 1:
-            raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")
 
 
 class Engine:
@@ -75,13 +55,16 @@ class Engine:
         sums_device: torch.device,
         provenance: dict[str, Any],
         aggregation: str = "foreground",
+        loader: DaliLoader | None = None,
     ) -> None:
         self.model = model
         self.provenance = provenance
         self._aggregation = aggregation
+        self._loader = loader
         self._runner = runner
         self._window = window
-        self._sums_device = sums_device
+        self._placement = Placement(views_per_call=window.views_per_call, sums_device=sums_device)
+        self._transfers = Transfers(sums_device)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -134,11 +117,11 @@ class Engine:
                 "precision": None if precision == "auto" else precision,
                 "classifier": None if options.classifier == "auto" else options.classifier,
             }
-            opened = _open_bundle(Path(model), asked, device)
+            opened = open_bundle(Path(model), asked, device)
         else:
             read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
-            opened = _open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
-        views = _views(opened.model) if mirror else ((),)
+            opened = open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
+        views = views_of(opened.model) if mirror else ((),)
         window = SlidingWindow.of_plan(
             opened.model.plan,
             tile_step_size=tile_step_size,
@@ -154,18 +137,27 @@ class Engine:
             **opened.provenance,
             **({"aggregation": options.aggregation} if opened.model.plan.classification is not None else {}),
             "device": str(opened.device),
+            "loader": options.loader,
             "tile_step_size": tile_step_size,
             "mirror_views": len(views),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+        sums_device = opened.device if options.sums_on_device else torch.device("cpu")
+        loader = None
+        if options.loader != "exact":
+            from .dali import DaliLoader
+
+            interpolation = "linear" if options.loader == "dali-linear" else "cubic"
+            loader = DaliLoader(opened.model.plan, sums_device, interpolation=interpolation)
         return cls(
             opened.model,
             opened.runner,
             window=window,
             provenance=provenance,
-            sums_device=opened.device if options.sums_on_device else torch.device("cpu"),
+            sums_device=sums_device,
             aggregation=options.aggregation,
+            loader=loader,
         )
 
     def predict(
@@ -188,35 +180,179 @@ class Engine:
             VolumeError: Where the scan cannot be read or does not suit the model.
             PredictionError: Where the network fails or gives numbers that mean nothing.
         """
-        timings = Timings()
-        plan = self.model.plan
+        if self._loader is None:
+            prepared: Prepared | EngineError = self._prepare(image, previous_stage)
+        else:
+            (prepared,) = self._loader([image])
+        return self._finish(self._compute(prepared, save_probabilities, progress))
+
+    def predict_many(
+        self,
+        images: Sequence[Image],
+        *,
+        previous_stages: Sequence[str | os.PathLike[str] | np.ndarray | None] | None = None,
+        save_probabilities: bool = False,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> Generator[Prediction | EngineError, None, None]:
+        """Segment scans; the network goes on with the next one while the one after that is read, and an answer is used.
+
+        Args:
+            images: As for `predict`; of those given as files, three are in memory at once.
+            previous_stages: For a cascade, as for `predict`, one for each image.
+            save_probabilities: As for `predict`.
+            progress: Called with (index of the image, tiles done, tiles in all).
+
+        Yields:
+            For each image in order its prediction, or the error that `predict` would have raised.
+        """
+        stages = [None] * len(images) if previous_stages is None else previous_stages
+        stopped = threading.Event()
+        numbered = itertools.count()
+
+        def tiles_done(index: int, done: int, total: int) -> None:
+            if stopped.is_set():
+                raise PredictionError("stopped, since no more answers are asked for")
+            if progress is not None:
+                progress(index, done, total)
+
+        def compute_next() -> Computed | EngineError | None:
+            each = next(prepared, None)
+            if each is None:
+                return None
+            share = functools.partial(tiles_done, next(numbered))
+            return caught(functools.partial(self._compute, each, save_probabilities, share))
+
+        with (
+            contextlib.closing(self._prepared(images, stages)) as prepared,
+            ThreadPoolExecutor(1, "nnturbo-compute") as computer,
+        ):
+            try:
+                upcoming = computer.submit(compute_next)
+                while (computed := upcoming.result()) is not None:
+                    upcoming = computer.submit(compute_next)
+                    yield caught(functools.partial(self._finish, computed))
+            finally:
+                stopped.set()
+
+    def _prepared(
+        self, images: Sequence[Image], stages: Sequence[str | os.PathLike[str] | np.ndarray | None]
+    ) -> Generator[Prepared | EngineError, None, None]:
+        """Prepare scans in order; the next one while the one before is computed."""
+        if self._loader is not None:
+            yield from self._loader(images)
+            return
+        with ThreadPoolExecutor(1, "nnturbo-read") as reader:
+            ahead: Future[Prepared] | None = None
+            for pair in zip(images, stages, strict=True):
+                following = reader.submit(self._prepare, *pair)
+                if ahead is not None:
+                    yield caught(ahead.result)
+                ahead = following
+            if ahead is not None:
+                yield caught(ahead.result)
+
+    def _prepare(self, image: Image, previous_stage: str | os.PathLike[str] | np.ndarray | None = None) -> Prepared:
+        """Read a scan, and start its way to the device."""
+        plan, device = self.model.plan, self._placement.sums_device
+        timings = Timings(device)
         with timings("read"):
             scan = read_volume(image, channels=len(plan.channels))
             volume = scan.reoriented() if plan.reorient else scan
             previous = self._read_previous(previous_stage, scan)
-        with timings("preprocess"):
-            case = preprocess(volume, plan, self._sums_device, previous)
-        votes = self._votes()
+        with self._transfers.uploading() as wait, timings("preprocess"):
+            try:
+                case = preprocess(volume, plan, device, previous)
+            except torch.OutOfMemoryError:  # `_compute` sees what does fit
+                case = preprocess(volume, plan, torch.device("cpu"), previous)
+        return Prepared(
+            geometry=scan.geometry,
+            network_geometry=volume.geometry,
+            warnings=scan.warnings,
+            case=case,
+            wait=wait,
+            timings=timings,
+        )
+
+    def _compute(
+        self, prepared: Prepared | EngineError, save_probabilities: bool, progress: Callable[[int, int], None] | None
+    ) -> Computed:
+        """Run the network, from then on with less of a scan on the device at once where its memory is not enough."""
+        if isinstance(prepared, EngineError):
+            raise prepared
+        prepared.wait()
+        while True:
+            placement, case = self._placement, prepared.case
+            try:
+                if case.device != placement.sums_device:
+                    case = case.to(placement.sums_device)
+                return self._attempt(prepared, case, placement, save_probabilities, progress)
+            except torch.OutOfMemoryError as error:
+                smaller = placement.smaller()
+                if smaller is None:
+                    raise PredictionError(
+                        f"the device's memory is not enough for one tile of {self._window.patch_size} voxels; use a "
+                        "GPU with more, or -device cpu"
+                    ) from error
+            logger.warning("the device's memory is not enough for %s; going on with %s", placement, smaller)
+            self._placement = smaller
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _attempt(
+        self,
+        prepared: Prepared,
+        case: Case,
+        placement: Placement,
+        save_probabilities: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> Computed:
+        labels, timings, votes = self.model.plan.labels, prepared.timings, self._votes()
         logits = predict_logits(
-            case, self._runner, self._window, plan.labels.num_outputs, timings=timings, votes=votes, progress=progress
+            case,
+            self._runner,
+            replace(self._window, views_per_call=placement.views_per_call),
+            labels.num_outputs,
+            timings=timings,
+            votes=votes,
+            progress=progress,
         )
         segmentation, probabilities = segment(
-            logits, case, plan.labels, timings=timings, save_probabilities=save_probabilities
+            logits, case, labels, timings=timings, save_probabilities=save_probabilities
         )
+        return Computed(
+            prepared=prepared,
+            segmentation=self._transfers.download(segmentation),
+            probabilities=probabilities,
+            votes=votes,
+            placement=placement,
+        )
+
+    def _finish(self, computed: Computed | EngineError) -> Prediction:
+        """Fetch the labels, and say how they came about."""
+        if isinstance(computed, EngineError):
+            raise computed
+        prepared, plan = computed.prepared, self.model.plan
+        with prepared.timings("labels"):
+            segmentation = computed.segmentation()
+        probabilities, geometry = computed.probabilities, prepared.geometry
         if plan.reorient:
-            segmentation = np.ascontiguousarray(restore_orientation(segmentation, scan.geometry))
+            segmentation = np.ascontiguousarray(restore_orientation(segmentation, geometry))
             if probabilities is not None:
-                probabilities = np.ascontiguousarray(restore_orientation(probabilities, scan.geometry))
+                probabilities = np.ascontiguousarray(restore_orientation(probabilities, geometry))
         return Prediction(
             segmentation=segmentation,
             probabilities=probabilities,
-            geometry=scan.geometry,
+            geometry=geometry,
             labels=plan.labels,
-            timings=timings.as_dict(),
-            warnings=scan.warnings,
-            provenance=self.provenance,
-            properties=_properties(case, volume.geometry),
-            classification=None if votes is None else votes.count(),
+            timings=prepared.timings.as_dict(),
+            warnings=prepared.warnings,
+            provenance={
+                **self.provenance,
+                "views_per_call": computed.placement.views_per_call,
+                "sums_device": str(computed.placement.sums_device),
+            },
+            properties=computed.properties,
+            classification=None if computed.votes is None else computed.votes.count(),
         )
 
     def _votes(self) -> Votes | None:
@@ -260,102 +396,3 @@ class Engine:
             )
         labels = labels.reoriented() if self.model.plan.reorient else labels
         return np.rint(labels.array[0]).astype(np.int32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
-    """A model that is ready to run, and what predictions say about how."""
-
-    model: Model
-    runner: Runner
-    device: torch.device
-    provenance: dict[str, Any]
-
-
-def _open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> _Opened:
-    """Choose how a model runs here, and compile it if need be, or take what was compiled before."""
-    target = choose_device(device)
-    precision = choose_precision(precision, target)
-    chosen = choose_backend(backend, target, precision)
-    provenance = {"checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
-    if model.plan.classification is not None:
-        provenance["classifier"] = "lda" if model.pooled_classifiers else "head"
-    if not chosen.compiles:
-        runner = chosen.load(model, None, target, precision)
-        return _Opened(model=model, runner=runner, device=target, provenance=provenance)
-    if precision == "int8":
-        raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
-    from .cache import cached_bundle
-
-    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, describe_machine(target))
-    with cached_bundle(model, manifest, chosen, target) as folder:
-        runner = chosen.load(model, folder, target, precision)
-    return _Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
-
-
-def _open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> _Opened:
-    """Verify a bundle and load what was compiled.
-
-    Args:
-        folder: The bundle.
-        asked: Arguments of `Engine.load`, None where they were left out; they may only repeat what it was built for.
-        device: Where to run.
-    """
-    manifest = read_manifest(folder)
-    model = bundle_model(manifest, folder)
-    built = {
-        "folds": sorted(manifest.folds),
-        "checkpoint": Path(next(iter(manifest.source), DEFAULT_CHECKPOINT)).name,
-        "configuration": manifest.configuration,
-        "backend": manifest.backend,
-        "precision": manifest.precision,
-        "classifier": manifest.classifier or asked["classifier"],
-    }
-    for name, wanted in asked.items():
-        if wanted is not None and wanted != built[name]:
-            raise BundleError(
-                f"{folder} was built with {name} {_in_words(built[name])}, not {_in_words(wanted)}: build another "
-                "bundle for that"
-            )
-    target = choose_device(manifest.machine.get("device", "cpu") if device == "auto" else device)
-    chosen = choose_backend(manifest.backend, target, manifest.precision)
-    check_machine(manifest, chosen, target, folder)
-    provenance = {
-        "source": dict(manifest.source),
-        "backend": manifest.backend,
-        "precision": manifest.precision,
-        "agreement": manifest.agreement,
-    }
-    if manifest.classifier is not None:
-        provenance["classifier"] = manifest.classifier
-    try:
-        runner = chosen.load(model, folder, target, manifest.precision)
-    except EngineError:
-        raise
-    except Exception as error:  # whatever a runtime raises for files it cannot read
-        reason = str(error).strip().partition("\n")[0]
-        raise BundleError(
-            f"{chosen.name} cannot load {folder}: {reason:.200}. Build it anew, with the versions installed here"
-        ) from error
-    return _Opened(model=model, runner=runner, device=target, provenance=provenance)
-
-
-def _in_words(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else ", ".join(value)
-
-
-def _views(model: Model) -> tuple[tuple[int, ...], ...]:
-    """Mirror views of a model, in the axes (z, y, x) of a 3D tile."""
-    dimensions = len(model.plan.patch_size)
-    return mirror_views([axis + 3 - dimensions for axis in model.mirror_axes if axis < dimensions])
-
-
-def _properties(case: Case, geometry: Geometry) -> dict[str, Any]:
-    """What nnU-Net's ensembling reads from the `.pkl` beside probabilities."""
-    return {
-        "sitk_stuff": {"spacing": geometry.spacing[::-1], "origin": geometry.origin, "direction": geometry.direction},
-        "spacing": list(geometry.spacing),
-        "shape_before_cropping": case.full_shape,
-        "bbox_used_for_cropping": [list(bounds) for bounds in case.box],
-        "shape_after_cropping_and_before_resampling": case.logits_grid.shape,
-    }

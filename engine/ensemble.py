@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 
 from .classification import Classification
 from .engine import Engine, Image
-from .errors import ModelError
+from .errors import EngineError, ModelError
 from .labels import segment_probabilities
 from .plans import LabelScheme
 from .prediction import Prediction
+from .steps import caught
 from .timing import Timings
 from .volume import Volume, read_volume
 
@@ -95,6 +97,24 @@ class Ensemble:
             provenance=self.provenance,
             classification=Classification.average(classifications) if classifications else None,
         )
+
+    def predict_many(
+        self,
+        images: Sequence[Image],
+        *,
+        previous_stages: Sequence[str | os.PathLike[str] | np.ndarray | None] | None = None,
+        save_probabilities: bool = False,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> Generator[Prediction | EngineError, None, None]:
+        """Segment scans one after the other; arguments and answers are those of `Engine.predict_many`."""
+        stages = [None] * len(images) if previous_stages is None else previous_stages
+        for index, (image, stage) in enumerate(zip(images, stages, strict=True)):
+            share = None if progress is None else functools.partial(progress, index)
+            yield caught(
+                functools.partial(
+                    self.predict, image, previous_stage=stage, save_probabilities=save_probabilities, progress=share
+                )
+            )
 
 
 def _add(

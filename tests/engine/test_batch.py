@@ -343,7 +343,10 @@ class TestSubtypes:
             Job(output=out),
             progress=lambda name, done, total: seen.append((name, len(self.rows(out)))),
         )
-        assert set(seen) == {("a", 0), ("b", 1), ("c", 2)}
+        # A case may be under way while the answer before it is written.
+        assert {name for name, _ in seen} == {"a", "b", "c"}
+        assert set(seen) <= {("a", 0), ("b", 0), ("b", 1), ("c", 1), ("c", 2)}
+        assert len(self.rows(out)) == 3
 
     def test_an_ensemble_writes_its_own_answer(self, engine, classifier, scans, tmp_path):
         ensemble = Ensemble([engine, classifier])

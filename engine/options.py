@@ -1,0 +1,42 @@
+"""What of an engine rarely needs changing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .voting import AGGREGATIONS
+
+LOADERS = ("exact", "dali", "dali-linear")
+CLASSIFIERS = ("auto", "head", "lda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What rarely needs changing.
+
+    Args:
+        views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
+            memory and no less time, and all on a GPU.
+        sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
+        classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was
+            fitted afterwards, or "auto": the fitted one where every fold has one. Means nothing to other models.
+        loader: What reads, normalises and resamples: "exact", as nnU-Net does to rounding, or NVIDIA's "dali", with
+            a cubic kernel that is no spline, or "dali-linear".
+        aggregation: How its answers for tiles become one: weighted by what the class is about ("foreground"), or all
+            alike ("mean"). Means nothing to other models.
+    """
+
+    views_per_call: int | None = None
+    sums_on_device: bool = True
+    classifier: str = "auto"
+    aggregation: str = "foreground"
+    loader: str = "exact"
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        choices = {"classifier": CLASSIFIERS, "aggregation": AGGREGATIONS, "loader": LOADERS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.views_per_call is not None and self.views_per_call < 1:
+            raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")

@@ -1,0 +1,109 @@
+"""What passes from one step of a prediction to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from .errors import EngineError, PredictionError
+from .preprocessing import Case
+from .timing import Timings
+from .volume import Geometry
+from .voting import Votes
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How much of a scan is on the device at once.
+
+    Args:
+        views_per_call: Mirror views that go through the network at once.
+        sums_device: Where planes and sums are.
+    """
+
+    views_per_call: int
+    sums_device: torch.device
+
+    def smaller(self) -> Placement | None:
+        """Return what takes less of the device's memory (half the views, in the end sums in main memory), or None."""
+        if self.views_per_call > 1:
+            return replace(self, views_per_call=self.views_per_call // 2)
+        if self.sums_device.type != "cpu":
+            return replace(self, sums_device=torch.device("cpu"))
+        return None
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.views_per_call} views at once, sums on {self.sums_device}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A scan that is read, and on its way to the device.
+
+    Args:
+        geometry: Of the scan as it was read.
+        network_geometry: The same in the orientation that the network was trained with.
+        warnings: What was odd about the scan.
+        case: The scan on the device.
+        wait: Makes the current stream wait until it is there.
+        timings: Of what was done so far.
+    """
+
+    geometry: Geometry
+    network_geometry: Geometry
+    warnings: tuple[str, ...]
+    case: Case
+    wait: Callable[[], None]
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """A scan whose labels are on their way back from the device.
+
+    Args:
+        prepared: What they are of.
+        segmentation: Gives the labels (Z, Y, X), when they are there.
+        probabilities: (K, Z, Y, X) float32, or None.
+        votes: What a multi-task network said about tiles.
+        placement: How it was done.
+    """
+
+    prepared: Prepared
+    segmentation: Callable[[], np.ndarray]
+    probabilities: np.ndarray | None
+    votes: Votes | None
+    placement: Placement
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """What nnU-Net's ensembling reads from the `.pkl` beside probabilities."""
+        geometry, case = self.prepared.network_geometry, self.prepared.case
+        return {
+            "sitk_stuff": {
+                "spacing": geometry.spacing[::-1],
+                "origin": geometry.origin,
+                "direction": geometry.direction,
+            },
+            "spacing": list(geometry.spacing),
+            "shape_before_cropping": case.full_shape,
+            "bbox_used_for_cropping": [list(bounds) for bounds in case.box],
+            "shape_after_cropping_and_before_resampling": case.logits_grid.shape,
+        }
+
+
+def caught(run: Callable[[], _Result]) -> _Result | EngineError:
+    """Turn what a bad scan raises into a value."""
+    try:
+        return run()
+    except EngineError as error:
+        return error
+    except MemoryError:
+        return PredictionError("out of memory: the scan needs more than there is")
