@@ -15,6 +15,7 @@ DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
 CLASSIFIERS = ("auto", "head", "lda")
 AGGREGATIONS = ("foreground", "mean")
+LOADERS = ("exact", "dali", "dali-linear")
 PHANTOMS, PHANTOM_SEED = 4, 11
 """What lower precision is measured on where no scans are given."""
 
@@ -136,6 +137,13 @@ def _add_predict(commands: Any) -> None:
         choices=AGGREGATIONS,
         help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
     )
+    add(
+        "--loader",
+        default="exact",
+        choices=LOADERS,
+        help="what reads, normalises and resamples: nnU-Net's way to rounding, or NVIDIA's DALI, whose cubic kernel is "
+        "another one (default: %(default)s)",
+    )
     predict.set_defaults(run=_predict)
 
 
@@ -253,8 +261,8 @@ def _predict(options: argparse.Namespace) -> int:
         raise ValueError(f"-i: {options.i} does not exist")
 
     from .batch import Job, find_cases, predict_cases
-    from .engine import EngineOptions
     from .ensemble import Ensemble
+    from .options import EngineOptions
 
     ensemble = Ensemble.load(
         models,
@@ -267,7 +275,10 @@ def _predict(options: argparse.Namespace) -> int:
         tile_step_size=options.step_size,
         mirror=not options.disable_tta,
         options=EngineOptions(
-            sums_on_device=not options.not_on_device, classifier=options.classifier, aggregation=options.aggregation
+            sums_on_device=not options.not_on_device,
+            classifier=options.classifier,
+            aggregation=options.aggregation,
+            loader=options.loader,
         ),
     )
     # One model alone needs no probabilities.
