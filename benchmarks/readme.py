@@ -16,7 +16,7 @@ from typing import Any
 from .startup import OUR_IMPORT, STOCK_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md", "docs/deployment.md")
+DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md", "docs/deployment.md", "docs/gpu.md")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -208,6 +208,37 @@ def agreement() -> str:
     return markdown(["model and scans", "backend", "voxels that differ", "Dice of the worst label", "same class"], rows)
 
 
+def kernels() -> str:
+    """Registers of every kernel on every architecture."""
+    rows = load("kernels")["rows"]
+    architectures = sorted({row["sm"] for row in rows})
+    registers: dict[str, dict[int, int]] = {}
+    for row in rows:
+        name = row["kernel"] + {True: " along x", False: " along y, z", None: ""}[row["lines"]]
+        registers.setdefault(f"{name}, {row['type']}", {})[row["sm"]] = row["registers"]
+    return markdown(
+        ["registers", *(f"sm_{sm}" for sm in architectures)],
+        [[name, *(str(of[sm]) for sm in architectures)] for name, of in registers.items()],
+    )
+
+
+def loaders() -> str:
+    """DALI's loader against the exact one."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("loaders_*.json")):
+        result = load(path.stem)
+        rows += [
+            [
+                f"{result['model']}, {row['scans']} {row['what']}", row["loader"], f"{row['waiting_s']:.2f} s",
+                f"{row['different']} of {row['voxels']}", f"{row['lowest_dice']:.4f}",
+            ]
+            for row in result["rows"]
+        ]  # fmt: skip
+    header = ["model and scans", "loader", "the network waits, on two CPU cores", "voxels that differ",
+              "Dice of the worst label"]  # fmt: skip
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
@@ -217,6 +248,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "backends": backends,
     "deployed": deployed,
     "agreement": agreement,
+    "kernels": kernels,
+    "loaders": loaders,
 }
 
 

@@ -60,6 +60,7 @@ def examine() -> list[tuple[str, str]]:
         rows.append(
             ("cuda", f"no GPU found (torch is built for CUDA {built})" if built else "torch is built without CUDA")
         )
+    rows.append(("gpu path", "written and compiled, not yet run on hardware: python benchmarks/gpu.py tries it"))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))

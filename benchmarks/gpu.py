@@ -1,0 +1,355 @@
+r"""Everything that needs a GPU, in one call: tests, kernels, backends, the whole path against nnU-Net, memory.
+
+    python benchmarks/gpu.py [--out FILE.json] [--minutes 9]
+
+Runs from a checkout, with nnturbo installed or not, and without a network. What is not installed is named and left out;
+what fails is written down, and the rest goes on. Parts that no longer fit into the time are named too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 20
+TILE = (64, 128, 192)
+MATRIX_SIDE = 8192
+
+
+class Bench:
+    """Times what runs on a device, and collects what was found."""
+
+    def __init__(self, device: torch.device, minutes: float) -> None:
+        self.device = device
+        self.found: dict[str, Any] = {"benchmark": "gpu", "left_out": {}, "failed": {}}
+        self._deadline = time.monotonic() + 60 * minutes
+
+    def part(self, name: str, run: Callable[[], Any], needs: tuple[str, ...] = ()) -> None:
+        """Run one part, unless something is missing or there is no time left; a failure does not stop the rest."""
+        missing = [package for package in needs if importlib.util.find_spec(package) is None]
+        if missing or time.monotonic() > self._deadline:
+            why = f"{', '.join(missing)} not installed" if missing else "no time left"
+            self.found["left_out"][name] = why
+            print(f"{name}: left out, {why}", flush=True)
+            return
+        start = time.monotonic()
+        try:
+            self.found[name] = run()
+        except Exception as error:
+            self.found["failed"][name] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+
+    def seconds(self, run: Callable[[], Any], rounds: int = ROUNDS) -> float:
+        """Median time of a call on the device, after two that warm up."""
+        taken = []
+        for _ in range(rounds + 2):
+            self._wait()
+            start = time.perf_counter()
+            run()
+            self._wait()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[2:])
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peaks(bench: Bench, size: int) -> dict[str, float]:
+    """What the device does at best: bytes copied per second (read and written), and half-precision products."""
+    block = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(block)
+    dtype = torch.float16 if bench.device.type == "cuda" else torch.float32
+    side = MATRIX_SIDE if bench.device.type == "cuda" else 256
+    matrix = torch.randn(side, side, device=bench.device, dtype=dtype)
+    return {
+        "copy_gb_per_s": 2 * size / bench.seconds(lambda: target.copy_(block)) / 1e9,
+        "matmul_tflop_per_s": 2 * side**3 / bench.seconds(lambda: matrix @ matrix) / 1e12,
+    }
+
+
+def kernels(bench: Bench, tile: tuple[int, int, int], copy_gb_per_s: float) -> list[dict[str, Any]]:
+    """Each kernel: bytes that it must move, per second, as a share of a plain copy; and torch's twin beside it."""
+    from nnturbo.kernels import device as fast
+    from nnturbo.kernels import reference
+    from nnturbo.kernels.loader import has_cupy
+
+    fast = fast if bench.device.type == "cuda" and has_cupy() else reference
+    rows = []
+    for name, dtype, moved, run in kernel_calls(bench.device, tile):
+        seconds, twin = (bench.seconds(lambda of=of, run=run: run(of)) for of in (fast, reference))
+        rate = moved / seconds / 1e9
+        rows.append({
+            "kernel": name, "type": str(dtype).removeprefix("torch."), "bytes": moved, "seconds": seconds,
+            "gb_per_s": rate, "of_copy": rate / copy_gb_per_s, "twin_seconds": twin,
+        })  # fmt: skip
+        print(
+            f"  {name:16} {rate:8.0f} GB/s, {rate / copy_gb_per_s:4.0%} of a copy, twin {twin / seconds:.1f} x slower"
+        )
+    return rows
+
+
+def kernel_calls(
+    device: torch.device, tile: tuple[int, int, int]
+) -> Iterator[tuple[str, torch.dtype, int, Callable[[Any], Any]]]:
+    """Yield name, type, bytes that have to be moved, and a call on real sizes, of every kernel."""
+    from nnturbo.engine.resampling import spline_operator
+    from nnturbo.engine.sliding_window import mirror_views
+
+    views, classes, voxels = mirror_views((0, 1, 2)), 3, math.prod(tile)
+    half = torch.float16
+    volume = torch.randn(1, *(2 * n for n in tile), device=device)
+    batch = torch.empty(len(views), 1, *tile, dtype=half, device=device)
+    yield (
+        "gather_tiles",
+        half,
+        voxels * (4 + 2 * len(views)),
+        lambda of: of.gather_tiles(volume, (3, 5, 7), tile, views, batch),
+    )
+    logits = torch.randn(len(views), classes, *tile, device=device).to(half)
+    weights = tuple(torch.rand(n, device=device) for n in tile)
+    sums = torch.zeros(classes, *(2 * n for n in tile), device=device)
+    place = sums[:, 3 : 3 + tile[0], 5 : 5 + tile[1], 7 : 7 + tile[2]]
+    yield (
+        "accumulate_views",
+        half,
+        classes * voxels * (2 * len(views) + 8),
+        lambda of: of.accumulate_views(logits, views, weights, place),
+    )
+    scan = (200 * torch.randn(1, *tile, device=device)).to(torch.int16)
+    for axis, name in ((-3, "z"), (-2, "y"), (-1, "x")):
+        operator = spline_operator(tile[axis], round(1.1 * tile[axis]), 3)
+        data = scan if axis == -3 else scan.float()
+        moved = voxels * data.element_size() + 4 * voxels // tile[axis] * operator.n_out
+        options = {"normalization": ((-56.0, 180.0, 74.06, 44.36),)} if axis == -3 else {}
+        yield (
+            f"resample_axis {name}",
+            data.dtype,
+            moved,
+            lambda of, o=operator, a=axis, d=data, k=options: of.resample_axis(d, o, a, **k),
+        )
+    grid = tuple(spline_operator(n, round(0.9 * n), 1) for n in tile)
+    shape = tuple(operator.n_out for operator in grid)
+    out = torch.empty(shape, dtype=torch.uint8, device=device)
+    one = torch.randn(classes, *tile, device=device)
+    yield (
+        "resample_labels",
+        torch.uint8,
+        4 * classes * voxels + math.prod(shape),
+        lambda of: of.resample_labels(one, grid, out, rows=(0, shape[0])),
+    )
+
+
+def networks(bench: Bench, folder: Path, names: list[str], matmul_tflop_per_s: float) -> list[dict[str, Any]]:
+    """Every backend's forward of all mirror views of one tile, against nnU-Net's eager one under autocast."""
+    from nnturbo.engine.backends.choose import backends, choose_precision
+    from nnturbo.engine.backends.torch import DTYPES
+    from nnturbo.engine.bundle import compile_model, describe_machine, new_bundle, plan_bundle
+    from nnturbo.engine.inference import InferenceNetwork
+    from nnturbo.engine.model import read_model
+    from nnturbo.engine.network import build_network
+    from nnturbo.engine.sliding_window import mirror_views
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows: list[dict[str, Any]] = []
+    precision = choose_precision("auto", bench.device)
+    for name, path in model_folders(folder, names).items():
+        model = read_model(path)
+        views = len(mirror_views(model.mirror_axes))
+        tiles = torch.randn(views, model.plan.input_channels, *model.plan.patch_size, device=bench.device)
+        stock = InferenceNetwork([build_network(model.plan, weights) for weights in model.weights]).to(bench.device)
+
+        def eager(network: InferenceNetwork = stock, batch: torch.Tensor = tiles) -> Any:
+            with (
+                torch.inference_mode(),
+                torch.autocast(batch.device.type, DTYPES[precision], enabled=precision != "fp32"),
+            ):
+                return network(batch)
+
+        counter = FlopCounterMode(display=False)
+        with counter:
+            expected = eager()[0].float()
+        flops = counter.get_total_flops()
+        reference = bench.seconds(eager, 5)
+        ways: dict[str, Callable[[], Any]] = {"nnU-Net, eager": eager}
+        for backend_name, backend in backends().items():
+            reason = backend.unavailable(bench.device, precision)
+            if reason is not None:
+                rows.append({"model": name, "way": backend_name, "left_out": reason})
+                continue
+            try:
+                bundle = folder / f"{name}-{backend_name}"
+                start = time.perf_counter()
+                with new_bundle(bundle) as aside:
+                    manifest = plan_bundle(model, {}, backend, precision, describe_machine(bench.device))
+                    compile_model(model, manifest, backend, tiles[:2], aside)
+                build_s = time.perf_counter() - start
+                runner = backend.load(model, bundle, bench.device, precision)
+                ways[backend_name] = lambda run=runner, batch=tiles: run(batch)
+                differing = float((runner(tiles).seg_logits.argmax(1) != expected.argmax(1)).float().mean())
+                rows.append({"model": name, "way": backend_name, "build_s": build_s, "voxels_differing": differing})
+            except Exception as error:
+                rows.append({"model": name, "way": backend_name, "failed": f"{type(error).__name__}: {error}"[:500]})
+                print(f"  {name} {backend_name}: {error}", flush=True)
+                continue
+            seconds = bench.seconds(ways[backend_name], 5)
+            rows[-1] |= {
+                "seconds": seconds, "ratio": reference / seconds, "tflop_per_s": flops / seconds / 1e12,
+                "of_matmul": flops / seconds / 1e12 / matmul_tflop_per_s,
+            }  # fmt: skip
+            print(f"  {name} {backend_name}: {seconds * 1e3:.1f} ms, {reference / seconds:.2f} x eager", flush=True)
+        rows.append({
+            "model": name, "way": "nnU-Net, eager", "seconds": reference, "precision": precision, "views": views,
+            "flops": flops, "of_matmul": flops / reference / 1e12 / matmul_tflop_per_s,
+        })  # fmt: skip
+    return rows
+
+
+def model_folders(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Models of the task's size with random weights, and the demo model."""
+    from nnturbo.benchmarks.task_models import write_task_model
+
+    made = {}
+    for name in names:
+        path = folder / name
+        made[name] = path if path.is_dir() else write_task_model(path, name)
+    return made | {"demo_model": ROOT / "examples" / "demo_model"}
+
+
+def whole_path(bench: Bench, folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Scan to labels in one process against nnU-Net's own predictor: same weights, mirroring, step and device."""
+    import numpy as np
+    from nnturbo.engine import Engine, read_volume
+    from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    model = model_folders(folder, ["PlainConvUNet"])["PlainConvUNet"]
+    cases = write_dataset(folder / "phantoms", counts={"test": rounds}, seed=20261123, settings=SMALL_SETTINGS)
+    engine = Engine.load(model, device=str(bench.device))
+    predictor = nnUNetPredictor(device=bench.device, perform_everything_on_device=bench.device.type == "cuda",
+                                allow_tqdm=False)  # fmt: skip
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    rows = []
+    for case in cases:
+        volume = read_volume(case.image)
+        properties = {"spacing": list(volume.geometry.spacing)}
+        array = volume.array.astype(np.float32)
+        ours: Any = None
+        theirs: Any = None
+
+        def run_ours(scan: Any = volume) -> None:
+            nonlocal ours
+            ours = engine.predict(scan)
+
+        def run_stock(scan: Any = array, of: Any = properties) -> None:
+            nonlocal theirs
+            theirs = predictor.predict_single_npy_array(scan, dict(of), None, None, False)
+
+        stock_s, our_s = bench.seconds(run_stock, 3), bench.seconds(run_ours, 3)
+        rows.append({
+            "scan": list(array.shape[1:]), "stock_s": stock_s, "nnturbo_s": our_s, "ratio": stock_s / our_s,
+            "voxels_differing": int((ours.segmentation != theirs).sum()), "voxels": int(theirs.size),
+            "timings_ms": dict(ours.timings),
+        })  # fmt: skip
+        print(f"  {array.shape[1:]}: {stock_s:.2f} s, {our_s:.2f} s, {stock_s / our_s:.1f} x", flush=True)
+    return rows
+
+
+def memory(bench: Bench, rows: int) -> dict[str, Any]:
+    """Greatest memory of the device while a long scan is predicted, for two lengths."""
+    import numpy as np
+    from nnturbo.engine import Engine, Volume
+
+    engine = Engine.load(ROOT / "examples" / "demo_model", device=str(bench.device))
+    depth = engine.model.plan.patch_size_3d[0]
+    found = {}
+    for length in (2 * depth, rows * depth):
+        array = np.random.default_rng(0).integers(-100, 300, (length, 128, 160), dtype=np.int16)
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(bench.device)
+        engine.predict(Volume.from_array(array, engine.model.plan.spacing_3d(1.0)))
+        peak = torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else None
+        found[str(length)] = {"peak_bytes": peak, "voxels": array.size}
+    return found
+
+
+def tests() -> dict[str, Any]:
+    """Run the tests that need a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "tests"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout[-3000:], done.stderr[-1000:], flush=True)
+    return {"status": done.returncode, "printed": done.stdout[-6000:]}
+
+
+def tensorrt_rtx() -> dict[str, Any]:
+    """Whether TensorRT-RTX runs on this GPU, and what it says if it does not."""
+    from nnturbo.engine.backends.tensorrt import TensorRtBackend
+
+    return {"unavailable": TensorRtBackend().unavailable(torch.device("cuda", 0), "fp16")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all of it, and write one JSON."""
+    parser = argparse.ArgumentParser(description="everything that needs a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--minutes", type=float, default=9, help="no part begins after these")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script itself, on small sizes")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device != "cpu"
+    if on_gpu and not torch.cuda.is_available():
+        print("no CUDA device is here: nothing was measured", file=sys.stderr)
+        return 2
+    _find_nnturbo()
+    from nnturbo.benchmarks.report import write_report
+
+    bench = Bench(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), options.minutes)
+    tile = TILE if on_gpu else (8, 16, 24)
+    names = ["PlainConvUNet", "ResidualEncoderUNet"] if on_gpu else []
+    bench.found["device"] = torch.cuda.get_device_name(0) if on_gpu else "cpu"
+    networks_need = ("dynamic_network_architectures", "SimpleITK")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench.part("peaks", lambda: peaks(bench, 2**30 if on_gpu else 2**20))
+        best = bench.found.get("peaks", {"copy_gb_per_s": math.nan, "matmul_tflop_per_s": math.nan})
+        bench.part("kernels", lambda: kernels(bench, tile, best["copy_gb_per_s"]), networks_need)
+        if on_gpu:
+            bench.part("tests", tests, ("pytest",))
+            bench.part("tensorrt_rtx", tensorrt_rtx, ("tensorrt_rtx", *networks_need))
+        bench.part("memory", lambda: memory(bench, 8 if on_gpu else 3), networks_need)
+        bench.part("whole_path", lambda: whole_path(bench, folder, 3 if on_gpu else 1), ("nnunetv2", *networks_need))
+        bench.part("networks", lambda: networks(bench, folder, names, best["matmul_tflop_per_s"]), networks_need)
+    write_report(options.out, bench.found)
+    print(json.dumps({"failed": bench.found["failed"], "left_out": bench.found["left_out"]}, indent=1))
+    return 1 if bench.found["failed"] else 0
+
+
+def _find_nnturbo() -> None:
+    """Make this checkout importable where it is not installed: `nnturbo` is the name of its folder."""
+    if importlib.util.find_spec("nnturbo") is not None:
+        return
+    site = tempfile.mkdtemp(prefix="nnturbo-site-")
+    (Path(site) / "nnturbo").symlink_to(ROOT)
+    sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
