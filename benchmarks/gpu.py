@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,16 @@ class Bench:
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
 
     def seconds(self, run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-        """Median time of a call on the device, after two that warm up."""
+        """Median time of a call on the device, after two that warm up; on the CPU, which tries the script, of one."""
         taken = []
-        for _ in range(rounds + 2):
+        warm_up, rounds = (2, rounds) if self.device.type == "cuda" else (0, 1)
+        for _ in range(warm_up + rounds):
             self._wait()
             start = time.perf_counter()
             run()
             self._wait()
             taken.append(time.perf_counter() - start)
-        return statistics.median(taken[2:])
+        return statistics.median(taken[warm_up:])
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -156,7 +157,9 @@ def kernel_calls(
     )
 
 
-def networks(bench: Bench, folder: Path, names: list[str], matmul_tflop_per_s: float) -> list[dict[str, Any]]:
+def networks(
+    bench: Bench, models: dict[str, Path], wanted: Sequence[str], folder: Path, matmul_tflop_per_s: float
+) -> list[dict[str, Any]]:
     """Every backend's forward of all mirror views of one tile, against nnU-Net's eager one under autocast."""
     from nnturbo.engine.backends.choose import backends, choose_precision
     from nnturbo.engine.backends.torch import DTYPES
@@ -169,7 +172,7 @@ def networks(bench: Bench, folder: Path, names: list[str], matmul_tflop_per_s: f
 
     rows: list[dict[str, Any]] = []
     precision = choose_precision("auto", bench.device)
-    for name, path in model_folders(folder, names).items():
+    for name, path in models.items():
         model = read_model(path)
         views = len(mirror_views(model.mirror_axes))
         tiles = torch.randn(views, model.plan.input_channels, *model.plan.patch_size, device=bench.device)
@@ -189,6 +192,8 @@ def networks(bench: Bench, folder: Path, names: list[str], matmul_tflop_per_s: f
         reference = bench.seconds(eager, 5)
         ways: dict[str, Callable[[], Any]] = {"nnU-Net, eager": eager}
         for backend_name, backend in backends().items():
+            if wanted and backend_name not in wanted:
+                continue
             reason = backend.unavailable(bench.device, precision)
             if reason is not None:
                 rows.append({"model": name, "way": backend_name, "left_out": reason})
@@ -225,62 +230,82 @@ def model_folders(folder: Path, names: list[str]) -> dict[str, Path]:
     """Models of the task's size with random weights, and the demo model."""
     from nnturbo.benchmarks.task_models import write_task_model
 
-    made = {}
-    for name in names:
-        path = folder / name
-        made[name] = path if path.is_dir() else write_task_model(path, name)
+    made = {name: write_task_model(folder / name, name) for name in names}
     return made | {"demo_model": ROOT / "examples" / "demo_model"}
 
 
-def whole_path(bench: Bench, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Scan to labels in one process against nnU-Net's own predictor: same weights, mirroring, step and device."""
+def whole_path(bench: Bench, folder: Path, patch: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Scan to labels in one process, with nnU-Net's own predictor beside it where that is installed.
+
+    Same weights, mirroring, step, device and precision. The weights are random: labels differ more than a trained
+    model's would.
+    """
     import numpy as np
-    from nnturbo.engine import Engine, read_volume
-    from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnturbo.benchmarks.stages import smooth_field
+    from nnturbo.benchmarks.task_models import SPACING_MM, write_task_model
+    from nnturbo.engine import Engine, Volume
 
-    model = model_folders(folder, ["PlainConvUNet"])["PlainConvUNet"]
-    cases = write_dataset(folder / "phantoms", counts={"test": rounds}, seed=20261123, settings=SMALL_SETTINGS)
-    engine = Engine.load(model, device=str(bench.device))
-    predictor = nnUNetPredictor(device=bench.device, perform_everything_on_device=bench.device.type == "cuda",
-                                allow_tqdm=False)  # fmt: skip
-    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
-    rows = []
-    for case in cases:
-        volume = read_volume(case.image)
-        properties = {"spacing": list(volume.geometry.spacing)}
-        array = volume.array.astype(np.float32)
-        ours: Any = None
-        theirs: Any = None
+    model = write_task_model(folder / "whole-path", "PlainConvUNet", patch)
+    engine = Engine.load(model, device=str(bench.device), backend="torch", mirror=bench.device.type == "cuda")
+    predictor = stock_predictor(bench, model)
+    rows: list[Any] = []
+    for shape in shapes:
+        scan = (50 + 60 * smooth_field((1, *shape), 0)).to(torch.int16).numpy()
+        # As thick as a scanner's slices are, so that there is something to resample.
+        spacing = (1.25 * SPACING_MM[0], *SPACING_MM[1:])
+        volume = Volume.from_array(scan, spacing)
+        labels: dict[str, Any] = {}
 
-        def run_ours(scan: Any = volume) -> None:
-            nonlocal ours
-            ours = engine.predict(scan)
+        def run_ours(of: Any = volume, into: dict[str, Any] = labels) -> None:
+            into["nnturbo"] = engine.predict(of)
 
-        def run_stock(scan: Any = array, of: Any = properties) -> None:
-            nonlocal theirs
-            theirs = predictor.predict_single_npy_array(scan, dict(of), None, None, False)
+        def run_many(of: Any = volume) -> None:
+            list(engine.predict_many([of] * 4))
 
-        stock_s, our_s = bench.seconds(run_stock, 3), bench.seconds(run_ours, 3)
-        rows.append({
-            "scan": list(array.shape[1:]), "stock_s": stock_s, "nnturbo_s": our_s, "ratio": stock_s / our_s,
-            "voxels_differing": int((ours.segmentation != theirs).sum()), "voxels": int(theirs.size),
-            "timings_ms": dict(ours.timings),
-        })  # fmt: skip
-        print(f"  {array.shape[1:]}: {stock_s:.2f} s, {our_s:.2f} s, {stock_s / our_s:.1f} x", flush=True)
+        def run_stock(of: Any = scan, at: Any = spacing, into: dict[str, Any] = labels) -> None:
+            properties = {"spacing": list(at)}
+            into["stock"] = predictor.predict_single_npy_array(of.astype(np.float32), properties, None, None, False)
+
+        row: dict[str, Any] = {"scan": shape, "nnturbo_s": bench.seconds(run_ours, 3)}
+        row["nnturbo_of_many_s"] = bench.seconds(run_many, 1) / 4
+        row["timings_ms"] = dict(labels["nnturbo"].timings)
+        if predictor is not None:
+            row["stock_s"] = bench.seconds(run_stock, 1)
+            row["ratio"] = row["stock_s"] / row["nnturbo_s"]
+            row["voxels_differing"] = int((labels["nnturbo"].segmentation != labels["stock"]).sum())
+            row["voxels"] = labels["stock"].size
+        rows.append(row)
+        print(f"  {row}", flush=True)
     return rows
 
 
+def stock_predictor(bench: Bench, model: Path) -> Any:
+    """nnU-Net's predictor for a model, or None where nnU-Net is not installed."""
+    if importlib.util.find_spec("nnunetv2") is None:
+        bench.found["left_out"]["nnU-Net beside the whole path"] = "nnunetv2 not installed"
+        return None
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        device=bench.device,
+        use_mirroring=bench.device.type == "cuda",
+        perform_everything_on_device=bench.device.type == "cuda",
+        allow_tqdm=False,
+    )
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    return predictor
+
+
 def memory(bench: Bench, rows: int) -> dict[str, Any]:
-    """Greatest memory of the device while a long scan is predicted, for two lengths."""
+    """Greatest memory of the device while a long scan is predicted, for two lengths, one tile wide."""
     import numpy as np
     from nnturbo.engine import Engine, Volume
 
-    engine = Engine.load(ROOT / "examples" / "demo_model", device=str(bench.device))
-    depth = engine.model.plan.patch_size_3d[0]
+    engine = Engine.load(ROOT / "examples" / "demo_model", device=str(bench.device), mirror=bench.device.type == "cuda")
+    depth, *wide = engine.model.plan.patch_size_3d
     found = {}
     for length in (2 * depth, rows * depth):
-        array = np.random.default_rng(0).integers(-100, 300, (length, 128, 160), dtype=np.int16)
+        array = np.random.default_rng(0).integers(-100, 300, (length, *wide), dtype=np.int16)
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(bench.device)
         engine.predict(Volume.from_array(array, engine.model.plan.spacing_3d(1.0)))
@@ -311,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="everything that needs a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--minutes", type=float, default=9, help="no part begins after these")
+    parser.add_argument("--backends", nargs="*", default=(), help="of these alone; by default every one that runs")
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself, on small sizes")
     options = parser.parse_args(arguments)
     on_gpu = options.device != "cpu"
@@ -324,18 +350,24 @@ def main(arguments: list[str] | None = None) -> int:
     tile = TILE if on_gpu else (8, 16, 24)
     names = ["PlainConvUNet", "ResidualEncoderUNet"] if on_gpu else []
     bench.found["device"] = torch.cuda.get_device_name(0) if on_gpu else "cpu"
-    networks_need = ("dynamic_network_architectures", "SimpleITK")
+    networks_need = ("dynamic_network_architectures",)
+    patch = (64, 128, 192) if on_gpu else (16, 64, 64)
+    shapes = [(60, 118, 180), (160, 256, 256)] if on_gpu else [(12, 64, 60)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench.part("peaks", lambda: peaks(bench, 2**30 if on_gpu else 2**20))
         best = bench.found.get("peaks", {"copy_gb_per_s": math.nan, "matmul_tflop_per_s": math.nan})
-        bench.part("kernels", lambda: kernels(bench, tile, best["copy_gb_per_s"]), networks_need)
+        bench.part("kernels", lambda: kernels(bench, tile, best["copy_gb_per_s"]))
         if on_gpu:
             bench.part("tests", tests, ("pytest",))
             bench.part("tensorrt_rtx", tensorrt_rtx, ("tensorrt_rtx", *networks_need))
         bench.part("memory", lambda: memory(bench, 8 if on_gpu else 3), networks_need)
-        bench.part("whole_path", lambda: whole_path(bench, folder, 3 if on_gpu else 1), ("nnunetv2", *networks_need))
-        bench.part("networks", lambda: networks(bench, folder, names, best["matmul_tflop_per_s"]), networks_need)
+        bench.part("whole_path", lambda: whole_path(bench, folder, patch, shapes), networks_need)
+        bench.part(
+            "networks",
+            lambda: networks(bench, model_folders(folder, names), options.backends, folder, best["matmul_tflop_per_s"]),
+            networks_need,
+        )
     write_report(options.out, bench.found)
     print(json.dumps({"failed": bench.found["failed"], "left_out": bench.found["left_out"]}, indent=1))
     return 1 if bench.found["failed"] else 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import SimpleITK as sitk
 import torch
 from nnturbo.engine.network import make_network
 from nnturbo.engine.plans import parse_plan
@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def plans_json(network: str) -> dict[str, Any]:
+def plans_json(network: str, patch: Sequence[int] = PATCH) -> dict[str, Any]:
     """What nnU-Net plans for the pancreas data set (patch, features and strides of its fingerprint)."""
     depth = {**ARCHITECTURES[network], "n_conv_per_stage_decoder": [1 if network == "ResidualEncoderUNet" else 2] * 5}
     return {
@@ -41,7 +41,8 @@ def plans_json(network: str) -> dict[str, Any]:
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
         "configurations": {"3d_fullres": {
-            "patch_size": PATCH, "spacing": SPACING_MM, "batch_size": 2, "data_identifier": "nnUNetPlans_3d_fullres",
+            "patch_size": list(patch), "spacing": SPACING_MM, "batch_size": 2,
+            "data_identifier": "nnUNetPlans_3d_fullres",
             "preprocessor_name": "DefaultPreprocessor", "batch_dice": False,
             "median_image_size_in_voxels": [64.0, 119.0, 181.0],
             "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
@@ -71,9 +72,9 @@ def plans_json(network: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_task_model(folder: Path, network: str) -> Path:
+def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -> Path:
     """Write a model folder with random weights, seeded."""
-    plans, dataset = plans_json(network), dataset_json(CLASSES)
+    plans, dataset = plans_json(network, patch), dataset_json(CLASSES)
     plan = parse_plan(plans, dataset, "3d_fullres")
     made = make_network(plan.architecture, plan.input_channels, CLASSES).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -99,6 +100,8 @@ def write_task_model(folder: Path, network: str) -> Path:
 
 def write_task_scan(path: Path) -> Path:
     """Write a scan of the task's median size, which one tile covers."""
+    import SimpleITK as sitk
+
     scan = (50 + 60 * smooth_field((1, 60, 118, 180), 0)[0]).to(torch.int16).numpy()
     image = sitk.GetImageFromArray(scan)
     image.SetSpacing(SPACING_MM[::-1])
