@@ -9,8 +9,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,11 @@ from .labels import segment
 from .model import Model, read_model, with_classifier
 from .opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
 from .options import EngineOptions
+from .overlap import overlapped
 from .prediction import Prediction
 from .preprocessing import Case, preprocess
 from .sliding_window import SlidingWindow, predict_logits
-from .steps import Computed, Placement, Prepared, caught
+from .steps import Computed, Placement, Prepared, caught, paired
 from .timing import Timings
 from .transfers import Transfers
 from .volume import Volume, read_volume, restore_orientation
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
 """A file, the files of all channels, a folder of DICOM slices, or a volume."""
+
+Previous = str | os.PathLike[str] | np.ndarray | None
+"""For a cascade: label file of the stage before, or its labels (Z, Y, X), on the scan's grid."""
 
 
 class Engine:
@@ -164,7 +167,7 @@ class Engine:
         self,
         image: Image,
         *,
-        previous_stage: str | os.PathLike[str] | np.ndarray | None = None,
+        previous_stage: Previous = None,
         save_probabilities: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Prediction:
@@ -188,24 +191,26 @@ class Engine:
 
     def predict_many(
         self,
-        images: Sequence[Image],
+        images: Iterable[Image],
         *,
-        previous_stages: Sequence[str | os.PathLike[str] | np.ndarray | None] | None = None,
+        previous_stages: Iterable[Previous] | None = None,
         save_probabilities: bool = False,
+        readers: int = 1,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> Generator[Prediction | EngineError, None, None]:
-        """Segment scans; the network goes on with the next one while the one after that is read, and an answer is used.
+        """Segment scans; the network goes on with the next one while those after it are read, and an answer is used.
 
         Args:
-            images: As for `predict`; of those given as files, three are in memory at once.
+            images: As for `predict`; taken as there is room for them. Of those given as files, `readers` + 3 are in
+                memory at once.
             previous_stages: For a cascade, as for `predict`, one for each image.
             save_probabilities: As for `predict`.
+            readers: How many scans are read at once.
             progress: Called with (index of the image, tiles done, tiles in all).
 
         Yields:
             For each image in order its prediction, or the error that `predict` would have raised.
         """
-        stages = [None] * len(images) if previous_stages is None else previous_stages
         stopped = threading.Event()
         numbered = itertools.count()
 
@@ -215,43 +220,32 @@ class Engine:
             if progress is not None:
                 progress(index, done, total)
 
-        def compute_next() -> Computed | EngineError | None:
-            each = next(prepared, None)
-            if each is None:
-                return None
+        def compute(prepared: Prepared | EngineError) -> Computed | EngineError:
             share = functools.partial(tiles_done, next(numbered))
-            return caught(functools.partial(self._compute, each, save_probabilities, share))
+            return caught(functools.partial(self._compute, prepared, save_probabilities, share))
 
-        with (
-            contextlib.closing(self._prepared(images, stages)) as prepared,
-            ThreadPoolExecutor(1, "nnturbo-compute") as computer,
-        ):
+        prepared = self._prepared(images, previous_stages, readers)
+        with contextlib.closing(overlapped(compute, prepared, name="nnturbo-compute")) as results:
             try:
-                upcoming = computer.submit(compute_next)
-                while (computed := upcoming.result()) is not None:
-                    upcoming = computer.submit(compute_next)
+                for computed in results:
                     yield caught(functools.partial(self._finish, computed))
             finally:
                 stopped.set()
 
     def _prepared(
-        self, images: Sequence[Image], stages: Sequence[str | os.PathLike[str] | np.ndarray | None]
-    ) -> Generator[Prepared | EngineError, None, None]:
-        """Prepare scans in order; the next one while the one before is computed."""
+        self, images: Iterable[Image], stages: Iterable[Previous] | None, readers: int
+    ) -> Iterator[Prepared | EngineError]:
+        """Prepare scans in order, the next ones while the one before is computed."""
         if self._loader is not None:
-            yield from self._loader(images)
-            return
-        with ThreadPoolExecutor(1, "nnturbo-read") as reader:
-            ahead: Future[Prepared] | None = None
-            for pair in zip(images, stages, strict=True):
-                following = reader.submit(self._prepare, *pair)
-                if ahead is not None:
-                    yield caught(ahead.result)
-                ahead = following
-            if ahead is not None:
-                yield caught(ahead.result)
+            return self._loader(tuple(images))
+        return overlapped(
+            lambda pair: caught(lambda: self._prepare(*pair)),
+            paired(images, stages),
+            threads=readers,
+            name="nnturbo-read",
+        )
 
-    def _prepare(self, image: Image, previous_stage: str | os.PathLike[str] | np.ndarray | None = None) -> Prepared:
+    def _prepare(self, image: Image, previous_stage: Previous = None) -> Prepared:
         """Read a scan, and start its way to the device."""
         plan, device = self.model.plan, self._placement.sums_device
         timings = Timings(device)
@@ -291,7 +285,8 @@ class Engine:
                 if smaller is None:
                     raise PredictionError(
                         f"the device's memory is not enough for one tile of {self._window.patch_size} voxels; use a "
-                        "GPU with more, or -device cpu"
+                        "GPU with more, or -device cpu",
+                        transient=True,
                     ) from error
             logger.warning("the device's memory is not enough for %s; going on with %s", placement, smaller)
             self._placement = smaller
@@ -362,7 +357,7 @@ class Engine:
             return None
         return Votes(scheme, views=len(self._window.views), aggregation=self._aggregation)
 
-    def _read_previous(self, previous: str | os.PathLike[str] | np.ndarray | None, scan: Volume) -> np.ndarray | None:
+    def _read_previous(self, previous: Previous, scan: Volume) -> np.ndarray | None:
         """Read the labels of a cascade's previous stage, with the network's orientation."""
         wanted = self.model.plan.previous_stage
         if wanted is None:

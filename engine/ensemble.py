@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .classification import Classification
-from .engine import Engine, Image
+from .engine import Engine, Image, Previous
 from .errors import EngineError, ModelError
 from .labels import segment_probabilities
+from .overlap import overlapped
 from .plans import LabelScheme
 from .prediction import Prediction
-from .steps import caught
+from .steps import caught, paired
 from .timing import Timings
 from .volume import Volume, read_volume
 
@@ -66,7 +68,7 @@ class Ensemble:
         self,
         image: Image,
         *,
-        previous_stage: str | os.PathLike[str] | np.ndarray | None = None,
+        previous_stage: Previous = None,
         save_probabilities: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Prediction:
@@ -100,27 +102,38 @@ class Ensemble:
 
     def predict_many(
         self,
-        images: Sequence[Image],
+        images: Iterable[Image],
         *,
-        previous_stages: Sequence[str | os.PathLike[str] | np.ndarray | None] | None = None,
+        previous_stages: Iterable[Previous] | None = None,
         save_probabilities: bool = False,
+        readers: int = 1,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> Generator[Prediction | EngineError, None, None]:
-        """Segment scans one after the other; arguments and answers are those of `Engine.predict_many`."""
-        stages = [None] * len(images) if previous_stages is None else previous_stages
-        for index, (image, stage) in enumerate(zip(images, stages, strict=True)):
-            share = None if progress is None else functools.partial(progress, index)
-            yield caught(
-                functools.partial(
-                    self.predict, image, previous_stage=stage, save_probabilities=save_probabilities, progress=share
+        """Segment scans, reading ahead; arguments and answers are those of `Engine.predict_many`."""
+        channels = len(self.model.plan.channels)
+        scans = overlapped(
+            lambda pair: (caught(lambda: read_volume(pair[0], channels=channels)), pair[1]),
+            paired(images, previous_stages),
+            threads=readers,
+            name="nnturbo-read",
+        )
+        with contextlib.closing(scans):
+            for index, (scan, stage) in enumerate(scans):
+                if isinstance(scan, EngineError):
+                    yield scan
+                    continue
+                share = None if progress is None else functools.partial(progress, index)
+                yield caught(
+                    functools.partial(
+                        self.predict, scan, previous_stage=stage, save_probabilities=save_probabilities, progress=share
+                    )
                 )
-            )
 
 
 def _add(
     engine: Engine,
     scan: Volume,
-    previous_stage: str | os.PathLike[str] | np.ndarray | None,
+    previous_stage: Previous,
     progress: Callable[[int, int], None] | None,
     total: np.ndarray | None,
 ) -> tuple[Prediction, np.ndarray]:

@@ -2,7 +2,15 @@
 
 
 class EngineError(Exception):
-    """Base of all errors that a caller of nnturbo can expect."""
+    """Base of all errors that a caller of nnturbo can expect.
+
+    Attributes:
+        transient: Whether the same may go well another time: a disk that did not answer, memory that others had.
+    """
+
+    def __init__(self, *args: object, transient: bool = False) -> None:
+        super().__init__(*args)
+        self.transient = transient
 
 
 class ModelError(EngineError):

@@ -5,6 +5,7 @@ ITK reads the voxels, but it must not see a header first: a damaged one makes it
 """
 
 import contextlib
+import errno
 import math
 import re
 import struct
@@ -21,6 +22,14 @@ GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_HEADER_BYTES = 16 << 20
 _LONGEST_LINE_BYTES = 64 << 10
 _EXPORT_AGAIN = "export or copy the file again"
+_PASSING = {
+    getattr(errno, name, None)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EINTR", "ENOMEM", "EMFILE", "ENFILE", "ECONNRESET",
+        "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
+    )
+} - {None}  # fmt: skip
+"""What a network file system or a full machine answers at one time and not at another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +67,10 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except VolumeError as error:
-        raise VolumeError(f"{name}: {error}") from None
+        raise VolumeError(f"{name}: {error}", transient=error.transient) from None
     except OSError as error:
-        raise VolumeError(f"{name}: the system cannot read it: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise VolumeError(f"{name}: the system cannot read it: {reason}", transient=error.errno in _PASSING) from None
 
 
 def image_ending(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from .volume import Geometry
 from .voting import Votes
 
 _Result = TypeVar("_Result")
+_Image = TypeVar("_Image")
+_Stage = TypeVar("_Stage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,13 @@ class Computed:
         }
 
 
+def paired(
+    images: Iterable[_Image], stages: Iterable[_Stage] | None
+) -> Iterator[tuple[_Image, _Stage]] | Iterator[tuple[_Image, None]]:
+    """Put each image and the labels of its previous stage together."""
+    return zip(images, itertools.repeat(None)) if stages is None else zip(images, stages, strict=True)
+
+
 def caught(run: Callable[[], _Result]) -> _Result | EngineError:
     """Turn what a bad scan raises into a value."""
     try:
@@ -106,4 +116,4 @@ def caught(run: Callable[[], _Result]) -> _Result | EngineError:
     except EngineError as error:
         return error
     except MemoryError:
-        return PredictionError("out of memory: the scan needs more than there is")
+        return PredictionError("out of memory: the scan needs more than there is", transient=True)
