@@ -1,43 +1,59 @@
-"""A folder of scans: find the cases, predict each, write results; one bad case does not stop the others."""
+"""A job of many scans: predict each, write what comes out; one bad case does not stop the others."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import logging
 import os
 import pickle
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from .bundle import bundle_model, is_bundle, read_manifest
+from .cases import CaseFiles
 from .classification import Classification
 from .engine import Engine
 from .ensemble import Ensemble
-from .errors import EngineError, OutputError, VolumeError
+from .errors import DeviceLost, EngineError, OutputError, PredictionError
 from .files import write_json, written_atomically
+from .journal import Journal, Record
+from .model import read_model
+from .overlap import overlapped
 from .prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
 Predictor = Engine | Ensemble
-"""What a run of many cases can predict with."""
-
-CHANNEL = re.compile(r"_\d{4}$")
-"""nnU-Net's channel number at the end of a file's stem."""
+"""What a job can predict with."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaseFiles:
-    """One scan to predict: its name, which results are called by, and what to read."""
+def load_predictor(models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Predictor:
+    """Load one model, or several whose probabilities are averaged; arguments are those of `Engine.load`."""
+    ensemble = Ensemble.load(models, **arguments)
+    return ensemble if len(models) > 1 else ensemble.engines[0]
 
-    name: str
-    images: tuple[Path, ...]
+
+Tell = Callable[[Mapping[str, Any]], None]
+"""Is told what happens, as a mapping with `event`: started, tiles, done, failed, retried, lost, finished."""
+
+
+def file_ending_of(
+    model: str | os.PathLike[str],
+    *,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+    configuration: str | None,
+) -> str:
+    """Find out what a model's scans end in, without making it ready to run; arguments are those of `Engine.load`."""
+    if is_bundle(model):
+        return bundle_model(read_manifest(Path(model)), Path(model)).plan.file_ending
+    return read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration).plan.file_ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,236 +63,288 @@ class Job:
     Args:
         output: Folder for results; made if it is not there.
         save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
-        skip_existing: Leave cases alone whose results are there.
+        skip_existing: Leave cases alone that are complete.
         previous_stage: Folder with the labels of a cascade's previous stage.
-        records: File in the output folder that says how each case went; runs at the same time need different ones.
-        subtypes: Table in the output folder with the class of each case, for models with a classification head; as
-            `records`, one of its own for runs at the same time.
+        readers: How many scans are read at once, ahead of the network.
+        writers: How many results are written at once, behind it.
     """
 
     output: Path
     save_probabilities: bool = False
     skip_existing: bool = False
     previous_stage: Path | None = None
-    records: str = "predictions.json"
-    subtypes: str = "subtype_results.csv"
+    readers: int = 1
+    writers: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("readers", "writers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a job has to know of its model, wherever that is loaded."""
+
+    file_ending: str
+    class_names: tuple[str, ...] | None
+    previous_stage: str | None
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, engine: Predictor) -> About:
+        """Ask a model."""
+        model = engine.model
+        return cls(
+            file_ending=model.plan.file_ending,
+            class_names=engine.class_names,
+            previous_stage=model.plan.previous_stage,
+            plans=model.plans,
+            dataset=model.dataset,
+        )
+
+    def results(self, job: Job, name: str) -> list[Path]:
+        """Every file that a finished case has, in the order in which they appear."""
+        endings = [*([".npz", ".pkl"] if job.save_probabilities else []), self.file_ending]
+        return [job.output / f"{name}{ending}" for ending in endings]
+
+    def journal(self, job: Job) -> Journal:
+        """Open the records in the output folder."""
+        return Journal(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
+
+    def labels_before(self, job: Job, name: str) -> Path | None:
+        """Name the file with a case's labels of a cascade's previous stage."""
+        if self.previous_stage is None or job.previous_stage is None:
+            return None
+        return job.previous_stage / f"{name}{self.file_ending}"
+
+
+class Crew(Protocol):
+    """Who predicts: this process, several, or a cluster."""
+
+    about: About
+
+    def close(self) -> None:
+        """End what it has started."""
+        ...
+
+    def __call__(self, cases: Sequence[CaseFiles], *, tell: Tell, alone: bool) -> Generator[Record, None, None]:
+        """Predict cases, write results and records of those that are done, and give the records of all.
+
+        Args:
+            cases: What to predict.
+            tell: Is told of tiles and of losses.
+            alone: Whether each process has one case at a time, so that it is clear which one ended it.
+
+        Raises:
+            OutputError: Where results cannot be written, so that there is no use in going on.
+        """
+        ...
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run went."""
+    """How a job went.
+
+    Args:
+        done: Cases with results.
+        skipped: Cases that had theirs before.
+        failed: Cases that have none, with the reason.
+        stopped: What ended the job before its time, such as a full disk.
+        left: Cases that it did not come to.
+    """
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    stopped: str | None = None
+    left: list[str] = field(default_factory=list)
 
 
-def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
-    """List the cases in a folder of `<name>_0000<ending>` files, or make one of a single file or DICOM folder.
-
-    Raises:
-        VolumeError: Where there is nothing to predict.
-    """
-    if not source.exists():
-        raise VolumeError(f"{source} does not exist; -i takes a folder of scans, one file, or a folder of DICOM slices")
-    if source.is_file():
-        stem = _without_ending(source.name, file_ending)
-        return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
-    files = sorted(path for path in source.iterdir() if path.name.endswith(file_ending) and path.is_file())
-    if not files:
-        return [CaseFiles(name=source.resolve().name, images=(source,))]
-    cases: dict[str, list[Path]] = {}
-    unnumbered = []
-    for path in files:
-        stem = path.name.removesuffix(file_ending)
-        if CHANNEL.search(stem):
-            cases.setdefault(CHANNEL.sub("", stem), []).append(path)
-        elif not path.name.startswith("."):
-            unnumbered.append(path.name)
-    if unnumbered:
-        raise VolumeError(
-            f"every file in {source} must end in its channel's number, such as scan_0000{file_ending}; "
-            f"{len(unnumbered)} do not, such as {unnumbered[0]}"
-        )
-    return [
-        # Channels are 0, 1, 2, ...; where one is left out, reading says that its file is missing.
-        CaseFiles(name=name, images=tuple(source / f"{name}_{i:04d}{file_ending}" for i in range(len(paths))))
-        for name, paths in cases.items()
-    ]
+def predict_cases(engine: Predictor, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | None = None) -> Outcome:
+    """Do a job in this process; see `run_job`."""
+    return run_job(Here(engine, job), cases, job, tell=tell)
 
 
-def _without_ending(name: str, file_ending: str) -> str:
-    for ending in (file_ending, ".nii.gz", ".gz"):
-        if name.endswith(ending):
-            return name.removesuffix(ending)
-    return Path(name).stem
+def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | None = None) -> Outcome:
+    """Predict cases and write what comes out, with a record of each and `predictions.json` of all.
 
-
-def predict_cases(
-    engine: Predictor,
-    cases: Sequence[CaseFiles],
-    job: Job,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Outcome:
-    """Predict cases in order and write what comes out, with a record in `predictions.json`.
+    A case that failed by what may pass (`EngineError.transient`), or whose process was lost, is tried once more when
+    the others are done.
 
     Args:
-        engine: The model, or several.
+        crew: Who does it.
         cases: What to predict.
         job: Where to and how.
-        progress: Called with (case, tiles done, tiles in all).
+        tell: Is told what happens.
 
     Raises:
         OutputError: Where the output folder cannot be used.
-        ValueError: Where two cases have the same name.
+        ValueError: Where two cases have the same name, or a result would replace what is read.
     """
+    about, tell = crew.about, tell or (lambda event: None)
     names = [case.name for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
-    _check_overwriting(engine, cases, job)
-    _prepare_output(engine, job)
-    records = _read_records(job.output / job.records)
+    _check_overwriting(about, cases, job)
+    journal = about.journal(job)
+    journal.begin(names, keep=job.skip_existing)
+    write_json(job.output / "plans.json", about.plans)
+    write_json(job.output / "dataset.json", about.dataset)
     outcome = Outcome()
     if job.skip_existing:
-        outcome.skipped = [name for name in names if _is_complete(engine, job, name, records)]
-    _write_subtypes(engine, job, records)
-    pending = [case for case in cases if case.name not in outcome.skipped]
-    predictions = engine.predict_many(
-        [case.images if len(case.images) != 1 else case.images[0] for case in pending],
-        previous_stages=[_previous(engine, job, case.name) for case in pending],
-        save_probabilities=job.save_probabilities,
-        progress=None if progress is None else (lambda index, done, total: progress(pending[index].name, done, total)),
-    )
-    with contextlib.closing(predictions):
-        for index, (case, prediction) in enumerate(zip(pending, predictions, strict=True)):
-            try:
-                _keep(engine, job, case, prediction, records, outcome)
-            except OutputError as error:
-                # What stops one result from being written stops the next one too.
-                rest = "not tried, because results cannot be written"
-                later = ((other.name, rest) for other in pending[index + 1 :])
-                for name, reason in ((case.name, str(error)), *later):
-                    outcome.failed[name] = reason
-                    records[name] = {"name": name, "status": "failed", "error": reason}
-                with contextlib.suppress(OutputError):  # on a full disk the records may not fit either
-                    _write_records(engine, job, records)
-                return outcome
-            _write_records(engine, job, records)
+        outcome.skipped = [name for name in names if journal.is_complete(name, about.results(job, name))]
+    skipped = set(outcome.skipped)
+    pending = {case.name: case for case in cases if case.name not in skipped}
+    tell({"event": "started", "cases": len(pending), "skipped": len(skipped)})
+    journal.collect()
+    try:
+        for last in (False, True):
+            again = {}
+            records = crew(list(pending.values()), tell=tell, alone=last)
+            with contextlib.closing(records):
+                for record in records:
+                    name = record["name"]
+                    if record["status"] == "failed" and record.pop("transient") and not last:
+                        logger.warning("%s failed, and is tried again at the end: %s", name, record["error"])
+                        tell({"event": "retried", "name": name, "error": record["error"]})
+                        again[name] = pending[name]
+                        continue
+                    _note(journal, record, outcome, tell)
+            pending = again
+    except (OutputError, DeviceLost) as error:
+        # What stops one case stops the next one too; some may have been finished meanwhile.
+        outcome.stopped = str(error)
+        ended = {*outcome.done, *outcome.skipped, *outcome.failed}
+        for name in names:
+            if name not in ended:
+                complete = journal.is_complete(name, about.results(job, name))
+                (outcome.done if complete else outcome.left).append(name)
+    finally:
+        tell({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
+        with contextlib.suppress(OutputError):  # a full disk does not take tables either
+            journal.collect()
     return outcome
 
 
-def _keep(
-    engine: Predictor,
-    job: Job,
-    case: CaseFiles,
-    prediction: Prediction | EngineError,
-    records: dict[str, Any],
-    outcome: Outcome,
-) -> None:
-    """Write one result, and say how it went."""
-    if isinstance(prediction, EngineError):
-        reason = str(prediction)
-        logger.info("%s failed: %s", case.name, reason)
-        outcome.failed[case.name] = reason
-        records[case.name] = {"name": case.name, "status": "failed", "error": reason, **_inputs(case)}
+def _note(journal: Journal, record: Record, outcome: Outcome, tell: Tell) -> None:
+    """Count a case; those that are done have their records already."""
+    name = record["name"]
+    if record["status"] == "failed":
+        journal.write(record)
+        outcome.failed[name] = record["error"]
+        logger.info("%s failed: %s", name, record["error"])
+        tell({"event": "failed", "name": name, "error": record["error"]})
         return
-    records[case.name] = {"name": case.name, "status": "done", **_inputs(case), **_record(prediction)}
-    _write(engine, job, case.name, prediction)
-    outcome.done.append(case.name)
-    logger.info("%s: %s", case.name, ", ".join(f"{k} {v:.0f} ms" for k, v in prediction.timings.items()))
+    outcome.done.append(name)
+    logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record["timings_ms"].items()))
+    tell({"event": "done", "name": name, "timings_ms": record["timings_ms"], "warnings": record["warnings"]})
 
 
-def _is_complete(engine: Predictor, job: Job, name: str, records: Mapping[str, Any]) -> bool:
-    """Whether an earlier run has done a case, with its class where the model gives one."""
-    if not all(path.is_file() for path in _results(engine, job, name)):
-        return False
-    return engine.class_names is None or _subtype(engine.class_names, records.get(name, {})) is not None
+class Here:
+    """Does a job in this process.
+
+    Args:
+        engine: The model, or several.
+        job: Where to and how.
+    """
+
+    def __init__(self, engine: Predictor, job: Job) -> None:
+        self.about = About.of(engine)
+        self._engine, self._job = engine, job
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def __call__(self, cases: Iterable[CaseFiles], *, tell: Tell, alone: bool = False) -> Generator[Record, None, None]:
+        """See `Crew`; cases may come one at a time."""
+        job = self._job
+        names: list[str] = []
+        taken: deque[CaseFiles] = deque()
+        latest: list[CaseFiles] = []
+
+        def images() -> Generator[Any, None, None]:
+            for case in cases:
+                names.append(case.name)
+                taken.append(case)
+                latest[:] = [case]
+                yield case.images if len(case.images) != 1 else case.images[0]
+            latest.clear()
+
+        def stages() -> Generator[Path | None, None, None]:
+            while latest:
+                yield self.about.labels_before(job, latest[0].name)
+
+        def tiles_done(index: int, done: int, total: int) -> None:
+            tell({"event": "tiles", "name": names[index], "done": done, "total": total})
+
+        def answers() -> Generator[tuple[CaseFiles, Prediction | EngineError], None, None]:
+            predictions = self._engine.predict_many(
+                images(),
+                previous_stages=stages(),
+                save_probabilities=job.save_probabilities,
+                readers=job.readers,
+                progress=tiles_done,
+            )
+            with contextlib.closing(predictions):
+                for prediction in predictions:
+                    yield taken.popleft(), prediction
+
+        yield from overlapped(
+            lambda answer: self._keep(job, *answer), answers(), threads=job.writers, name="nnturbo-write"
+        )
+
+    def _keep(self, job: Job, case: CaseFiles, prediction: Prediction | EngineError) -> Record:
+        """Write one result, and then that it is there."""
+        record = {"name": case.name, "status": "done", "images": [os.fspath(path) for path in case.images]}
+        if isinstance(prediction, EngineError):
+            if isinstance(prediction, PredictionError):
+                self._check_devices()
+            return {**record, "status": "failed", "error": str(prediction), "transient": prediction.transient}
+        *extra, segmentation = results = self.about.results(job, case.name)
+        if extra:
+            npz, pkl = extra
+            with written_atomically(npz) as temporary:
+                np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
+            with written_atomically(pkl) as temporary:
+                temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
+        # Last, so that whoever waits for a segmentation finds the rest with it.
+        prediction.save(segmentation)
+        journal = self.about.journal(job)
+        record |= {"results": journal.describe(results), **_answers(prediction)}
+        journal.write(record)
+        return record
+
+    def _check_devices(self) -> None:
+        """Find out whether a GPU still works after a failure; errors in kernels end all that a process can do there."""
+        provenance = self._engine.provenance
+        devices = {each["device"] for each in provenance.get("models", [provenance])}
+        for device in devices:
+            if not device.startswith("cuda"):
+                continue
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise DeviceLost(f"{device} does not answer any more ({reason}); start again to go on") from error
 
 
-def _check_overwriting(engine: Predictor, cases: Sequence[CaseFiles], job: Job) -> None:
+def _check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> None:
     """Refuse to write a result where something lies that is to be read."""
     inputs = {image.resolve() for case in cases for image in case.images}
-    inputs |= {path.resolve() for case in cases if (path := _previous(engine, job, case.name))}
+    inputs |= {path.resolve() for case in cases if (path := about.labels_before(job, case.name))}
     for case in cases:
-        for result in _results(engine, job, case.name):
+        for result in about.results(job, case.name):
             if result.resolve() in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
 
 
-def _write_records(engine: Predictor, job: Job, records: Mapping[str, Any]) -> None:
-    write_json(job.output / job.records, {"schema": 1, "cases": list(records.values())})
-    _write_subtypes(engine, job, records)
-
-
-def _write_subtypes(engine: Predictor, job: Job, records: Mapping[str, Any]) -> None:
-    """Write the class of every case that is done, those of earlier runs among them."""
-    if engine.class_names is None:
-        return
-    ending = engine.model.plan.file_ending
-    rows = {f"{name}{ending}": _subtype(engine.class_names, record) for name, record in records.items()}
-    with written_atomically(job.output / job.subtypes) as temporary, temporary.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("Names", "Subtype"))
-        table.writerows(sorted((name, subtype) for name, subtype in rows.items() if subtype is not None))
-
-
-def _subtype(class_names: Sequence[str], record: Mapping[str, Any]) -> str | None:
-    """Take the class from a record: its name where that is a number, else its index.
-
-    They differ for a data set that lacks the class 0. None where the record has no class, or one of other classes than
-    the model's.
-    """
-    match record:
-        case {"status": "done", "classification": {"label": int(label), "probabilities": {**probabilities}}}:
-            if list(probabilities) == list(class_names) and 0 <= label < len(class_names):
-                return class_names[label] if class_names[label].isdecimal() else str(label)
-    return None
-
-
-def _prepare_output(engine: Predictor, job: Job) -> None:
-    """Make the folder and put the model's JSON files there, where nnU-Net's ensembling and post-processing look."""
-    try:
-        job.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the output folder {job.output} cannot be made: {error.strerror or error}") from error
-    write_json(job.output / "plans.json", engine.model.plans)
-    write_json(job.output / "dataset.json", engine.model.dataset)
-
-
-def _results(engine: Predictor, job: Job, name: str) -> list[Path]:
-    """Every file that a finished case has."""
-    endings = [engine.model.plan.file_ending, *([".npz", ".pkl"] if job.save_probabilities else [])]
-    return [job.output / f"{name}{ending}" for ending in endings]
-
-
-def _previous(engine: Predictor, job: Job, name: str) -> Path | None:
-    if engine.model.plan.previous_stage is None or job.previous_stage is None:
-        return None
-    return job.previous_stage / f"{name}{engine.model.plan.file_ending}"
-
-
-def _write(engine: Predictor, job: Job, name: str, prediction: Prediction) -> None:
-    segmentation, *extra = _results(engine, job, name)
-    if extra:
-        npz, pkl = extra
-        with written_atomically(npz) as temporary:
-            np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
-        with written_atomically(pkl) as temporary:
-            temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
-    # Last, so that a segmentation under its name means that the case is complete.
-    prediction.save(segmentation)
-
-
-def _inputs(case: CaseFiles) -> dict[str, Any]:
-    return {"images": [os.fspath(path) for path in case.images]}
-
-
-def _record(prediction: Prediction) -> dict[str, Any]:
+def _answers(prediction: Prediction) -> dict[str, Any]:
     answer = prediction.classification
-    of_case = {} if answer is None else {"classification": _describe(answer)}
     return {
-        **of_case,
+        **({} if answer is None else {"classification": _describe(answer)}),
         "volumes_ml": prediction.volumes_ml,
         "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
         "warnings": list(prediction.warnings),
@@ -291,15 +359,3 @@ def _describe(answer: Classification) -> dict[str, Any]:
         "probabilities": dict(zip(answer.class_names, answer.probabilities, strict=True)),
         "logits": list(answer.logits),
     }
-
-
-def _read_records(path: Path) -> dict[str, Any]:
-    """Read the records of an earlier run into the same folder, so that they are kept."""
-    if not path.is_file():
-        return {}
-    try:
-        return {record["name"]: record for record in json.loads(path.read_text())["cases"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{path} must be what nnturbo wrote there; it cannot be read ({error}). Move it away"
-        ) from error

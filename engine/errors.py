@@ -37,5 +37,9 @@ class BackendUnavailable(EngineError):
     """A way of running the network is not installed or does not work on this device or in this precision."""
 
 
+class DeviceLost(EngineError):
+    """A GPU answers nothing any more, or no process is left to work; a new start may have better luck."""
+
+
 class OutputError(EngineError):
     """A result cannot be written."""

@@ -12,6 +12,9 @@ from typing import Any
 
 from .errors import OutputError
 
+TEMPORARY = ".writing-"
+"""How the names of files begin that are not complete; a process that is killed leaves them behind."""
+
 
 def cache_root() -> Path | None:
     """Where compiled models are kept: what NNTURBO_CACHE names, or `~/.cache/nnturbo`; None for a user without home."""
@@ -36,7 +39,7 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=ending or path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=ending or path.suffix)
         os.close(handle)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

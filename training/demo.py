@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.batch import Job, find_cases, predict_cases
+from ..engine.batch import Job, predict_cases
+from ..engine.cases import find_cases
 from ..engine.engine import Engine
 from ..engine.errors import EngineError, PredictionError
 from ..engine.files import written_atomically

@@ -1,14 +1,16 @@
 import gzip
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnturbo.engine import Engine, Ensemble, OutputError, Volume, VolumeError, batch
+from nnturbo.engine import Engine, Ensemble, OutputError, Volume, VolumeError, prediction
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.batch import CaseFiles, Job, find_cases, predict_cases
+from nnturbo.engine.batch import Job, predict_cases
+from nnturbo.engine.cases import CaseFiles, find_cases
 from nnturbo.engine.files import write_json, written_atomically
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
@@ -43,7 +45,7 @@ def test_every_case_is_predicted_written_and_recorded(engine, scans, tmp_path):
     out = tmp_path / "deep" / "out"
     outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
     assert outcome.done == ["a", "b", "c"]
-    names = {"a.nii.gz", "b.nii.gz", "c.nii.gz", "plans.json", "dataset.json", "predictions.json"}
+    names = {"a.nii.gz", "b.nii.gz", "c.nii.gz", "plans.json", "dataset.json", "predictions.json", "records"}
     assert {path.name for path in out.iterdir()} == names
     for name, record in read_records(out).items():
         labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz")))
@@ -168,41 +170,43 @@ def test_an_output_folder_that_cannot_be_made_stops_at_once(engine, scans, tmp_p
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "file" / "out"))
 
 
-def test_a_disk_that_fills_up_stops_the_run_and_leaves_nothing_half_written(engine, scans, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    write = batch._write
+def fill_disk_at(monkeypatch, name):
+    """Let the disk be full halfway through a segmentation."""
+    write = prediction.write_segmentation
 
-    def full(engine, job, name, prediction):
-        if name == "b":
-            with written_atomically(job.output / "b.nii.gz") as temporary:
+    def full(path, labels, geometry):
+        if path.name == f"{name}.nii.gz":
+            with written_atomically(path) as temporary:
                 temporary.write_bytes(b"half")
                 raise OSError(28, "No space left on device")
-        write(engine, job, name, prediction)
+        write(path, labels, geometry)
 
-    monkeypatch.setattr(batch, "_write", full)
-    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
-    assert outcome.done == ["a"]
-    assert "No space left" in outcome.failed["b"]
-    assert outcome.failed["c"].startswith("not tried")
-    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz"]
-    assert {name: record["status"] for name, record in read_records(out).items()} == {
-        "a": "done",
-        "b": "failed",
-        "c": "failed",
-    }
+    monkeypatch.setattr(prediction, "write_segmentation", full)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_leaves_nothing_half_written(engine, scans, tmp_path, monkeypatch):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+    with monkeypatch.context() as patch:
+        fill_disk_at(patch, "b")
+        outcome = predict_cases(engine, cases, Job(output=out))
+    assert "No space left" in outcome.stopped
+    # The one after it may be on its way to the disk at that moment.
+    assert (outcome.done, outcome.left) in ((["a"], ["b", "c"]), (["a", "c"], ["b"]))
+    assert outcome.failed == {}
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"{name}.nii.gz" for name in outcome.done]
+    assert not list(out.glob(".*"))
+    assert {name: record["status"] for name, record in read_records(out).items()} == dict.fromkeys(outcome.done, "done")
+    again = predict_cases(engine, cases, Job(output=out, skip_existing=True))
+    assert (again.skipped, again.done, again.stopped) == (outcome.done, outcome.left, None)
 
 
 def test_a_disk_that_fills_up_leaves_finished_cases_out_of_it(engine, scans, tmp_path, monkeypatch):
     cases = find_cases(scans, ".nii.gz")
     predict_cases(engine, cases[2:], Job(output=tmp_path / "out"))
-
-    def full(engine, job, name, prediction):
-        raise OutputError("full")
-
-    monkeypatch.setattr(batch, "_write", full)
+    fill_disk_at(monkeypatch, "a")
     outcome = predict_cases(engine, cases, Job(output=tmp_path / "out", skip_existing=True))
     assert outcome.skipped == ["c"]
-    assert set(outcome.failed) == {"a", "b"}
+    assert outcome.left[0] == "a"
     assert read_records(tmp_path / "out")["c"]["status"] == "done"
 
 
@@ -291,20 +295,19 @@ class TestSubtypes:
     def test_a_result_without_its_class_is_predicted_again(self, classifier, scans, tmp_path, loss):
         out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
         predict_cases(classifier, cases, Job(output=out))
-        content = json.loads((out / "predictions.json").read_text())
-        record = content["cases"][1]
-        assert record["name"] == "b"
-        if loss == "no record":
-            del content["cases"][1]
-        elif loss == "no class":
+        path = out / "records" / "b.json"
+        record = json.loads(path.read_text())
+        if loss == "no class":
             del record["classification"]
         elif loss == "other classes":
             record["classification"]["probabilities"] = {"x": 1.0}
         elif loss == "no such class":
             record["classification"]["label"] = 3
-        write_json(out / "predictions.json", content)
-        if loss == "no records":
-            (out / "predictions.json").unlink()
+        write_json(path, record)
+        if loss == "no record":
+            path.unlink()
+        elif loss == "no records":
+            shutil.rmtree(out / "records")
         outcome = predict_cases(classifier, cases, Job(output=out, skip_existing=True))
         assert outcome.done == (["a", "b", "c"] if loss == "no records" else ["b"])
         assert self.rows(out) == list(self.answers(classifier, scans).values())
@@ -324,28 +327,21 @@ class TestSubtypes:
 
     def test_a_case_whose_labels_cannot_be_written_has_no_row(self, classifier, scans, tmp_path, monkeypatch):
         rows = self.answers(classifier, scans)
-        write = batch._write
+        fill_disk_at(monkeypatch, "b")
+        outcome = predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+        assert self.rows(tmp_path / "out") == [rows[name] for name in outcome.done]
+        assert "b" not in outcome.done
 
-        def full(engine, job, name, prediction):
-            if name == "b":
-                raise OutputError("full")
-            write(engine, job, name, prediction)
-
-        monkeypatch.setattr(batch, "_write", full)
-        predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        assert self.rows(tmp_path / "out") == [rows["a"]]
-
-    def test_the_table_is_there_from_the_start_and_always_whole(self, classifier, scans, tmp_path):
+    def test_the_table_is_there_from_the_start(self, classifier, scans, tmp_path):
         out, seen = tmp_path / "out", []
         predict_cases(
             classifier,
             find_cases(scans, ".nii.gz"),
             Job(output=out),
-            progress=lambda name, done, total: seen.append((name, len(self.rows(out)))),
-        )
-        # A case may be under way while the answer before it is written.
-        assert {name for name, _ in seen} == {"a", "b", "c"}
-        assert set(seen) <= {("a", 0), ("b", 0), ("b", 1), ("c", 1), ("c", 2)}
+            tell=lambda event: seen.append((event["event"], len(self.rows(out)))) if seen or event["event"] == "tiles"
+            else None,
+        )  # fmt: skip
+        assert seen[0] == ("tiles", 0)
         assert len(self.rows(out)) == 3
 
     def test_an_ensemble_writes_its_own_answer(self, engine, classifier, scans, tmp_path):

@@ -81,11 +81,11 @@ def test_an_error_comes_in_its_place_and_ends_it(by):
             raise KeyError(number)
         return number
 
-    seen = []
+    results = overlapped(run, items(), threads=3, name="step")
+    assert [next(results), next(results)] == [0, 1]
     with pytest.raises(KeyError):
-        for result in overlapped(run, items(), threads=3, name="step"):
-            seen.append(result)
-    assert seen == [0, 1]
+        next(results)
+    assert list(results) == []
     assert not left()
 
 

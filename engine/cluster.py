@@ -1,0 +1,164 @@
+"""A job shared by the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .batch import About, Job, load_predictor
+from .cases import CaseFiles
+from .crew import Hand, News, Resident, SharedCrew
+from .errors import BackendUnavailable, EngineError, OutputError
+from .journal import Record
+from .workers import Loading
+
+_WAIT_S = 1.0
+
+
+class Actor:
+    """A loaded model on some machine of the cluster.
+
+    Args:
+        loading: What to load.
+        job: Where to and how; on storage that all machines share.
+        device: As for `Engine.load`.
+        cores: CPU cores to use.
+    """
+
+    def __init__(self, loading: Loading, job: Job, device: str, cores: int) -> None:
+        self._loading, self._job, self._device, self._cores = loading, job, device, cores
+
+    def load(self) -> About:
+        """Load the model; not earlier, since Ray tells what a method raises, but not what a constructor does."""
+        import torch
+
+        torch.set_num_threads(self._cores)
+        engine = load_predictor(self._loading.models, device=self._device, **self._loading.arguments)
+        self._resident = Resident(engine, self._job, lambda event: None)
+        return self._resident.about
+
+    def predict(self, case: CaseFiles) -> Record:
+        """Do a case; several calls at a time overlap reading, computing and writing."""
+        return self._resident.submit(case).result()
+
+
+class Cluster(SharedCrew[int]):
+    """An actor on each GPU, or on each so many CPU cores, of a Ray cluster; see `batch.Crew`.
+
+    Args:
+        address: Of the cluster, "auto" for the one this machine is part of, or "local" for one of this machine alone,
+            which ends with the job.
+        loading: What each loads; files are looked for on every machine.
+        job: Where to and how.
+        device: "cuda" for an actor per GPU, "cpu", or "auto": the former where the cluster has GPUs.
+        workers: How many actors; by default as many as the cluster has room for.
+        cores: CPU cores of each actor.
+
+    Raises:
+        BackendUnavailable: Where Ray is not installed, or the cluster is not there or has no room.
+        EngineError: Where no actor can load its model.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        loading: Loading,
+        job: Job,
+        *,
+        device: str = "auto",
+        workers: int | None = None,
+        cores: int = 4,
+    ) -> None:
+        self._ray = _connected(address)
+        # Other machines have other working directories.
+        self._loading = replace(loading, models=tuple(os.path.abspath(model) for model in loading.models))
+        before = None if job.previous_stage is None else job.previous_stage.absolute()
+        self._job, self._cores = replace(job, output=job.output.absolute(), previous_stage=before), cores
+        try:
+            room = self._ray.cluster_resources()
+            gpus = int(room.get("GPU", 0))
+            self._device = ("cuda" if gpus else "cpu") if device == "auto" else device
+            if self._device not in ("cpu", "cuda"):
+                raise ValueError(f"a cluster's device must be auto, cpu or cuda, got {device!r}")
+            most = gpus if self._device == "cuda" else int(room.get("CPU", 0)) // cores
+            count = most if workers is None else workers
+            if not 1 <= count <= most:
+                raise BackendUnavailable(
+                    f"the cluster has room for {most} processes ({gpus} GPUs, {room.get('CPU', 0):.0f} CPU cores, "
+                    f"{cores} cores for each), not for {count}"
+                )
+            self._calls: dict[Any, tuple[Hand[int], CaseFiles | None]] = {}
+            super().__init__(range(count), ahead=2 + job.readers + job.writers)
+        except BaseException:
+            self._ray.shutdown()
+            raise
+
+    def close(self) -> None:
+        """End the actors, and the connection."""
+        super().close()
+        self._ray.shutdown()
+
+    def _hire(self, place: int) -> Hand[int]:
+        gpus = 1 if self._device == "cuda" else 0
+        remote = self._ray.remote(
+            num_cpus=self._cores, num_gpus=gpus, max_concurrency=self._ahead + 1, max_restarts=0, max_task_retries=0
+        )(Actor)
+        actor = remote.remote(self._loading, self._job, self._device, self._cores)
+        hand = Hand(place=place, handle=actor)
+        self._calls[actor.load.remote()] = (hand, None)
+        return hand
+
+    def _give(self, hand: Hand[int], case: CaseFiles) -> None:
+        there = replace(case, images=tuple(path.absolute() for path in case.images))
+        self._calls[hand.handle.predict.remote(there)] = (hand, case)
+
+    def _news(self) -> Iterable[News[int]]:
+        finished, _ = self._ray.wait(list(self._calls), timeout=_WAIT_S)
+        for call in finished:
+            if call not in self._calls:  # of an actor that was dropped meanwhile
+                continue
+            hand, case = self._calls.pop(call)
+            yield (hand, *self._answer(call, case))
+
+    def _answer(self, call: Any, case: CaseFiles | None) -> tuple[str, Any]:
+        errors = self._ray.exceptions
+        try:
+            answer = self._ray.get(call)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, OutputError):
+                return "stop", error.cause
+            if case is None and isinstance(error.cause, EngineError):
+                return "unusable", error.cause
+            return "lost", f"{error.cause!r:.200}"
+        except errors.RayError as error:  # of the actor, its process or its machine
+            return "lost", str(error).strip().partition("\n")[0]
+        return ("ready" if case is None else "record"), answer
+
+    def _dismiss(self, hands: Sequence[Hand[int]]) -> None:
+        for hand in hands:
+            self._calls = {call: of for call, of in self._calls.items() if of[0] is not hand}
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(hand.handle)
+
+
+def _connected(address: str) -> Any:
+    """Connect to a cluster."""
+    try:
+        import ray
+    except ImportError as error:
+        raise BackendUnavailable("a cluster needs Ray: pip install 'nnturbo[ray]'") from error
+    try:
+        if address == "local":
+            ray.init(include_dashboard=False, logging_level=logging.ERROR)
+        else:
+            ray.init(address=address, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackendUnavailable(
+            f"no Ray cluster answers at {address} ({reason:.200}); start one with ray start --head, or give local"
+        ) from error
+    return ray

@@ -1,0 +1,304 @@
+"""`nnturbo predict`: nnU-Net's own flags, and ours."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import Job, Outcome
+    from .cases import CaseFiles
+
+DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
+CLASSIFIERS = ("auto", "head", "lda")
+AGGREGATIONS = ("foreground", "mean")
+LOADERS = ("exact", "dali", "dali-linear")
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Print a line."""
+    (stream or sys.stdout).write(text + "\n")
+
+
+def add_predict(commands: Any) -> None:
+    """Declare nnU-Net's own flags, with nnU-Net's meaning, and ours."""
+    predict = commands.add_parser(
+        "predict",
+        help="segment scans; takes the flags of nnUNetv2_predict and nnUNetv2_predict_from_modelfolder",
+        description="Exit status: 0 all cases done, 1 some failed (named on stderr and in predictions.json), "
+        "2 wrong usage or unusable model.",
+    )
+    add = predict.add_argument
+    add(
+        "-i", required=True, metavar="INPUT", help="folder of scans named NAME_0000.nii.gz, one file, or a DICOM folder"
+    )
+    add("-o", required=True, metavar="OUTPUT", help="folder for the segmentations; made if it is not there")
+    add(
+        "-m",
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="model folder, nnU-Net export zip, or bundle; the probabilities of several are averaged",
+    )
+    add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
+    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
+    add("-c", metavar="CONFIGURATION", help="configuration, with -d or with a zip that holds several")
+    add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
+    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add(
+        "-step_size",
+        type=float,
+        default=0.5,
+        help="distance of tiles as a fraction of the patch (default: %(default)s)",
+    )
+    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    add(
+        "--save_probabilities",
+        action="store_true",
+        help="also write .npz and .pkl, as nnU-Net; takes 4 bytes per class and voxel of memory",
+    )
+    add("--continue_prediction", "--c", action="store_true", help="leave alone the cases whose results are there")
+    add("-npp", type=int, default=3, help="how many scans are read at once, ahead (default: %(default)s)")
+    add("-nps", type=int, default=3, help="how many results are written at once, behind (default: %(default)s)")
+    add("-prev_stage_predictions", metavar="FOLDER", help="labels of the previous stage, for cascades")
+    add("-num_parts", type=int, default=1, help="how many calls share the cases (default: %(default)s)")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add(
+        "--disable_progress_bar",
+        action="store_true",
+        help="no line of progress (one a minute without a terminal)",
+    )
+    add("--verbose", action="store_true", help="say what was chosen, and times by stage")
+    add("--log", metavar="FILE", help="add what happens to this file, as lines of JSON")
+    add("--not_on_device", action="store_true", help="keep planes and sums in main memory")
+    add("--backend", default="auto", help="how the network runs (default: %(default)s)")
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="auto is fp32 on a CPU and fp16 on a GPU, as nnU-Net (default: %(default)s)",
+    )
+    add(
+        "--classifier",
+        default="auto",
+        choices=CLASSIFIERS,
+        help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
+        "auto takes the latter where every fold has one (default: %(default)s)",
+    )
+    add(
+        "--aggregation",
+        default="foreground",
+        choices=AGGREGATIONS,
+        help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
+    )
+    add(
+        "--loader",
+        default="exact",
+        choices=LOADERS,
+        help="what reads, normalises and resamples: nnU-Net's way to rounding, or NVIDIA's DALI, whose cubic kernel is "
+        "another one (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that share the cases (default: one for each GPU; one on a CPU, where several share its cores)",
+    )
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="do it on a Ray cluster: HOST:PORT, auto for the one this machine is in, or local; input, model and "
+        "output must be on storage that all machines share",
+    )
+    add("--cores", type=int, default=4, help="CPU cores of each process on a cluster (default: %(default)s)")
+    predict.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    if not 0 <= options.part_id < options.num_parts:
+        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
+    models = _models(options)
+    source = Path(options.i).absolute()
+    # Before torch is imported, so that a wrong path is answered at once.
+    if not source.exists():
+        raise ValueError(f"-i: {options.i} does not exist")
+
+    from .batch import Job, run_job
+    from .cases import find_cases
+
+    job = Job(
+        output=Path(options.o).absolute(),
+        save_probabilities=options.save_probabilities,
+        skip_existing=options.continue_prediction,
+        previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
+        readers=options.npp,
+        writers=options.nps,
+    )
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_stopping())
+        try:
+            tell = _listeners(options, stack)
+
+            def cases_of(file_ending: str) -> list[CaseFiles]:
+                return find_cases(source, file_ending)[options.part_id :: options.num_parts]
+
+            crew = stack.enter_context(contextlib.closing(_crew(options, models, job, cases_of)))
+            _check_cascade(crew.about.previous_stage, options.prev_stage_predictions)
+            outcome = run_job(crew, cases_of(crew.about.file_ending), job, tell=tell)
+        except KeyboardInterrupt:
+            kept = "finished cases are kept, --continue_prediction goes on with the rest"
+            say(f"nnturbo: interrupted; {kept}", sys.stderr)
+            return 128 + stopping.get("signal", signal.SIGINT)
+    return _say_outcome(outcome, options.o)
+
+
+def _say_outcome(outcome: Outcome, output: str) -> int:
+    for name, reason in outcome.failed.items():
+        say(f"nnturbo: {name} failed: {reason}", sys.stderr)
+    if outcome.stopped is not None:
+        say(
+            f"nnturbo: stopped with {len(outcome.left)} cases left, since {outcome.stopped}; --continue_prediction "
+            "goes on with them",
+            sys.stderr,
+        )
+    left = f", {len(outcome.left)} left" if outcome.left else ""
+    say(
+        f"{len(outcome.done)} done, {len(outcome.skipped)} already there, {len(outcome.failed)} failed{left}; "
+        f"results in {output}"
+    )
+    return SOME_FAILED if outcome.failed or outcome.stopped is not None else DONE
+
+
+def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
+    """Load the models here, in several processes, or on a cluster."""
+    from .options import EngineOptions
+    from .workers import Loading, local_places
+
+    loading = Loading(
+        models=tuple(models),
+        arguments={
+            "folds": options.f,
+            "checkpoint": options.chk,
+            "configuration": options.c if options.m else None,
+            "backend": options.backend,
+            "precision": options.precision,
+            "tile_step_size": options.step_size,
+            "mirror": not options.disable_tta,
+            "options": EngineOptions(
+                sums_on_device=not options.not_on_device,
+                classifier=options.classifier,
+                aggregation=options.aggregation,
+                loader=options.loader,
+            ),
+        },
+    )
+    if options.ray is not None:
+        from .cluster import Cluster
+
+        _check_loader(options)
+        return Cluster(options.ray, loading, job, device=options.device, workers=options.workers, cores=options.cores)
+    places = local_places(options.device, options.workers)
+    if len(places) > 1:
+        from .batch import file_ending_of
+
+        # No more processes than cases.
+        model = {name: loading.arguments[name] for name in ("folds", "checkpoint", "configuration")}
+        places = places[: max(1, len(cases_of(file_ending_of(models[0], **model))))]
+    if len(places) > 1:
+        from .pool import Pool
+
+        _check_loader(options)
+        return Pool(loading, job, places)
+    from .batch import Here, load_predictor
+
+    return Here(load_predictor(loading.models, device=places[0].device, **loading.arguments), job)
+
+
+def _check_loader(options: argparse.Namespace) -> None:
+    if options.loader != "exact":
+        raise ValueError(
+            f"--loader {options.loader} has processes of its own that read ahead, and must know all cases before: use "
+            "it with --workers 1, or use the exact loader"
+        )
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[dict[str, int]]:
+    """Let SIGTERM, which schedulers send, end a job as Ctrl-C does; gives which signal came."""
+    came: dict[str, int] = {}
+
+    def stop(number: int, frame: object) -> None:
+        came["signal"] = number
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where signals do not arrive either
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Mapping[str, Any]], None]:
+    """Open what shows how the job goes."""
+    from .progress import JsonLog, ProgressLine
+
+    listeners: list[Callable[[Mapping[str, Any]], None]] = []
+    if not options.disable_progress_bar:
+        listeners.append(ProgressLine(sys.stderr))
+    if options.log is not None:
+        try:
+            listeners.append(stack.enter_context(contextlib.closing(JsonLog(options.log))))
+        except OSError as error:
+            raise ValueError(f"--log: {options.log} cannot be written: {error.strerror or error}") from error
+
+    def tell(event: Mapping[str, Any]) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
+
+
+def _check_cascade(wanted: str | None, given: str | None) -> None:
+    if wanted and not given:
+        raise ValueError(
+            f"this model continues from the labels of {wanted}; give their folder as -prev_stage_predictions"
+        )
+    if given and not Path(given).is_dir():
+        raise ValueError(f"-prev_stage_predictions must be a folder, {given} is none")
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    """Find the models by -m, or one as nnU-Net does by -d, -tr, -p and -c."""
+    if bool(options.m) == bool(options.d):
+        raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")
+    if options.m:
+        return options.m
+    if not options.c:
+        raise ValueError("-d needs -c, the configuration, such as 3d_fullres")
+    results = os.environ.get("nnUNet_results")  # noqa: SIM112 - nnU-Net's own spelling
+    if not results:
+        raise ValueError(
+            "-d looks the model up in the folder that the environment variable nnUNet_results names; "
+            "set it, or give the model folder as -m"
+        )
+    pattern = f"Dataset{int(options.d):03d}_*" if options.d.isdecimal() else options.d
+    datasets = sorted(path for path in Path(results).glob(pattern) if path.is_dir())
+    if len(datasets) != 1:
+        raise ValueError(
+            f"-d {options.d} must name one dataset in {results}; found "
+            f"{', '.join(path.name for path in datasets) or 'none'}"
+        )
+    return [str(datasets[0] / f"{options.tr}__{options.p}__{options.c}")]

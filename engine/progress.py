@@ -1,0 +1,133 @@
+"""What a person or a program sees of a job while it runs: one line, and a log in JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+_ON_TERMINAL_S, _ELSEWHERE_S = 0.2, 60.0
+
+
+class ProgressLine:
+    """Cases done and left, rate, time left and where the work is; one line that changes, or one a minute in a log file.
+
+    Args:
+        stream: Where to; a terminal has its line replaced.
+        clock: Seconds.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._live = stream.isatty()
+        self._cases = self._done = self._failed = 0
+        self._tiles: dict[str, tuple[int, int]] = {}
+        self._began = self._said = clock()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take notice; see `batch.Tell`."""
+        what, name = event["event"], event.get("name", "")
+        if what == "started":
+            self._cases, self._began = event["cases"], self._clock()
+        elif what == "tiles":
+            self._tiles[name] = (event["done"], event["total"])
+        elif what == "lost":
+            for each in event["cases"]:
+                self._tiles.pop(each, None)
+        elif what in ("done", "failed", "retried"):
+            self._tiles.pop(name, None)
+            self._done += what == "done"
+            self._failed += what == "failed"
+        elif what == "finished":
+            if self._live:
+                self._stream.write("\r\x1b[K")
+                self._stream.flush()
+            return
+        now = self._clock()
+        if now - self._said >= (_ON_TERMINAL_S if self._live else _ELSEWHERE_S):
+            self._said = now
+            self._say(now)
+
+    def _say(self, now: float) -> None:
+        text = self.text(now)
+        if self._live:
+            text = "\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        else:
+            text += "\n"
+        self._stream.write(text)
+        self._stream.flush()
+
+    def text(self, now: float) -> str:
+        """Say how far the job is."""
+        ended = self._done + self._failed
+        parts = [f"{ended}/{self._cases} cases" + (f", {self._failed} failed" if self._failed else "")]
+        # Cases at work count as far as they are, so that there is a rate before the first one is done.
+        share = ended + sum(done / total for done, total in self._tiles.values() if done < total)
+        if share > 0 and now > self._began:
+            rate = share / (now - self._began)
+            parts.append(_rate(rate))
+            parts.append(f"{_duration((self._cases - ended) / rate)} left" if ended < self._cases else "writing")
+        working = [(name, done, total) for name, (done, total) in self._tiles.items() if done < total]
+        if working:
+            name, done, total = working[-1]
+            others = f" and {len(working) - 1} more" if len(working) > 1 else ""
+            parts.append(f"{name} at tile {done} of {total}{others}")
+        elif ended < self._cases:
+            parts.append("reading")
+        return ", ".join(parts)
+
+
+class JsonLog:
+    """Every event but tiles as a line of JSON with its time (UTC), added to a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: Where it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._file: TextIO | None = open(path, "a", encoding="utf-8")  # noqa: SIM115, open as long as the job runs
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Add a line, whole."""
+        if event["event"] == "tiles" or self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({"time": datetime.now(timezone.utc).isoformat(), **event}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            logger.warning("%s cannot be written, and is given up: %s", self._path, error.strerror or error)
+            self._file = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _rate(per_s: float) -> str:
+    for per, unit in ((per_s, "s"), (60 * per_s, "min")):
+        if per >= 1:
+            return f"{per:.1f} cases/{unit}"
+    return f"{3600 * per_s:.1f} cases/h"
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

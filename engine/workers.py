@@ -1,0 +1,122 @@
+"""Processes of this machine that share a job: one for each GPU, or each with a share of the CPU's cores."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import Job
+
+# No torch here: a process that begins sets its cores before that counts them.
+
+_TELL_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process works.
+
+    Args:
+        device: As for `Engine.load`.
+        cores: CPU cores it keeps to; none means all.
+    """
+
+    device: str
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What each process loads: arguments of `batch.load_predictor`, but for the device."""
+
+    models: tuple[str, ...]
+    arguments: Mapping[str, Any]
+
+
+def local_places(device: str, workers: int | None) -> list[Place]:
+    """Say where processes work on this machine.
+
+    Args:
+        device: "cpu", one GPU as "cuda:N", or all of them: "cuda" and, where there are any, "auto".
+        workers: How many; by default one for each GPU, or a single one on the CPU. More than there are GPUs share
+            them; on the CPU each gets its share of the cores.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if device in ("auto", "cuda"):
+        import torch
+
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+        if gpus:
+            return [Place(gpus[index % len(gpus)]) for index in range(workers or len(gpus))]
+    if device.startswith("cuda:") or device == "mps":
+        return [Place(device)] * (workers or 1)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    count = workers or 1
+    if count > len(cores):
+        raise ValueError(f"there are {len(cores)} cores here, not enough for {count} workers")
+    return [Place(device, tuple(cores[index::count])) for index in range(count)]
+
+
+def serve(connection: Connection, loading: Loading, job: Job, place: Place, level: int) -> None:
+    """Work on what comes through a connection until it is closed; the body of a process."""
+    # Signals to the whole group are for the process that gives cases out; it closes the connection then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if place.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, place.cores)
+    from .batch import load_predictor
+    from .crew import Resident, throttled
+    from .errors import DeviceLost, EngineError, OutputError, PredictionError
+
+    if place.cores:
+        import torch
+
+        torch.set_num_threads(len(place.cores))
+    try:
+        engine = load_predictor(loading.models, device=place.device, **loading.arguments)
+    except EngineError as error:
+        connection.send(("unusable", error))
+        return
+    left = False
+    saying = threading.Lock()
+
+    def say(what: str, content: Any) -> None:
+        # Where nobody listens any more, that shows where cases are received.
+        with saying, contextlib.suppress(OSError):
+            connection.send((what, content))
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if left:
+            raise PredictionError("abandoned")
+        send_tiles(event)
+
+    def ended(future: Future[Any]) -> None:
+        try:
+            say("record", future.result())
+        except OutputError as error:
+            say("stop", error)
+        except DeviceLost as error:
+            logging.getLogger(__name__).warning("%s", error)
+            os._exit(1)  # the next process may have better luck
+
+    send_tiles = throttled(lambda event: say("tiles", event), _TELL_EVERY_S, time.monotonic)
+    resident = Resident(engine, job, tell)
+    say("ready", resident.about)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            resident.submit(connection.recv()).add_done_callback(ended)
+    left = True
+    resident.close()
