@@ -59,7 +59,9 @@ def test_what_does_not_fit_its_record_is_not_trusted(journal, damage):
     assert not journal.is_complete("a", results)
 
 
-@pytest.mark.parametrize("content", ["", '{"name": "a", "sta', "[]", "3", '{"name": "b"}', '{"status": "done"}', "null"])
+@pytest.mark.parametrize(
+    "content", ["", '{"name": "a", "sta', "[]", "3", '{"name": "b"}', '{"status": "done"}', "null"]
+)
 def test_a_torn_record_counts_as_none_and_says_so(journal, caplog, content):
     path = finish(journal, "a")
     (journal.output / "records" / "a.json").write_text(content)

@@ -1,0 +1,206 @@
+"""Real processes that share a job: the same results, and what happens when they are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from nnturbo.engine import ModelError
+from nnturbo.engine import engine as engine_module
+from nnturbo.engine import pool as pool_module
+from nnturbo.engine.batch import Job, load_predictor, predict_cases, run_job
+from nnturbo.engine.cases import find_cases
+from nnturbo.engine.pool import Pool
+from nnturbo.engine.workers import Loading, Place, local_places, serve
+
+from tests.engine.factory import write_model
+from tests.engine.test_batch import write_scan
+
+ARGUMENTS = {"mirror": False, "backend": "torch"}
+PLACES = [Place("cpu", (core,)) for core in sorted(os.sched_getaffinity(0))[:2]] * 2
+
+
+def serve_with_poison(connection, *more):
+    """A process that a scan named poison ends, as a fault in a library would."""
+    read_volume = engine_module.read_volume
+
+    def read(image, **how):
+        if "poison" in str(image):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_volume(image, **how)
+
+    engine_module.read_volume = read
+    serve(connection, *more)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for index in range(8):
+        write_scan(tmp_path / "scans" / f"c{index}_0000.nii.gz", index)
+    return tmp_path / "scans"
+
+
+@pytest.fixture
+def pool(model, tmp_path):
+    made = Pool(Loading(models=(str(model),), arguments=ARGUMENTS), Job(output=tmp_path / "out"), PLACES[:2])
+    yield made
+    made.close()
+
+
+def labels(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def processes(pool):
+    return [hand.handle[0] for hand in pool._hands]
+
+
+def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_path, pool):
+    import torch
+
+    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        engine = load_predictor([model], device="cpu", **ARGUMENTS)
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "alone"))
+    finally:
+        torch.set_num_threads(before)
+    assert labels(tmp_path / "out") == labels(tmp_path / "alone")
+    assert len(labels(tmp_path / "out")) == 8
+    crew = processes(pool)
+    pool.close()
+    assert [process.exitcode for process in crew] == [0, 0]
+
+
+def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
+    events = []
+
+    def tell(event):
+        if event["event"] == "done" and not any(each["event"] == "done" for each in events):
+            os.kill(processes(pool)[0].pid, signal.SIGKILL)
+        events.append(event)
+
+    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+    assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
+    assert [event["how"] for event in events if event["event"] == "lost"] == ["signal 9"]
+    assert len(labels(tmp_path / "out")) == 8
+
+
+def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "serve", serve_with_poison)
+    write_scan(scans / "poison_0000.nii.gz")
+    job = Job(output=tmp_path / "out")
+    crew = Pool(Loading(models=(str(model),), arguments=ARGUMENTS), job, PLACES[:2])
+    try:
+        outcome = run_job(crew, find_cases(scans, ".nii.gz"), job)
+    finally:
+        crew.close()
+    assert outcome.failed == {"poison": "the process that worked on it ended (signal 9)"}
+    assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
+
+
+def test_a_bad_scan_and_a_good_one(scans, tmp_path, pool):
+    (scans / "c3_0000.nii.gz").write_bytes(b"")
+    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert list(outcome.failed) == ["c3"]
+    assert "c3_0000.nii.gz" in outcome.failed["c3"]
+    assert len(outcome.done) == 7
+
+
+def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        Pool(Loading(models=(str(tmp_path / "nowhere"),), arguments=ARGUMENTS), Job(output=tmp_path), PLACES[:2])
+
+
+def test_places():
+    cores = sorted(os.sched_getaffinity(0))
+    assert [place.device for place in local_places("cpu", None)] == ["cpu"]
+    shares = local_places("cpu", len(cores))
+    assert sorted(core for place in shares for core in place.cores) == cores
+    assert local_places("cuda:1", 2) == [Place("cuda:1"), Place("cuda:1")]
+    with pytest.raises(ValueError, match="not enough for"):
+        local_places("cpu", len(cores) + 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        local_places("cpu", 0)
+
+
+def test_every_gpu_has_a_process(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_places("auto", None) == [Place("cuda:0"), Place("cuda:1")]
+    assert [place.device for place in local_places("cuda", 4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert local_places("cuda:1", None) == [Place("cuda:1")]
+    assert [place.device for place in local_places("cpu", 1)] == ["cpu"]
+
+
+def children(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except (OSError, IndexError):
+            pass
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGINT, "1"),
+        (signal.SIGTERM, "2"),
+        (signal.SIGKILL, "2"),
+        pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_path, number, workers):
+    if workers == "2" and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core")
+    for index in range(8, 60):
+        write_scan(scans / f"c{index}_0000.nii.gz", index)
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    command = [
+        sys.executable, "-m", "nnturbo.engine.cli", "predict", "-i", scans, "-o", out, "-m", model, "-device", "cpu",
+        "--workers", workers, "--log", log, "--backend", "torch",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (log.exists() and '"done"' in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    family = children(process.pid)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    done = len(labels(out))
+    assert 1 <= done < 60
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number
+        assert "--continue_prediction goes on with the rest" in err
+        assert "Traceback" not in err
+        assert not list(out.glob(".writing-*"))
+        assert len(json.loads((out / "predictions.json").read_text())["cases"]) == done
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in family) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    again = subprocess.run([*command, "--continue_prediction"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert len(labels(out)) == 60
+    # What was on its way to the disk when the signal came is whole too, but is done again where it had no record.
+    assert int(again.stdout.split(" already there")[0].rpartition(" ")[2]) >= done - 6
