@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,18 +35,20 @@ MATRIX_SIDE = 8192
 class Bench:
     """Times what runs on a device, and collects what was found."""
 
-    def __init__(self, device: torch.device, minutes: float) -> None:
+    def __init__(self, device: torch.device, minutes: float, out: Path) -> None:
         self.device = device
         self.found: dict[str, Any] = {"benchmark": "gpu", "left_out": {}, "failed": {}}
+        self._out = out
         self._deadline = time.monotonic() + 60 * minutes
 
     def part(self, name: str, run: Callable[[], Any], needs: tuple[str, ...] = ()) -> None:
         """Run one part, unless something is missing or there is no time left; a failure does not stop the rest."""
         missing = [package for package in needs if importlib.util.find_spec(package) is None]
-        if missing or time.monotonic() > self._deadline:
+        if missing or self.is_late():
             why = f"{', '.join(missing)} not installed" if missing else "no time left"
             self.found["left_out"][name] = why
             print(f"{name}: left out, {why}", flush=True)
+            self.write()
             return
         start = time.monotonic()
         try:
@@ -54,6 +57,17 @@ class Bench:
             self.found["failed"][name] = f"{type(error).__name__}: {error}"[:2000]
             traceback.print_exc()
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+        self.write()
+
+    def is_late(self) -> bool:
+        """Whether there is no time left to begin with anything."""
+        return time.monotonic() > self._deadline
+
+    def write(self) -> None:
+        """Write what was found so far: who runs out of time keeps it."""
+        from nnturbo.benchmarks.report import write_report
+
+        write_report(self._out, self.found)
 
     def seconds(self, run: Callable[[], Any], rounds: int = ROUNDS) -> float:
         """Median time of a call on the device, after two that warm up; on the CPU, which tries the script, of one."""
@@ -170,7 +184,7 @@ def networks(
     from nnturbo.engine.sliding_window import mirror_views
     from torch.utils.flop_counter import FlopCounterMode
 
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = bench.found.setdefault("networks", [])
     precision = choose_precision("auto", bench.device)
     for name, path in models.items():
         model = read_model(path)
@@ -193,6 +207,10 @@ def networks(
         ways: dict[str, Callable[[], Any]] = {"nnU-Net, eager": eager}
         for backend_name, backend in backends().items():
             if wanted and backend_name not in wanted:
+                continue
+            bench.write()
+            if bench.is_late():
+                rows.append({"model": name, "way": backend_name, "left_out": "no time left"})
                 continue
             reason = backend.unavailable(bench.device, precision)
             if reason is not None:
@@ -304,7 +322,8 @@ def memory(bench: Bench, rows: int) -> dict[str, Any]:
     engine = Engine.load(ROOT / "examples" / "demo_model", device=str(bench.device), mirror=bench.device.type == "cuda")
     depth, *wide = engine.model.plan.patch_size_3d
     found = {}
-    for length in (2 * depth, rows * depth):
+    # The first time, ways are tried and kernels compiled, which takes memory of its own.
+    for length in (2 * depth, 2 * depth, rows * depth):
         array = np.random.default_rng(0).integers(-100, 300, (length, *wide), dtype=np.int16)
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(bench.device)
@@ -317,11 +336,15 @@ def memory(bench: Bench, rows: int) -> dict[str, Any]:
 def tests() -> dict[str, Any]:
     """Run the tests that need a GPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "tests"],
+        # Tests of other things may need packages that are not here.
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--continue-on-collection-errors", "tests"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout[-3000:], done.stderr[-1000:], flush=True)
-    return {"status": done.returncode, "printed": done.stdout[-6000:]}
+    counted = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout[-400:])}
+    if not counted.get("passed") or counted.get("failed"):
+        raise RuntimeError(f"{counted or 'no test'} of those that need a GPU: {done.stdout[-1500:]}")
+    return {**counted, "printed": done.stdout[-6000:]}
 
 
 def tensorrt_rtx() -> dict[str, Any]:
@@ -335,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all of it, and write one JSON."""
     parser = argparse.ArgumentParser(description="everything that needs a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    parser.add_argument("--minutes", type=float, default=9, help="no part begins after these")
+    parser.add_argument("--minutes", type=float, default=7, help="nothing new begins after these")
     parser.add_argument("--backends", nargs="*", default=(), help="of these alone; by default every one that runs")
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself, on small sizes")
     options = parser.parse_args(arguments)
@@ -344,9 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device is here: nothing was measured", file=sys.stderr)
         return 2
     _find_nnturbo()
-    from nnturbo.benchmarks.report import write_report
 
-    bench = Bench(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), options.minutes)
+    bench = Bench(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), options.minutes, options.out)
     tile = TILE if on_gpu else (8, 16, 24)
     names = ["PlainConvUNet", "ResidualEncoderUNet"] if on_gpu else []
     bench.found["device"] = torch.cuda.get_device_name(0) if on_gpu else "cpu"
@@ -368,7 +390,6 @@ def main(arguments: list[str] | None = None) -> int:
             lambda: networks(bench, model_folders(folder, names), options.backends, folder, best["matmul_tflop_per_s"]),
             networks_need,
         )
-    write_report(options.out, bench.found)
     print(json.dumps({"failed": bench.found["failed"], "left_out": bench.found["left_out"]}, indent=1))
     return 1 if bench.found["failed"] else 0
 

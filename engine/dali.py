@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ class DaliLoader:
         self._plan, self._device = plan, device
         self._interpolation, self._readers = interpolation, max(1, min(readers, MOST_READERS))
 
-    def __call__(self, images: Sequence[Any]) -> Iterator[Prepared | EngineError]:
+    def __call__(self, images: Sequence[Any]) -> Generator[Prepared | EngineError, None, None]:
         """Prepare scans in order, reading ahead.
 
         Yields:

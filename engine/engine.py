@@ -184,10 +184,10 @@ class Engine:
             PredictionError: Where the network fails or gives numbers that mean nothing.
         """
         if self._loader is None:
-            prepared: Prepared | EngineError = self._prepare(image, previous_stage)
-        else:
-            (prepared,) = self._loader([image])
-        return self._finish(self._compute(prepared, save_probabilities, progress))
+            prepared = self._prepare(image, previous_stage)
+            return self._finish(self._compute(prepared, save_probabilities, progress))
+        with contextlib.closing(self._loader([image])) as loaded:  # the planes are there as long as it is open
+            return self._finish(self._compute(next(loaded), save_probabilities, progress))
 
     def predict_many(
         self,
@@ -225,12 +225,10 @@ class Engine:
             return caught(functools.partial(self._compute, prepared, save_probabilities, share))
 
         prepared = self._prepared(images, previous_stages, readers)
-        with contextlib.closing(overlapped(compute, prepared, name="nnturbo-compute")) as results:
-            try:
-                for computed in results:
-                    yield caught(functools.partial(self._finish, computed))
-            finally:
-                stopped.set()
+        results = overlapped(compute, prepared, name="nnturbo-compute", leave=stopped.set)
+        with contextlib.closing(results):
+            for computed in results:
+                yield caught(functools.partial(self._finish, computed))
 
     def _prepared(
         self, images: Iterable[Image], stages: Iterable[Previous] | None, readers: int
@@ -249,7 +247,7 @@ class Engine:
         """Read a scan, and start its way to the device."""
         plan, device = self.model.plan, self._placement.sums_device
         timings = Timings(device)
-        with timings("read"):
+        with timings("read", on_gpu=False):
             scan = read_volume(image, channels=len(plan.channels))
             volume = scan.reoriented() if plan.reorient else scan
             previous = self._read_previous(previous_stage, scan)
@@ -327,7 +325,7 @@ class Engine:
         if isinstance(computed, EngineError):
             raise computed
         prepared, plan = computed.prepared, self.model.plan
-        with prepared.timings("labels"):
+        with prepared.timings("labels", on_gpu=False):
             segmentation = computed.segmentation()
         probabilities, geometry = computed.probabilities, prepared.geometry
         if plan.reorient:

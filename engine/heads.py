@@ -26,10 +26,10 @@ def focus_map(seg_logits: Tensor, scheme: ClassificationScheme) -> Tensor:
         seg_logits: (N, K, *patch) float32.
         scheme: Names the channels; probabilities of labels are added, of overlapping regions the greatest is taken.
     """
-    channels = list(scheme.focus_channels)
-    if scheme.regions:
-        return torch.sigmoid(seg_logits[:, channels]).amax(1, keepdim=True)
-    return torch.softmax(seg_logits, 1)[:, channels].sum(1, keepdim=True)
+    values = torch.sigmoid(seg_logits) if scheme.regions else torch.softmax(seg_logits, 1)
+    # Indexing by a list would copy it to a GPU each time, and wait for that.
+    shown = torch.stack([values[:, channel] for channel in scheme.focus_channels], 1)
+    return shown.amax(1, keepdim=True) if scheme.regions else shown.sum(1, keepdim=True)
 
 
 def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:

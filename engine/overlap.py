@@ -13,7 +13,12 @@ _Result = TypeVar("_Result")
 
 
 def overlapped(
-    run: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int = 1, name: str = "nnturbo"
+    run: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    threads: int = 1,
+    name: str = "nnturbo",
+    leave: Callable[[], None] | None = None,
 ) -> Generator[_Result, None, None]:
     """Run a function over items in threads; steps are chained by giving one's results as the next one's items.
 
@@ -22,6 +27,7 @@ def overlapped(
         items: Taken one at a time, by one thread at a time, no earlier than there is a place for the result.
         threads: How many run at once; as many items, and one more, are between being taken and being given out.
         name: Of the threads, for debuggers.
+        leave: Called when it ends, before it waits for what still runs, which may take notice and end early.
 
     Yields:
         Results in the order of the items. What `run` or `items` raises comes in its place, and ends it.
@@ -81,6 +87,8 @@ def overlapped(
             places.release()
     finally:
         stopped.set()
+        if leave is not None:
+            leave()
         for _ in crew:
             places.release()
         for thread in crew:

@@ -91,11 +91,11 @@ class Case:
         return len(self.image) + (0 if self.previous is None else len(self.previous_labels))
 
     def to(self, device: torch.device) -> Case:
-        """Move what planes are made of to another device."""
+        """Move what planes are made of to another device, in a type that can be read there."""
         low, high = self.limits
         return replace(
             self,
-            image=self.image.to(device),
+            image=self.image.to(device, _readable_type(self.image.dtype, device)),
             limits=(None if low is None else low.to(device), None if high is None else high.to(device)),
             previous=None if self.previous is None else self.previous.to(device),
             device=device,
@@ -109,7 +109,7 @@ class Case:
         """
         for start, stop in ranges:
             low, high = self.grid.operators[0].inputs_of(start, stop)
-            image, normalization = self.image[:, low:high], [channel.numbers for channel in self.normalizations]
+            image, normalization = self.image[:, low:high], tuple(channel.numbers for channel in self.normalizations)
             if self.mask is not None:
                 mask = torch.from_numpy(self.mask[low:high]).to(self.device)
                 image, normalization = normalize_within(image, self.normalizations, mask), None
@@ -140,10 +140,14 @@ def to_device(image: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(image)
     if device.type == "cpu":
         return tensor
-    # A GPU's kernels read these types; the scan's own is half the way for most CT.
-    dtype = tensor.dtype if tensor.dtype in (torch.int16, torch.uint8) else torch.float32
+    dtype = _readable_type(tensor.dtype, device)
     staged = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda").copy_(tensor)
     return staged.to(device, non_blocking=True)
+
+
+def _readable_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Say what a scan's type becomes: a GPU's kernels read few; that of most CT is half the way of float32."""
+    return dtype if device.type == "cpu" or dtype in (torch.int16, torch.uint8) else torch.float32
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from .preprocessing import Case
 from .timing import Timings
 from .volume import Geometry
 from .voting import Votes
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _Image = TypeVar("_Image")
@@ -117,3 +120,8 @@ def caught(run: Callable[[], _Result]) -> _Result | EngineError:
         return error
     except MemoryError:
         return PredictionError("out of memory: the scan needs more than there is", transient=True)
+    except RuntimeError as error:
+        # Not least a GPU's, which reports what went wrong whenever it is asked next.
+        logger.warning("unexpected error", exc_info=True)
+        reason = str(error).strip().partition("\n")[0]
+        return PredictionError(f"{reason:.300}", transient=True)

@@ -22,14 +22,19 @@ class Timings:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body of a `with` statement as part of a stage."""
+    def __call__(self, stage: str, *, on_gpu: bool = True) -> Iterator[None]:
+        """Time the body of a `with` statement as part of a stage.
+
+        Args:
+            stage: Its name.
+            on_gpu: Whether it asks the GPU for something; else what others have asked for must not count.
+        """
         start = time.perf_counter()
-        began = self._event()
+        began = self._event() if on_gpu else None
         try:
             yield
         finally:
-            ended = self._event()
+            ended = self._event() if on_gpu else None
             if began is not None and ended is not None:
                 self._events.append((stage, began, ended))
             self._host_ms[stage] = self._host_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1e3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -32,13 +31,20 @@ TYPES = {
 @lru_cache(maxsize=1)
 def has_cupy() -> bool:
     """Whether kernels can be compiled; says once, in the log, where they cannot."""
-    found = importlib.util.find_spec("cupy") is not None
-    if not found:
-        logger.warning(
-            "CuPy is not installed, so torch does what nnturbo's CUDA kernels would do faster: "
-            "pip install 'nnturbo[cuda13]', or [cuda12] with a driver for CUDA 12"
-        )
-    return found
+    try:
+        _compiled("gather_tiles", torch.float32, None).compile()
+    except ImportError:
+        reason = "CuPy is not installed, or not for this version of CUDA"
+    except Exception as error:  # whatever CuPy and NVRTC raise where headers or libraries of CUDA are missing
+        reason = f"CuPy cannot compile here ({str(error).partition(chr(10))[0]:.200})"
+    else:
+        return True
+    logger.warning(
+        "%s, so torch does what nnturbo's CUDA kernels would do faster: pip install 'nnturbo[cuda13]', or [cuda12] "
+        "with a driver for CUDA 12",
+        reason,
+    )
+    return False
 
 
 def source(kernel: str, dtype: torch.dtype, lines: bool | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,6 +31,9 @@ class Recording(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
+_NO_GRAPH = Recording(None, torch.empty(0), ())
+
+
 class GraphedNetwork:
     """Runs a network on a CUDA device, from a CUDA graph for batch sizes where that is faster.
 
@@ -46,39 +50,52 @@ class GraphedNetwork:
     def __call__(self, tiles: Tensor) -> tuple[Tensor, ...]:
         """Run the network on (N, C, *patch)."""
         with self._one_at_a_time:
-            recording = self._recordings.get(tiles.shape) or self._record(tiles)
-            if recording.graph is None:
-                return self._network(tiles)
-            # The call before may have been on another stream.
-            torch.cuda.current_stream(tiles.device).wait_event(self._done)
-            recording.inputs.copy_(tiles)
-            recording.graph.replay()
-            outputs = tuple(output.clone() for output in recording.outputs)
-            self._done.record(torch.cuda.current_stream(tiles.device))
-            return outputs
+            try:
+                return self._run(tiles)
+            except torch.OutOfMemoryError:
+                self._recordings.clear()  # they hold memory that whoever tries again with less may need
+                raise
+
+    def _run(self, tiles: Tensor) -> tuple[Tensor, ...]:
+        recording = self._recordings.get(tiles.shape) or self._record(tiles)
+        if recording.graph is None:
+            return self._network(tiles)
+        # The call before may have been on another stream.
+        torch.cuda.current_stream(tiles.device).wait_event(self._done)
+        recording.inputs.copy_(tiles)
+        recording.graph.replay()
+        outputs = tuple(output.clone() for output in recording.outputs)
+        self._done.record(torch.cuda.current_stream(tiles.device))
+        return outputs
 
     def _record(self, tiles: Tensor) -> Recording:
         """Record the launches for this batch size, and find out whether replaying them is faster."""
         while len(self._recordings) >= MOST_RECORDED:
             del self._recordings[next(iter(self._recordings))]
         stream = torch.cuda.Stream(tiles.device)
-        stream.wait_stream(torch.cuda.current_stream(tiles.device))
         inputs = tiles.clone()
+        stream.wait_stream(torch.cuda.current_stream(tiles.device))
         with torch.cuda.stream(stream):
             single_ms = _least_ms(lambda: self._network(inputs))  # also lets cuDNN choose its algorithms
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on uploading.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._network(inputs)
-            replay_ms = _least_ms(graph.replay)
+            recording, replay_ms = self._captured(inputs, stream)
         torch.cuda.current_stream(tiles.device).wait_stream(stream)
         logger.info("%d tiles: %.2f ms, %.2f ms as a CUDA graph", len(tiles), single_ms, replay_ms)
         if replay_ms > WORTH_IT * single_ms:
-            recording = Recording(None, inputs[:0], ())
-        else:
-            recording = Recording(graph, inputs, outputs)
+            recording = _NO_GRAPH
         self._recordings[tiles.shape] = recording
         return recording
+
+    def _captured(self, inputs: Tensor, stream: torch.cuda.Stream) -> tuple[Recording, float]:
+        """Record the launches, and time a replay; a network that cannot be recorded runs as it did before."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on uploading.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._network(inputs)
+            return Recording(graph, inputs, outputs), _least_ms(graph.replay)
+        except RuntimeError as error:  # among them that a graph of its own does not fit into memory
+            logger.warning("the network cannot be a CUDA graph: %s", str(error).partition("\n")[0])
+            return _NO_GRAPH, math.inf
 
 
 def _least_ms(run: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ from ..errors import BackendUnavailable
 from ..inference import inference_network, with_low_convolutions
 from ..model import Model
 from . import NetworkOutput
-from .torch import DTYPES, refuse_half_on_cpu
+from .torch import DTYPES, exact_float32, on_device, refuse_half_on_cpu
 from .torchscript import write_scan_path
 
 FILE = "network.pt2"
@@ -30,7 +30,7 @@ class InductorRunner:
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32(), on_device(self._device):
             outputs = [self._compiled(tile[None].contiguous()) for tile in tiles.to(self._device)]
         return NetworkOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
@@ -68,6 +68,7 @@ class InductorBackend:
         from torch._inductor import aoti_load_package
 
         assert folder is not None  # it compiles
-        with warnings.catch_warnings():
+        index = -1 if device.index is None else device.index
+        with warnings.catch_warnings(), on_device(device):
             warnings.simplefilter("ignore")
-            return InductorRunner(aoti_load_package(str(folder / FILE)), device)
+            return InductorRunner(aoti_load_package(str(folder / FILE), device_index=index), device)

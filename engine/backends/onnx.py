@@ -70,8 +70,9 @@ class OnnxBackend:
         assert folder is not None  # it compiles
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        path = str(folder / FILE)
-        return OnnxRunner(onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device.type]]))
+        provider = PROVIDERS[device.type]
+        chosen = (provider, {"device_id": device.index or 0, "use_tf32": 0}) if device.type == "cuda" else provider
+        return OnnxRunner(onnxruntime.InferenceSession(str(folder / FILE), options, providers=[chosen]))
 
 
 def export_onnx(network: InferenceNetwork, tiles: Tensor, path: Path) -> None:

@@ -19,7 +19,7 @@ from ..model import Model
 from . import NetworkOutput
 from .onnx import INPUT, OUTPUTS, export_onnx
 from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep, mirror_views_of
-from .torch import exact_float32
+from .torch import exact_float32, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,10 @@ class TensorRtBackend:
             ModelError: Where TensorRT does not know some part of the network.
             BackendUnavailable: Where it cannot build here.
         """
+        with on_device(tiles.device):
+            self._build_here(model, tiles, precision, folder)
+
+    def _build_here(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         library = Library(self._package())
         folds = _networks(model, precision)
         views = mirror_views_of(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +27,11 @@ def exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Make a GPU the current one, for libraries that ask for that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TorchRunner:

@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..inference import inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
-from .torch import DTYPES, refuse_half_on_cpu
+from .torch import DTYPES, exact_float32, refuse_half_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class ScriptRunner:
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             return NetworkOutput(*self._script(tiles.to(self._device)))
 
 

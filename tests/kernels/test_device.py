@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nnturbo.kernels
+import numpy as np
 import pytest
 import torch
 from nnturbo.benchmarks.kernels import ARCHITECTURES, VARIANTS, compile_variant
+from nnturbo.engine import Engine, Volume, preprocessing
 from nnturbo.kernels import AxisOperator, device, loader
 
+from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels import checks, host, nvrtc
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +38,41 @@ def test_a_kernel_gives_what_its_twin_gives(kernels, name):
     before = kernels.launches
     checks.run(name, 60, CPU)
     assert kernels.launches == before + 60
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "array_type"),
+    [
+        ({}, np.int16),
+        ({}, np.float64),
+        ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, np.int32),
+        ({"spacing": [6.0, 1.5, 1.5]}, np.uint8),
+    ],
+)
+def test_a_whole_prediction_through_the_kernels_is_that_of_their_twins(
+    kernels, monkeypatch, tmp_path, changes, array_type
+):
+    folder = write_model(tmp_path / "m", plans=multi_task(plans_json(**changes)))
+    scan = np.abs(smooth_scan((12, 30, 34))).clip(0, 255).astype(array_type)
+    volume = Volume.from_array(scan, (3.0, 1.2, 1.2))
+    engine = Engine.load(folder, device="cpu", backend="torch")
+    expected = engine.predict(volume)
+    before = kernels.launches
+    monkeypatch.setattr(nnturbo.kernels, "_for", lambda tensor: device)
+    # What a GPU's kernels can read is what comes there.
+    to_device = preprocessing.to_device
+    monkeypatch.setattr(
+        preprocessing, "_readable_type", lambda dtype, device: dtype if dtype in loader.TYPES else torch.float32
+    )
+    monkeypatch.setattr(
+        preprocessing, "to_device",
+        lambda image, where: (made := to_device(image, where)).to(preprocessing._readable_type(made.dtype, where)),
+    )  # fmt: skip
+    found = engine.predict(volume)
+    assert kernels.launches > before + 20
+    assert np.count_nonzero(found.segmentation != expected.segmentation) <= 2
+    assert found.classification.logits == pytest.approx(expected.classification.logits, abs=1e-4)
 
 
 def sanitized(folder, count, *replacement):
