@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
 
-TEMPORARY = ".writing-"
-"""How the names of files begin that are not complete; a process that is killed leaves them behind."""
+TEMPORARY = ".writing-file-"
+"""How the names of folders begin whose content is not complete; a process that is killed leaves them behind."""
+
+_ABANDONED_S = 600
+"""A file that is being written changes more often."""
 
 
 def cache_root() -> Path | None:
@@ -39,24 +44,28 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=ending or path.suffix)
-        os.close(handle)
+        # A folder, so that who lists files by their ending does not find what is not complete.
+        folder = tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    temporary = Path(name)
+    temporary = Path(folder) / f"new{ending or path.suffix}"
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private; a result has the permissions any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed have left there half written, once nobody writes it any more."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have ended with it
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > _ABANDONED_S:
+                shutil.rmtree(left)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

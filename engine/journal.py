@@ -11,14 +11,13 @@ import csv
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
-from .files import TEMPORARY, write_json, written_atomically
+from .files import remove_abandoned, write_json, written_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +25,6 @@ RECORDS = "records"
 PREDICTIONS = "predictions.json"
 SUBTYPES = "subtype_results.csv"
 SCHEMA = 1
-_ABANDONED_S = 600
-"""A file that is being written changes more often."""
-
 Record = dict[str, Any]
 """How one case went; `predictions.json` is a list of them."""
 
@@ -59,10 +55,8 @@ class Journal:
         """
         try:
             (self.output / RECORDS).mkdir(parents=True, exist_ok=True)
-            for path in (*self.output.glob(f"{TEMPORARY}*"), *(self.output / RECORDS).glob(f"{TEMPORARY}*")):
-                with contextlib.suppress(FileNotFoundError):  # another job may have ended with it
-                    if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                        path.unlink()
+            for folder in (self.output, self.output / RECORDS):
+                remove_abandoned(folder)
             _check_ours(self.output / PREDICTIONS)
             for name in () if keep else names:
                 self._path(name).unlink(missing_ok=True)

@@ -74,7 +74,7 @@ class ProgressLine:
         if share > 0 and now > self._began:
             rate = share / (now - self._began)
             parts.append(_rate(rate))
-            parts.append(f"{_duration((self._cases - ended) / rate)} left" if ended < self._cases else "writing")
+            parts.append(f"{_duration((self._cases - share) / rate)} left" if ended < self._cases else "writing")
         working = [(name, done, total) for name, (done, total) in self._tiles.items() if done < total]
         if working:
             name, done, total = working[-1]
@@ -97,23 +97,24 @@ class JsonLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
-        self._file: TextIO | None = open(path, "a", encoding="utf-8")  # noqa: SIM115, open as long as the job runs
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Add a line, whole."""
+        """Add a line in one piece, so that jobs can share a log."""
         if event["event"] == "tiles" or self._file is None:
             return
+        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(), **event}) + "\n"
         try:
-            self._file.write(json.dumps({"time": datetime.now(timezone.utc).isoformat(), **event}) + "\n")
-            self._file.flush()
+            os.write(self._file, line.encode())
         except OSError as error:
             logger.warning("%s cannot be written, and is given up: %s", self._path, error.strerror or error)
-            self._file = None
+            self.close()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
+            self._file = None
 
 
 def _rate(per_s: float) -> str:

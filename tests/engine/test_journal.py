@@ -80,10 +80,12 @@ def test_what_is_begun_anew_is_not_trusted_any_more(journal):
 
 
 def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
-    old, new = journal.output / ".writing-old.nii.gz", journal.output / "records" / ".writing-new.json"
+    old, new = journal.output / ".writing-file-old", journal.output / "records" / ".writing-file-new"
     for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 3600,) * 2)
+        path.mkdir()
+        (path / "new.nii.gz").write_bytes(b"half")
+        os.utime(path, (time.time() - 3600,) * 2)
+    os.utime(old / "new.nii.gz", (time.time() - 3600,) * 2)
     journal.begin([], keep=True)
     assert not old.exists()
     assert new.exists()

@@ -1,0 +1,134 @@
+"""A real Ray cluster on this machine."""
+
+import os
+import signal
+
+import pytest
+from nnturbo.engine import BackendUnavailable, ModelError
+from nnturbo.engine.batch import Job, run_job
+from nnturbo.engine.cases import find_cases
+from nnturbo.engine.cli import main
+from nnturbo.engine.workers import Loading
+
+from tests.engine.factory import write_model
+from tests.engine.test_batch import write_scan
+from tests.engine.test_pool import labels
+
+ray = pytest.importorskip("ray", reason="needs Ray")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+ARGUMENTS = {"mirror": False, "backend": "torch"}
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """A cluster that jobs come to and leave."""
+    from ray.cluster_utils import Cluster as LocalCluster
+
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 10**8}
+    made = LocalCluster(initialize_head=True, head_node_args=head)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(machines):
+    return machines.address
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for index in range(10):
+        write_scan(tmp_path / "scans" / f"c{index}_0000.nii.gz", index)
+    return tmp_path / "scans"
+
+
+def crew(address, model, out, **more):
+    from nnturbo.engine.cluster import Cluster
+
+    loading = Loading(models=(str(model),), arguments=ARGUMENTS)
+    return Cluster(address, loading, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})
+
+
+def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
+    made = crew(cluster, model, tmp_path / "out")
+    pids, events = [], []
+
+    def tell(event):
+        if event["event"] == "done" and not pids:
+            hand = next(hand for hand in made._hands if hand.given)
+            pids.append(ray.get(hand.handle.__ray_call__.remote(lambda actor: os.getpid())))
+            os.kill(pids[0], signal.SIGKILL)
+        events.append(event)
+
+    try:
+        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+    finally:
+        made.close()
+    assert sorted(outcome.done) == [f"c{index}" for index in range(10)]
+    assert len([event for event in events if event["event"] == "lost"]) == 1
+    assert len(labels(tmp_path / "out")) == 10
+
+
+def test_the_command_gives_what_it_gives_without_a_cluster(cluster, model, scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["-i", "scans", "-m", str(model), "--disable_tta", "--backend", "torch", "--disable_progress_bar"]
+    (scans / "c3_0000.nii.gz").write_bytes(b"")
+    ray_options = ["--ray", cluster, "--workers", "2", "--cores", "1"]
+    assert main(["predict", *given, "-o", "far", "-device", "cpu", *ray_options]) == 1
+    assert "c3 failed" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["predict", *given, "-o", "near", "-device", "cpu"]) == 1
+    assert labels(tmp_path / "far").keys() == labels(tmp_path / "near").keys()
+    assert len(labels(tmp_path / "far")) == 9
+    assert (tmp_path / "far" / "predictions.json").read_text().count('"status": "done"') == 9
+
+
+def test_what_is_wrong_is_said(cluster, model, tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        crew(cluster, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(BackendUnavailable, match=r"room for 2 processes .* not for 3"):
+        crew(cluster, model, tmp_path / "out", workers=3)
+    with pytest.raises(ValueError, match="auto, cpu or cuda"):
+        crew(cluster, model, tmp_path / "out", device="mps")
+    with pytest.raises(BackendUnavailable, match="no Ray cluster answers"):
+        crew("127.0.0.1:1", model, tmp_path / "out")
+
+
+def test_without_ray_the_extra_is_named(model, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BackendUnavailable, match=r"nnturbo\[ray\]"):
+        crew("auto", model, tmp_path / "out")
+
+
+def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
+    machine = machines.add_node(num_cpus=1, object_store_memory=10**8)
+    made = crew(machines.address, model, tmp_path / "out", workers=3)
+    done, events = [], []
+
+    def tell(event):
+        if event["event"] == "done":
+            done.append(event["name"])
+            if len(done) == 2:
+                machines.remove_node(machine, allow_graceful=False)
+        events.append(event["event"])
+
+    for index in range(10, 40):
+        write_scan(scans / f"c{index}_0000.nii.gz", index)
+    try:
+        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+    finally:
+        made.close()
+    assert len(outcome.done) == 40
+    assert "lost" in events
