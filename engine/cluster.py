@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from .journal import Record
 from .workers import Loading
 
 _WAIT_S = 1.0
+_CONNECT_S = 5.0
 
 
 class Actor:
@@ -151,12 +153,15 @@ def _connected(address: str) -> Any:
         import ray
     except ImportError as error:
         raise BackendUnavailable("a cluster needs Ray: pip install 'nnturbo[ray]'") from error
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would wait for minutes
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
         if address == "local":
             ray.init(include_dashboard=False, logging_level=logging.ERROR)
         else:
             ray.init(address=address, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackendUnavailable(
             f"no Ray cluster answers at {address} ({reason:.200}); start one with ray start --head, or give local"
