@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .predict_cli import AGGREGATIONS, CLASSIFIERS, DONE, PRECISIONS, UNUSABLE, add_predict, say
+from .predict_cli import AGGREGATIONS, CLASSIFIERS, DONE, PRECISIONS, UNUSABLE, add_predict, add_view, say
 
 PHANTOMS, PHANTOM_SEED = 4, 11
 """What lower precision is measured on where no scans are given."""
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict(commands)
+    add_view(commands)
     _add_build(commands)
     inspect = commands.add_parser("inspect", help="say what is in a model or bundle and how it can run here")
     inspect.add_argument("model", help="model folder, nnU-Net export zip, or bundle")

@@ -203,7 +203,8 @@ def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
     return LabelScheme(labels=labels, regions_class_order=tuple(order))
 
 
-def _channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
+def read_channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
+    """Read what `dataset.json` calls the channels, in their order."""
     key = "modality" if "modality" in dataset else "channel_names"
     return tuple(str(name) for name in _get(dataset, key, dict, "dataset.json").values())
 
@@ -351,7 +352,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
     file_ending = _get(dataset, "file_ending", str, "dataset.json")
     if file_ending not in FILE_ENDINGS:
         raise ModelError(f"dataset.json: file_ending must be one of {', '.join(FILE_ENDINGS)}, got {file_ending!r:.80}")
-    names = _channel_names(dataset)
+    names = read_channel_names(dataset)
     previous = configuration.get("previous_stage")
     functions = []
     for kind in ("data", "seg", "probabilities"):

@@ -79,6 +79,7 @@ def add_predict(commands: Any) -> None:
     )
     add("--verbose", action="store_true", help="say what was chosen, and times by stage")
     add("--log", metavar="FILE", help="add what happens to this file, as lines of JSON")
+    add("--report", action="store_true", help="also write report.html: a table of the cases, and pictures of each")
     add("--not_on_device", action="store_true", help="keep planes and sums in main memory")
     add("--backend", default="auto", help="how the network runs (default: %(default)s)")
     add(
@@ -123,6 +124,29 @@ def add_predict(commands: Any) -> None:
     predict.set_defaults(run=_predict)
 
 
+def add_view(commands: Any) -> None:
+    """Declare `nnturbo view`."""
+    view = commands.add_parser("view", help="show one case of a folder of predictions in the browser")
+    view.add_argument("folder", help="output folder of nnturbo predict")
+    view.add_argument("case", help="name of the case")
+    view.add_argument("-o", metavar="FILE", help="write the page there, and open no browser")
+    view.set_defaults(run=_view)
+
+
+def _view(options: argparse.Namespace) -> int:
+    import tempfile
+    import webbrowser
+
+    from .report import write_report
+
+    page = Path(options.o or Path(tempfile.mkdtemp(prefix="nnturbo-")) / f"{options.case}.html").absolute()
+    write_report(Path(options.folder), page, only=options.case)
+    say(str(page))
+    if options.o is None and not webbrowser.open(page.as_uri()):
+        say("nnturbo: no browser was found; open the page yourself", sys.stderr)
+    return DONE
+
+
 def _predict(options: argparse.Namespace) -> int:
     if not 0 <= options.part_id < options.num_parts:
         raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
@@ -158,6 +182,10 @@ def _predict(options: argparse.Namespace) -> int:
             kept = "finished cases are kept, --continue_prediction goes on with the rest"
             say(f"nnturbo: interrupted; {kept}", sys.stderr)
             return 128 + stopping.get("signal", signal.SIGINT)
+    if options.report:
+        from .report import write_report
+
+        write_report(job.output, job.output / "report.html")
     return _say_outcome(outcome, options.o)
 
 
