@@ -178,7 +178,11 @@ def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_p
         sys.executable, "-m", "nnturbo.engine.cli", "predict", "-i", scans, "-o", out, "-m", model, "-device", "cpu",
         "--workers", workers, "--log", log, "--backend", "torch",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Where the tests run in the background, SIGINT is ignored, and would be there too.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     until = time.monotonic() + 120
     while not (log.exists() and '"done"' in log.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
