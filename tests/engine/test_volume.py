@@ -338,7 +338,7 @@ class TestWriteSegmentation:
         def deny(**options):
             raise PermissionError(13, "Permission denied", options["dir"])
 
-        monkeypatch.setattr("tempfile.mkstemp", deny)  # the tests may run as root, whom no folder refuses
+        monkeypatch.setattr("tempfile.mkdtemp", deny)  # the tests may run as root, whom no folder refuses
         with pytest.raises(OutputError, match=r"Permission denied$"):
             write_segmentation(tmp_path / "s.nii.gz", labels, geometry)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.nii.gz"]
