@@ -18,9 +18,10 @@ import torch
 from .bundle import bundle_model, is_bundle, read_manifest
 from .cases import CaseFiles
 from .classification import Classification
+from .dicom_seg import import_highdicom, write_dicom_seg
 from .engine import Engine
 from .ensemble import Ensemble
-from .errors import DeviceLost, EngineError, OutputError, PredictionError
+from .errors import DeviceLost, EngineError, OutputError, PredictionError, VolumeError
 from .files import write_json, written_atomically
 from .journal import Journal, Record
 from .model import read_model
@@ -63,6 +64,7 @@ class Job:
     Args:
         output: Folder for results; made if it is not there.
         save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
+        dicom_seg: Write a DICOM Segmentation object `.dcm` beside each; scans must be DICOM folders.
         skip_existing: Leave cases alone that are complete.
         previous_stage: Folder with the labels of a cascade's previous stage.
         readers: How many scans are read at once, ahead of the network.
@@ -71,6 +73,7 @@ class Job:
 
     output: Path
     save_probabilities: bool = False
+    dicom_seg: bool = False
     skip_existing: bool = False
     previous_stage: Path | None = None
     readers: int = 1
@@ -107,8 +110,8 @@ class About:
 
     def results(self, job: Job, name: str) -> list[Path]:
         """Every file that a finished case has, in the order in which they appear."""
-        endings = [*([".npz", ".pkl"] if job.save_probabilities else []), self.file_ending]
-        return [job.output / f"{name}{ending}" for ending in endings]
+        extra = [*([".npz", ".pkl"] if job.save_probabilities else []), *([".dcm"] if job.dicom_seg else [])]
+        return [job.output / f"{name}{ending}" for ending in (*extra, self.file_ending)]
 
     def journal(self, job: Job) -> Journal:
         """Open the records in the output folder."""
@@ -189,6 +192,8 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
     _check_overwriting(about, cases, job)
+    if job.dicom_seg:
+        _check_dicom(cases)
     journal = about.journal(job)
     journal.begin(names, keep=job.skip_existing)
     write_json(job.output / "plans.json", about.plans)
@@ -299,23 +304,34 @@ class Here:
     def _keep(self, job: Job, case: CaseFiles, prediction: Prediction | EngineError) -> Record:
         """Write one result, and then that it is there."""
         record = {"name": case.name, "status": "done", "images": [os.fspath(path) for path in case.images]}
+        if isinstance(prediction, Prediction):
+            try:
+                self._write_results(job, case, prediction)
+            except VolumeError as error:  # a series to which a DICOM segmentation cannot refer
+                prediction = error
         if isinstance(prediction, EngineError):
             if isinstance(prediction, PredictionError):
                 self._check_devices()
             return {**record, "status": "failed", "error": str(prediction), "transient": prediction.transient}
-        *extra, segmentation = results = self.about.results(job, case.name)
-        if extra:
-            npz, pkl = extra
-            with written_atomically(npz) as temporary:
-                np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
-            with written_atomically(pkl) as temporary:
-                temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
-        # Last, so that whoever waits for a segmentation finds the rest with it.
-        prediction.save(segmentation)
         journal = self.about.journal(job)
-        record |= {"results": journal.describe(results), **_answers(prediction)}
+        results = journal.describe(self.about.results(job, case.name))
+        record |= {"results": results, **_answers(prediction)}
         journal.write(record)
         return record
+
+    def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction) -> None:
+        *extra, segmentation = self.about.results(job, case.name)
+        for path in extra:
+            if path.suffix == ".dcm":
+                write_dicom_seg(path, prediction, case.images[0])
+                continue
+            with written_atomically(path) as temporary:
+                if path.suffix == ".npz":
+                    np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
+                else:
+                    temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
+        # Last, so that whoever waits for a segmentation finds the rest with it.
+        prediction.save(segmentation)
 
     def _check_devices(self) -> None:
         """Find out whether a GPU still works after a failure; errors in kernels end all that a process can do there."""
@@ -339,6 +355,16 @@ def _check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> No
         for result in about.results(job, case.name):
             if result.resolve() in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
+
+
+def _check_dicom(cases: Sequence[CaseFiles]) -> None:
+    """Refuse what a DICOM segmentation cannot be made of, before the work is done."""
+    import_highdicom()
+    if files := [image for case in cases for image in case.images if not image.is_dir()]:
+        raise ValueError(
+            "a DICOM segmentation refers to the slices it was made of, so every scan must be a folder of them; "
+            f"{files[0]} is none"
+        )
 
 
 def _answers(prediction: Prediction) -> dict[str, Any]:

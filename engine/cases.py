@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .dicom import looks_like_dicom
 from .errors import VolumeError
 
 CHANNEL = re.compile(r"_\d{4}$")
@@ -21,7 +22,9 @@ class CaseFiles:
 
 
 def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
-    """List the cases in a folder of `<name>_0000<ending>` files, or make one of a single file or DICOM folder.
+    """List the cases in a folder of `<name>_0000<ending>` files, or of DICOM folders, or make one of a single scan.
+
+    A folder without such files is one case if it holds DICOM slices itself, else every folder in it is one.
 
     Raises:
         VolumeError: Where there is nothing to predict.
@@ -33,7 +36,7 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
         return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
     files = sorted(path for path in source.iterdir() if path.name.endswith(file_ending) and path.is_file())
     if not files:
-        return [CaseFiles(name=source.resolve().name, images=(source,))]
+        return _find_series(source)
     cases: dict[str, list[Path]] = {}
     unnumbered = []
     for path in files:
@@ -52,6 +55,16 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
         CaseFiles(name=name, images=tuple(source / f"{name}_{i:04d}{file_ending}" for i in range(len(paths))))
         for name, paths in cases.items()
     ]
+
+
+def _find_series(source: Path) -> list[CaseFiles]:
+    """Take a folder as one DICOM series, or the folders in it as several."""
+    entries = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir()]
+    # An index beside the folders, as on discs, looks like a slice.
+    if not folders or any(path.is_file() and path.name != "DICOMDIR" and looks_like_dicom(path) for path in entries):
+        return [CaseFiles(name=source.resolve().name, images=(source,))]
+    return [CaseFiles(name=folder.name, images=(folder,)) for folder in folders]
 
 
 def _without_ending(name: str, file_ending: str) -> str:

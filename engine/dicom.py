@@ -56,31 +56,17 @@ class Slice:
 
 
 def open_series(folder: Path) -> ImageSource:
-    """Read the headers of all DICOM slices in a folder and check that they are one scan.
-
-    Files that are no DICOM images (a README, a DICOMDIR, reports) are skipped; subfolders are not searched.
-
-    Args:
-        folder: Existing folder with at least two slices of one series.
+    """Take the slices of a folder as one scan.
 
     Returns:
         The grid of the stacked slices, with a function that reads the voxels; rescale slope and intercept are applied.
         The spacing along z is the mean distance between slice positions, as in ITK; gaps are told in a warning.
 
     Raises:
-        VolumeError: If there are no slices, several series, duplicates, or slices that do not fit each other.
+        VolumeError: As `list_slices`.
     """
+    slices = list_slices(folder)
     with naming(folder.name):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        slices = [part for path in files if _looks_like_dicom(path) and (part := _read_slice(path)) is not None]
-        if not slices:
-            raise VolumeError(
-                f"a folder must hold the slices of one DICOM series, got {len(files)} other file(s) and no slice: "
-                "pass the series' own folder, or for .nii.gz and other images the file itself"
-            )
-        _check_one_series(slices)
-        _check_same_plane(slices)
-        slices.sort(key=lambda part: part.position_mm)
         first = slices[0]
         size = (*first.size, len(slices))
         dtype = np.result_type(*{part.dtype for part in slices})  # PET slices have slopes of their own
@@ -97,7 +83,31 @@ def open_series(folder: Path) -> ImageSource:
     )
 
 
-def _looks_like_dicom(path: Path) -> bool:
+def list_slices(folder: Path) -> list[Slice]:
+    """Read the headers of all DICOM slices in a folder, check that they are one series, and put them in order.
+
+    Files that are no DICOM images (a README, a DICOMDIR, reports) are skipped; subfolders are not searched.
+
+    Args:
+        folder: Existing folder with at least two slices of one series.
+
+    Raises:
+        VolumeError: If there are no slices, several series, duplicates, or slices that do not fit each other.
+    """
+    with naming(folder.name):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        slices = [part for path in files if looks_like_dicom(path) and (part := _read_slice(path)) is not None]
+        if not slices:
+            raise VolumeError(
+                f"a folder must hold the slices of one DICOM series, got {len(files)} other file(s) and no slice: "
+                "pass the series' own folder, or for .nii.gz and other images the file itself"
+            )
+        _check_one_series(slices)
+        _check_same_plane(slices)
+    return sorted(slices, key=lambda part: part.position_mm)
+
+
+def looks_like_dicom(path: Path) -> bool:
     """Recognise a preamble with its mark or, in old exports, a first tag of group 0002 or 0008."""
     with path.open("rb") as file:
         start = file.read(132)

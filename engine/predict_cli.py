@@ -37,7 +37,10 @@ def add_predict(commands: Any) -> None:
     )
     add = predict.add_argument
     add(
-        "-i", required=True, metavar="INPUT", help="folder of scans named NAME_0000.nii.gz, one file, or a DICOM folder"
+        "-i",
+        required=True,
+        metavar="INPUT",
+        help="folder of scans named NAME_0000.nii.gz, one file, a DICOM folder, or a folder of DICOM folders",
     )
     add("-o", required=True, metavar="OUTPUT", help="folder for the segmentations; made if it is not there")
     add(
@@ -64,6 +67,11 @@ def add_predict(commands: Any) -> None:
         "--save_probabilities",
         action="store_true",
         help="also write .npz and .pkl, as nnU-Net; takes 4 bytes per class and voxel of memory",
+    )
+    add(
+        "--dicom_seg",
+        action="store_true",
+        help="also write NAME.dcm, a DICOM Segmentation object, for scans that are DICOM folders",
     )
     add("--continue_prediction", "--c", action="store_true", help="leave alone the cases whose results are there")
     add("-npp", type=int, default=3, help="how many scans are read at once, ahead (default: %(default)s)")
@@ -162,6 +170,7 @@ def _predict(options: argparse.Namespace) -> int:
     job = Job(
         output=Path(options.o).absolute(),
         save_probabilities=options.save_probabilities,
+        dicom_seg=options.dicom_seg,
         skip_existing=options.continue_prediction,
         previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
         readers=options.npp,

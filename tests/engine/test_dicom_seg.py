@@ -1,0 +1,262 @@
+"""DICOM Segmentation objects, read back by DCMTK (through dcmqi) and by ITK."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from nnturbo.engine import BackendUnavailable, OutputError, VolumeError
+from nnturbo.engine.batch import Job
+from nnturbo.engine.cases import CaseFiles, find_cases
+from nnturbo.engine.cli import main
+from nnturbo.engine.dicom_seg import write_dicom_seg
+from nnturbo.engine.plans import LabelScheme
+from nnturbo.engine.prediction import Prediction
+from nnturbo.engine.volume import read_volume
+
+from tests.engine.factory import smooth_scan, write_model
+from tests.engine.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
+
+SAGITTAL = (0, 1, 0, 0, 0, -1)
+FRAME = {"FrameOfReferenceUID": f"{UID}.7"}
+SHAPE = (8, 14, 16)
+
+
+def write_series(folder, *, orientation=AXIAL, step_mm=2.5, **tags):
+    """Write slices under names in the reverse of their order."""
+    folder.mkdir(parents=True)
+    normal = np.cross(orientation[:3], orientation[3:])
+    for index, pixels in enumerate((1000 + 100 * smooth_scan(SHAPE)).astype(np.int16)):
+        position = np.array([10, 20, -30]) + index * step_mm * normal
+        write_slice(folder / f"{99 - index}.dcm", pixels, position, orientation=orientation, **{**FRAME, **tags})
+    return folder
+
+
+def labelled(folder, segmentation=None, regions_class_order=None, **labels):
+    """Make the prediction for a series: by default two blocks, one of them in one slice only."""
+    volume = read_volume(folder)
+    if segmentation is None:
+        segmentation = np.zeros(volume.array.shape[1:], np.uint8)
+        segmentation[2:6, 3:9, 4:12] = 1
+        segmentation[4, 5:7, 6:15] = 2
+    scheme = LabelScheme(
+        labels={"background": 0, **(labels or {"pancreas": 1, "lesion": 2})}, regions_class_order=regions_class_order
+    )
+    return Prediction(
+        segmentation=segmentation,
+        probabilities=None,
+        geometry=volume.geometry,
+        labels=scheme,
+        timings={},
+        warnings=(),
+        provenance={"dataset": "Dataset777_Test"},
+        properties={},
+    )
+
+
+def read_with_dcmqi(path, folder, like):
+    """Let dcmqi turn an object into images; gives each segment by name on the grid of a scan."""
+    folder.mkdir()
+    command = Path(sys.executable).with_name("segimage2itkimage")
+    run = subprocess.run(
+        [command, "--inputDICOM", path, "--outputDirectory", folder, "--outputType", "nrrd"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    x, y, z = (like.geometry.spacing[axis] for axis in (2, 1, 0))
+    grid = sitk.GetImageFromArray(like.array[0])
+    grid.SetSpacing((x, y, z))
+    grid.SetOrigin(like.geometry.origin)
+    grid.SetDirection(like.geometry.direction)
+    images = [sitk.ReadImage(str(file)) for file in folder.glob("*.nrrd")]  # of segments that overlap, several
+    images = [sitk.Resample(image, grid, sitk.Transform(), sitk.sitkNearestNeighbor) for image in images]
+    arrays = [sitk.GetArrayFromImage(image) for image in images]
+    found = {}
+    for group in json.loads((folder / "meta.json").read_text())["segmentAttributes"]:
+        for segment in group:
+            found[segment["SegmentLabel"]] = np.any([array == segment["labelID"] for array in arrays], axis=0)
+    return found
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, TILTED, SAGITTAL], ids=["axial", "tilted", "sagittal"])
+def test_another_library_finds_the_labels_in_place(tmp_path, orientation):
+    folder = write_series(tmp_path / "ct", orientation=orientation)
+    prediction = labelled(folder)
+    write_dicom_seg(tmp_path / "seg.dcm", prediction, folder)
+    segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", read_volume(folder))
+    assert list(segments) == ["pancreas", "lesion"]
+    np.testing.assert_array_equal(segments["pancreas"], prediction.segmentation == 1)
+    np.testing.assert_array_equal(segments["lesion"], prediction.segmentation == 2)
+    # ITK (GDCM) sees the frames one behind the other: those of the pancreas, the last first, and that of the lesion.
+    frames = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "seg.dcm"))) > 0
+    expected = [*(prediction.segmentation[5:1:-1] == 1), prediction.segmentation[4] == 2]
+    np.testing.assert_array_equal(frames, expected)
+
+
+def test_the_object_names_what_it_was_made_of(tmp_path):
+    name = "Müller^Zoë"
+    folder = write_series(tmp_path / "ct", PatientName=name, SpecificCharacterSet="ISO_IR 192", SeriesNumber=4)
+    write_dicom_seg(tmp_path / "seg.dcm", labelled(folder, pancreas=1, left_kidney=2), folder)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    slices = sorted((pydicom.dcmread(path) for path in folder.iterdir()), key=lambda part: part.ImagePositionPatient[2])
+    assert (seg.Modality, seg.SegmentationType, seg.PatientName) == ("SEG", "BINARY", name)
+    assert seg.StudyInstanceUID == slices[0].StudyInstanceUID
+    assert seg.SeriesInstanceUID not in ("", slices[0].SeriesInstanceUID)
+    assert seg.SeriesNumber == 1004
+    assert seg.FrameOfReferenceUID == FRAME["FrameOfReferenceUID"]
+    (series,) = seg.ReferencedSeriesSequence
+    assert series.SeriesInstanceUID == UID
+    used = [part.ReferencedSOPInstanceUID for part in series.ReferencedInstanceSequence]
+    assert set(used) == {part.SOPInstanceUID for part in slices}
+    # Every frame names the slice at its place.
+    by_uid = {part.SOPInstanceUID: list(part.ImagePositionPatient) for part in slices}
+    frames = seg.PerFrameFunctionalGroupsSequence
+    assert len(frames) == 5
+    for frame in frames:
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        assert list(frame.PlanePositionSequence[0].ImagePositionPatient) == by_uid[source.ReferencedSOPInstanceUID]
+    kinds = [
+        (part.SegmentLabel, part.SegmentedPropertyTypeCodeSequence[0].CodeMeaning, part.SegmentAlgorithmName)
+        for part in seg.SegmentSequence
+    ]
+    assert kinds == [
+        ("pancreas", "Pancreas", "nnU-Net Dataset777_Test"),
+        ("left_kidney", "Tissue", "nnU-Net Dataset777_Test"),
+    ]
+
+
+def test_regions_may_overlap(tmp_path):
+    folder = write_series(tmp_path / "ct")
+    prediction = labelled(folder, regions_class_order=(1, 2), whole_tumor=(1, 2), tumor_core=(2,))
+    write_dicom_seg(tmp_path / "seg.dcm", prediction, folder)
+    segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", read_volume(folder))
+    np.testing.assert_array_equal(segments["whole_tumor"], prediction.segmentation > 0)
+    np.testing.assert_array_equal(segments["tumor_core"], prediction.segmentation == 2)
+
+
+def test_label_values_need_not_be_consecutive(tmp_path):
+    folder = write_series(tmp_path / "ct")
+    segmentation = np.zeros(SHAPE, np.uint16)
+    segmentation[1, 2:4], segmentation[2, 5:9] = 300, 7
+    write_dicom_seg(tmp_path / "seg.dcm", labelled(folder, segmentation, spleen=7, cancer=300), folder)
+    segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", read_volume(folder))
+    np.testing.assert_array_equal(segments["spleen"], segmentation == 7)
+    np.testing.assert_array_equal(segments["cancer"], segmentation == 300)
+    codes = [part.SegmentedPropertyTypeCodeSequence[0].CodeValue for part in segments_of(tmp_path / "seg.dcm")]
+    assert codes == ["78961009", "108369006"]  # SNOMED CT: spleen, neoplasm
+
+
+def segments_of(path):
+    return pydicom.dcmread(path).SegmentSequence
+
+
+def test_nothing_found_is_an_object_too(tmp_path):
+    folder = write_series(tmp_path / "ct")
+    write_dicom_seg(tmp_path / "seg.dcm", labelled(folder, np.zeros(SHAPE, np.uint8)), folder)
+    assert [part.SegmentLabel for part in segments_of(tmp_path / "seg.dcm")] == ["pancreas", "lesion"]
+    assert not (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "seg.dcm"))) > 0).any()
+
+
+@needs_real_series
+def test_a_real_series(tmp_path):
+    """It lacks the identifiers, as anonymised series may; with new ones it is compressed and complete."""
+    assert "has no StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, SOPClassUID" in refusal(tmp_path, REAL_SERIES)
+    folder = tmp_path / "ct"
+    folder.mkdir()
+    for path in REAL_SERIES.iterdir():
+        part = pydicom.dcmread(path)
+        part.SOPClassUID = part.file_meta.MediaStorageSOPClassUID
+        part.SOPInstanceUID = part.file_meta.MediaStorageSOPInstanceUID
+        part.StudyInstanceUID, part.SeriesInstanceUID = f"{UID}.9", UID
+        part.save_as(folder / path.name)
+    volume = read_volume(folder)
+    prediction = labelled(folder, (volume.array[0] > 200).astype(np.uint8), bone=1)
+    assert prediction.segmentation.any()
+    write_dicom_seg(tmp_path / "seg.dcm", prediction, folder)
+    segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", volume)
+    np.testing.assert_array_equal(segments["bone"], prediction.segmentation)
+
+
+def refusal(tmp_path, folder):
+    with pytest.raises(VolumeError) as error:
+        write_dicom_seg(tmp_path / "seg.dcm", labelled(folder), folder)
+    assert not (tmp_path / "seg.dcm").exists()
+    return str(error.value)
+
+
+def test_what_cannot_be_referred_to_is_refused(tmp_path):
+    assert "has no FrameOfReferenceUID" in refusal(tmp_path, write_series(tmp_path / "a", FrameOfReferenceUID=None))
+    assert "has no FrameOfReferenceUID" in refusal(tmp_path, write_series(tmp_path / "b", FrameOfReferenceUID=""))
+    folder = write_series(tmp_path / "c")
+    prediction = labelled(folder)
+    (folder / "99.dcm").unlink()
+    with pytest.raises(VolumeError, match=r"c: the slices must be those that were predicted, \(8, 14, 16\)"):
+        write_dicom_seg(tmp_path / "seg.dcm", prediction, folder)
+    mixed = write_series(tmp_path / "d")
+    part = pydicom.dcmread(mixed / "95.dcm")
+    part.StudyInstanceUID = f"{UID}.10"
+    part.save_as(mixed / "95.dcm")
+    assert "d: the slices' headers must be those of a DICOM series" in refusal(tmp_path, mixed)
+    with pytest.raises(OutputError, match="No such file or directory"):
+        write_dicom_seg(tmp_path / "missing" / "seg.dcm", labelled(folder), folder)
+
+
+def test_without_highdicom_its_extra_is_named(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "ct")
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'nnturbo\[dicom\]'"):
+        write_dicom_seg(tmp_path / "seg.dcm", labelled(folder), folder)
+
+
+class TestJobs:
+    def test_a_folder_of_series_is_many_cases(self, tmp_path):
+        scans = tmp_path / "scans"
+        for name in ("b", "a"):
+            write_series(scans / name)
+        (scans / "README.txt").write_text("not a slice")
+        write_report(scans / "DICOMDIR")
+        assert find_cases(scans, ".nii.gz") == [CaseFiles(name=name, images=(scans / name,)) for name in ("a", "b")]
+        assert find_cases(scans / "a", ".nii.gz") == [CaseFiles(name="a", images=(scans / "a",))]
+        # Slices beside a folder: it is one series.
+        shutil.copytree(scans / "a", scans, dirs_exist_ok=True)
+        assert find_cases(scans, ".nii.gz") == [CaseFiles(name="scans", images=(scans,))]
+
+    def test_segmentations_beside_the_labels(self, tmp_path, capsys):
+        model = write_model(tmp_path / "model")
+        for name in ("a", "b"):
+            write_series(tmp_path / "scans" / name)
+        write_series(tmp_path / "scans" / "nameless", FrameOfReferenceUID=None)
+        out = tmp_path / "out"
+        call = ["predict", "-i", tmp_path / "scans", "-o", out, "-m", model, "-device", "cpu", "--dicom_seg"]
+        call = [str(part) for part in [*call, "--backend", "torch", "--disable_progress_bar"]]
+        assert main(call) == 1
+        assert "nameless failed: nameless: 99.dcm: a DICOM segmentation must name" in capsys.readouterr().err
+        assert sorted(path.name for path in out.iterdir() if path.suffix in (".dcm", ".gz")) == [
+            *("a.dcm", "a.nii.gz", "b.dcm", "b.nii.gz")
+        ]
+        volume = read_volume(tmp_path / "scans" / "a")
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
+        assert labels.any()
+        segments = read_with_dcmqi(out / "a.dcm", tmp_path / "read", volume)
+        for number, (name, found) in enumerate(segments.items(), 1):
+            np.testing.assert_array_equal(found, labels == number, err_msg=name)
+        # The object counts as a result: where it is gone, the case is not complete.
+        (out / "a.dcm").unlink()
+        assert main([*call, "--continue_prediction"]) == 1
+        assert (out / "a.dcm").exists()
+        assert "1 done, 1 already there, 1 failed" in capsys.readouterr().out
+
+    def test_other_scans_are_refused_at_once(self, tmp_path, capsys):
+        model = write_model(tmp_path / "model")
+        scan = tmp_path / "scan_0000.nii.gz"
+        sitk.WriteImage(sitk.GetImageFromArray(smooth_scan(SHAPE)), str(scan))
+        call = ["predict", "-i", scan, "-o", tmp_path / "out", "-m", model, "-device", "cpu", "--dicom_seg"]
+        assert main([str(part) for part in call]) == 2
+        assert "every scan must be a folder of them; " in capsys.readouterr().err
+        assert not Job(output=tmp_path / "out").output.exists()
