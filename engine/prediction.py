@@ -43,7 +43,9 @@ class Prediction:
     @property
     def volumes_ml(self) -> dict[str, float]:
         """Millilitres of every label but background; of a region, all its labels together."""
-        counts = np.bincount(self.segmentation.ravel(), minlength=max(self.labels.foreground, default=0) + 1)
+        # Counting takes eight bytes a voxel, and most voxels are background.
+        foreground = self.segmentation[self.segmentation != 0]
+        counts = np.bincount(foreground, minlength=max(self.labels.foreground, default=0) + 1)
         voxel_ml = float(np.prod(self.geometry.spacing)) / 1000
         return {
             name: float(counts[list(value) if isinstance(value, tuple) else [value]].sum()) * voxel_ml
