@@ -129,6 +129,7 @@ def _compiled(model: Any, precision: str) -> Any:
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,  # several processes would take the same cores
     }
     return _openvino().Core().compile_model(str(model) if isinstance(model, Path) else model, "CPU", options)
 
