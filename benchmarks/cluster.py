@@ -22,8 +22,8 @@ import SimpleITK as sitk
 from nnturbo.training.phantom import write_dataset
 
 from .report import run_measured, write_report
+from .task_models import DEMO_MODEL
 
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 SEED = 20261124
 
 

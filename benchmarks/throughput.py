@@ -10,26 +10,21 @@ The network is the U-Net of the demo model without its head, which makes it an o
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from nnturbo.engine import Engine
-from nnturbo.engine.files import write_json
 from nnturbo.training.phantom import write_dataset
-from nnturbo.training.phantom_settings import DEFAULT_SETTINGS
 
 from .report import Run, run_measured, write_report
+from .task_models import ABDOMEN_SETTINGS, DEMO_MODEL, ordinary_model
 
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 SEED = 20261123
 ONE_BY_ONE = """
 import sys
@@ -42,16 +37,6 @@ output.mkdir(exist_ok=True)
 for scan in sorted(scans.iterdir()):
     engine.predict(scan).save(output / scan.name.replace("_0000", ""))
 """
-
-
-SCANS = replace(
-    DEFAULT_SETTINGS,
-    slice_spacings_mm=((2.0, 1), (2.5, 1)),
-    other_weight=0,
-    in_plane_mm=(0.7, 0.75, 0.8),
-    extent_mm=(220.0, 300.0, 340.0),
-    largest_shape=(160, 512, 512),
-)
 
 
 def main() -> None:
@@ -68,9 +53,13 @@ def main() -> None:
         folder = Path(name)
         scans = folder / "scans"
         scans.mkdir()
-        model = options.model or ordinary_model(DEMO_MODEL, folder / "model")
+        model = options.model or ordinary_model(DEMO_MODEL, folder / "model", spacing_mm=(6.0, 6.0, 6.0))
         phantoms = write_dataset(
-            folder / "phantoms", counts={"test": options.cases}, seed=SEED, settings=SCANS, workers=os.cpu_count() or 1
+            folder / "phantoms",
+            counts={"test": options.cases},
+            seed=SEED,
+            settings=ABDOMEN_SETTINGS,
+            workers=os.cpu_count() or 1,
         )
         for case in phantoms:
             case.image.rename(scans / case.image.name)
@@ -105,26 +94,6 @@ def main() -> None:
         "voxels_differing_from_one_by_one": differing,
         "samples": {way: [asdict(run) for run in taken] for way, taken in runs.items()},
     })  # fmt: skip
-
-
-def ordinary_model(multi_task: Path, folder: Path) -> Path:
-    """Make an ordinary model of a multi-task one: the same U-Net, for nnU-Net's own trainer, on a grid of 6 mm."""
-    shutil.copytree(multi_task, folder)
-    plans = json.loads((folder / "plans.json").read_text())
-    for configuration in plans["configurations"].values():
-        architecture = configuration.get("architecture", {"arch_kwargs": {}})
-        if architecture["arch_kwargs"].pop("head", None) is not None:
-            configuration["spacing"] = [6.0, 6.0, 6.0]
-            architecture["network_class_name"] = architecture["arch_kwargs"].pop("backbone")
-    write_json(folder / "plans.json", plans)
-    for path in folder.glob("fold_*/checkpoint_final.pth"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name: value for name, value in checkpoint["network_weights"].items() if not name.startswith("head.")}
-        torch.save({
-            "network_weights": weights, "trainer_name": "nnUNetTrainer", "init_args": checkpoint["init_args"],
-            "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
-        }, path)  # fmt: skip
-    return folder
 
 
 def _labels(folder: Path) -> dict[str, np.ndarray]:

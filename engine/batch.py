@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import pickle
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,113 +16,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .bundle import bundle_model, is_bundle, read_manifest
 from .cases import CaseFiles
 from .classification import Classification
-from .dicom_seg import import_highdicom, write_dicom_seg
-from .engine import Engine
-from .ensemble import Ensemble
-from .errors import DeviceLost, EngineError, OutputError, PredictionError, VolumeError
+from .dicom_seg import write_dicom_seg
+from .errors import DeviceLost, EngineError, OutputError, PredictionError
 from .files import write_json, written_atomically
+from .jobs import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
 from .journal import Journal, Record
-from .model import read_model
 from .overlap import overlapped
 from .prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
-Predictor = Engine | Ensemble
-"""What a job can predict with."""
-
-
-def load_predictor(models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Predictor:
-    """Load one model, or several whose probabilities are averaged; arguments are those of `Engine.load`."""
-    ensemble = Ensemble.load(models, **arguments)
-    return ensemble if len(models) > 1 else ensemble.engines[0]
-
-
 Tell = Callable[[Mapping[str, Any]], None]
 """Is told what happens, as a mapping with `event`: started, tiles, done, failed, retried, lost, finished."""
-
-
-def file_ending_of(
-    model: str | os.PathLike[str],
-    *,
-    folds: Sequence[int | str] | None,
-    checkpoint: str,
-    configuration: str | None,
-) -> str:
-    """Find out what a model's scans end in, without making it ready to run; arguments are those of `Engine.load`."""
-    if is_bundle(model):
-        return bundle_model(read_manifest(Path(model)), Path(model)).plan.file_ending
-    return read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration).plan.file_ending
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What to do with the cases.
-
-    Args:
-        output: Folder for results; made if it is not there.
-        save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
-        dicom_seg: Write a DICOM Segmentation object `.dcm` beside each; scans must be DICOM folders.
-        skip_existing: Leave cases alone that are complete.
-        previous_stage: Folder with the labels of a cascade's previous stage.
-        readers: How many scans are read at once, ahead of the network.
-        writers: How many results are written at once, behind it.
-    """
-
-    output: Path
-    save_probabilities: bool = False
-    dicom_seg: bool = False
-    skip_existing: bool = False
-    previous_stage: Path | None = None
-    readers: int = 1
-    writers: int = 1
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("readers", "writers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """What a job has to know of its model, wherever that is loaded."""
-
-    file_ending: str
-    class_names: tuple[str, ...] | None
-    previous_stage: str | None
-    plans: Mapping[str, Any]
-    dataset: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, engine: Predictor) -> About:
-        """Ask a model."""
-        model = engine.model
-        return cls(
-            file_ending=model.plan.file_ending,
-            class_names=engine.class_names,
-            previous_stage=model.plan.previous_stage,
-            plans=model.plans,
-            dataset=model.dataset,
-        )
-
-    def results(self, job: Job, name: str) -> list[Path]:
-        """Every file that a finished case has, in the order in which they appear."""
-        extra = [*([".npz", ".pkl"] if job.save_probabilities else []), *([".dcm"] if job.dicom_seg else [])]
-        return [job.output / f"{name}{ending}" for ending in (*extra, self.file_ending)]
-
-    def journal(self, job: Job) -> Journal:
-        """Open the records in the output folder."""
-        return Journal(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
-
-    def labels_before(self, job: Job, name: str) -> Path | None:
-        """Name the file with a case's labels of a cascade's previous stage."""
-        if self.previous_stage is None or job.previous_stage is None:
-            return None
-        return job.previous_stage / f"{name}{self.file_ending}"
 
 
 class Crew(Protocol):
@@ -191,18 +99,24 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
     names = [case.name for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
-    _check_overwriting(about, cases, job)
+    check_overwriting(about, cases, job)
     if job.dicom_seg:
-        _check_dicom(cases)
+        check_dicom(cases)
     journal = about.journal(job)
     journal.begin(names, keep=job.skip_existing)
-    write_json(job.output / "plans.json", about.plans)
-    write_json(job.output / "dataset.json", about.dataset)
+    write_json(job.output / PLANS, about.plans)
+    write_json(job.output / DATASET, about.dataset)
+
+    def is_complete(case: CaseFiles) -> bool:
+        return journal.is_complete(case.name, about.results(job, case.name), about.made_of(job, case))
+
     outcome = Outcome()
     if job.skip_existing:
-        outcome.skipped = [name for name in names if journal.is_complete(name, about.results(job, name))]
+        outcome.skipped = [case.name for case in cases if is_complete(case)]
     skipped = set(outcome.skipped)
     pending = {case.name: case for case in cases if case.name not in skipped}
+    for name in pending:
+        journal.forget(name)
     tell({"event": "started", "cases": len(pending), "skipped": len(skipped)})
     journal.collect()
     try:
@@ -217,16 +131,18 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
                         tell({"event": "retried", "name": name, "error": record["error"]})
                         again[name] = pending[name]
                         continue
+                    if record["status"] == "failed" and is_complete(pending[name]):
+                        # Its process was lost between writing the record and sending it.
+                        record = journal.read(name)
                     _note(journal, record, outcome, tell)
             pending = again
     except (OutputError, DeviceLost) as error:
         # What stops one case stops the next one too; some may have been finished meanwhile.
         outcome.stopped = str(error)
         ended = {*outcome.done, *outcome.skipped, *outcome.failed}
-        for name in names:
-            if name not in ended:
-                complete = journal.is_complete(name, about.results(job, name))
-                (outcome.done if complete else outcome.left).append(name)
+        for case in cases:
+            if case.name not in ended:
+                (outcome.done if is_complete(case) else outcome.left).append(case.name)
     finally:
         tell({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
         with contextlib.suppress(OutputError):  # a full disk does not take tables either
@@ -263,17 +179,25 @@ class Here:
     def close(self) -> None:
         """There is nothing to end."""
 
-    def __call__(self, cases: Iterable[CaseFiles], *, tell: Tell, alone: bool = False) -> Generator[Record, None, None]:
-        """See `Crew`; cases may come one at a time."""
+    def __call__(
+        self,
+        cases: Iterable[CaseFiles],
+        *,
+        tell: Tell,
+        alone: bool = False,
+        leave: Callable[[], None] = lambda: None,
+    ) -> Generator[Record, None, None]:
+        """See `Crew`; cases may come one at a time, and `leave` is called when no more of them are taken."""
         job = self._job
         names: list[str] = []
-        taken: deque[CaseFiles] = deque()
+        taken: deque[tuple[CaseFiles, dict[str, Any]]] = deque()
         latest: list[CaseFiles] = []
+        left = threading.Event()
 
         def images() -> Generator[Any, None, None]:
             for case in cases:
                 names.append(case.name)
-                taken.append(case)
+                taken.append((case, self.about.made_of(job, case)))
                 latest[:] = [case]
                 yield case.images if len(case.images) != 1 else case.images[0]
             latest.clear()
@@ -283,9 +207,11 @@ class Here:
                 yield self.about.labels_before(job, latest[0].name)
 
         def tiles_done(index: int, done: int, total: int) -> None:
+            if left.is_set():
+                raise PredictionError("abandoned")
             tell({"event": "tiles", "name": names[index], "done": done, "total": total})
 
-        def answers() -> Generator[tuple[CaseFiles, Prediction | EngineError], None, None]:
+        def answers() -> Generator[tuple[CaseFiles, dict[str, Any], Prediction | EngineError], None, None]:
             predictions = self._engine.predict_many(
                 images(),
                 previous_stages=stages(),
@@ -295,27 +221,46 @@ class Here:
             )
             with contextlib.closing(predictions):
                 for prediction in predictions:
-                    yield taken.popleft(), prediction
+                    yield *taken.popleft(), prediction
+
+        def leaving() -> None:
+            left.set()
+            leave()
 
         yield from overlapped(
-            lambda answer: self._keep(job, *answer), answers(), threads=job.writers, name="nnturbo-write"
+            lambda answer: self._keep(job, *answer),
+            answers(),
+            threads=job.writers,
+            name="nnturbo-write",
+            leave=leaving,
         )
 
-    def _keep(self, job: Job, case: CaseFiles, prediction: Prediction | EngineError) -> Record:
+    def _keep(
+        self, job: Job, case: CaseFiles, made_of: Mapping[str, Any], prediction: Prediction | EngineError
+    ) -> Record:
         """Write one result, and then that it is there."""
         record = {"name": case.name, "status": "done", "images": [os.fspath(path) for path in case.images]}
+        journal = self.about.journal(job)
         if isinstance(prediction, Prediction):
             try:
                 self._write_results(job, case, prediction)
-            except VolumeError as error:  # a series to which a DICOM segmentation cannot refer
+                record["results"] = journal.describe(self.about.results(job, case.name))
+            except (OutputError, DeviceLost):
+                raise
+            except OSError as error:
+                raise OutputError(f"{case.name}: its results cannot be read back: {error}") from error
+            except MemoryError:
+                prediction = PredictionError("out of memory while its results were written", transient=True)
+            except EngineError as error:  # a series to which a DICOM segmentation cannot refer
                 prediction = error
+            except Exception as error:  # of a library that writes
+                logger.warning("unexpected error", exc_info=True)
+                prediction = PredictionError(f"its results cannot be written: {type(error).__name__}: {error}")
         if isinstance(prediction, EngineError):
             if isinstance(prediction, PredictionError):
                 self._check_devices()
             return {**record, "status": "failed", "error": str(prediction), "transient": prediction.transient}
-        journal = self.about.journal(job)
-        results = journal.describe(self.about.results(job, case.name))
-        record |= {"results": results, **_answers(prediction)}
+        record |= {"made_of": made_of, **_answers(prediction)}
         journal.write(record)
         return record
 
@@ -345,26 +290,6 @@ class Here:
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise DeviceLost(f"{device} does not answer any more ({reason}); start again to go on") from error
-
-
-def _check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> None:
-    """Refuse to write a result where something lies that is to be read."""
-    inputs = {image.resolve() for case in cases for image in case.images}
-    inputs |= {path.resolve() for case in cases if (path := about.labels_before(job, case.name))}
-    for case in cases:
-        for result in about.results(job, case.name):
-            if result.resolve() in inputs:
-                raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
-
-
-def _check_dicom(cases: Sequence[CaseFiles]) -> None:
-    """Refuse what a DICOM segmentation cannot be made of, before the work is done."""
-    import_highdicom()
-    if files := [image for case in cases for image in case.images if not image.is_dir()]:
-        raise ValueError(
-            "a DICOM segmentation refers to the slices it was made of, so every scan must be a folder of them; "
-            f"{files[0]} is none"
-        )
 
 
 def _answers(prediction: Prediction) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
     if source.is_file():
         stem = _without_ending(source.name, file_ending)
         return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
-    files = sorted(path for path in source.iterdir() if path.name.endswith(file_ending) and path.is_file())
+    files = sorted(path for path in _shown(source) if path.name.endswith(file_ending) and path.is_file())
     if not files:
         return _find_series(source)
     cases: dict[str, list[Path]] = {}
@@ -43,7 +44,7 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
         stem = path.name.removesuffix(file_ending)
         if CHANNEL.search(stem):
             cases.setdefault(CHANNEL.sub("", stem), []).append(path)
-        elif not path.name.startswith("."):
+        else:
             unnumbered.append(path.name)
     if unnumbered:
         raise VolumeError(
@@ -59,12 +60,17 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
 
 def _find_series(source: Path) -> list[CaseFiles]:
     """Take a folder as one DICOM series, or the folders in it as several."""
-    entries = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    entries = sorted(_shown(source))
     folders = [path for path in entries if path.is_dir()]
     # An index beside the folders, as on discs, looks like a slice.
     if not folders or any(path.is_file() and path.name != "DICOMDIR" and looks_like_dicom(path) for path in entries):
         return [CaseFiles(name=source.resolve().name, images=(source,))]
     return [CaseFiles(name=folder.name, images=(folder,)) for folder in folders]
+
+
+def _shown(folder: Path) -> Iterator[Path]:
+    """What is in a folder, without hidden files, such as macOS leaves beside others on foreign disks."""
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _without_ending(name: str, file_ending: str) -> str:

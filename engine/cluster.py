@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .batch import About, Job, load_predictor
 from .cases import CaseFiles
 from .crew import Hand, News, Resident, SharedCrew
 from .errors import BackendUnavailable, EngineError, OutputError
+from .jobs import About, Job, load_predictor
 from .journal import Record
 from .workers import Loading
 
@@ -133,7 +133,7 @@ class Cluster(SharedCrew[int]):
         except errors.RayTaskError as error:
             if isinstance(error.cause, OutputError):
                 return "stop", error.cause
-            if case is None and isinstance(error.cause, EngineError):
+            if case is None and isinstance(error.cause, (EngineError, ValueError)):
                 return "unusable", error.cause
             return "lost", f"{error.cause!r:.200}"
         except errors.RayError as error:  # of the actor, its process or its machine

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -13,14 +15,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .batch import About, Here, Job, Predictor, Tell
+from .batch import Here, Tell
 from .cases import CaseFiles
-from .errors import DeviceLost, EngineError
+from .errors import DeviceLost
+from .jobs import About, Job, Predictor
 from .journal import Record
 
 logger = logging.getLogger(__name__)
 
 _Place = TypeVar("_Place")
+
+_PATIENCE_S = 60.0
+"""After that a job says that it waits for a process to be ready."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -59,6 +65,7 @@ class SharedCrew(ABC, Generic[_Place]):
     def __init__(self, places: Sequence[_Place], ahead: int) -> None:
         self._places, self._ahead = list(places), ahead
         self._hands: list[Hand[_Place]] = []
+        self._working_at = time.monotonic()
         try:
             for place in self._places:
                 self._hands.append(self._hire(place))
@@ -83,6 +90,16 @@ class SharedCrew(ABC, Generic[_Place]):
     def _dismiss(self, hands: Sequence[Hand[_Place]]) -> None:
         """End processes; what they have not finished is abandoned."""
 
+    def _listen(self) -> Iterator[News[_Place]]:
+        """Pass news on, and say so where the job only waits, such as for room on a cluster."""
+        now = time.monotonic()
+        if any(hand.ready for hand in self._hands):
+            self._working_at = now
+        elif now - self._working_at > _PATIENCE_S:
+            self._working_at = now
+            logger.warning("no process is ready: waiting for %d to load their model", len(self._hands))
+        yield from self._news()
+
     def close(self) -> None:
         """End all processes."""
         self._dismiss(self._hands)
@@ -90,9 +107,9 @@ class SharedCrew(ABC, Generic[_Place]):
 
     def _first_ready(self) -> About:
         """Wait until one process has its model; the others go on loading."""
-        reason: EngineError = DeviceLost("there is no place to work at")
+        reason: Exception = DeviceLost("there is no place to work at")
         while self._hands:
-            for hand, what, content in self._news():
+            for hand, what, content in self._listen():
                 if what == "ready":
                     hand.ready = True
                     return content
@@ -107,7 +124,7 @@ class SharedCrew(ABC, Generic[_Place]):
             while pending or any(hand.given for hand in self._hands):
                 self._refill(len(pending))
                 self._share(pending, alone)
-                for hand, what, content in self._news():
+                for hand, what, content in self._listen():
                     if what == "ready":
                         hand.ready = True
                     elif what == "tiles":
@@ -211,7 +228,9 @@ class Resident:
 
     def _work(self) -> None:
         try:
-            for record in self._here(self._cases(), tell=self._tell):
+            # A reader may wait for the next case when the first result cannot be written.
+            leave = functools.partial(self._feed.put, None)
+            for record in self._here(self._cases(), tell=self._tell, leave=leave):
                 with self._lock:
                     future = self._waiting.pop(record["name"])
                 future.set_result(record)

@@ -48,7 +48,7 @@ class Journal:
 
         Args:
             names: Cases of this job.
-            keep: Whether what earlier jobs have done of them counts; else their records go.
+            keep: Whether what earlier jobs have done of them counts; else their results and records go.
 
         Raises:
             OutputError: Where the folder cannot be used, or holds tables that nnturbo did not write.
@@ -59,9 +59,18 @@ class Journal:
                 remove_abandoned(folder)
             _check_ours(self.output / PREDICTIONS)
             for name in () if keep else names:
-                self._path(name).unlink(missing_ok=True)
+                self.forget(name)
         except OSError as error:
             raise OutputError(f"the output folder {self.output} cannot be made: {error.strerror or error}") from error
+
+    def forget(self, name: str) -> None:
+        """Remove a case's results, so that nobody takes them for those of the job that begins, and then its record."""
+        record = self._read(self._path(name)) or {}
+        results = record.get("results")
+        for result in results if isinstance(results, dict) else ():
+            if Path(result).name == result:
+                (self.output / result).unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep how a case went, in place of what was known of it."""
@@ -71,10 +80,19 @@ class Journal:
         """Describe a case's results, to know them again."""
         return {path.name: _fingerprint(path) for path in results}
 
-    def is_complete(self, name: str, results: Iterable[Path]) -> bool:
-        """Whether a case is done, with these results unchanged, and with its class where the model gives one."""
+    def is_complete(self, name: str, results: Iterable[Path], made_of: Mapping[str, Any]) -> bool:
+        """Whether a case is done, of this, with these results unchanged, and with its class where the model gives one.
+
+        Args:
+            name: Of the case.
+            results: Its files.
+            made_of: What they must be made of, as its record names it.
+        """
         record = self._read(self._path(name))
         if record is None or record.get("status") != "done":
+            return False
+        if record.get("made_of") != made_of:
+            logger.warning("%s was made by another model or of another scan, or with other settings: done again", name)
             return False
         if self.class_names is not None and self._subtype(record) is None:
             return False
@@ -100,6 +118,12 @@ class Journal:
                 file.write("\n]}\n")
             if self.class_names is not None:
                 self._write_subtypes()
+
+    def read(self, name: str) -> Record:
+        """Read the record of a case that has one."""
+        record = self._read(self._path(name))
+        assert record is not None  # it was there before
+        return record
 
     def records(self) -> Iterator[Record]:
         """Read the records of all cases, by name."""

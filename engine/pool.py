@@ -10,9 +10,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
 
-from .batch import Job
 from .cases import CaseFiles
 from .crew import Hand, News, SharedCrew
+from .jobs import Job
 from .workers import Loading, Place, serve
 
 _SPAWN = get_context("spawn")

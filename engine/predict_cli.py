@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Job, Outcome
+    from .batch import Outcome
     from .cases import CaseFiles
+    from .jobs import Job
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
@@ -164,8 +165,14 @@ def _predict(options: argparse.Namespace) -> int:
     if not source.exists():
         raise ValueError(f"-i: {options.i} does not exist")
 
-    from .batch import Job, run_job
+    from .batch import run_job
     from .cases import find_cases
+    from .errors import EngineError
+    from .jobs import Job
+    from .report import require_packages, write_report
+
+    if options.report:
+        require_packages()
 
     job = Job(
         output=Path(options.o).absolute(),
@@ -191,11 +198,14 @@ def _predict(options: argparse.Namespace) -> int:
             kept = "finished cases are kept, --continue_prediction goes on with the rest"
             say(f"nnturbo: interrupted; {kept}", sys.stderr)
             return 128 + stopping.get("signal", signal.SIGINT)
+    status = _say_outcome(outcome, options.o)
     if options.report:
-        from .report import write_report
-
-        write_report(job.output, job.output / "report.html")
-    return _say_outcome(outcome, options.o)
+        try:
+            write_report(job.output, job.output / "report.html")
+        except EngineError as error:
+            say(f"nnturbo: no report: {error}", sys.stderr)
+            return SOME_FAILED
+    return status
 
 
 def _say_outcome(outcome: Outcome, output: str) -> int:
@@ -245,7 +255,7 @@ def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of
         return Cluster(options.ray, loading, job, device=options.device, workers=options.workers, cores=options.cores)
     places = local_places(options.device, options.workers)
     if len(places) > 1:
-        from .batch import file_ending_of
+        from .jobs import file_ending_of
 
         # No more processes than cases.
         model = {name: loading.arguments[name] for name in ("folds", "checkpoint", "configuration")}
@@ -255,7 +265,8 @@ def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of
 
         _check_loader(options)
         return Pool(loading, job, places)
-    from .batch import Here, load_predictor
+    from .batch import Here
+    from .jobs import load_predictor
 
     return Here(load_predictor(loading.models, device=places[0].device, **loading.arguments), job)
 

@@ -49,7 +49,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         OutputError: Where the page cannot be written.
         VolumeError: Where there are no predictions.
     """
-    _require_packages()
+    require_packages()
     try:
         dataset = json.loads((output / "dataset.json").read_text())
         labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
@@ -58,8 +58,8 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         raise VolumeError(f"{output} must be where nnturbo predict wrote, with dataset.json: {error}") from error
     journal = Journal(output=output, file_ending=file_ending, class_names=None)
     known = [record for record in journal.records() if only in (None, record["name"])]
-    if not known:
-        raise VolumeError(f"{output} has no record of {'any case' if only is None else only}")
+    if only is not None and not known:
+        raise VolumeError(f"{output} has no record of {only}")
 
     def pictures(record: Record) -> str:
         if record["status"] != "done":
@@ -129,7 +129,12 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str)
     }
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Refuse to go on without what draws pictures.
+
+    Raises:
+        BackendUnavailable: Where it is not installed.
+    """
     try:
         import PIL  # noqa: F401
         import scipy  # noqa: F401

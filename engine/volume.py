@@ -241,6 +241,8 @@ def read_volume(
 
 
 def _open(path: Path) -> ImageSource:
+    if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
+        raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
     if path.is_dir():
         return open_series(path)
     if path.is_file():

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Job
+    from .jobs import Job
 
 # No torch here: a process that begins sets its cores before that counts them.
 
@@ -77,9 +77,9 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if place.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, place.cores)
-    from .batch import load_predictor
     from .crew import Resident, throttled
-    from .errors import DeviceLost, EngineError, OutputError, PredictionError
+    from .errors import EngineError, OutputError, PredictionError
+    from .jobs import load_predictor
 
     if place.cores:
         import torch
@@ -87,7 +87,7 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
         torch.set_num_threads(len(place.cores))
     try:
         engine = load_predictor(loading.models, device=place.device, **loading.arguments)
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         connection.send(("unusable", error))
         return
     left = False
@@ -108,9 +108,12 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
             say("record", future.result())
         except OutputError as error:
             say("stop", error)
-        except DeviceLost as error:
+        except EngineError as error:  # a lost device
             logging.getLogger(__name__).warning("%s", error)
             os._exit(1)  # the next process may have better luck
+        except BaseException:
+            logging.getLogger(__name__).exception("a process ends by an unexpected error")
+            os._exit(1)
 
     send_tiles = throttled(lambda event: say("tiles", event), _TELL_EVERY_S, time.monotonic)
     resident = Resident(engine, job, tell)

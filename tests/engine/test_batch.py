@@ -1,7 +1,10 @@
 import gzip
 import json
+import os
 import pickle
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, Ensemble, OutputError, Volume, VolumeError, prediction
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.batch import Job, predict_cases
+from nnturbo.engine.batch import predict_cases
 from nnturbo.engine.cases import CaseFiles, find_cases
 from nnturbo.engine.files import write_json, written_atomically
+from nnturbo.engine.jobs import Job
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
 
@@ -123,6 +127,107 @@ def test_continuing_leaves_results_alone_and_keeps_their_records(engine, scans, 
     # With probabilities asked for, a case without them is not complete.
     again = predict_cases(engine, cases[:1], Job(output=out, skip_existing=True, save_probabilities=True))
     assert again.done == ["a"]
+
+
+@pytest.mark.parametrize("change", ["model", "settings", "scan"])
+def test_continuing_does_again_what_something_else_has_made(engine, scans, tmp_path, change):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+    predict_cases(engine, cases, Job(output=out))
+    other, expected = engine, ["a", "b", "c"]
+    if change == "model":
+        model = write_model(tmp_path / "other")
+        checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+        checkpoint["network_weights"] = {name: 2 * of for name, of in checkpoint["network_weights"].items()}
+        torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+        other = Engine.load(model, device="cpu", mirror=False)
+    elif change == "settings":
+        other = Engine.load(engine.model.source, device="cpu", mirror=True)
+    else:
+        write_scan(scans / "b_0000.nii.gz", 9)
+        expected = ["b"]
+    outcome = predict_cases(other, cases, Job(output=out, skip_existing=True))
+    assert outcome.done == expected
+    for name in "abc":
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz")))
+        assert np.array_equal(labels, other.predict(scans / f"{name}_0000.nii.gz").segmentation)
+    assert predict_cases(other, cases, Job(output=out, skip_existing=True)).done == []
+
+
+def test_labels_of_before_are_gone_where_a_case_fails_now(engine, scans, tmp_path):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+    predict_cases(engine, cases, Job(output=out, save_probabilities=True))
+    (scans / "a_0000.nii.gz").write_bytes(b"")
+    for continued in (True, False):
+        assert list(predict_cases(engine, cases, Job(output=out, skip_existing=continued)).failed) == ["a"]
+        assert not list(out.glob("a.*"))
+        assert (out / "b.nii.gz").exists()
+
+
+def test_what_a_library_raises_while_it_writes_fails_its_case_only(engine, scans, tmp_path, monkeypatch):
+    save = prediction.Prediction.save
+
+    def fails(self, path):
+        if path.name == "b.nii.gz":
+            raise IndexError("list index out of range")
+        save(self, path)
+
+    monkeypatch.setattr(prediction.Prediction, "save", fails)
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["a", "c"]
+    assert outcome.failed == {"b": "its results cannot be written: IndexError: list index out of range"}
+
+
+def test_an_interrupt_does_not_wait_for_the_case_in_the_network(engine, scans, tmp_path, monkeypatch):
+    class Slow:
+        tiles = 0
+
+        def __call__(self, tiles):
+            Slow.tiles += 1
+            if Slow.tiles == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+            return NetworkOutput(torch.zeros(len(tiles), 3, *tiles.shape[2:]))
+
+    write_scan(scans / "a_0000.nii.gz", shape=(80, 28, 32))
+    monkeypatch.setattr(engine, "_runner", Slow())
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert time.monotonic() - began < 5
+    assert Slow.tiles <= 4
+    assert not (tmp_path / "out" / "a.nii.gz").exists()
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json", "subtype_results.csv"])
+def test_files_of_others_in_the_output_folder_are_not_replaced(engine, scans, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=f"{name} is not what this job would write"):
+        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
+    assert (out / name).read_text() == '{"mine": 1}'
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_nothing_is_written_into_a_folder_of_slices(engine, tmp_path):
+    (tmp_path / "ct").mkdir()
+    for output in (tmp_path / "ct", tmp_path / "ct" / "deeper"):
+        with pytest.raises(ValueError, match="lies in .*ct, which is read"):
+            predict_cases(engine, [CaseFiles(name="ct", images=(tmp_path / "ct",))], Job(output=output))
+
+
+def test_a_name_that_is_no_text_fails_its_case(engine, scans, tmp_path):
+    source = write_scan(tmp_path / "scan.nii.gz")
+    shutil.copy(source, os.fsencode(scans) + b"/x\xe9_0000.nii.gz")
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert outcome.done == ["a", "b", "c"]
+    (reason,) = outcome.failed.values()
+    assert "need names in UTF-8" in reason
+
+
+def test_files_that_macos_leaves_are_no_scans(scans):
+    (scans / "._a_0000.nii.gz").write_bytes(b"\0\5\x16\7")
+    assert [case.name for case in find_cases(scans, ".nii.gz")] == ["a", "b", "c"]
 
 
 def test_probabilities_are_written_as_nnunet_does(engine, scans, tmp_path):

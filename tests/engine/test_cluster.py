@@ -5,9 +5,10 @@ import signal
 
 import pytest
 from nnturbo.engine import BackendUnavailable, ModelError
-from nnturbo.engine.batch import Job, run_job
+from nnturbo.engine.batch import run_job
 from nnturbo.engine.cases import find_cases
 from nnturbo.engine.cli import main
+from nnturbo.engine.jobs import Job
 from nnturbo.engine.workers import Loading
 
 from tests.engine.factory import write_model

@@ -4,12 +4,13 @@ import random
 
 import pytest
 from nnturbo.engine import EngineError, ModelError, OutputError, PredictionError
-from nnturbo.engine.batch import About, Job, run_job
+from nnturbo.engine.batch import run_job
 from nnturbo.engine.cases import CaseFiles
 from nnturbo.engine.crew import Hand, SharedCrew, throttled
 from nnturbo.engine.errors import DeviceLost
+from nnturbo.engine.jobs import About, Job
 
-ABOUT = About(file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+ABOUT = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
 
 class Played(SharedCrew):
@@ -109,6 +110,22 @@ def test_what_may_pass_is_tried_once_more_at_the_end(tmp_path):
     assert outcome.failed == {"c05": "the disk did not answer"}
     assert [name for _, name in crew.log][-2:] == ["c02", "c05"]
     assert len(crew.log) == 10
+
+
+def test_a_case_that_was_recorded_before_its_process_was_lost_is_done(tmp_path):
+    class Late(Played):
+        def _give(self, hand, case):
+            super()._give(hand, case)
+            if case.name == "c03" and self.hired["x"] > 1:
+                (tmp_path / "c03.nii.gz").write_bytes(b"labels")
+                journal = ABOUT.journal(Job(output=tmp_path))
+                results = journal.describe([tmp_path / "c03.nii.gz"])
+                made_of = ABOUT.made_of(Job(output=tmp_path), case)
+                journal.write({**self.record("c03"), "results": results, "made_of": made_of})
+
+    outcome, _ = run(Late("x", poison=["c03"]), 8, tmp_path)
+    assert outcome.failed == {}
+    assert len(outcome.done) == 8
 
 
 def test_a_full_disk_ends_it(tmp_path):

@@ -11,10 +11,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from nnturbo.engine import BackendUnavailable, OutputError, VolumeError
-from nnturbo.engine.batch import Job
 from nnturbo.engine.cases import CaseFiles, find_cases
 from nnturbo.engine.cli import main
 from nnturbo.engine.dicom_seg import write_dicom_seg
+from nnturbo.engine.jobs import Job
 from nnturbo.engine.plans import LabelScheme
 from nnturbo.engine.prediction import Prediction
 from nnturbo.engine.volume import read_volume

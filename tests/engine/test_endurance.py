@@ -18,7 +18,8 @@ CASES = 40
 JOB = """
 import sys, time
 from pathlib import Path
-from nnturbo.engine.batch import Job, load_predictor, predict_cases
+from nnturbo.engine.batch import predict_cases
+from nnturbo.engine.jobs import Job, load_predictor
 from nnturbo.engine.cases import find_cases
 
 model, scans, out, resume = sys.argv[1:]
@@ -33,7 +34,8 @@ print(time.monotonic() - began, len(outcome.done), len(outcome.skipped), flush=T
 MANY = """
 import gc, os, sys
 from pathlib import Path
-from nnturbo.engine.batch import Job, load_predictor, predict_cases
+from nnturbo.engine.batch import predict_cases
+from nnturbo.engine.jobs import Job, load_predictor
 from nnturbo.engine.cases import CaseFiles
 
 model, scan, out, count = sys.argv[1:]

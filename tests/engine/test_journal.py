@@ -9,6 +9,8 @@ import pytest
 from nnturbo.engine import OutputError
 from nnturbo.engine.journal import Journal
 
+MADE_OF = {"models": [{"source": {"fold_0": "hash"}}], "inputs": {"a": [["a", 1, 2]]}}
+
 
 @pytest.fixture
 def journal(tmp_path):
@@ -20,7 +22,7 @@ def journal(tmp_path):
 def finish(journal, name, content=b"labels", **more):
     path = journal.output / f"{name}.nii.gz"
     path.write_bytes(content)
-    journal.write({"name": name, "status": "done", "results": journal.describe([path]), **more})
+    journal.write({"name": name, "status": "done", "results": journal.describe([path]), "made_of": MADE_OF, **more})
     return path
 
 
@@ -30,12 +32,12 @@ def cases(journal):
 
 def test_a_case_is_complete_when_its_record_and_its_results_say_so(journal):
     path = journal.output / "a.nii.gz"
-    assert not journal.is_complete("a", [path])
+    assert not journal.is_complete("a", [path], MADE_OF)
     path.write_bytes(b"labels")
-    assert not journal.is_complete("a", [path])
+    assert not journal.is_complete("a", [path], MADE_OF)
     finish(journal, "a")
-    assert journal.is_complete("a", [path])
-    assert not journal.is_complete("b", [path])
+    assert journal.is_complete("a", [path], MADE_OF)
+    assert not journal.is_complete("b", [path], MADE_OF)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone", "a folder", "failed", "another result"])
@@ -56,7 +58,7 @@ def test_what_does_not_fit_its_record_is_not_trusted(journal, damage):
     else:
         results.append(journal.output / "a.npz")
         results[1].write_bytes(b"probabilities")
-    assert not journal.is_complete("a", results)
+    assert not journal.is_complete("a", results, MADE_OF)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_what_does_not_fit_its_record_is_not_trusted(journal, damage):
 def test_a_torn_record_counts_as_none_and_says_so(journal, caplog, content):
     path = finish(journal, "a")
     (journal.output / "records" / "a.json").write_text(content)
-    assert not journal.is_complete("a", [path])
+    assert not journal.is_complete("a", [path], MADE_OF)
     journal.collect()
     assert cases(journal) == []
     assert "a.json is damaged" in caplog.text
@@ -74,9 +76,9 @@ def test_a_torn_record_counts_as_none_and_says_so(journal, caplog, content):
 def test_what_is_begun_anew_is_not_trusted_any_more(journal):
     paths = {name: finish(journal, name) for name in "abc"}
     journal.begin(["a", "b"], keep=False)
-    assert [journal.is_complete(name, [paths[name]]) for name in "abc"] == [False, False, True]
+    assert [journal.is_complete(name, [paths[name]], MADE_OF) for name in "abc"] == [False, False, True]
     journal.begin(["a", "b", "c"], keep=True)
-    assert journal.is_complete("c", [paths["c"]])
+    assert journal.is_complete("c", [paths["c"]], MADE_OF)
 
 
 def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
@@ -128,3 +130,29 @@ def test_a_table_of_somebody_else_is_not_replaced(tmp_path, content):
     with pytest.raises(OutputError, match="Move it away"):
         Journal(output=tmp_path, file_ending=".nii.gz", class_names=None).begin([], keep=True)
     assert (tmp_path / "predictions.json").read_text() == content
+
+
+def test_results_of_something_else_are_not_trusted(journal, caplog):
+    path = finish(journal, "a")
+    other = {**MADE_OF, "inputs": {"a": [["a", 1, 3]]}}
+    assert journal.is_complete("a", [path], MADE_OF)
+    assert not journal.is_complete("a", [path], other)
+    assert "a was made by another model or of another scan" in caplog.text
+
+
+def test_what_is_forgotten_leaves_nothing_and_takes_nothing_else_along(journal):
+    path = finish(journal, "a")
+    beside = journal.output / "plans.json"
+    beside.write_text("{}")
+    outside = journal.output.parent / "outside.nii.gz"
+    outside.write_text("of others")
+    record = json.loads((journal.output / "records" / "a.json").read_text())
+    record["results"]["../outside.nii.gz"] = {}
+    journal.write(record)
+    journal.forget("a")
+    journal.forget("never there")
+    assert not path.exists()
+    assert not (journal.output / "records" / "a.json").exists()
+    assert beside.exists()
+    assert outside.exists()
+    outside.unlink()

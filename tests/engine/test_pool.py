@@ -12,8 +12,9 @@ import pytest
 from nnturbo.engine import ModelError
 from nnturbo.engine import engine as engine_module
 from nnturbo.engine import pool as pool_module
-from nnturbo.engine.batch import Job, load_predictor, predict_cases, run_job
+from nnturbo.engine.batch import predict_cases, run_job
 from nnturbo.engine.cases import find_cases
+from nnturbo.engine.jobs import Job, load_predictor
 from nnturbo.engine.pool import Pool
 from nnturbo.engine.workers import Loading, Place, local_places, serve
 
@@ -117,6 +118,20 @@ def test_a_bad_scan_and_a_good_one(scans, tmp_path, pool):
     assert list(outcome.failed) == ["c3"]
     assert "c3_0000.nii.gz" in outcome.failed["c3"]
     assert len(outcome.done) == 7
+
+
+def test_results_that_cannot_be_written_end_the_job(scans, tmp_path, pool):
+    (tmp_path / "out" / "c2.nii.gz").mkdir(parents=True)
+    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
+    assert "c2.nii.gz cannot be written" in outcome.stopped
+    assert "c2" in outcome.left
+    assert sorted([*outcome.done, *outcome.left]) == [f"c{index}" for index in range(8)]
+
+
+def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
+    wrong = Loading(models=(str(model),), arguments={**ARGUMENTS, "tile_step_size": 2})
+    with pytest.raises(ValueError, match="tile_step_size must be in"):
+        Pool(wrong, Job(output=tmp_path), PLACES[:2])
 
 
 def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):

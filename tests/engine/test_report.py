@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from nnturbo.engine.files import write_json
 from nnturbo.engine.journal import Journal
 from nnturbo.engine.report import write_report
 
-from tests.engine.factory import dataset_json, smooth_scan
+from tests.engine.factory import dataset_json, smooth_scan, write_model
+from tests.engine.test_batch import write_scan
 
 pytest.importorskip("PIL", reason="needs Pillow")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -158,3 +160,35 @@ def test_in_a_browser_it_sorts_and_slides(output, tmp_path):
         assert tab.locator("#case").is_hidden()
         assert errors == []
         browser.close()
+
+
+class TestWithTheJob:
+    @pytest.fixture
+    def command(self, tmp_path):
+        model = write_model(tmp_path / "model")
+        (tmp_path / "scans").mkdir()
+        for index, name in enumerate("ab"):
+            write_scan(tmp_path / "scans" / f"{name}_0000.nii.gz", index)
+        given = ["-m", str(model), "-i", str(tmp_path / "scans"), "-o", str(tmp_path / "job"), "--disable_tta"]
+        return ["predict", *given, "-device", "cpu", "--backend", "torch", "--report", "--disable_progress_bar"]
+
+    def test_the_page_is_beside_the_labels(self, command, tmp_path):
+        assert main(command) == 0
+        assert "2 cases done" in (tmp_path / "job" / "report.html").read_text()
+
+    def test_a_part_without_cases_has_a_page_without_cases(self, command, tmp_path):
+        assert main([*command, "-num_parts", "3", "-part_id", "2"]) == 0
+        assert "0 cases done" in (tmp_path / "job" / "report.html").read_text()
+
+    def test_how_the_job_went_is_said_where_there_is_no_page(self, command, tmp_path, capsys):
+        (tmp_path / "job" / "report.html").mkdir(parents=True)
+        assert main(command) == 1
+        said = capsys.readouterr()
+        assert "2 done" in said.out
+        assert "no report: " in said.err
+
+    def test_without_pillow_the_job_does_not_begin(self, command, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        assert main(command) == 2
+        assert "nnturbo[report]" in capsys.readouterr().err
+        assert not (tmp_path / "job").exists()

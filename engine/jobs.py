@@ -1,0 +1,193 @@
+"""What a job is: which model, where to and how; and what its results are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import bundle_model, is_bundle, read_manifest
+from .cases import CaseFiles
+from .dicom_seg import import_highdicom
+from .engine import Engine
+from .ensemble import Ensemble
+from .errors import OutputError
+from .journal import PREDICTIONS, RECORDS, SUBTYPES, Journal
+from .model import read_model
+
+PLANS, DATASET = "plans.json", "dataset.json"
+"""nnU-Net leaves both with its predictions."""
+
+DECISIVE = (
+    "source",
+    "configuration",
+    "precision",
+    "classifier",
+    "aggregation",
+    "loader",
+    "tile_step_size",
+    "mirror_views",
+)
+"""What of an engine's provenance decides its labels; backends and devices change single voxels."""
+
+Predictor = Engine | Ensemble
+"""What a job can predict with."""
+
+
+def load_predictor(models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Predictor:
+    """Load one model, or several whose probabilities are averaged; arguments are those of `Engine.load`."""
+    ensemble = Ensemble.load(models, **arguments)
+    return ensemble if len(models) > 1 else ensemble.engines[0]
+
+
+def file_ending_of(
+    model: str | os.PathLike[str],
+    *,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+    configuration: str | None,
+) -> str:
+    """Find out what a model's scans end in, without making it ready to run; arguments are those of `Engine.load`."""
+    if is_bundle(model):
+        return bundle_model(read_manifest(Path(model)), Path(model)).plan.file_ending
+    return read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration).plan.file_ending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to do with the cases.
+
+    Args:
+        output: Folder for results; made if it is not there.
+        save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
+        dicom_seg: Write a DICOM Segmentation object `.dcm` beside each; scans must be DICOM folders.
+        skip_existing: Leave cases alone that are complete.
+        previous_stage: Folder with the labels of a cascade's previous stage.
+        readers: How many scans are read at once, ahead of the network.
+        writers: How many results are written at once, behind it.
+    """
+
+    output: Path
+    save_probabilities: bool = False
+    dicom_seg: bool = False
+    skip_existing: bool = False
+    previous_stage: Path | None = None
+    readers: int = 1
+    writers: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("readers", "writers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a job has to know of its model, wherever that is loaded.
+
+    Args:
+        models: What decides the labels, for each model: its weights' hashes and the settings.
+        file_ending: Of scans and segmentations.
+        class_names: Classes of a case, or None.
+        previous_stage: Of a cascade, or None.
+        plans: nnU-Net's.
+        dataset: nnU-Net's.
+    """
+
+    models: Sequence[Mapping[str, Any]]
+    file_ending: str
+    class_names: tuple[str, ...] | None
+    previous_stage: str | None
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, engine: Predictor) -> About:
+        """Ask a model."""
+        model = engine.model
+        provenance = engine.provenance
+        return cls(
+            models=[{key: of.get(key) for key in DECISIVE} for of in provenance.get("models", [provenance])],
+            file_ending=model.plan.file_ending,
+            class_names=engine.class_names,
+            previous_stage=model.plan.previous_stage,
+            plans=model.plans,
+            dataset=model.dataset,
+        )
+
+    def results(self, job: Job, name: str) -> list[Path]:
+        """Every file that a finished case has, in the order in which they appear."""
+        extra = [*([".npz", ".pkl"] if job.save_probabilities else []), *([".dcm"] if job.dicom_seg else [])]
+        return [job.output / f"{name}{ending}" for ending in (*extra, self.file_ending)]
+
+    def made_of(self, job: Job, case: CaseFiles) -> dict[str, Any]:
+        """What a case's results are made of: the models, and the size and time of every file that is read."""
+        before = self.labels_before(job, case.name)
+        inputs = [*case.images, *([before] if before else [])]
+        return {"models": self.models, "inputs": {str(path.absolute()): _stamp(path) for path in inputs}}
+
+    def journal(self, job: Job) -> Journal:
+        """Open the records in the output folder."""
+        return Journal(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
+
+    def labels_before(self, job: Job, name: str) -> Path | None:
+        """Name the file with a case's labels of a cascade's previous stage."""
+        if self.previous_stage is None or job.previous_stage is None:
+            return None
+        return job.previous_stage / f"{name}{self.file_ending}"
+
+
+def _stamp(path: Path) -> list[list[Any]] | None:
+    """Tell a file, or the files of a folder, from others under the same names; None where there is nothing."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    except OSError:
+        return None
+
+
+def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> None:
+    """Refuse to write where something lies that is to be read, or that somebody else has made.
+
+    Raises:
+        ValueError: Where a result would replace a file that is read, or come into a folder of slices.
+        OutputError: Where the output folder has nnU-Net's files of another model, or tables, and no records.
+    """
+    read = [*(image for case in cases for image in case.images)]
+    read += [path for case in cases if (path := about.labels_before(job, case.name))]
+    inputs = {path.resolve() for path in read}
+    output = job.output.resolve()
+    if within := [path for path in (output, *output.parents) if path in inputs]:
+        raise ValueError(f"the output folder {job.output} lies in {within[0]}, which is read; choose another one")
+    for case in cases:
+        for result in about.results(job, case.name):
+            if result.resolve() in inputs:
+                raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
+    if (job.output / RECORDS).exists() or (job.output / PREDICTIONS).exists():
+        return
+    for name, content in {PLANS: about.plans, DATASET: about.dataset, SUBTYPES: None}.items():
+        path = job.output / name
+        try:
+            if json.loads(path.read_text()) == content:
+                continue
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError):
+            pass
+        raise OutputError(
+            f"{path} is not what this job would write, and would be replaced; choose another output folder"
+        )
+
+
+def check_dicom(cases: Sequence[CaseFiles]) -> None:
+    """Refuse what a DICOM segmentation cannot be made of, before the work is done."""
+    import_highdicom()
+    if files := [image for case in cases for image in case.images if not image.is_dir()]:
+        raise ValueError(
+            "a DICOM segmentation refers to the slices it was made of, so every scan must be a folder of them; "
+            f"{files[0]} is none"
+        )
