@@ -39,9 +39,15 @@ def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _rim(values: Tensor) -> Tensor:
-    """What lies within two voxels around, but not inside: a dilation less the map itself."""
+    """What lies within two voxels around, but not inside: a dilation, along one axis after the other, less the map."""
     dilate = F.max_pool3d if values.ndim == 5 else F.max_pool2d
-    return (dilate(values, 5, 1, 2) - values).clamp_min(0)
+    axes = range(values.ndim - 2)
+    dilated = values
+    for along in axes:
+        dilated = dilate(
+            dilated, [5 if axis == along else 1 for axis in axes], 1, [2 * (axis == along) for axis in axes]
+        )
+    return (dilated - values).clamp_min(0)
 
 
 POOLED_KINDS = ("lda",)
