@@ -39,6 +39,8 @@ def examine() -> list[tuple[str, str]]:
     """
     import torch
 
+    from ..kernels.convolution import compiler
+
     rows = [
         ("python", platform.python_version()),
         ("processor", f"{_processor()}, {_usable_cores()} usable cores"),
@@ -61,6 +63,7 @@ def examine() -> list[tuple[str, str]]:
             ("cuda", f"no GPU found (torch is built for CUDA {built})" if built else "torch is built without CUDA")
         )
     rows.append(("gpu path", "written and compiled, not yet run on hardware: python benchmarks/gpu.py tries it"))
+    rows.append(("c++ compiler", compiler() or "none; the native backend, fastest on a CPU, needs one, such as g++"))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))

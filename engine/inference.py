@@ -68,7 +68,7 @@ def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
     For eager torch and TorchScript, whose transposed 3D convolutions are slow on CPUs (pytorch #194496), and for
     TensorRT (as in NVIDIA's MLPerf 3D-UNet). OpenVINO, inductor and ONNX Runtime were faster with what the network has.
     """
-    _replace(network, lambda module: Upsampling(module) if _only_spreads(module) else None)
+    replace_modules(network, lambda module: Upsampling(module) if only_spreads(module) else None)
     return network
 
 
@@ -79,7 +79,7 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
     are the logits: rounding these is what changes labels.
     """
     last = {id(layer) for fold in network.networks for layer in fold.get_submodule("decoder.seg_layers").children()}
-    _replace(
+    replace_modules(
         network,
         lambda module: (
             LowConvolution(module, dtype) if isinstance(module, Convolution) and id(module) not in last else None
@@ -88,7 +88,7 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
     return network
 
 
-def _replace(network: nn.Module, choose: Any) -> None:
+def replace_modules(network: nn.Module, choose: Any) -> None:
     """Put another module in the place of each for which `choose` gives one, under every name that it has."""
     chosen: dict[int, nn.Module | None] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -112,7 +112,7 @@ class LowConvolution(nn.Module):
         return self.convolution(values.to(self.dtype)).float()
 
 
-def _only_spreads(module: nn.Module) -> bool:
+def only_spreads(module: nn.Module) -> bool:
     """Whether this is a transposed convolution whose outputs come from one input voxel each."""
     return (
         isinstance(module, (nn.ConvTranspose3d, nn.ConvTranspose2d))

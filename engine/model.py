@@ -55,7 +55,7 @@ class Model:
 
     Args:
         plan: What plans.json and dataset.json say.
-        weights: Parameters by name, one mapping per fold.
+        weights: Parameters by name, one mapping per fold; empty once a backend holds them, as in `Engine.model`.
         folds: Names of the folds, such as "0" or "all".
         mirror_axes: Spatial axes of the patch along which mirroring is allowed, counted from 0.
         trainer: Name of the trainer class.

@@ -44,22 +44,24 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
         try:
             return _opened_by(candidate, model, checkpoint, precision, target)
         except BackendUnavailable as error:
-            logger.warning("%s; going on without it", error)
+            # A model that is not for the kernels is nothing to worry about; a compiler that fails may be.
+            logger.log(logging.WARNING if candidate.compiles else logging.INFO, "%s; going on without it", error)
     return _opened_by(last, model, checkpoint, precision, target)
 
 
 def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:
-    provenance = {"checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
+    source = source_hashes(model, checkpoint)
+    provenance = {"source": source, "checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
     if model.plan.classification is not None:
         provenance["classifier"] = "lda" if model.pooled_classifiers else "head"
     if not chosen.compiles:
         runner = chosen.load(model, None, target, precision)
-        return Opened(model=model, runner=runner, device=target, provenance=provenance)
+        return Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
     if precision == "int8":
         raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
     from .cache import cached_bundle
 
-    manifest = plan_bundle(model, source_hashes(model, checkpoint), chosen, precision, describe_machine(target))
+    manifest = plan_bundle(model, source, chosen, precision, describe_machine(target))
     with cached_bundle(model, manifest, chosen, target) as folder:
         runner = chosen.load(model, folder, target, precision)
     return Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)

@@ -1,6 +1,7 @@
 """Array operations of the path from scan to labels, without any knowledge of nnU-Net.
 
-Each is a CUDA kernel for tensors on such a device, where CuPy is installed, and its plain torch twin elsewhere.
+Each is a CUDA kernel for tensors on such a device, where CuPy is installed, and its plain torch twin elsewhere. What
+networks spend their time on is in `convolution`, for CPUs alone.
 """
 
 from __future__ import annotations

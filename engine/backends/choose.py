@@ -9,6 +9,7 @@ import torch
 from ..errors import BackendUnavailable
 from . import Backend
 from .inductor import InductorBackend
+from .native import NativeBackend
 from .onnx import OnnxBackend
 from .openvino import OpenVinoBackend
 from .tensorrt import TensorRtBackend
@@ -20,13 +21,14 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
-AUTOMATIC = {"cpu": ("openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
+AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
 """What "auto" tries on each kind of device, in this order; the others are for those who ask for them."""
 
 
 def backends() -> dict[str, Backend]:
     """Every backend by name."""
     known: tuple[Backend, ...] = (
+        NativeBackend(),
         OpenVinoBackend(),
         TorchBackend(),
         InductorBackend(),

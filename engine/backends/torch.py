@@ -97,6 +97,11 @@ class TorchBackend:
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TorchRunner:
         """Build the network once per fold."""
+        network = with_shuffles(inference_network(self.whole(model, folder)))
+        return TorchRunner(network.to(device), device, precision)
+
+    def whole(self, model: Model, folder: Path | None) -> Model:
+        """Give a model its weights, from where `build` has put them."""
         if folder is not None:
             checkpoints = [read_checkpoint(folder / f"fold_{fold}.pth") for fold in model.folds]
             fitted = tuple(checkpoint.pooled_classifier for checkpoint in checkpoints)
@@ -105,4 +110,4 @@ class TorchBackend:
                 weights=tuple(checkpoint.weights for checkpoint in checkpoints),
                 pooled_classifiers=fitted if any(fitted) else (),
             )
-        return TorchRunner(with_shuffles(inference_network(model)).to(device), device, precision)
+        return model

@@ -218,7 +218,7 @@ def test_inspect_says_what_is_in_a_model_and_how_it_runs(model, capsys):
 def test_doctor_names_every_part(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for text in ("processor", "memory", "torch", "openvino", "ray"):
+    for text in ("processor", "memory", "torch", "c++ compiler", "openvino", "ray"):
         assert text in out
 
 

@@ -161,7 +161,7 @@ def test_a_model_without_a_previous_stage_takes_none(model, scan):
     [
         ({"precision": "fp8"}, ValueError, "precision must be auto or one of"),
         ({"precision": "fp16", "device": "cpu"}, BackendUnavailable, "fp16 needs a GPU"),
-        ({"backend": "magic"}, ValueError, "backend must be auto or one of openvino, torch, inductor"),
+        ({"backend": "magic"}, ValueError, "backend must be auto or one of native, openvino, torch, inductor"),
         ({"device": "toaster"}, ValueError, "device must be"),
         ({"device": "meta"}, ValueError, "device must be"),
         ({"device": "cuda:99"}, BackendUnavailable, "is not there"),

@@ -1,0 +1,270 @@
+"""nnturbo's own kernels: fewer multiplications than there are products, for 3D networks on CPUs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.convolution import Finer, Kernels, channels_last, compile_library, compiler
+from ..errors import BackendUnavailable
+from ..files import cache_root
+from ..inference import InferenceNetwork, inference_network, only_spreads, replace_modules
+from ..model import Model
+from . import NetworkOutput
+from .torch import TorchBackend
+
+LEAST_VOXELS = 2048
+"""Of the output of a convolution that is transformed: below, its weights take more than its voxels."""
+
+ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
+
+
+class Convolve(nn.Module):
+    """A convolution of one tensor, or of two that belong together, as nnturbo's kernels do it."""
+
+    def __init__(self, kernels: Kernels, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._weight: Tensor | None = convolution.weight.detach()
+        self._taps, self._stride = tuple(convolution.kernel_size), tuple(convolution.stride)
+        self._bias = _bias(convolution)
+        self._may_transform = self._taps in ((3, 3, 3), (1, 3, 3)) and set(self._stride) == {1}
+        self._transforms = False
+        self._prepared: Tensor | None = None
+        self.may_overwrite = False  # the memory of the last input, which nobody else needs
+
+    def forward(self, *inputs: Tensor | Finer) -> Tensor:
+        """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...)."""
+        given = [channels_last(values) if isinstance(values, Tensor) else values for values in inputs]
+        if self._prepared is None:
+            self._prepared = self._prepare(given)
+        kernels = self._kernels
+        if self._transforms:
+            overwrite = self.may_overwrite and given[-1].shape[1] == len(self._bias)
+            return kernels.convolve(given, self._taps[0], self._prepared, self._bias, overwrite=overwrite)
+        there = [values if isinstance(values, Tensor) else kernels.spread(values) for values in given]
+        values = channels_last(torch.cat(there, 1)) if len(there) > 1 else there[0]
+        return kernels.convolve_directly(values, self._taps, self._stride, self._prepared, self._bias)
+
+    def _prepare(self, given: Sequence[Tensor | Finer]) -> Tensor:
+        """Choose by the size of the first tile, which all others have too, and keep one form of the weights."""
+        assert self._weight is not None  # it is the first tile
+        whole = all(values.shape[1] % self._kernels.lanes == 0 for values in given)
+        self._transforms = self._may_transform and whole and math.prod(given[0].shape[2:]) >= LEAST_VOXELS
+        prepare = self._kernels.transform_weights if self._transforms else self._kernels.pack_weights
+        prepared, self._weight = prepare(self._weight), None
+        self._kernels.give_back()
+        return prepared
+
+
+class Spread(nn.Module):
+    """A transposed convolution whose kernel equals its stride, left for the next convolution to do."""
+
+    def __init__(self, kernels: Kernels, convolution: nn.ConvTranspose3d) -> None:
+        super().__init__()
+        self._stride = tuple(convolution.stride)
+        self._bias, self._packed = _bias(convolution), kernels.pack_spread(convolution.weight)
+
+    def forward(self, coarse: Tensor) -> Finer:
+        """From (1, in, *grid) to (1, out, *finer grid)."""
+        return Finer(channels_last(coarse), self._stride, self._packed, self._bias)
+
+
+class Project(nn.Module):
+    """The last convolution, of single voxels to logits."""
+
+    def __init__(self, kernels: Kernels, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self._kernels, self._outputs = kernels, convolution.out_channels
+        self._packed = kernels.pack_weights(convolution.weight)
+        self._bias = F.pad(_bias(convolution), (0, -self._outputs % kernels.columns))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """From (1, in, Z, Y, X) to (1, out, Z, Y, X)."""
+        return self._kernels.project(channels_last(values), self._outputs, self._packed, self._bias)
+
+
+class Block(nn.Module):
+    """Convolution, instance norm, activation."""
+
+    def __init__(self, convolve: Convolve, norm: nn.InstanceNorm3d, slope: float) -> None:
+        super().__init__()
+        self.convolve, self.norm, self.slope = convolve, norm, slope
+
+    def forward(self, *inputs: Tensor | Finer, residual: Tensor | None = None) -> Tensor:
+        """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...); a residual is added before the activation."""
+        norm, kernels = self.norm, self.convolve._kernels
+        return kernels.normalise(self.convolve(*inputs), norm.weight, norm.bias, norm.eps, self.slope, residual)
+
+
+class Residual(nn.Module):
+    """Two convolutions around which the input goes too."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.skip, self.first, self.second = block.skip, block.conv1, block.conv2
+        self.second.slope = _slope(block.nonlin2)
+        self.second.convolve.may_overwrite = True
+
+    def forward(self, values: Tensor) -> Tensor:
+        """From (1, in, Z, Y, X) to (1, out, ...)."""
+        return self.second(self.first(values), residual=channels_last(self.skip(values)))
+
+
+class Decoder(nn.Module):
+    """nnU-Net's decoder, without copies of what comes from the encoder.
+
+    Args:
+        kernels: To compute with.
+        decoder: Its convolutions are those of the kernels already.
+        keep: Leave what comes from the encoder as it is, because it is needed afterwards.
+    """
+
+    def __init__(self, kernels: Kernels, decoder: Any, keep: bool) -> None:
+        super().__init__()
+        self.stages = decoder.stages
+        self.finer = nn.ModuleList(
+            Spread(kernels, upward) if _may_spread(kernels, upward) else upward for upward in decoder.transpconvs
+        )
+        self.project = Project(kernels, decoder.seg_layers[-1])
+        self._keep = keep
+        for stage in self.stages:
+            stage.convs[0].convolve.may_overwrite = not keep
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        """From the encoder's features, the finest first, to logits; without `keep`, the list is empty afterwards."""
+        left = list(skips) if self._keep else skips
+        values = left.pop()
+        for stage, finer in zip(self.stages, self.finer, strict=True):
+            first, *others = stage.convs
+            values = first(finer(values), left.pop())
+            for block in others:
+                values = block(values)
+        return self.project(values)
+
+
+def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> InferenceNetwork:
+    """Let nnturbo's kernels do a network's convolutions and norms; changes it in place.
+
+    Raises:
+        BackendUnavailable: Where they cannot do all of them.
+    """
+    from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+    from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU, StackedConvBlocks
+    from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+
+    def block(module: nn.Module) -> nn.Module | None:
+        return _block(kernels, module) if isinstance(module, ConvDropoutNormReLU) else None
+
+    def residual(module: nn.Module) -> nn.Module | None:
+        suits = isinstance(module, BasicBlockD) and not module.apply_se and isinstance(module.nonlin2, ACTIVATIONS)
+        return Residual(module) if suits else None
+
+    def decoder(module: nn.Module) -> nn.Module | None:
+        # Heads see what comes from the encoder too.
+        return Decoder(kernels, module, keep=network.multi_task) if type(module) is UNetDecoder else None
+
+    replace_modules(network, block)
+    left = [module for module in network.modules() if isinstance(module, ConvDropoutNormReLU)]
+    if left or not any(isinstance(module, Block) for module in network.modules()):
+        raise BackendUnavailable(
+            f"the native backend is for 3D networks whose channels are multiples of {kernels.lanes}, with instance "
+            "norms and (leaky) ReLU; use openvino or torch"
+        )
+    for module in network.modules():
+        if isinstance(module, StackedConvBlocks):
+            for other in list(module.convs.children())[1:]:
+                if isinstance(other, Block):
+                    other.convolve.may_overwrite = True
+    replace_modules(network, residual)
+    replace_modules(network, decoder)
+    return network
+
+
+def _suits(kernels: Kernels, convolution: nn.Conv3d) -> bool:
+    return (
+        convolution.out_channels % kernels.lanes == 0
+        and convolution.groups == 1
+        and set(convolution.dilation) == {1}
+        and all(taps % 2 for taps in convolution.kernel_size)
+        and convolution.padding == tuple(taps // 2 for taps in convolution.kernel_size)
+        and convolution.padding_mode == "zeros"
+    )
+
+
+def _may_spread(kernels: Kernels, module: nn.Module) -> bool:
+    return isinstance(module, nn.ConvTranspose3d) and only_spreads(module) and not module.out_channels % kernels.lanes
+
+
+def _block(kernels: Kernels, block: Any) -> Block | None:
+    """Put a block's steps together, if they are those of nnU-Net."""
+    convolution, *others = [step for step in block.all_modules if not isinstance(step, nn.Dropout3d)]
+    if not (isinstance(convolution, nn.Conv3d) and _suits(kernels, convolution) and 1 <= len(others) <= 2):
+        return None
+    norm, activation = others[0], others[1] if len(others) > 1 else nn.LeakyReLU(1.0)
+    if not (isinstance(norm, nn.InstanceNorm3d) and norm.affine and not norm.track_running_stats):
+        return None
+    if not isinstance(activation, ACTIVATIONS):
+        return None
+    return Block(Convolve(kernels, convolution), norm, _slope(activation))
+
+
+def _slope(activation: nn.LeakyReLU | nn.ReLU) -> float:
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+
+
+def _bias(convolution: nn.Conv3d | nn.ConvTranspose3d) -> Tensor:
+    if convolution.bias is not None:
+        return convolution.bias.detach()
+    return torch.zeros(convolution.out_channels)
+
+
+class NativeRunner:
+    """Runs a network with nnturbo's kernels, one tile at a time."""
+
+    def __init__(self, network: InferenceNetwork, kernels: Kernels) -> None:
+        self._network, self._kernels = network, kernels
+        self._one_at_a_time = threading.Lock()  # the threads of the kernels are those of the process
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        """Run a batch of tiles, (N, C, *patch) float32."""
+        with self._one_at_a_time, torch.inference_mode():
+            self._kernels.set_threads(torch.get_num_threads())
+            outputs = [self._run(tile[None]) for tile in tiles.cpu()]
+        return NetworkOutput(*(torch.cat(parts).contiguous() for parts in zip(*outputs, strict=True)))
+
+    def _run(self, tile: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._network(tile)
+        self._kernels.give_back()
+        return outputs
+
+
+class NativeBackend(TorchBackend):
+    """nnturbo's kernels, compiled for the processor at hand when they are first used."""
+
+    name = "native"
+
+    def unavailable(self, device: torch.device, precision: str) -> str | None:
+        """Return why the kernels cannot run in this precision on this device, or None."""
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if precision != "fp32":
+            return f"it runs in fp32, not in {precision}"
+        return None if compiler() else "it needs a C++ compiler, such as g++"
+
+    def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> Any:
+        """Prepare the network's weights, and compile the kernels if they are not there yet."""
+        try:
+            folder_of_kernels = (cache_root() or Path(tempfile.mkdtemp(prefix="nnturbo-"))) / "kernels"
+            kernels = Kernels(compile_library(folder_of_kernels))
+        except OSError as error:
+            raise BackendUnavailable(f"the native backend cannot be compiled here: {error}") from error
+        return NativeRunner(with_native_kernels(inference_network(self.whole(model, folder)), kernels), kernels)
