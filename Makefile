@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 DEMO_MODEL ?= examples/demo_model
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check benchmark guard clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,8 +33,11 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m nnturbo.benchmarks.stages --json benchmarks/results/stages.json
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/nnturbo benchmark
+
+# Fails where something became much slower.
+guard: $(VENV)/.dev
+	$(BIN)/python -m nnturbo.benchmarks.guard
 
 clean:
 	rm -rf $(VENV) demo *.egg-info build

@@ -36,7 +36,7 @@ from nnturbo.engine.model import Model, read_model
 from nnturbo.engine.network import build_network
 from torch import Tensor
 
-from .report import python, run_measured, write_report
+from .report import machine, python, run_measured, write_report
 from .stages import smooth_field
 from .task_models import ARCHITECTURES, DATASET, write_task_model
 
@@ -57,8 +57,7 @@ runner = backends()[manifest.backend].load(model, folder, torch.device("cpu"), m
 loaded = time.perf_counter()
 runner(torch.zeros(1, model.plan.input_channels, *model.plan.patch_size))
 answered = time.perf_counter()
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
-answer = {"load_s": loaded - imported, "first_s": answered - loaded, "peak_bytes": 1024 * int(peak)}
+answer = {"load_s": loaded - imported, "first_s": answered - loaded}
 print(json.dumps(answer), file=open(sys.argv[2], "w"))
 """
 
@@ -100,19 +99,22 @@ def load(folder: Path) -> Callable[[Tensor], Any]:
     return backends()[manifest.backend].load(bundle_model(manifest, folder), folder, CPU, manifest.precision)
 
 
+def eager(model: Model) -> TorchRunner:
+    """nnU-Net's own way to run the network."""
+    return TorchRunner(InferenceNetwork([build_network(model.plan, weights) for weights in model.weights]), CPU, "fp32")
+
+
 def alone(folder: Path) -> dict[str, float]:
     """Load and run a bundle in a process of its own."""
     answer = folder.parent / "alone.json"
-    # It reads its own peak: what the system reports for a child begins with what its parent had when it forked.
-    run_measured(python("-c", ALONE, str(folder), str(answer)))
-    return json.loads(answer.read_text())
+    run = run_measured(python("-c", ALONE, str(folder), str(answer)))
+    return {**json.loads(answer.read_text()), "peak_bytes": run.peak_bytes}
 
 
 def measure(name: str, model: Model, rounds: int, precisions: list[str], folder: Path) -> list[dict[str, Any]]:
     """All backends on one model."""
     tile, hashes = tile_of(model), source_hashes(model, "checkpoint_final.pth")
-    stock = InferenceNetwork([build_network(model.plan, weights) for weights in model.weights])
-    runners: dict[str, Callable[[Tensor], Any]] = {STOCK: TorchRunner(stock, CPU, "fp32")}
+    runners: dict[str, Callable[[Tensor], Any]] = {STOCK: eager(model)}
     rows: dict[str, dict[str, Any]] = {STOCK: {"model": name, "way": STOCK}}
     for backend, precision in ways(precisions):
         way, bundle = f"{backend} {precision}", folder / f"{backend}-{precision}"
@@ -152,17 +154,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    # What is known of other models stays.
+    kept = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folders = {network: write_task_model(folder / network, network) for network in options.models}
         if options.demo:
             folders[options.demo.name] = options.demo
         for network, model in folders.items():
-            rows += measure(
-                network, read_model(model), options.rounds, options.precisions, folder / f"bundles-{network}"
-            )
-            write_report(options.json, {"benchmark": "backends", "threads": torch.get_num_threads(), "rows": rows})
+            bundles = folder / f"bundles-{network}"
+            rows = measure(network, read_model(model), options.rounds, options.precisions, bundles)
+            rows = [{**row, "commit": machine()["commit"]} for row in rows]
+            places = [index for index, row in enumerate(kept) if row["model"] == network] or [len(kept)]
+            others = [row for row in kept if row["model"] != network]
+            kept = [*others[: places[0]], *rows, *others[places[0] :]]
+            write_report(options.json, {"benchmark": "backends", "threads": torch.get_num_threads(), "rows": kept})
 
 
 if __name__ == "__main__":

@@ -1,72 +1,222 @@
-"""The whole command in fresh processes, `nnUNetv2_predict_from_modelfolder` against `nnturbo predict`.
+"""`nnturbo benchmark`: whole commands in fresh processes, nnU-Net's against nnturbo's.
 
-    python -m nnturbo.benchmarks.command --model FOLDER --scan FILE [--bundle FOLDER] [--disable_tta] [--rounds 2] \
-        [--json FILE]
-
-Same weights, scan, mirroring, step and device (CPU), in the order A B B A; the outputs are compared.
+Same weights, scans, mirroring, step and device, in the order A B B A, declared before it begins; reading, masks and
+tables are inside the time. The first run of each side, which finds caches cold, is kept apart, and the outputs are
+compared.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from nnturbo.engine import Engine
 from nnturbo.engine.bundle import read_manifest
+from nnturbo.engine.cases import CaseFiles, find_cases
+from nnturbo.engine.model import read_model
+from nnturbo.training.phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, PhantomSettings, write_dataset
 
-from .report import Run, run_measured, write_report
+from .report import Run, run_measured
+from .task_models import (
+    ABDOMEN_SETTINGS,
+    ARCHITECTURES,
+    DEMO_MODEL,
+    TASK_LARGEST,
+    TASK_MEDIAN,
+    ordinary_model,
+    write_task_model,
+    write_task_scan,
+)
+
+SIDES = ("stock", "nnturbo")
+SEED = 20261123
+GPU_MEMORY = ("gpu_peak_bytes", "gpu_byte_seconds")
 
 
-def main() -> None:
-    """Measure, print the ratio with the agreement beside it, and keep the samples."""
-    parser = argparse.ArgumentParser(description="whole commands")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, help="of the same model, for nnturbo; by default the model itself")
-    parser.add_argument("--scan", type=Path, required=True, help="a file that ends in _0000 and the model's ending")
-    parser.add_argument("--fold", default="all")
-    parser.add_argument("--disable_tta", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2, help="of A B B A: twice as many runs each")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    tools = Path(sys.executable).parent
-    with tempfile.TemporaryDirectory() as folder:
-        scans, outputs = Path(folder) / "scans", {side: Path(folder) / side for side in ("stock", "nnturbo")}
-        scans.mkdir()
-        shutil.copy(options.scan, scans)
+def compare(
+    model: Path,
+    scans: Path,
+    *,
+    fold: str,
+    bundle: Path | None = None,
+    device: str = "cpu",
+    mirror: bool = True,
+    rounds: int = 2,
+    arguments: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run both commands on a folder of scans.
+
+    Of a multi-task model nnU-Net runs the U-Net, and knows no classes; those that nnturbo answers are compared with
+    what its eager float32 network says on a CPU.
+
+    Args:
+        model: Model folder.
+        scans: Folder of scans, or one.
+        fold: Of the model.
+        bundle: Of the same model, for nnturbo; by default the model itself.
+        device: "cpu" or "cuda".
+        mirror: Whether to average over mirrored views.
+        rounds: Of A B B A; there are twice as many runs of each, and one more before.
+        arguments: Flags that nnturbo gets too, such as `--workers 2`.
+
+    Returns:
+        Medians, ratios, all samples, and how far the labels agree.
+
+    Raises:
+        ModelError: Where the model cannot be used.
+        RuntimeError: Where a command fails.
+    """
+    found = read_model(model, folds=[fold])
+    ending = found.plan.file_ending
+    cases = find_cases(scans, ending)
+    with tempfile.TemporaryDirectory() as name:
+        given = Path(name) / "scans"
+        given.mkdir()
+        for case in cases:
+            for channel, image in enumerate(case.images):
+                (given / f"{case.name}_{channel:04d}{ending}").symlink_to(image.absolute())
+        outputs = {side: Path(name) / side for side in SIDES}
+        tools = Path(sys.executable).parent
+        shared = ["-i", given, "-f", fold, "-device", device, "--disable_progress_bar"]
+        shared += [] if mirror else ["--disable_tta"]
+        multi_task = found.plan.classification is not None
+        for_stock = ordinary_model(model, Path(name) / "model") if multi_task else model
         commands = {
-            side: list(map(str, (*start, "-i", scans, "-o", outputs[side], "-m", model, "-f", options.fold,
-                                 "-device", "cpu", "--disable_progress_bar",
-                                 *(["--disable_tta"] if options.disable_tta else []))))
-            for side, model, *start in (
-                ("stock", options.model, tools / "nnUNetv2_predict_from_modelfolder"),
-                ("nnturbo", options.bundle or options.model, tools / "nnturbo", "predict"),
-            )
-        }  # fmt: skip
-        quiet = {name: os.environ.get(name, folder) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        runs: dict[str, list[Run]] = {side: [] for side in commands}
-        for side in ("stock", "nnturbo", "nnturbo", "stock") * options.rounds:
-            runs[side].append(run_measured(commands[side], environment=quiet))
-            print(f"{side:8} {runs[side][-1].seconds:7.1f} s {runs[side][-1].peak_bytes / 2**20:7.0f} MiB", flush=True)
-        labels = [
-            sitk.GetArrayFromImage(sitk.ReadImage(str(next(path for path in output.iterdir() if ".nii" in path.name))))
-            for output in outputs.values()
-        ]
-    seconds = {side: statistics.median(run.seconds for run in taken) for side, taken in runs.items()}
-    differing = int(np.count_nonzero(labels[0] != labels[1]))
-    print(f"{seconds['stock'] / seconds['nnturbo']:.2f} times faster, {differing} of {labels[0].size} voxels differ")
-    write_report(options.json, {
-        "benchmark": "command", "mirroring": not options.disable_tta, "bundle": _bundle(options.bundle),
-        "ratio": seconds["stock"] / seconds["nnturbo"],
-        "median_s": seconds, "voxels_differing": differing, "voxels": int(labels[0].size),
+            "stock": [tools / "nnUNetv2_predict_from_modelfolder", "-m", for_stock, *shared],
+            "nnturbo": [tools / "nnturbo", "predict", "-m", bundle or model, *shared, *arguments],
+        }
+        order = [*SIDES, *("stock", "nnturbo", "nnturbo", "stock") * rounds]
+        print(f"{len(cases)} scans; in this order, the first of each for cold caches: {' '.join(order)}", flush=True)
+        folders = {key: os.environ.get(key, name) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+        for side in order:
+            shutil.rmtree(outputs[side], ignore_errors=True)
+            command = [str(part) for part in (*commands[side], "-o", outputs[side])]
+            run = run_measured(command, environment=folders, watch_gpu=device != "cpu")
+            runs[side].append(run)
+            print(f"{side:8} {run}", flush=True)
+        audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.labels, ending)
+        if multi_task:
+            audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
+    medians = {
+        what: {side: statistics.median(getattr(run, what) for run in taken[1:]) for side, taken in runs.items()}
+        for what in ("seconds", "cpu_seconds", "peak_bytes", *(GPU_MEMORY if device != "cpu" else ()))
+    }
+    return {
+        "dataset": found.plan.dataset_name,
+        "network": found.plan.architecture.class_name.rpartition(".")[2],
+        "scans": len(cases),
+        "mirroring": mirror,
+        "device": device,
+        "bundle": _bundle(bundle),
+        "arguments": list(arguments),
+        "order": order,
+        "ratio": medians["seconds"]["stock"] / medians["seconds"]["nnturbo"],
+        "peak_ratio": medians["peak_bytes"]["stock"] / medians["peak_bytes"]["nnturbo"],
+        "median_s": medians["seconds"],
+        "median_cpu_s": medians["cpu_seconds"],
+        "median_peak_bytes": medians["peak_bytes"],
+        **{f"median_{what}": medians[what] for what in GPU_MEMORY if what in medians},
+        **audit,
         "samples": {side: [asdict(run) for run in taken] for side, taken in runs.items()},
-    })  # fmt: skip
+    }
+
+
+def compare_labels(
+    stock: Path, nnturbo: Path, labels: Mapping[str, int | tuple[int, ...]], ending: str
+) -> dict[str, Any]:
+    """Compare the segmentations of two folders.
+
+    Returns:
+        `voxels`, `voxels_differing`, and `dice` by label or region over the voxels of all scans; None where neither
+        side has any.
+
+    Raises:
+        RuntimeError: Where the folders do not hold the same scans, or grids differ.
+    """
+    names = [sorted(path.name for path in folder.glob(f"[!.]*{ending}")) for folder in (stock, nnturbo)]
+    if names[0] != names[1] or not names[0]:
+        raise RuntimeError(f"both sides must give the same segmentations, got {names[0]} and {names[1]}")
+    voxels = differing = 0
+    sizes = {name: [0, 0] for name, value in labels.items() if value != 0}  # in both together, and common to both
+    for name in names[0]:
+        images = [sitk.ReadImage(str(folder / name)) for folder in (stock, nnturbo)]
+        one, other = (sitk.GetArrayFromImage(image) for image in images)
+        if one.shape != other.shape or not np.allclose(images[0].GetOrigin(), images[1].GetOrigin(), atol=1e-3):
+            raise RuntimeError(f"{name}: both sides must be on the same grid, got {one.shape} and {other.shape}")
+        voxels += one.size
+        differing += int(np.count_nonzero(one != other))
+        for label, counts in sizes.items():
+            masks = [np.isin(array, labels[label]) for array in (one, other)]
+            counts[0] += sum(int(np.count_nonzero(mask)) for mask in masks)
+            counts[1] += int(np.count_nonzero(masks[0] & masks[1]))
+    dice = {label: 2 * common / both if both else None for label, (both, common) in sizes.items()}
+    return {"voxels": voxels, "voxels_differing": differing, "dice": dice}
+
+
+def compare_classes(answered: Path, model: Path, fold: str, mirror: bool, cases: Sequence[CaseFiles]) -> dict[str, Any]:
+    """Compare the classes that nnturbo wrote with those of the eager float32 network.
+
+    Returns:
+        `classes` compared, `classes_differing`, and the greatest `probability_difference` of any class.
+    """
+    written = {case["name"]: case for case in json.loads((answered / "predictions.json").read_text())["cases"]}
+    reference = Engine.load(model, folds=[fold], backend="torch", precision="fp32", device="cpu", mirror=mirror)
+    differing, furthest = 0, 0.0
+    for case in cases:
+        expected, answer = reference.predict(case.images).classification, written[case.name]["classification"]
+        assert expected is not None  # a multi-task model's
+        differing += expected.label != answer["label"]
+        pairs = zip(expected.probabilities, answer["probabilities"].values(), strict=True)
+        furthest = max(furthest, *(abs(one - other) for one, other in pairs))
+    return {"classes": len(cases), "classes_differing": differing, "probability_difference": furthest}
+
+
+def workloads(folder: Path, *, quick: bool) -> Iterator[tuple[str, Path, Path, bool]]:
+    """Write models and scans that need nothing from outside, one after the other.
+
+    PlainConvUNet and ResEnc M have the sizes nnU-Net plans for the pancreas task, and random weights: what they say of
+    speed holds for trained ones, and their agreement says nothing. The task's median scan is one tile, its largest
+    twelve.
+
+    Args:
+        folder: Where to write.
+        quick: The first one alone, which takes minutes.
+
+    Yields:
+        What it is, the model's folder, the scans' folder, and whether to mirror.
+    """
+    yield "demo model, 5 small phantoms", DEMO_MODEL, _phantoms(folder / "small", 5, SMALL_SETTINGS), False
+    if quick:
+        return
+    task = _phantoms(folder / "task", 20, DEFAULT_SETTINGS)
+    yield "demo model, 20 phantoms of the pancreas task", DEMO_MODEL, task, True
+    abdomen = _phantoms(folder / "abdomen", 1, ABDOMEN_SETTINGS)
+    yield "demo model, a whole abdomen", DEMO_MODEL, abdomen, False
+    models = {network: write_task_model(folder / network, network) for network in ARCHITECTURES}
+    median, largest = folder / "median", folder / "largest"
+    for scans, shape in ((median, TASK_MEDIAN), (largest, TASK_LARGEST)):
+        scans.mkdir()
+        write_task_scan(scans / "scan_0000.nii.gz", shape)
+    for network, model in models.items():
+        yield f"{network}, one tile", model, median, True
+    yield "PlainConvUNet, twelve tiles", models["PlainConvUNet"], largest, False
+
+
+def _phantoms(folder: Path, count: int, settings: PhantomSettings) -> Path:
+    """Write scans alone into a folder."""
+    cases = write_dataset(folder / "data", counts={"test": count}, seed=SEED, settings=settings)
+    return cases[0].image.parent
 
 
 def _bundle(folder: Path | None) -> str | None:
@@ -75,7 +225,3 @@ def _bundle(folder: Path | None) -> str | None:
         return None
     manifest = read_manifest(folder)
     return f"{manifest.backend} {manifest.precision}"
-
-
-if __name__ == "__main__":
-    main()

@@ -45,9 +45,9 @@ predictor.predict_from_files_sequential([[scan]], [out.removesuffix(".nii.gz")])
 """
 
 
-def write_model(folder: Path) -> Path:
-    """A model folder with a two-stage network of 20 outputs."""
-    plans, dataset = copy.deepcopy(PLANS), dataset_json(CLASSES)
+def write_model(folder: Path, classes: int = CLASSES, mirror_axes: tuple[int, ...] = ()) -> Path:
+    """Write a model folder with a network of two stages."""
+    plans, dataset = copy.deepcopy(PLANS), dataset_json(classes)
     configuration: dict[str, Any] = plans["configurations"]["3d_fullres"]  # type: ignore[index,assignment]
     configuration.update(patch_size=PATCH, spacing=PLAN_SPACING_MM)
     configuration["architecture"] = {
@@ -63,7 +63,7 @@ def write_model(folder: Path) -> Path:
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }  # fmt: skip
     plan = parse_plan(plans, dataset, "3d_fullres")
-    network = make_network(plan.architecture, 1, CLASSES).to_empty(device="cpu")
+    network = make_network(plan.architecture, 1, classes).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
@@ -72,15 +72,15 @@ def write_model(folder: Path) -> Path:
     (folder / "dataset.json").write_text(json.dumps(dataset))
     torch.save(
         {"network_weights": network.state_dict(), "init_args": {"configuration": "3d_fullres"},
-         "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": None},
+         "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": mirror_axes or None},
         folder / "fold_0" / "checkpoint_final.pth",
     )  # fmt: skip
     return folder
 
 
-def write_scan(path: Path, depth: int) -> int:
-    """Write a smooth int16 scan; returns the bytes of its array."""
-    scan = (50 + 100 * smooth_field((1, depth, 512, 512), 0)[0]).to(torch.int16).numpy()
+def write_scan(path: Path, shape: tuple[int, int, int], seed: int = 0) -> int:
+    """Write a smooth int16 scan (z, y, x); returns the bytes of its array."""
+    scan = (50 + 100 * smooth_field((1, *shape), seed)[0]).to(torch.int16).numpy()
     image = sitk.GetImageFromArray(scan)
     image.SetSpacing(SPACING_MM[::-1])
     sitk.WriteImage(image, str(path))
@@ -99,7 +99,7 @@ def main() -> None:
         model = write_model(Path(folder) / "model")
         for depth in options.depths:
             scan = Path(folder) / f"scan{depth}_0000.nii.gz"
-            arrays = write_scan(scan, depth)
+            arrays = write_scan(scan, (depth, 512, 512))
             arrays += arrays // 2  # the input is int16, the output uint8
             labels = []
             for side, code in (("nnturbo", NNTURBO), ("stock", STOCK)):

@@ -2,7 +2,7 @@
 
     python -m nnturbo.benchmarks.readme
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+It draws the figures too. A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from .figures import DRAWN, RESULTS, ROOT, STAGE_COLOURS, draw
 from .startup import OUR_IMPORT, STOCK_IMPORT
+from .task_models import DATASET
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/parity.md", "docs/training.md", "docs/deployment.md", "docs/gpu.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/parity.md",
+    "docs/training.md",
+    "docs/deployment.md",
+    "docs/gpu.md",
+    "docs/performance.md",
+)
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load(name: str) -> dict[str, Any]:
     """Content of one stored result."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -31,10 +38,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def gains() -> str:
-    """What nnturbo gains over nnU-Net, with conditions."""
-    stages, command, memory, startup, folder = (
-        load(name) for name in ("stages", "command", "memory", "startup", "throughput")
-    )
+    """What nnturbo gains over nnU-Net besides whole commands, with conditions."""
+    stages, memory, startup, folder = (load(name) for name in ("stages", "memory", "startup", "throughput"))
     stock_s = sum(stages["stock_s"].values())
     ours_s = stages["nnturbo_s"]["preprocess"] + stages["nnturbo_s"]["labels"]
     differing = stages["agreement"]["labels_differing"] / stages["agreement"]["voxels"]
@@ -54,13 +59,6 @@ def gains() -> str:
                 f"{ours_s:.2f} s",
                 f"{stages['ratio']:.0f} x faster",
                 f"labels: {differing:.0e} of voxels, as nnU-Net keeps fp16",
-            ],
-            [
-                "whole command, abdominal CT, small network, no mirroring",
-                f"{command['median_s']['stock']:.1f} s",
-                f"{command['median_s']['nnturbo']:.1f} s",
-                f"{command['ratio']:.1f} x faster",
-                f"{command['voxels_differing']} of {command['voxels']} voxels",
             ],
             [
                 f"a folder of {folder['cases']} CT, a grid of 6 mm, no mirroring",
@@ -186,28 +184,37 @@ def backends() -> str:
     return markdown(header, rows)
 
 
-def deployed() -> str:
-    """Whole commands from bundles."""
+def commands() -> str:
+    """Whole commands against nnU-Net's."""
     rows = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("command_*.json")):
-        result = load(path.stem)
-        seconds = result["median_s"]
-        rows.append(
-            [
-                result["bundle"],
-                f"{seconds['stock']:.0f} s",
-                f"{seconds['nnturbo']:.1f} s",
-                f"{result['ratio']:.1f} x",
-                f"{result['voxels_differing']} of {result['voxels']}",
-            ]
-        )
-    return markdown(["bundle", "nnU-Net 2.8.1", "nnturbo", "", "voxels with another label"], rows)
+    for path in sorted(RESULTS.glob("benchmark_*.json")):
+        for result in load(path.stem)["results"]:
+            seconds, peaks = result["median_s"], result["median_peak_bytes"]
+            random_weights = result["dataset"] == DATASET
+            dice = [of for of in result["dice"].values() if of is not None]
+            classes = [f"{result['classes_differing']} of {result['classes']} classes"] if "classes" in result else []
+            rows.append(
+                [
+                    f"{result['what']}{', mirrored' if result['mirroring'] else ''}"
+                    f"{', bundle ' + result['bundle'] if result['bundle'] else ''}",
+                    f"{seconds['stock']:.1f} s",
+                    f"{seconds['nnturbo']:.1f} s",
+                    f"{result['ratio']:.1f} x",
+                    f"{peaks['stock'] / 2**30:.1f} GiB",
+                    f"{peaks['nnturbo'] / 2**30:.1f} GiB",
+                    "; ".join([f"{result['voxels_differing']} of {result['voxels']} voxels", *classes]),
+                    "random weights" if random_weights else f"{min(dice):.4f}" if dice else "-",
+                ]
+            )
+    header = ["whole command, two CPU cores", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's",
+              "differing", "Dice of the worst label"]  # fmt: skip
+    return markdown(header, rows)
 
 
 def agreement() -> str:
     """Labels of every backend against fp32 torch."""
     rows = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("agreement_*.json")):
+    for path in sorted(RESULTS.glob("agreement_*.json")):
         result = load(path.stem)
         for row in result["rows"]:
             classes = "-" if row["same_class"] is None else f"{row['same_class']} of {row['scans']}"
@@ -234,7 +241,7 @@ def kernels() -> str:
 def loaders() -> str:
     """DALI's loader against the exact one."""
     rows = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("loaders_*.json")):
+    for path in sorted(RESULTS.glob("loaders_*.json")):
         result = load(path.stem)
         rows += [
             [
@@ -248,6 +255,36 @@ def loaders() -> str:
     return markdown(header, rows)
 
 
+def waterfall() -> str:
+    """What each technique gains on one scan."""
+    rows = load("waterfall")["rows"]
+    table = []
+    for row in rows:
+        stages = row["stages_s"]
+        table.append([
+            row["step"], f"{row['median_s']:.1f} s", f"{row['ratio']:.2f} x", f"{row['peak_bytes'] / 2**30:.1f} GiB",
+            *(f"{stages[stage]:.2f} s" if stage in stages else "" for stage in STAGE_COLOURS),
+            f"{row['voxels_differing']} of {row['voxels']}",
+        ])  # fmt: skip
+    return markdown(["step", "one scan", "", "memory", *STAGE_COLOURS, "voxels with another label"], table)
+
+
+def peers() -> str:
+    """Others on the same array."""
+    result = load("peers")
+    versions = {"MONAI": "monai", "OpenVINO, naive": "openvino", "nnU-Net": "nnunetv2"}
+    rows = [
+        [
+            f"{row['way']} {result['peers'].get(versions.get(row['way'], ''), '')}".strip(),
+            f"{row['median_s']:.1f} s",
+            f"{row['ratio']:.2f} x",
+            f"{row['voxels_differing']} of {result['voxels']}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["scan on the network's grid to logits", "", "", "voxels with another label than nnU-Net"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
@@ -255,10 +292,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": heads,
     "demo": demo,
     "backends": backends,
-    "deployed": deployed,
+    "commands": commands,
     "agreement": agreement,
     "kernels": kernels,
     "loaders": loaders,
+    "waterfall": waterfall,
+    "peers": peers,
 }
 
 
@@ -268,7 +307,9 @@ def filled(document: str) -> str:
 
 
 def main() -> None:
-    """Fill every document."""
+    """Fill every document, and draw every figure."""
+    for name in DRAWN:
+        draw(name)
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

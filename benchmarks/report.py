@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,33 +22,118 @@ from nnturbo.engine.doctor import examine
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "SimpleITK", "nnunetv2", "nnturbo")
 
+# A process of its own: the peak that the system tells of a child begins with what its parent held when it forked.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[2:])
+seconds = time.perf_counter() - start
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as told:
+    json.dump({"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime,
+               "peak_bytes": used.ru_maxrss * 1024}, told)
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one child process took; memory is the greatest resident size of any one process in it."""
+    """What one child process took.
+
+    Attributes:
+        seconds: From start to end.
+        cpu_seconds: Of all cores.
+        peak_bytes: The greatest resident size of any one process in it.
+        gpu_peak_bytes: Of the GPU's memory, beyond what others held before it began.
+        gpu_byte_seconds: The same, summed over time.
+    """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    gpu_peak_bytes: int | None = None
+    gpu_byte_seconds: float | None = None
+
+    def __str__(self) -> str:
+        """For people to read."""
+        text = f"{self.seconds:7.1f} s, {self.cpu_seconds:7.1f} s of CPU, {self.peak_bytes / 2**20:6.0f} MiB"
+        if self.gpu_peak_bytes is None or self.gpu_byte_seconds is None:
+            return text
+        return f"{text}, GPU {self.gpu_peak_bytes / 2**20:6.0f} MiB, {self.gpu_byte_seconds / 2**30:7.1f} GiB s"
 
 
-def run_measured(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
+def run_measured(command: Sequence[str], *, environment: dict[str, str] | None = None, watch_gpu: bool = False) -> Run:
     """Run a command to its end.
 
+    Args:
+        command: With its arguments.
+        environment: Variables beside those of this process.
+        watch_gpu: Sample the memory of the first GPU; nobody else should use it.
+
     Raises:
-        RuntimeError: Where it fails; with the end of what it printed.
+        RuntimeError: Where it fails, with the end of what it printed; or where the GPU's memory cannot be asked for.
     """
-    start = time.perf_counter()
-    with subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as child:
-        printed = child.stdout.read() if child.stdout else ""
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)[:200]} ended with {child.returncode}: {printed[-2000:]}")
-    return Run(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_bytes=usage.ru_maxrss * 1024)
+    with contextlib.ExitStack() as stack:
+        samples = stack.enter_context(_gpu_memory()) if watch_gpu else None
+        run = _run_measured(command, environment or {})
+    if samples is None:
+        return run
+    peak, area = memory_over_time(samples)
+    return replace(run, gpu_peak_bytes=peak, gpu_byte_seconds=area)
+
+
+def memory_over_time(samples: Sequence[tuple[float, int]]) -> tuple[int, float]:
+    """Sum up (seconds, bytes in use): the peak beyond the first sample, and the area beyond it in byte seconds."""
+    beyond = [(at, max(used - samples[0][1], 0)) for at, used in samples]
+    area = sum((later - at) * used for (at, used), (later, _) in itertools.pairwise(beyond))
+    return max(used for _, used in beyond), area
+
+
+@contextlib.contextmanager
+def _gpu_memory() -> Iterator[list[tuple[float, int]]]:
+    """Sample the memory in use on the first GPU that processes may see, every 50 ms."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=50"]
+    samples: list[tuple[float, int]] = []
+
+    def sample() -> None:
+        assert watcher.stdout is not None  # it is a pipe
+        for line in watcher.stdout:
+            samples.append((time.perf_counter(), int(line) * 2**20))
+            begun.set()
+        begun.set()
+
+    begun = threading.Event()
+    try:
+        watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError as error:
+        raise RuntimeError("the GPU's memory is asked for with nvidia-smi, which is not installed") from error
+    with watcher:
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            begun.wait()
+            if not samples:
+                raise RuntimeError(f"{' '.join(command)} said nothing")
+            yield samples
+        finally:
+            watcher.terminate()
+            thread.join()
+
+
+def _run_measured(command: Sequence[str], environment: dict[str, str]) -> Run:
+    with tempfile.NamedTemporaryFile("r") as told:
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", LAUNCHER, told.name, *command],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)[:200]} ended with {done.returncode}: {done.stdout[-2000:]}")
+        return Run(**json.load(told))
 
 
 def python(*arguments: str) -> list[str]:

@@ -92,15 +92,19 @@ def stock_functions(classes: int) -> tuple[Callable[..., Any], Callable[..., Any
     return prepare, finish
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     """Seconds of one call, and what it returned."""
-    start = time.perf_counter()
+    start = clock()
     result = function()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def measure(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float], classes: int, rounds: int
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    classes: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Run both on the same input and return times (stock's least, nnturbo's median), ratio and agreement."""
     plan = parse_plan(PLANS, dataset_json(classes), "3d_fullres")
@@ -117,18 +121,18 @@ def measure(
 
     def finish() -> np.ndarray:
         slabs = (logits[:, start:stop] for start, stop in ranges)
-        return segment(slabs, case, plan.labels, timings=Timings())[0]
+        return segment(slabs, case, plan.labels, timings=Timings())[0].numpy()
 
     stock_prepare, stock_finish = stock_functions(classes)
     ours = torch.cat(prepare(), dim=1).numpy()
     labels = finish()
     stock_samples, samples = [], []
     for _ in range(2):  # stock before and after, so that a busy moment meets both
-        stock_seconds, (stock_data, properties) = timed(lambda: stock_prepare(scan, spacing))
+        stock_seconds, (stock_data, properties) = timed(lambda: stock_prepare(scan, spacing), clock)
         halves = logits.half()
-        stock_finish_seconds, stock_labels = timed(lambda kept=halves, of=properties: stock_finish(kept, of))
+        stock_finish_seconds, stock_labels = timed(lambda kept=halves, of=properties: stock_finish(kept, of), clock)
         stock_samples.append((stock_seconds, stock_finish_seconds))
-        samples.extend((timed(prepare)[0], timed(finish)[0]) for _ in range(rounds))
+        samples.extend((timed(prepare, clock)[0], timed(finish, clock)[0]) for _ in range(rounds))
     stock_least = [min(column) for column in zip(*stock_samples, strict=True)]
     seconds = [statistics.median(column) for column in zip(*samples, strict=True)]
     return {

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnturbo.engine.files import write_json
 from nnturbo.engine.network import make_network
 from nnturbo.engine.plans import parse_plan
+from nnturbo.training.phantom_settings import DEFAULT_SETTINGS
 
 from .stages import dataset_json, smooth_field
 
@@ -23,7 +27,19 @@ PATCH = [64, 128, 192]
 SPACING_MM = [2.0, 0.732, 0.732]
 FEATURES = [32, 64, 128, 256, 320, 320]
 CLASSES = 3
+TASK_MEDIAN, TASK_LARGEST = (60, 118, 180), (128, 166, 244)
+"""(z, y, x) of scans that one tile covers, and twelve."""
 DATASET = "Dataset901_TaskSize"
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
+# CT of 110 to 130 x 360 to 400 x 430 to 500 voxels.
+ABDOMEN_SETTINGS = replace(
+    DEFAULT_SETTINGS,
+    slice_spacings_mm=((2.0, 1), (2.5, 1)),
+    other_weight=0,
+    in_plane_mm=(0.7, 0.75, 0.8),
+    extent_mm=(220.0, 300.0, 340.0),
+    largest_shape=(160, 512, 512),
+)
 RESAMPLING = {"is_seg": False, "order_z": 0, "force_separate_z": None}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "PlainConvUNet": {"n_conv_per_stage": [2] * 6},
@@ -98,13 +114,33 @@ def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -
     return folder
 
 
-def write_task_scan(path: Path) -> Path:
-    """Write a scan of the task's median size, which one tile covers."""
+def ordinary_model(multi_task: Path, folder: Path, spacing_mm: Sequence[float] | None = None) -> Path:
+    """Make an ordinary model of a multi-task one: the same U-Net, for nnU-Net itself, on another grid if asked."""
+    shutil.copytree(multi_task, folder)
+    plans = json.loads((folder / "plans.json").read_text())
+    for configuration in plans["configurations"].values():
+        architecture = configuration.get("architecture", {"arch_kwargs": {}})
+        if architecture["arch_kwargs"].pop("head", None) is not None:
+            configuration["spacing"] = list(spacing_mm or configuration["spacing"])
+            architecture["network_class_name"] = architecture["arch_kwargs"].pop("backbone")
+    write_json(folder / "plans.json", plans)
+    for path in folder.glob("fold_*/checkpoint_final.pth"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name: value for name, value in checkpoint["network_weights"].items() if not name.startswith("head.")}
+        torch.save({
+            "network_weights": weights, "trainer_name": "nnUNetTrainer", "init_args": checkpoint["init_args"],
+            "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+        }, path)  # fmt: skip
+    return folder
+
+
+def write_task_scan(path: Path, shape: Sequence[int] = TASK_MEDIAN, spacing_mm: Sequence[float] = SPACING_MM) -> Path:
+    """Write a smooth scan of that many voxels (z, y, x), by default of the task's median size on the network's grid."""
     import SimpleITK as sitk
 
-    scan = (50 + 60 * smooth_field((1, 60, 118, 180), 0)[0]).to(torch.int16).numpy()
+    scan = (50 + 60 * smooth_field((1, *shape), 0)[0]).to(torch.int16).numpy()
     image = sitk.GetImageFromArray(scan)
-    image.SetSpacing(SPACING_MM[::-1])
+    image.SetSpacing(tuple(spacing_mm)[::-1])
     sitk.WriteImage(image, str(path))
     return path
 

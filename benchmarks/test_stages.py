@@ -49,7 +49,7 @@ def test_labels(benchmark, side, classes):
     logits = smooth_field((classes, *case.shape), 1).half().float()
 
     def ours():
-        return segment([logits], case, plan.labels, timings=Timings())[0]
+        return segment([logits], case, plan.labels, timings=Timings())[0].numpy()
 
     def stock():
         return finish(logits, properties)

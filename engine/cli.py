@@ -54,10 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser("doctor", help="say what this machine offers")
     doctor.set_defaults(run=_doctor)
-    # The command line is the one place above both engine and training; what is imported here is light.
+    # The command line is the one place above engine, training and benchmarks; what is imported here is light.
+    from ..benchmarks.cli import add_benchmark
     from ..training.cli import add_commands
 
     add_commands(commands)
+    add_benchmark(commands)
     return parser
 
 

@@ -1,4 +1,7 @@
+import json
+
 import pytest
+from nnturbo.benchmarks import figures
 from nnturbo.benchmarks.readme import DOCUMENTS, ROOT, TABLE, filled
 
 
@@ -15,3 +18,22 @@ def test_a_table_is_replaced_and_the_text_around_it_kept():
     assert result.startswith("before\n<!-- table parity -->\n| voxels with another label |")
     assert result.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in result
+
+
+@pytest.mark.parametrize("name", figures.DRAWN)
+def test_figures_show_the_stored_results(name):
+    assert figures.source_of(name) in (figures.FIGURES / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize("name", figures.DRAWN)
+def test_a_figure_is_drawn_the_same_again_and_shows_every_number(tmp_path, monkeypatch, name):
+    pytest.importorskip("matplotlib", reason="draws figures")
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    drawn = []
+    for _ in range(2):
+        figures.draw(name)
+        drawn.append((tmp_path / f"{name}.svg").read_text())
+    assert drawn[0] == drawn[1]
+    for row in json.loads((figures.RESULTS / f"{name}.json").read_text())["rows"]:
+        assert f">{row['step']}<" in drawn[0]
+        assert f"{row['median_s']:.1f} s, {row['ratio']:.1f} x" in drawn[0]
