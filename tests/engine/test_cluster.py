@@ -1,7 +1,9 @@
 """A real Ray cluster on this machine."""
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from nnturbo.engine import BackendUnavailable, ModelError
@@ -113,6 +115,11 @@ def test_without_ray_the_extra_is_named(model, tmp_path, monkeypatch):
         crew("auto", model, tmp_path / "out")
 
 
+def children(process):
+    """Processes that it has started and that still run."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     machine = machines.add_node(num_cpus=1, object_store_memory=10**8)
     made = crew(machines.address, model, tmp_path / "out", workers=3)
@@ -121,8 +128,12 @@ def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     def tell(event):
         if event["event"] == "done":
             done.append(event["name"])
-            if len(done) == 10:
+            if len(done) == 5:
+                workers = children(machine.all_processes["raylet"][0].process.pid)
                 machines.remove_node(machine, allow_graceful=False)
+                for worker in workers:  # which would work on for a while without their machine
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGKILL)
         events.append(event["event"])
 
     for index in range(10, 40):
