@@ -101,9 +101,11 @@ class AttentionHead(Head):
         widths = [channels[stage] for stage in scheme.stages]
         self.keys = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
         self.values = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
-        self.queries = nn.Parameter(0.02 * torch.randn(len(widths), scheme.queries, scheme.hidden))
-        guided = torch.arange(scheme.queries) < (scheme.queries + 1) // 2
-        self.guidance = nn.Parameter(guided.float().repeat(len(widths), 1))
+        self.queries = nn.Parameter(torch.empty(len(widths), scheme.queries, scheme.hidden))
+        if not self.queries.is_meta:  # where torch would import itself for a second to do nothing
+            nn.init.normal_(self.queries, std=0.02)
+        guided = [float(query < (scheme.queries + 1) // 2) for query in range(scheme.queries)]
+        self.guidance = nn.Parameter(torch.tensor([guided] * len(widths)))
         pooled = len(widths) * scheme.queries * scheme.hidden
         self.layers = nn.Sequential(
             nn.LayerNorm(pooled), nn.Dropout(scheme.dropout), nn.Linear(pooled, scheme.num_classes)

@@ -299,13 +299,13 @@ def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if not isinstance(name, str) or not is_plain(tensor):
             raise CheckpointError(f"{path} must hold plain, dense weights, {name!r:.80} is none")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path} must hold finite weights, {name!r:.80} has NaN or infinity")
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     named = {}
     for name, tensor in weights.items():
         key = (tensor.data_ptr(), tensor.shape)
         if key not in copies:
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{path} must hold finite weights, {name!r:.80} has NaN or infinity")
             copies[key] = tensor.detach().to(torch.float32, copy=True).contiguous()
         while name.startswith(WRAPPER_PREFIXES):
             name = name[name.index(".") + 1 :]

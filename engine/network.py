@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -221,8 +222,41 @@ def build_network(
     return network.requires_grad_(False).eval()
 
 
+def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
+    """Whether it is plain from a network's arguments that it suits its patch, as it is from those of nnU-Net's planners.
+
+    Convolutions with an odd number of taps keep the size of what they are given, or divide it by their stride; pooling
+    and transposed convolutions go by the stride alone.
+    """
+    arguments = architecture.arguments
+    norm, activation = (str(arguments.get(key)).rpartition(".")[2] for key in ("norm_op", "nonlin"))
+    kernels, strides = (arguments.get(key) for key in ("kernel_sizes", "strides"))
+    if (
+        norm not in ("InstanceNorm2d", "InstanceNorm3d")
+        or activation not in ("LeakyReLU", "ReLU")
+        or not _are_sizes(kernels, len(patch_size))
+        or not _are_sizes(strides, len(patch_size))
+        or any(taps % 2 == 0 for stage in kernels for taps in stage)
+    ):
+        return False
+    overall = [math.prod(along) for along in zip(*strides, strict=True)]
+    divides = all(size % stride == 0 for size, stride in zip(patch_size, overall, strict=True))
+    # A norm over a single voxel is refused by torch.
+    return divides and math.prod(patch_size) > math.prod(overall)
+
+
+def _are_sizes(given: Any, axes: int) -> TypeGuard[list[list[int]]]:
+    """Whether these are positive numbers for each axis of each stage."""
+    return isinstance(given, list) and all(
+        isinstance(stage, list) and len(stage) == axes and all(type(size) is int and size > 0 for size in stage)
+        for stage in given
+    )
+
+
 def _check_patch(network: nn.Module, plan: Plan) -> None:
-    """Run one patch through the network on the meta device, where it takes neither time nor memory."""
+    """Run one patch through the network on the meta device, which takes no memory, but a second to import."""
+    if surely_fits(plan.architecture, plan.patch_size):
+        return
     tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
     wanted = [(1, plan.labels.num_outputs, *plan.patch_size)]
     if plan.classification is not None:

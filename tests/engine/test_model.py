@@ -2,6 +2,8 @@ import io
 import json
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -11,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import CheckpointError, ModelError
 from nnturbo.engine.model import read_model
-from nnturbo.engine.network import build_network, make_network
-from nnturbo.engine.plans import parse_labels, parse_plan
+from nnturbo.engine.network import build_network, make_network, surely_fits
+from nnturbo.engine.plans import Architecture, parse_labels, parse_plan
 
-from tests.engine.factory import dataset_json, plans_json, random_weights, write_model
+from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, write_model
 
 
 def changed(content, path, value):
@@ -214,6 +216,57 @@ def test_an_architecture_that_makes_no_network_is_refused(path, value, message):
     plan = parse_plan(changed(plans_json(), path, value), dataset_json(), "3d_fullres")
     with pytest.raises(ModelError, match=message):
         make_network(plan.architecture, 1, 3)
+
+
+TAPS, STRIDES = st.sampled_from([1, 3, 3, 3, 3, 3, 3, 2]), st.sampled_from([1, 2, 2, 3])
+
+
+@given(
+    network=st.sampled_from(["PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet"]),
+    kernels=st.lists(st.lists(TAPS, min_size=3, max_size=3), min_size=3, max_size=3),
+    strides=st.lists(st.lists(STRIDES, min_size=3, max_size=3), min_size=2, max_size=2),
+    patch=st.lists(st.sampled_from([1, 4, 12, 12, 36, 36, 36]), min_size=3, max_size=3),
+    norm=st.sampled_from([*["instancenorm.InstanceNorm3d"] * 4, "batchnorm.BatchNorm3d"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_surely_fits_keeps_the_patch(network, kernels, strides, patch, norm):
+    arguments = plans_json()["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments |= {"n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": kernels}
+    arguments |= {"strides": [[1, 1, 1], *strides], "norm_op": f"torch.nn.modules.{norm}"}
+    arguments["n_conv_per_stage_decoder"] = [1, 1]
+    if network == "PlainConvUNet":
+        arguments["n_conv_per_stage"] = [1, 1, 1]
+    else:
+        del arguments["n_conv_per_stage"]
+        arguments["n_blocks_per_stage"] = [1, 1, 1]
+    architecture = Architecture(
+        class_name=f"dynamic_network_architectures.architectures.unet.{network}",
+        arguments=arguments,
+        class_arguments=("conv_op", "norm_op", "dropout_op", "nonlin"),
+    )
+    made = make_network(architecture, 1, 3).eval()
+    try:
+        gives = tuple(made(torch.empty(1, 1, *patch, device="meta")).shape)
+    except (RuntimeError, ValueError) as error:
+        gives = error
+    divided = all(size % (one * other) == 0 for size, one, other in zip(patch, *strides, strict=True))
+    ordinary = norm.startswith("instance") and all(taps % 2 for stage in kernels for taps in stage)
+    if surely_fits(architecture, patch):
+        assert gives == (1, 3, *patch)
+    elif ordinary and divided:
+        assert isinstance(gives, ValueError)  # a norm over one voxel
+
+
+def test_loading_does_not_import_what_only_compilers_need(tmp_path):
+    plain = write_model(tmp_path / "plain")
+    heads = write_model(tmp_path / "heads", plans=multi_task(plans_json(), kind="attention"))
+    script = (
+        "import sys; from nnturbo.engine import Engine\n"
+        "for model in sys.argv[1:]: Engine.load(model, device='cpu', backend='torch')\n"
+        "assert 'torch' in sys.modules; print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, plain, heads], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_weights_that_do_not_fit_are_counted_and_named():
