@@ -39,14 +39,17 @@ def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _rim(values: Tensor) -> Tensor:
-    """What lies within two voxels around, but not inside: a dilation, along one axis after the other, less the map."""
-    dilate = F.max_pool3d if values.ndim == 5 else F.max_pool2d
-    axes = range(values.ndim - 2)
+    """What lies within two voxels around, but not inside: a dilation, along one axis after the other, less the map.
+
+    Maxima of shifted maps are the same as pooling, which torch does thirty times slower on a CPU.
+    """
     dilated = values
-    for along in axes:
-        dilated = dilate(
-            dilated, [5 if axis == along else 1 for axis in axes], 1, [2 * (axis == along) for axis in axes]
-        )
+    for axis in range(2, values.ndim):
+        size = values.shape[axis]
+        padded = F.pad(dilated, [0, 0] * (values.ndim - 1 - axis) + [2, 2])
+        dilated = padded.narrow(axis, 0, size)
+        for shift in range(1, 5):
+            dilated = torch.maximum(dilated, padded.narrow(axis, shift, size))
     return (dilated - values).clamp_min(0)
 
 

@@ -223,7 +223,7 @@ def build_network(
 
 
 def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
-    """Whether it is plain from a network's arguments that it suits its patch, as it is from those of nnU-Net's planners.
+    """Whether a network's arguments alone tell that it suits its patch, as those of nnU-Net's planners do.
 
     Convolutions with an odd number of taps keep the size of what they are given, or divide it by their stride; pooling
     and transposed convolutions go by the stride alone.
