@@ -10,6 +10,7 @@ monai (`pip install 'nnturbo[dev]'`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnturbo.engine.backends import Runner
+from nnturbo.engine.errors import BackendUnavailable
 from nnturbo.engine.inference import InferenceNetwork, inference_network
 from nnturbo.engine.model import read_model
 from nnturbo.engine.opening import DEFAULT_CHECKPOINT, open_model
@@ -74,7 +76,7 @@ def monai(network: InferenceNetwork, patch: tuple[int, ...], views: tuple[View, 
 
 
 def openvino_naive(network: InferenceNetwork, patch: tuple[int, ...], channels: int, views: tuple[View, ...]) -> Logits:
-    """OpenVINO's conversion and compilation with nothing set, and tiles added up in numpy."""
+    """OpenVINO's conversion and compilation with nothing set, so in bf16 where a processor has it; numpy adds tiles up."""
     import openvino
 
     converted = openvino.convert_model(network, example_input=torch.zeros(1, channels, *patch))
@@ -135,13 +137,18 @@ def main() -> None:
         views = mirror_views(found.mirror_axes) if not options.no_mirroring else ((),)
         case = preprocess(read_volume(scan, channels=plan.input_channels), plan, torch.device("cpu"))
         array = next(case.planes([(0, case.shape[0])]))
-        opened = open_model(found, DEFAULT_CHECKPOINT, "auto", "fp32", "cpu")
+        window, outputs = SlidingWindow.of_plan(plan, views=views), plan.labels.num_outputs
         ways: dict[str, Logits] = {
             "nnU-Net": stock(model, not options.no_mirroring),
             "MONAI": monai(network, plan.patch_size, views),
             "OpenVINO, naive": openvino_naive(network, plan.patch_size, plan.input_channels, views),
-            "nnturbo": nnturbo(case, opened.runner, SlidingWindow.of_plan(plan, views=views), plan.labels.num_outputs),
         }
+        used = {}
+        for precision in ("fp32", "bf16"):
+            with contextlib.suppress(BackendUnavailable):
+                opened = open_model(found, DEFAULT_CHECKPOINT, "auto", precision, "cpu")
+                ways[f"nnturbo {precision}"] = nnturbo(case, opened.runner, window, outputs)
+                used[precision] = opened.provenance["backend"]
         labels = {way: run(array).argmax(0) for way, run in ways.items()}
         samples: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(options.rounds):
@@ -160,7 +167,7 @@ def main() -> None:
         print(f"{way:16} {seconds:7.2f} s {ratio:5.2f} x  {differing} of {labels[way].numel()} voxels differ")
     write_report(options.json, {
         "benchmark": "peers", "dataset": plan.dataset_name, "grid": list(case.shape), "mirroring": len(views) > 1,
-        "backend": opened.provenance["backend"],
+        "backends": used,
         "voxels": labels["nnU-Net"].numel(), "rows": rows,
         "peers": {package: metadata.version(package) for package in ("monai", "openvino", "nnunetv2")},
     })  # fmt: skip

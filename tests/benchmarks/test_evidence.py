@@ -62,7 +62,7 @@ def test_the_floor_counts_what_has_to_be_done(tmp_path):
     unmirrored = Waterfall(tmp_path / "again", model, scan, "cpu", mirror=False).floor()
     assert found["operations"] == len(waterfall.window.views) * unmirrored["operations"]
     assert found["bytes"] == unmirrored["bytes"]
-    assert found["network_s"] * found["matmul_operations_per_s"] == pytest.approx(found["operations"])
+    assert found["network_s"] * found["operations_per_s"] == pytest.approx(found["operations"])
 
 
 @pytest.mark.filterwarnings("ignore")  # of MONAI about torch
