@@ -76,7 +76,7 @@ def monai(network: InferenceNetwork, patch: tuple[int, ...], views: tuple[View, 
 
 
 def openvino_naive(network: InferenceNetwork, patch: tuple[int, ...], channels: int, views: tuple[View, ...]) -> Logits:
-    """OpenVINO's conversion and compilation with nothing set, so in bf16 where a processor has it; numpy adds tiles up."""
+    """OpenVINO's conversion and compilation with nothing set, so in bf16 where a processor has it; numpy adds up."""
     import openvino
 
     converted = openvino.convert_model(network, example_input=torch.zeros(1, channels, *patch))
