@@ -228,15 +228,20 @@ def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
     Convolutions with an odd number of taps keep the size of what they are given, or divide it by their stride; pooling
     and transposed convolutions go by the stride alone.
     """
-    arguments = architecture.arguments
-    norm, activation = (str(arguments.get(key)).rpartition(".")[2] for key in ("norm_op", "nonlin"))
+    arguments, axes = architecture.arguments, len(patch_size)
+    names = [str(arguments.get(key)).rpartition(".")[2] for key in ("conv_op", "norm_op", "dropout_op", "nonlin")]
+    ordinary = zip(
+        names,
+        ((f"Conv{axes}d",), (f"InstanceNorm{axes}d",), ("None", f"Dropout{axes}d"), ("LeakyReLU", "ReLU")),
+        strict=True,
+    )
     kernels, strides = (arguments.get(key) for key in ("kernel_sizes", "strides"))
     if (
-        norm not in ("InstanceNorm2d", "InstanceNorm3d")
-        or activation not in ("LeakyReLU", "ReLU")
-        or not _are_sizes(kernels, len(patch_size))
-        or not _are_sizes(strides, len(patch_size))
+        any(name not in choice for name, choice in ordinary)
+        or not _are_sizes(kernels, axes)
+        or not _are_sizes(strides, axes)
         or any(taps % 2 == 0 for stage in kernels for taps in stage)
+        or set(strides[0]) != {1}
     ):
         return False
     overall = [math.prod(along) for along in zip(*strides, strict=True)]
@@ -247,9 +252,13 @@ def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
 
 def _are_sizes(given: Any, axes: int) -> TypeGuard[list[list[int]]]:
     """Whether these are positive numbers for each axis of each stage."""
-    return isinstance(given, list) and all(
-        isinstance(stage, list) and len(stage) == axes and all(type(size) is int and size > 0 for size in stage)
-        for stage in given
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(
+            isinstance(stage, list) and len(stage) == axes and all(type(size) is int and size > 0 for size in stage)
+            for stage in given
+        )
     )
 
 
