@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .agreement import Agreement, measure_agreement
 from .backends import Backend, NetworkOutput
-from .backends.choose import choose_backend, choose_device, choose_precision
+from .backends.choose import choose_device, choose_precision, usable_backends
 from .backends.openvino import OpenVinoBackend
 from .backends.quantization import INT8_FLOOR
 from .backends.tensorrt import TensorRtBackend
@@ -101,12 +101,12 @@ def build(
     if is_bundle(model):
         raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
     if compute_capabilities:
-        target, precision, chosen = _choose_for_gpus(compute_capabilities, backend, precision)
+        target, precision, usable = _choose_for_gpus(compute_capabilities, backend, precision)
         machine = describe_gpus(compute_capabilities)
     else:
         target = choose_device(device)
         precision = choose_precision(precision, target)
-        chosen = choose_backend(backend, target, precision)
+        usable = usable_backends(backend, target, precision)
         machine = describe_machine(target)
         if precision != "fp32" and not calibration:
             raise ValueError(
@@ -124,12 +124,19 @@ def build(
     measured = (calibration[1::2] or calibration) if int8 else calibration
     floor = FLOORS[precision] if floor is None else floor
     # Where int8 disappoints on those others, the recipe that agrees best is tried too.
-    attempts: list[Backend] = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else [chosen]
+    attempts: list[Backend] = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else usable
     with new_bundle(out) as aside:
         tiles = _calibration_tiles(loaded, calibration[::2], target) if int8 else _example(loaded, target)
-        plan = plan_bundle(loaded, source_hashes(loaded, checkpoint), chosen, precision, machine)
+        hashes = source_hashes(loaded, checkpoint)
         for attempt in attempts:
-            manifest = compile_model(loaded, plan, attempt, tiles, aside)
+            plan = plan_bundle(loaded, hashes, attempt, precision, machine)
+            try:
+                manifest = compile_model(loaded, plan, attempt, tiles, aside)
+            except BackendUnavailable as error:
+                if attempt is attempts[-1]:
+                    raise
+                logger.info("%s; going on without it", error)
+                continue
             if not calibration:
                 break
             reference = Engine.load(
@@ -147,7 +154,8 @@ def build(
                 reference, Engine.load(aside, device=device, mirror=False), measured, calibration_name
             )
             logger.info("%s: %s", out, agreement)
-            if agreement.lowest_dice is not None and agreement.lowest_dice < floor and attempt is not attempts[-1]:
+            disappoints = agreement.lowest_dice is not None and agreement.lowest_dice < floor
+            if int8 and disappoints and attempt is not attempts[-1]:
                 (aside / MANIFEST).unlink()
                 continue
             _check_floor(agreement, floor, precision)
@@ -158,7 +166,7 @@ def build(
 
 def _choose_for_gpus(
     compute_capabilities: Sequence[str], backend: str, precision: str
-) -> tuple[torch.device, str, Backend]:
+) -> tuple[torch.device, str, list[Backend]]:
     """Choose what builds for GPUs that are not here: TensorRT, traced on the CPU."""
     if backend not in ("auto", "tensorrt"):
         raise ValueError(f"for GPUs that are not here only tensorrt can build, not {backend}")
@@ -166,7 +174,7 @@ def _choose_for_gpus(
     target = torch.device("cpu")
     if (reason := chosen.unavailable(target, precision)) is not None:
         raise BackendUnavailable(f"tensorrt cannot build here: {reason}")
-    return target, precision, chosen
+    return target, precision, [chosen]
 
 
 def build_whole_path(

@@ -44,7 +44,7 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
         try:
             return _opened_by(candidate, model, checkpoint, precision, target)
         except BackendUnavailable as error:
-            # A model that is not for the kernels is nothing to worry about; a compiler that fails may be.
+            # A model that is not for the kernels is nothing to worry about, a failing compiler is.
             logger.log(logging.WARNING if candidate.compiles else logging.INFO, "%s; going on without it", error)
     return _opened_by(last, model, checkpoint, precision, target)
 

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
-@lru_cache(maxsize=1)
 def compile_library(folder: Path) -> ctypes.CDLL:
     """Compile for this machine's processor, or take what was compiled before.
 
@@ -48,15 +46,27 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     about = _run([command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256("\n".join([about, *FLAGS, SOURCE.read_text()]).encode()).hexdigest()[:16]
     path = folder / f"convolution-{key}.so"
-    if not path.exists():
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # it is not there, or was made against another C library
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as aside:
             made = Path(aside) / path.name
             _run([command, *FLAGS, "-o", str(made), str(SOURCE)])
+            with made.open("rb") as written:
+                os.fsync(written.fileno())  # half a library would end the process that loads it
             made.replace(path)
-    library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     library.nnturbo_weights_size.restype = ctypes.c_int64
+    for name in ("transform_weights", "convolve", "convolve_directly", "spread", "project", "normalise"):
+        getattr(library, f"nnturbo_{name}").errcheck = _checked
     return library
+
+
+def _checked(result: int, function: Any, arguments: Any) -> int:
+    if result:
+        raise MemoryError(f"{function.__name__} needs more memory than there is")
+    return result
 
 
 def _run(command: Sequence[str]) -> str:
@@ -115,10 +125,11 @@ class Kernels:
 
     def transform_weights(self, weight: Tensor) -> Tensor:
         """Make what `convolve` takes of (out, in, 3 or 1, 3, 3): four times as much."""
+        weight = weight.contiguous()
         outputs, inputs, taps = weight.shape[:3]
         sizes = [ctypes.c_int64(n) for n in (taps, inputs, outputs)]
         transformed = torch.empty(self.library.nnturbo_weights_size(*sizes))
-        self.library.nnturbo_transform_weights(*sizes, _at(weight.contiguous()), _at(transformed))
+        self.library.nnturbo_transform_weights(*sizes, _at(weight), _at(transformed))
         return transformed
 
     def convolve(
@@ -257,4 +268,6 @@ def _numbers(values: Sequence[int]) -> Any:
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"the kernels compute in float32, got {tensor.dtype}")
     return ctypes.c_void_p(tensor.data_ptr())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from ..inference import InferenceNetwork, inference_network, only_spreads, repla
 from ..model import Model
 from . import NetworkOutput
 from .torch import TorchBackend
+
+logger = logging.getLogger(__name__)
 
 LEAST_VOXELS = 2048
 """Of the output of a convolution that is transformed: below, its weights take more than its voxels."""
@@ -247,6 +251,24 @@ class NativeRunner:
         return outputs
 
 
+@lru_cache(maxsize=1)
+def compiled_kernels() -> Kernels:
+    """Compile the kernels for this machine, or take those that were compiled before.
+
+    Raises:
+        BackendUnavailable: Where that fails.
+    """
+    try:
+        root = cache_root()
+        if root is not None:
+            return Kernels(compile_library(root / "kernels"))
+        with tempfile.TemporaryDirectory(prefix="nnturbo-") as folder:
+            return Kernels(compile_library(Path(folder)))
+    except OSError as error:
+        logger.warning("nnturbo's kernels cannot be compiled here: %s", error)
+        raise BackendUnavailable(f"the native backend cannot be compiled here: {error}") from error
+
+
 class NativeBackend(TorchBackend):
     """nnturbo's kernels, compiled for the processor at hand when they are first used."""
 
@@ -260,11 +282,12 @@ class NativeBackend(TorchBackend):
             return f"it runs in fp32, not in {precision}"
         return None if compiler() else "it needs a C++ compiler, such as g++"
 
+    def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
+        """Write each fold as a checkpoint, if the kernels can run the network."""
+        with_native_kernels(inference_network(model), compiled_kernels())
+        super().build(model, tiles, precision, folder)
+
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> Any:
         """Prepare the network's weights, and compile the kernels if they are not there yet."""
-        try:
-            folder_of_kernels = (cache_root() or Path(tempfile.mkdtemp(prefix="nnturbo-"))) / "kernels"
-            kernels = Kernels(compile_library(folder_of_kernels))
-        except OSError as error:
-            raise BackendUnavailable(f"the native backend cannot be compiled here: {error}") from error
+        kernels = compiled_kernels()
         return NativeRunner(with_native_kernels(inference_network(self.whole(model, folder)), kernels), kernels)

@@ -16,11 +16,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__GLIBC__)
@@ -53,7 +56,11 @@ class Crew {
     if (static_cast<int>(threads_.size()) == count - 1) return;
     stop();
     stopped_ = false;
-    for (int index = 1; index < count; ++index) threads_.emplace_back([this, seen = turn_] { wait(seen); });
+    try {
+      for (int index = 1; index < count; ++index) threads_.emplace_back([this, seen = turn_] { wait(seen); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that are there do the work.
+    }
   }
 
   void run(std::int64_t tasks, const std::function<void(std::int64_t)>& task) {
@@ -70,6 +77,7 @@ class Crew {
     take(task, tasks);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
   std::int64_t size() const { return static_cast<std::int64_t>(threads_.size()) + 1; }
@@ -88,7 +96,13 @@ class Crew {
   }
 
   void take(const std::function<void(std::int64_t)>& task, std::int64_t tasks) {
-    for (std::int64_t index; (index = next_.fetch_add(1)) < tasks;) task(index);
+    try {
+      for (std::int64_t index; (index = next_.fetch_add(1)) < tasks;) task(index);
+    } catch (...) {
+      next_ = tasks;  // nobody goes on
+      std::lock_guard<std::mutex> lock(mutex_);
+      failure_ = std::current_exception();
+    }
   }
 
   void wait(std::uint64_t seen) {
@@ -120,6 +134,7 @@ class Crew {
   std::atomic<std::int64_t> next_{0};
   int busy_ = 0;
   std::uint64_t turn_ = 0;
+  std::exception_ptr failure_;
   bool stopped_ = false;
 };
 
@@ -508,6 +523,17 @@ void direct_rows(const Direct& of, std::int64_t z, std::int64_t first_y, std::in
 
 constexpr std::int64_t VOXELS_AT_ONCE = 1024;
 
+// 0, or 1 where there is too little memory: exceptions end here.
+template <class Work>
+int guarded(const Work& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -531,130 +557,142 @@ std::int64_t nnturbo_weights_size(std::int64_t taps, std::int64_t inputs, std::i
 }
 
 // From (outputs, inputs, taps, 3, 3) to panels of COLUMNS outputs for each position.
-void nnturbo_transform_weights(std::int64_t taps, std::int64_t inputs, std::int64_t outputs, const float* from,
-                               float* to) {
-  static const double G[IN][3] = {{1.0 / 4, 0, 0},           {-1.0 / 6, -1.0 / 6, -1.0 / 6}, {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                  {1.0 / 24, 1.0 / 12, 1.0 / 6}, {1.0 / 24, -1.0 / 12, 1.0 / 6}, {0, 0, 1}};
-  const std::int64_t panels = whole_panels(outputs) / COLUMNS;
-  crew().run(panels, [&](std::int64_t panel) {
-    for (std::int64_t lane = 0; lane < COLUMNS; ++lane)
-      for (std::int64_t input = 0; input < inputs; ++input) {
-        const std::int64_t output = panel * COLUMNS + lane;
-        const float* kernel = from + (output * inputs + input) * taps * 9;
-        for (int i = 0; i < IN; ++i)
-          for (int j = 0; j < IN; ++j)
-            for (int tap = 0; tap < taps; ++tap) {
-              // With three taps along z, those along x are left; with one, none are.
-              double sum = 0;
-              for (int one = 0; one < (output < outputs ? 3 : 0); ++one)
-                for (int other = 0; other < 3; ++other)
-                  sum += G[i][one] * G[j][other] * kernel[taps == 3 ? (one * 3 + other) * 3 + tap : one * 3 + other];
-              const std::int64_t position = i * IN + j;
-              to[((position * panels + panel) * taps * inputs + tap * inputs + input) * COLUMNS + lane] =
-                  static_cast<float>(sum);
-            }
-      }
+int nnturbo_transform_weights(std::int64_t taps, std::int64_t inputs, std::int64_t outputs, const float* from,
+                              float* to) {
+  return guarded([&] {
+    static const double G[IN][3] = {{1.0 / 4, 0, 0},           {-1.0 / 6, -1.0 / 6, -1.0 / 6}, {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                    {1.0 / 24, 1.0 / 12, 1.0 / 6}, {1.0 / 24, -1.0 / 12, 1.0 / 6}, {0, 0, 1}};
+    const std::int64_t panels = whole_panels(outputs) / COLUMNS;
+    crew().run(panels, [&](std::int64_t panel) {
+      for (std::int64_t lane = 0; lane < COLUMNS; ++lane)
+        for (std::int64_t input = 0; input < inputs; ++input) {
+          const std::int64_t output = panel * COLUMNS + lane;
+          const float* kernel = from + (output * inputs + input) * taps * 9;
+          for (int i = 0; i < IN; ++i)
+            for (int j = 0; j < IN; ++j)
+              for (int tap = 0; tap < taps; ++tap) {
+                // With three taps along z, those along x are left; with one, none are.
+                double sum = 0;
+                for (int one = 0; one < (output < outputs ? 3 : 0); ++one)
+                  for (int other = 0; other < 3; ++other)
+                    sum += G[i][one] * G[j][other] * kernel[taps == 3 ? (one * 3 + other) * 3 + tap : one * 3 + other];
+                const std::int64_t position = i * IN + j;
+                to[((position * panels + panel) * taps * inputs + tap * inputs + input) * COLUMNS + lane] =
+                    static_cast<float>(sum);
+              }
+        }
+    });
   });
 }
 
 // Convolve (z, y, x, inputs), taken from two tensors one after the other, with zeros around it. The first may be none and
 // `coarse` in its place, to be spread by `stride` (see nnturbo_spread); `to` may be the last one.
-void nnturbo_convolve(std::int64_t taps, std::int64_t z, std::int64_t y, std::int64_t x, const float* one,
-                      std::int64_t channels_one, const float* other, std::int64_t channels_other,
-                      std::int64_t outputs, const float* weights, const float* bias, float* to, const float* coarse,
-                      std::int64_t channels_coarse, const std::int64_t* stride, const float* spread_weights,
-                      const float* spread_bias) {
-  const Convolution of{{{one, channels_one}, {other, channels_other}}, z, y, x, outputs, weights, bias, to, 0, z};
-  Spread finer{};
-  if (coarse)
-    finer = {coarse, {z / stride[0], y / stride[1], x / stride[2]}, {stride[0], stride[1], stride[2]}, channels_coarse,
-             channels_one, spread_weights, spread_bias};
-  taps == 3 ? convolve<true>(of, coarse ? &finer : nullptr) : convolve<false>(of, coarse ? &finer : nullptr);
+int nnturbo_convolve(std::int64_t taps, std::int64_t z, std::int64_t y, std::int64_t x, const float* one,
+                     std::int64_t channels_one, const float* other, std::int64_t channels_other,
+                     std::int64_t outputs, const float* weights, const float* bias, float* to, const float* coarse,
+                     std::int64_t channels_coarse, const std::int64_t* stride, const float* spread_weights,
+                     const float* spread_bias) {
+  return guarded([&] {
+    const Convolution of{{{one, channels_one}, {other, channels_other}}, z, y, x, outputs, weights, bias, to, 0, z};
+    Spread finer{};
+    if (coarse)
+      finer = {coarse, {z / stride[0], y / stride[1], x / stride[2]}, {stride[0], stride[1], stride[2]}, channels_coarse,
+               channels_one, spread_weights, spread_bias};
+    taps == 3 ? convolve<true>(of, coarse ? &finer : nullptr) : convolve<false>(of, coarse ? &finer : nullptr);
+  });
 }
 
 // Weights are (panels, taps, inputs, COLUMNS).
-void nnturbo_convolve_directly(const std::int64_t* size, const std::int64_t* taps, const std::int64_t* stride,
-                               std::int64_t inputs, std::int64_t outputs, const float* from, const float* weights,
-                               const float* bias, float* to) {
-  const std::vector<float> zeros(size[2] * inputs, 0.0f);
-  Direct of{from, {}, inputs, {}, {}, outputs, weights, bias, to, zeros.data()};
-  std::copy(size, size + 3, of.size);
-  std::copy(taps, taps + 3, of.taps);
-  std::copy(stride, stride + 3, of.stride);
-  const std::int64_t rows = of.out(1), lines = std::clamp<std::int64_t>(ROWS_AT_ONCE / of.out(2), 1, rows);
-  const std::int64_t blocks = (rows + lines - 1) / lines;
-  crew().run(of.out(0) * blocks, [&](std::int64_t index) {
-    const std::int64_t first = index % blocks * lines;
-    direct_rows(of, index / blocks, first, std::min(rows, first + lines));
+int nnturbo_convolve_directly(const std::int64_t* size, const std::int64_t* taps, const std::int64_t* stride,
+                              std::int64_t inputs, std::int64_t outputs, const float* from, const float* weights,
+                              const float* bias, float* to) {
+  return guarded([&] {
+    const std::vector<float> zeros(size[2] * inputs, 0.0f);
+    Direct of{from, {}, inputs, {}, {}, outputs, weights, bias, to, zeros.data()};
+    std::copy(size, size + 3, of.size);
+    std::copy(taps, taps + 3, of.taps);
+    std::copy(stride, stride + 3, of.stride);
+    const std::int64_t rows = of.out(1), lines = std::clamp<std::int64_t>(ROWS_AT_ONCE / of.out(2), 1, rows);
+    const std::int64_t blocks = (rows + lines - 1) / lines;
+    crew().run(of.out(0) * blocks, [&](std::int64_t index) {
+      const std::int64_t first = index % blocks * lines;
+      direct_rows(of, index / blocks, first, std::min(rows, first + lines));
+    });
   });
 }
 
 // Each input voxel becomes `stride` output voxels; weights are (stride, panels, inputs, COLUMNS).
-void nnturbo_spread(const std::int64_t* size, const std::int64_t* stride, std::int64_t inputs, std::int64_t outputs,
-                    const float* from, const float* weights, const float* bias, float* to) {
-  const Spread of{from, {size[0], size[1], size[2]}, {stride[0], stride[1], stride[2]}, inputs, outputs, weights, bias};
-  spread(of, 0, size[0] * stride[0], to);
+int nnturbo_spread(const std::int64_t* size, const std::int64_t* stride, std::int64_t inputs, std::int64_t outputs,
+                   const float* from, const float* weights, const float* bias, float* to) {
+  return guarded([&] {
+    const Spread of{from, {size[0], size[1], size[2]}, {stride[0], stride[1], stride[2]}, inputs, outputs, weights, bias};
+    spread(of, 0, size[0] * stride[0], to);
+  });
 }
 
 // One output channel after the other, (outputs, z, y, x), of each voxel by itself; weights are (panels, inputs, COLUMNS),
 // biases as many as panels have columns.
-void nnturbo_project(std::int64_t voxels, std::int64_t inputs, std::int64_t outputs, const float* from,
-                     const float* weights, const float* bias, float* to) {
-  crew().run((voxels + VOXELS_AT_ONCE - 1) / VOXELS_AT_ONCE, [&](std::int64_t task) {
-    const std::int64_t start = task * VOXELS_AT_ONCE, count = std::min(voxels - start, VOXELS_AT_ONCE);
-    float* const rows = scratch(count * COLUMNS);
-    const float* const values = from + start * inputs;
-    for (std::int64_t column = 0; column < outputs; column += COLUMNS) {
-      multiply_rows({&values, 1, inputs, weights + column * inputs, inputs, bias + column, rows, COLUMNS, COLUMNS}, 0, count);
-      for (std::int64_t lane = 0; lane < std::min<std::int64_t>(COLUMNS, outputs - column); ++lane)
-        for (std::int64_t voxel = 0; voxel < count; ++voxel)
-          to[(column + lane) * voxels + start + voxel] = rows[voxel * COLUMNS + lane];
-    }
+int nnturbo_project(std::int64_t voxels, std::int64_t inputs, std::int64_t outputs, const float* from,
+                    const float* weights, const float* bias, float* to) {
+  return guarded([&] {
+    crew().run((voxels + VOXELS_AT_ONCE - 1) / VOXELS_AT_ONCE, [&](std::int64_t task) {
+      const std::int64_t start = task * VOXELS_AT_ONCE, count = std::min(voxels - start, VOXELS_AT_ONCE);
+      float* const rows = scratch(count * COLUMNS);
+      const float* const values = from + start * inputs;
+      for (std::int64_t column = 0; column < outputs; column += COLUMNS) {
+        multiply_rows({&values, 1, inputs, weights + column * inputs, inputs, bias + column, rows, COLUMNS, COLUMNS}, 0, count);
+        for (std::int64_t lane = 0; lane < std::min<std::int64_t>(COLUMNS, outputs - column); ++lane)
+          for (std::int64_t voxel = 0; voxel < count; ++voxel)
+            to[(column + lane) * voxels + start + voxel] = rows[voxel * COLUMNS + lane];
+      }
+    });
   });
 }
 
 // Normalise each channel over all voxels, add a residual where there is one, and damp negative values by `slope`.
-void nnturbo_normalise(std::int64_t voxels, std::int64_t channels, const float* scale, const float* shift, float epsilon,
-                       const float* residual, float slope, float* values) {
-  const std::int64_t tasks = (voxels + VOXELS_AT_ONCE - 1) / VOXELS_AT_ONCE;
-  std::vector<float> partial_sums(tasks * 2 * channels, 0.0f);
-  // Around the first voxel's value, so that large means do not drown small variances.
-  const std::vector<float> around(values, values + channels);
-  crew().run(tasks, [&](std::int64_t task) {
-    float* partial = partial_sums.data() + task * 2 * channels;
-    const std::int64_t end = std::min(voxels, (task + 1) * VOXELS_AT_ONCE);
-    for (std::int64_t channel = 0; channel < channels; channel += LANES) {
-      const Vector middle = load(around.data() + channel);
-      Vector sum{}, squares{};
-      for (std::int64_t voxel = task * VOXELS_AT_ONCE; voxel < end; ++voxel) {
-        const Vector value = load(values + voxel * channels + channel) - middle;
-        sum += value;
-        squares += value * value;
-      }
-      store(partial + channel, sum);
-      store(partial + channels + channel, squares);
-    }
-  });
-  std::vector<double> sums(2 * channels, 0.0);
-  for (std::int64_t task = 0; task < tasks; ++task)
-    for (std::int64_t index = 0; index < 2 * channels; ++index) sums[index] += partial_sums[task * 2 * channels + index];
-  std::vector<float> by(channels), plus(channels);
-  for (std::int64_t channel = 0; channel < channels; ++channel) {
-    const double mean = sums[channel] / voxels;
-    const double variance = std::max(0.0, sums[channels + channel] / voxels - mean * mean);
-    const double factor = scale[channel] / std::sqrt(variance + epsilon);
-    by[channel] = static_cast<float>(factor);
-    plus[channel] = static_cast<float>(shift[channel] - (mean + around[channel]) * factor);
-  }
-  crew().run(tasks, [&](std::int64_t task) {
-    const std::int64_t end = std::min(voxels, (task + 1) * VOXELS_AT_ONCE);
-    for (std::int64_t voxel = task * VOXELS_AT_ONCE; voxel < end; ++voxel)
+int nnturbo_normalise(std::int64_t voxels, std::int64_t channels, const float* scale, const float* shift, float epsilon,
+                      const float* residual, float slope, float* values) {
+  return guarded([&] {
+    const std::int64_t tasks = (voxels + VOXELS_AT_ONCE - 1) / VOXELS_AT_ONCE;
+    std::vector<float> partial_sums(tasks * 2 * channels, 0.0f);
+    // Around the first voxel's value, so that large means do not drown small variances.
+    const std::vector<float> around(values, values + channels);
+    crew().run(tasks, [&](std::int64_t task) {
+      float* partial = partial_sums.data() + task * 2 * channels;
+      const std::int64_t end = std::min(voxels, (task + 1) * VOXELS_AT_ONCE);
       for (std::int64_t channel = 0; channel < channels; channel += LANES) {
-        const std::int64_t at = voxel * channels + channel;
-        Vector value = load(values + at) * load(by.data() + channel) + load(plus.data() + channel);
-        if (residual) value += load(residual + at);
-        store(values + at, value > 0.0f ? value : value * slope);
+        const Vector middle = load(around.data() + channel);
+        Vector sum{}, squares{};
+        for (std::int64_t voxel = task * VOXELS_AT_ONCE; voxel < end; ++voxel) {
+          const Vector value = load(values + voxel * channels + channel) - middle;
+          sum += value;
+          squares += value * value;
+        }
+        store(partial + channel, sum);
+        store(partial + channels + channel, squares);
       }
+    });
+    std::vector<double> sums(2 * channels, 0.0);
+    for (std::int64_t task = 0; task < tasks; ++task)
+      for (std::int64_t index = 0; index < 2 * channels; ++index) sums[index] += partial_sums[task * 2 * channels + index];
+    std::vector<float> by(channels), plus(channels);
+    for (std::int64_t channel = 0; channel < channels; ++channel) {
+      const double mean = sums[channel] / voxels;
+      const double variance = std::max(0.0, sums[channels + channel] / voxels - mean * mean);
+      const double factor = scale[channel] / std::sqrt(variance + epsilon);
+      by[channel] = static_cast<float>(factor);
+      plus[channel] = static_cast<float>(shift[channel] - (mean + around[channel]) * factor);
+    }
+    crew().run(tasks, [&](std::int64_t task) {
+      const std::int64_t end = std::min(voxels, (task + 1) * VOXELS_AT_ONCE);
+      for (std::int64_t voxel = task * VOXELS_AT_ONCE; voxel < end; ++voxel)
+        for (std::int64_t channel = 0; channel < channels; channel += LANES) {
+          const std::int64_t at = voxel * channels + channel;
+          Vector value = load(values + at) * load(by.data() + channel) + load(plus.data() + channel);
+          if (residual) value += load(residual + at);
+          store(values + at, value > 0.0f ? value : value * slope);
+        }
+    });
   });
 }
 

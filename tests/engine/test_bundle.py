@@ -423,7 +423,7 @@ class TestAgreement:
 
     def test_int8_is_measured_on_scans_that_did_not_calibrate_it(self, model, tmp_path, monkeypatch):
         calibrated, measured = [], []
-        monkeypatch.setattr(compilation, "choose_backend", lambda *_: backends()["torch"])
+        monkeypatch.setattr(compilation, "usable_backends", lambda *_: [backends()["torch"]])
         monkeypatch.setattr(
             compilation,
             "_calibration_tiles",

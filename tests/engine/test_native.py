@@ -9,6 +9,7 @@ from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, native
 from nnturbo.engine.backends.native import Decoder, NativeBackend
 from nnturbo.engine.backends.torch import TorchBackend
+from nnturbo.engine.bundle import read_manifest
 from nnturbo.engine.model import read_model
 from nnturbo.kernels.convolution import compiler
 
@@ -112,15 +113,28 @@ class TestChoice:
         monkeypatch.setattr(native, "compiler", lambda: None)
         assert "C++ compiler" in str(backend.unavailable(CPU, "fp32"))
 
-    def test_a_compiler_that_fails_leaves_it_to_others(self, tmp_path, monkeypatch):
+    def test_a_compiler_that_fails_leaves_it_to_others(self, tmp_path, monkeypatch, caplog):
         def fails(folder):
             raise OSError("no such header")
 
         monkeypatch.setattr(native, "compile_library", fails)
+        monkeypatch.setattr(native, "compiled_kernels", native.compiled_kernels.__wrapped__)
         model = write_model(tmp_path / "m", plans=plans())
         with pytest.raises(BackendUnavailable, match="cannot be compiled here: no such header"):
             Engine.load(model, device="cpu", backend="native")
         assert Engine.load(model, device="cpu").provenance["backend"] == "torch"
+        assert "nnturbo's kernels cannot be compiled here: no such header" in caplog.text
+
+
+def test_a_bundle_is_built_by_another_backend_where_the_kernels_cannot_run_the_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(choose.AUTOMATIC, "cpu", ("native", "torch"))
+    model = write_model(tmp_path / "m", plans=plans_2d())
+    bundle = build(model, tmp_path / "bundle", device="cpu")
+    assert read_manifest(bundle).backend == "torch"
+    assert Engine.load(bundle, device="cpu").provenance["backend"] == "torch"
+    with pytest.raises(BackendUnavailable, match="channels are multiples of"):
+        build(model, tmp_path / "other", device="cpu", backend="native")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_bundle_gives_the_labels_of_the_model(tmp_path):
