@@ -120,12 +120,13 @@ def measure(name: str, model: Model, rounds: int, precisions: list[str], folder:
         way, bundle = f"{backend} {precision}", folder / f"{backend}-{precision}"
         try:
             row: dict[str, Any] = {"build_s": build(model, hashes, backend, precision, tile, bundle)}
+            row |= alone(bundle)
+            runners[way] = load(bundle)
         except EngineError as error:
             print(f"{name} {way}: {error}")
             continue
         row["file_bytes"] = sum(file.stat().st_size for file in bundle.iterdir())
-        rows[way] = {"model": name, "way": way, **row, **alone(bundle)}
-        runners[way] = load(bundle)
+        rows[way] = {"model": name, "way": way, **row}
         print(f"{name} {way}: built in {row['build_s']:.1f} s", flush=True)
     expected = runners[STOCK](tile).seg_logits.argmax(1)
     samples: dict[str, list[float]] = {way: [] for way in runners}
@@ -154,8 +155,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    # What is known of other models stays.
-    kept = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    stored = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"rows": []}
+    if stored.get("machine", machine()["machine"]) != machine()["machine"]:
+        parser.error(f"{options.json} holds what another machine measured: give another file")
+    kept = stored["rows"]  # what is known of other models stays
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folders = {network: write_task_model(folder / network, network) for network in options.models}

@@ -52,6 +52,10 @@ def _benchmark(options: argparse.Namespace) -> int:
             "without -m and -i the demo model of the source folder is measured as it is; run it there, without "
             "--bundle and --disable_tta, or give -m and -i"
         )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no such folder")
+    if options.quick and options.m:
+        raise ValueError("--quick is for the measurement without a model; give --rounds 1 with -m and -i")
     results = []
 
     def given(folder: Path) -> Iterator[tuple[str, Path, Path, bool]]:

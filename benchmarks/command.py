@@ -108,6 +108,7 @@ def compare(
         audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.labels, ending)
         if multi_task:
             audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
+        ran = json.loads((outputs["nnturbo"] / "predictions.json").read_text())["cases"][0]["provenance"]
     medians = {
         what: {side: statistics.median(getattr(run, what) for run in taken[1:]) for side, taken in runs.items()}
         for what in ("seconds", "cpu_seconds", "peak_bytes", *(GPU_MEMORY if device != "cpu" else ()))
@@ -119,6 +120,7 @@ def compare(
         "mirroring": mirror,
         "device": device,
         "bundle": _bundle(bundle),
+        "backend": f"{ran['backend']} {ran['precision']}",
         "arguments": list(arguments),
         "order": order,
         "ratio": medians["seconds"]["stock"] / medians["seconds"]["nnturbo"],
@@ -152,8 +154,9 @@ def compare_labels(
     for name in names[0]:
         images = [sitk.ReadImage(str(folder / name)) for folder in (stock, nnturbo)]
         one, other = (sitk.GetArrayFromImage(image) for image in images)
-        if one.shape != other.shape or not np.allclose(images[0].GetOrigin(), images[1].GetOrigin(), atol=1e-3):
-            raise RuntimeError(f"{name}: both sides must be on the same grid, got {one.shape} and {other.shape}")
+        grids = [[*image.GetSize(), *image.GetSpacing(), *image.GetOrigin(), *image.GetDirection()] for image in images]
+        if len(grids[0]) != len(grids[1]) or not np.allclose(*grids, atol=1e-3):
+            raise RuntimeError(f"{name}: both sides must be on the same grid, got {grids[0]} and {grids[1]}")
         voxels += one.size
         differing += int(np.count_nonzero(one != other))
         for label, counts in sizes.items():

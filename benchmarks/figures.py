@@ -27,6 +27,7 @@ STAGE_COLOURS = {
     "labels": "#009E73",
     "write": "#CC79A7",
 }
+SIDE_COLOURS, SIDE_NAMES = {"stock": "#D55E00", "nnturbo": "#0072B2"}, {"stock": "nnU-Net", "nnturbo": "nnturbo"}
 
 
 def waterfall(result: dict[str, Any]) -> Figure:
@@ -60,7 +61,34 @@ def waterfall(result: dict[str, Any]) -> Figure:
     return figure
 
 
-DRAWN: dict[str, Callable[[dict[str, Any]], Figure]] = {"waterfall": waterfall}
+def growth(result: dict[str, Any]) -> Figure:
+    """Draw time and memory against size, with the fitted lines."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    grows = list(result["lines"])
+    figure = Figure(figsize=(2.6 * len(grows), 5), layout="constrained")
+    panels = figure.subplots(2, len(grows))
+    for column, what in enumerate(grows):
+        rows = [row for row in result["rows"] if row["what"] == what]
+        sizes = np.array([row[what] for row in rows])
+        for axes, key, per, unit in zip(
+            panels[:, column], ("seconds", "peak_bytes"), (1, 2**30), ("seconds", "peak memory, GiB"), strict=True
+        ):
+            for side, colour in SIDE_COLOURS.items():
+                line = result["lines"][what][side][key]
+                axes.plot(sizes, [row[side][key] / per for row in rows], "o", color=colour, label=SIDE_NAMES[side])
+                axes.plot(sizes, (line["slope"] * sizes + line["intercept"]) / per, color=colour, linewidth=1)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel(what)
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(unit)
+    panels[0, 0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+DRAWN: dict[str, Callable[[dict[str, Any]], Figure]] = {"waterfall": waterfall, "growth": growth}
 
 
 def source_of(name: str) -> str:

@@ -58,13 +58,14 @@ def stock(model: Path, mirror: bool) -> Logits:
     return lambda scan: predictor.predict_logits_from_preprocessed_data(scan).float()
 
 
-def monai(network: InferenceNetwork, patch: tuple[int, ...], views: tuple[View, ...]) -> Logits:
-    """MONAI's sliding window, with all views of a tile in one batch."""
+def monai(network: InferenceNetwork, patch: tuple[int, ...], views: tuple[View, ...], batched: bool) -> Logits:
+    """MONAI's sliding window, with all views of a tile in one batch, or one after the other."""
     from monai.inferers.utils import sliding_window_inference
 
     def averaged(tiles: Tensor) -> Tensor:
         axes = [[axis + 2 for axis in view] for view in views]
-        logits = network(torch.cat([tiles.flip(flips) for flips in axes]))[0].split(len(tiles))
+        flipped = [tiles.flip(flips) for flips in axes]
+        logits = network(torch.cat(flipped))[0].split(len(tiles)) if batched else [network(of)[0] for of in flipped]
         return torch.stack([of.flip(flips) for of, flips in zip(logits, axes, strict=True)]).mean(0)
 
     def run(scan: Tensor) -> Tensor:
@@ -134,13 +135,16 @@ def main() -> None:
         scan = options.i or phantom.image
         found = read_model(model, folds=["0"])
         plan, network = found.plan, inference_network(found)
+        if len(plan.patch_size) != 3:
+            parser.error("the peers are compared on 3D models")
         views = mirror_views(found.mirror_axes) if not options.no_mirroring else ((),)
         case = preprocess(read_volume(scan, channels=plan.input_channels), plan, torch.device("cpu"))
         array = next(case.planes([(0, case.shape[0])]))
         window, outputs = SlidingWindow.of_plan(plan, views=views), plan.labels.num_outputs
         ways: dict[str, Logits] = {
             "nnU-Net": stock(model, not options.no_mirroring),
-            "MONAI": monai(network, plan.patch_size, views),
+            "MONAI": monai(network, plan.patch_size, views, batched=False),
+            "MONAI, batched": monai(network, plan.patch_size, views, batched=True),
             "OpenVINO, naive": openvino_naive(network, plan.patch_size, plan.input_channels, views),
         }
         used = {}

@@ -32,6 +32,13 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def instructions(stored: dict[str, Any]) -> str:
+    """What the processor that was measured on computes fast."""
+    names = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
+    features = stored["machine"]["cpu features"].split(", ")
+    return ", ".join(name for feature, name in names.items() if feature in features) or "AVX2"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Lay out a table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
@@ -188,7 +195,8 @@ def commands() -> str:
     """Whole commands against nnU-Net's."""
     rows = []
     for path in sorted(RESULTS.glob("benchmark_*.json")):
-        for result in load(path.stem)["results"]:
+        stored = load(path.stem)
+        for result in stored["results"]:
             seconds, peaks = result["median_s"], result["median_peak_bytes"]
             random_weights = result["dataset"] == DATASET
             dice = [of for of in result["dice"].values() if of is not None]
@@ -197,6 +205,7 @@ def commands() -> str:
                 [
                     f"{result['what']}{', mirrored' if result['mirroring'] else ''}"
                     f"{', bundle ' + result['bundle'] if result['bundle'] else ''}",
+                    instructions(stored),
                     f"{seconds['stock']:.1f} s",
                     f"{seconds['nnturbo']:.1f} s",
                     f"{result['ratio']:.1f} x",
@@ -206,7 +215,7 @@ def commands() -> str:
                     "random weights" if random_weights else f"{min(dice):.4f}" if dice else "-",
                 ]
             )
-    header = ["whole command, two CPU cores", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's",
+    header = ["whole command, two CPU cores", "with", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's",
               "differing", "Dice of the worst label"]  # fmt: skip
     return markdown(header, rows)
 
@@ -257,15 +266,17 @@ def loaders() -> str:
 
 def waterfall() -> str:
     """What each technique gains on one scan."""
-    rows = load("waterfall")["rows"]
+    result = load("waterfall")
     table = []
-    for row in rows:
+    for row in result["rows"]:
         stages = row["stages_s"]
         table.append([
             row["step"], f"{row['median_s']:.1f} s", f"{row['ratio']:.2f} x", f"{row['peak_bytes'] / 2**30:.1f} GiB",
             *(f"{stages[stage]:.2f} s" if stage in stages else "" for stage in STAGE_COLOURS),
             f"{row['voxels_differing']} of {row['voxels']}",
         ])  # fmt: skip
+    floor = {"network": f"{result['floor']['network_s']:.2f} s"}
+    table.append(["floor", "", "", "", *(floor.get(stage, "") for stage in STAGE_COLOURS), ""])
     return markdown(["step", "one scan", "", "memory", *STAGE_COLOURS, "voxels with another label"], table)
 
 
@@ -285,6 +296,25 @@ def peers() -> str:
     return markdown(["scan on the network's grid to logits", "", "", "voxels with another label than nnU-Net"], rows)
 
 
+def growth() -> str:
+    """What one more of each costs, from fitted lines."""
+    result = load("growth")
+    table = []
+    for what, sides in result["lines"].items():
+        rows = [row for row in result["rows"] if row["what"] == what]
+        (stock_s, our_s), (stock_bytes, our_bytes) = (
+            [sides[side][key]["slope"] for side in ("stock", "nnturbo")] for key in ("seconds", "peak_bytes")
+        )
+        least_r2 = min(of["seconds"]["r2"] for of in sides.values())
+        table.append([
+            f"one more of {what}, {rows[0][what]} to {rows[-1][what]}",
+            f"{stock_s:.3f} s", f"{our_s:.3f} s", f"{stock_s / our_s:.1f} x",
+            f"{stock_bytes / 2**20:.1f} MiB", f"{our_bytes / 2**20:.1f} MiB", f"{least_r2:.3f}",
+        ])  # fmt: skip
+    header = ["", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's", "least r2 of the times"]
+    return markdown(header, table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
@@ -297,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "loaders": loaders,
     "waterfall": waterfall,
+    "growth": growth,
     "peers": peers,
 }
 

@@ -98,9 +98,10 @@ def _gpu_memory() -> Iterator[list[tuple[float, int]]]:
 
     def sample() -> None:
         assert watcher.stdout is not None  # it is a pipe
-        for line in watcher.stdout:
-            samples.append((time.perf_counter(), int(line) * 2**20))
-            begun.set()
+        with contextlib.suppress(ValueError):  # of a device that does not tell
+            for line in watcher.stdout:
+                samples.append((time.perf_counter(), int(line) * 2**20))
+                begun.set()
         begun.set()
 
     begun = threading.Event()
@@ -114,7 +115,7 @@ def _gpu_memory() -> Iterator[list[tuple[float, int]]]:
         try:
             begun.wait()
             if not samples:
-                raise RuntimeError(f"{' '.join(command)} said nothing")
+                raise RuntimeError(f"{' '.join(command)} gave no number")
             yield samples
         finally:
             watcher.terminate()

@@ -75,7 +75,8 @@ def test_peers_give_the_logits_of_one_tile(tmp_path):
     with torch.inference_mode():
         flips = [[axis + 2 for axis in view] for view in views]
         expected = torch.stack([network(scan[None].flip(axes))[0].flip(axes)[0] for axes in flips]).mean(0)
-    torch.testing.assert_close(monai(network, patch, views)(scan), expected, atol=1e-4, rtol=1e-4)
+    for batched in (False, True):
+        torch.testing.assert_close(monai(network, patch, views, batched)(scan), expected, atol=1e-4, rtol=1e-4)
     takes_bf16 = backends()["openvino"].unavailable(torch.device("cpu"), "bf16") is None
     close = 5e-2 if takes_bf16 else 1e-4
     torch.testing.assert_close(openvino_naive(network, patch, 1, views)(scan), expected, atol=close, rtol=close)
