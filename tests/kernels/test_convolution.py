@@ -1,5 +1,6 @@
 """nnturbo's convolutions on CPUs against torch's in float64."""
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -178,6 +179,18 @@ def test_a_process_that_was_forked_has_threads_of_its_own(kernels):
     assert here.poll(60)
     assert here.recv() == expected
     child.join()
+
+
+def test_too_little_memory_is_an_error_after_which_work_goes_on(kernels):
+    expected = convolved(kernels, 2)
+    widest = [ctypes.c_int64(n) for n in (3, 8, 8, 2**36)]
+    channels = ctypes.c_int64(kernels.lanes)
+    nothing = (None, ctypes.c_int64(0))
+    with pytest.raises(MemoryError, match="nnturbo_convolve needs more memory"):
+        kernels.library.nnturbo_convolve(
+            *widest, *nothing, None, channels, channels, None, None, None, *nothing, None, None, None
+        )
+    assert torch.equal(convolved(kernels, 2), expected)
 
 
 class TestCompiling:
