@@ -67,7 +67,7 @@ class Reading:
             return nothing, numbers, one, one, _packed(error)
 
     def _read(self, image: Any) -> tuple[np.ndarray, ...]:
-        scan = read_volume(image, channels=len(self.plan.channels))
+        scan = read_volume(image, channels=len(self.plan.channels), reader=self.plan.reader)
         volume = scan.reoriented() if self.plan.reorient else scan
         case = preprocess(volume, self.plan, torch.device("cpu"))
         shape = case.shape

@@ -248,7 +248,7 @@ class Engine:
         plan, device = self.model.plan, self._placement.sums_device
         timings = Timings(device)
         with timings("read", on_gpu=False):
-            scan = read_volume(image, channels=len(plan.channels))
+            scan = read_volume(image, channels=len(plan.channels), reader=plan.reader)
             volume = scan.reoriented() if plan.reorient else scan
             previous = self._read_previous(previous_stage, scan)
         with self._transfers.uploading() as wait, timings("preprocess"):
@@ -376,7 +376,7 @@ class Engine:
                 name="previous stage",
             )
         else:
-            labels = read_volume(previous, channels=1)
+            labels = read_volume(previous, channels=1, reader=self.model.plan.reader)
         if labels.array.shape[1:] != scan.array.shape[1:]:
             raise VolumeError(
                 f"{labels.name}: labels of the previous stage must lie on the scan's grid, "

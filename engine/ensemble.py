@@ -79,7 +79,7 @@ class Ensemble:
         """
         timings = Timings()
         with timings("read"):
-            scan = read_volume(image, channels=len(self.model.plan.channels))
+            scan = read_volume(image, channels=len(self.model.plan.channels), reader=self.model.plan.reader)
         total: np.ndarray | None = None
         answers: list[Prediction] = []
         for index, engine in enumerate(self.engines):
@@ -110,9 +110,10 @@ class Ensemble:
         progress: Callable[[int, int, int], None] | None = None,
     ) -> Generator[Prediction | EngineError, None, None]:
         """Segment scans, reading ahead; arguments and answers are those of `Engine.predict_many`."""
-        channels = len(self.model.plan.channels)
+        plan = self.model.plan
+        read = functools.partial(read_volume, channels=len(plan.channels), reader=plan.reader)
         scans = overlapped(
-            lambda pair: (caught(lambda: read_volume(pair[0], channels=channels)), pair[1]),
+            lambda pair: (caught(lambda: read(pair[0])), pair[1]),
             paired(images, previous_stages),
             threads=readers,
             name="nnturbo-read",

@@ -108,7 +108,7 @@ class Plan:
         channels: One per image channel.
         channel_names: Their names.
         previous_stage: The configuration whose labels are further input channels, or None.
-        reorient: Whether the network expects the scan turned to RAS.
+        reader: The class of nnU-Net's that read the training scans; one of `READERS`.
         file_ending: Of images and segmentations, with the dot.
         classification: What a multi-task network says about the case as a whole, or None.
     """
@@ -126,9 +126,14 @@ class Plan:
     resampling_logits: Resampling
     architecture: Architecture
     previous_stage: str | None
-    reorient: bool
+    reader: str
     file_ending: str
     classification: ClassificationScheme | None = None
+
+    @property
+    def reorient(self) -> bool:
+        """Whether the network expects the scan turned to RAS."""
+        return READERS[self.reader]
 
     @property
     def input_channels(self) -> int:
@@ -377,7 +382,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         resampling_logits=functions[2],
         architecture=architecture,
         previous_stage=None if previous is None else str(previous),
-        reorient=READERS[reader],
+        reader=reader,
         file_ending=file_ending,
         classification=_classification(architecture, labels),
     )

@@ -201,7 +201,10 @@ def _canonical_axes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[bool, ..
 
 
 def read_volume(
-    image: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume, *, channels: int | None = None
+    image: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume,
+    *,
+    channels: int | None = None,
+    reader: str = "SimpleITKIO",
 ) -> Volume:
     """Read a scan, or check one that is in memory.
 
@@ -209,6 +212,7 @@ def read_volume(
         image: One file, a folder with the slices of one DICOM series, a list of these with one for each channel, or a
             Volume, which is returned as it is.
         channels: How many channels the model takes; any number if None.
+        reader: The class of nnU-Net's whose way to read a file is followed, as `Plan.reader` names it.
 
     Returns:
         The scan in the type it is stored in; channels of different types get one that holds them all.
@@ -227,7 +231,7 @@ def read_volume(
     if not paths:
         raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")
     _check_channel_count(paths[0].name, len(paths), channels)
-    sources = [_open(path) for path in paths]
+    sources = [_open(path, reader) for path in paths]
     geometry = _common_geometry(sources)
     volume = Volume(
         array=_read_channels(sources),
@@ -240,7 +244,7 @@ def read_volume(
     return volume
 
 
-def _open(path: Path) -> ImageSource:
+def _open(path: Path, reader: str) -> ImageSource:
     if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
         raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
     if path.is_dir():

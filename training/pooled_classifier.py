@@ -162,7 +162,7 @@ def case_outputs(
     runner = TorchRunner(InferenceNetwork([network]).to(device), device, choose_precision("auto", device))
     window = SlidingWindow.of_plan(plan)
     for scan in scans:
-        volume = read_volume(list(scan.images), channels=len(plan.channels))
+        volume = read_volume(list(scan.images), channels=len(plan.channels), reader=plan.reader)
         case = preprocess(volume.reoriented() if plan.reorient else volume, plan, device, None)
         votes = Votes(scheme, views=1, aggregation="foreground")
         for _ in predict_logits(case, runner, window, plan.labels.num_outputs, timings=Timings(), votes=votes):
