@@ -7,9 +7,9 @@ import logging
 import os
 import pickle
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,9 @@ from .cases import CaseFiles
 from .classification import Classification
 from .dicom_seg import write_dicom_seg
 from .errors import DeviceLost, EngineError, OutputError, PredictionError
-from .files import write_json, written_atomically
+from .files import staging_folder, write_json, written_atomically
 from .jobs import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
-from .journal import Journal, Record
+from .journal import DONE, FAILED, Journal, Record, Standing
 from .overlap import overlapped
 from .prediction import Prediction
 
@@ -62,13 +62,15 @@ class Outcome:
     Args:
         done: Cases with results.
         skipped: Cases that had theirs before.
-        failed: Cases that have none, with the reason.
+        kept: Cases whose labels are left as they are although this job would not have made them, with the reason.
+        failed: Cases that failed, with the reason.
         stopped: What ended the job before its time, such as a full disk.
         left: Cases that it did not come to.
     """
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
     left: list[str] = field(default_factory=list)
@@ -96,28 +98,38 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
         ValueError: Where two cases have the same name, or a result would replace what is read.
     """
     about, tell = crew.about, tell or (lambda event: None)
-    names = [case.name for case in cases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
     check_overwriting(about, cases, job)
     if job.dicom_seg:
         check_dicom(cases)
     journal = about.journal(job)
-    journal.begin(names, keep=job.skip_existing)
+    journal.begin()
     write_json(job.output / PLANS, about.plans)
     write_json(job.output / DATASET, about.dataset)
 
-    def is_complete(case: CaseFiles) -> bool:
-        return journal.is_complete(case.name, about.results(job, case.name), about.made_of(job, case))
+    def standing(case: CaseFiles) -> Standing:
+        results = about.results(job, case.name)
+        return journal.standing(case.name, results, about.made_of(job, case), redo_outdated=job.redo_outdated)
 
     outcome = Outcome()
     if job.skip_existing:
-        outcome.skipped = [case.name for case in cases if is_complete(case)]
-    skipped = set(outcome.skipped)
-    pending = {case.name: case for case in cases if case.name not in skipped}
-    for name in pending:
-        journal.forget(name)
-    tell({"event": "started", "cases": len(pending), "skipped": len(skipped)})
+        for case in cases:
+            found = standing(case)
+            if found.is_done:
+                outcome.skipped.append(case.name)
+            elif found.kept is not None:
+                outcome.kept[case.name] = found.kept
+            if found != Standing():
+                journal.settle(case.name, case.images, found)
+    left = {*outcome.skipped, *outcome.kept}
+    pending = {case.name: case for case in cases if case.name not in left}
+    before = journal.stamps()
+
+    def is_done_now(case: CaseFiles) -> bool:
+        return journal.stamps().get(case.name) != before.get(case.name) and standing(case).is_done
+
+    tell({"event": "started", "cases": len(pending), "skipped": len(outcome.skipped), "kept": len(outcome.kept)})
     journal.collect()
     try:
         for last in (False, True):
@@ -125,24 +137,24 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
             records = crew(list(pending.values()), tell=tell, alone=last)
             with contextlib.closing(records):
                 for record in records:
-                    name = record["name"]
-                    if record["status"] == "failed" and record.pop("transient") and not last:
-                        logger.warning("%s failed, and is tried again at the end: %s", name, record["error"])
-                        tell({"event": "retried", "name": name, "error": record["error"]})
+                    name = record.name
+                    if record.status == FAILED and record.transient and not last:
+                        logger.warning("%s failed, and is tried again at the end: %s", name, record.error)
+                        tell({"event": "retried", "name": name, "error": record.error})
                         again[name] = pending[name]
                         continue
-                    if record["status"] == "failed" and is_complete(pending[name]):
+                    if record.status == FAILED and not record.results and is_done_now(pending[name]):
                         # Its process was lost between writing the record and sending it.
-                        record = journal.read(name)
+                        record = journal.read(name) or record
                     _note(journal, record, outcome, tell)
             pending = again
     except (OutputError, DeviceLost) as error:
         # What stops one case stops the next one too; some may have been finished meanwhile.
         outcome.stopped = str(error)
-        ended = {*outcome.done, *outcome.skipped, *outcome.failed}
+        ended = {*outcome.done, *left, *outcome.failed}
         for case in cases:
             if case.name not in ended:
-                (outcome.done if is_complete(case) else outcome.left).append(case.name)
+                (outcome.done if is_done_now(case) else outcome.left).append(case.name)
     finally:
         tell({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
         with contextlib.suppress(OutputError):  # a full disk does not take tables either
@@ -151,17 +163,18 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
 
 
 def _note(journal: Journal, record: Record, outcome: Outcome, tell: Tell) -> None:
-    """Count a case; those that are done have their records already."""
-    name = record["name"]
-    if record["status"] == "failed":
-        journal.write(record)
-        outcome.failed[name] = record["error"]
-        logger.info("%s failed: %s", name, record["error"])
-        tell({"event": "failed", "name": name, "error": record["error"]})
+    """Count a case; those whose results were written have their records already."""
+    name = record.name
+    if record.status == FAILED:
+        if not record.results:
+            journal.fail(record)
+        outcome.failed[name] = str(record.error)
+        logger.info("%s failed: %s", name, record.error)
+        tell({"event": "failed", "name": name, "error": record.error})
         return
     outcome.done.append(name)
-    logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record["timings_ms"].items()))
-    tell({"event": "done", "name": name, "timings_ms": record["timings_ms"], "warnings": record["warnings"]})
+    logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record.timings_ms.items()))
+    tell({"event": "done", "name": name, "timings_ms": record.timings_ms, "warnings": list(record.warnings)})
 
 
 class Here:
@@ -239,44 +252,47 @@ class Here:
         self, job: Job, case: CaseFiles, made_of: Mapping[str, Any], prediction: Prediction | EngineError
     ) -> Record:
         """Write one result, and then that it is there."""
-        record = {"name": case.name, "status": "done", "images": [os.fspath(path) for path in case.images]}
-        journal = self.about.journal(job)
+        images = tuple(os.fspath(path) for path in case.images)
         if isinstance(prediction, Prediction):
             try:
-                self._write_results(job, case, prediction)
-                record["results"] = journal.describe(self.about.results(job, case.name))
+                return self._write_results(job, case, prediction, Record(
+                    name=case.name, status=DONE, images=images, made_of=made_of, **_answers(prediction)
+                ))  # fmt: skip
             except (OutputError, DeviceLost):
                 raise
-            except OSError as error:
-                raise OutputError(f"{case.name}: its results cannot be read back: {error}") from error
             except MemoryError:
                 prediction = PredictionError("out of memory while its results were written", transient=True)
-            except EngineError as error:  # a series to which a DICOM segmentation cannot refer
+            except EngineError as error:
                 prediction = error
             except Exception as error:  # of a library that writes
                 logger.warning("unexpected error", exc_info=True)
                 prediction = PredictionError(f"its results cannot be written: {type(error).__name__}: {error}")
-        if isinstance(prediction, EngineError):
-            if isinstance(prediction, PredictionError):
-                self._check_devices()
-            return {**record, "status": "failed", "error": str(prediction), "transient": prediction.transient}
-        record |= {"made_of": made_of, **_answers(prediction)}
-        journal.write(record)
-        return record
+        if isinstance(prediction, PredictionError):
+            self._check_devices()
+        return Record(
+            name=case.name, status=FAILED, images=images, error=str(prediction), transient=prediction.transient
+        )
 
-    def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction) -> None:
+    def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction, record: Record) -> Record:
+        """Write what a case has, its labels first, and put all of it in place, its labels last."""
         *extra, segmentation = self.about.results(job, case.name)
-        for path in extra:
-            if path.suffix == ".dcm":
-                write_dicom_seg(path, prediction, case.images[0])
-                continue
-            with written_atomically(path) as temporary:
-                if path.suffix == ".npz":
-                    np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
-                else:
-                    temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
-        # Last, so that whoever waits for a segmentation finds the rest with it.
-        prediction.save(segmentation)
+        with staging_folder(segmentation) as folder:
+            prediction.save(folder / segmentation.name)
+            for path in (folder / each.name for each in extra):
+                if path.suffix == ".dcm":
+                    try:
+                        write_dicom_seg(path, prediction, case.images[0])
+                    except EngineError as error:  # a series to which a DICOM segmentation cannot refer
+                        error = f"its labels are written, but no DICOM segmentation: {error}"
+                        record = replace(record, status=FAILED, error=error)
+                    continue
+                with written_atomically(path) as temporary:
+                    if path.suffix == ".npz":
+                        np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
+                    else:
+                        temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
+            written = [path.name for path in (*extra, segmentation) if (folder / path.name).exists()]
+            return self.about.journal(job).publish(record, folder, written)
 
     def _check_devices(self) -> None:
         """Find out whether a GPU still works after a failure; errors in kernels end all that a process can do there."""
@@ -295,10 +311,10 @@ class Here:
 def _answers(prediction: Prediction) -> dict[str, Any]:
     answer = prediction.classification
     return {
-        **({} if answer is None else {"classification": _describe(answer)}),
+        "classification": None if answer is None else _describe(answer),
         "volumes_ml": prediction.volumes_ml,
         "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
-        "warnings": list(prediction.warnings),
+        "warnings": prediction.warnings,
         "provenance": dict(prediction.provenance),
     }
 

@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when every case is done, 1 when some case failed, 2 for wrong usage or a model that cannot be used.
     """
     options = _parser().parse_args(arguments)
+    logging.raiseExceptions = False  # nothing is lost to a log that cannot be written
+    if sys.stdout is not None:
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
     logging.basicConfig(
         level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
         format="%(message)s",

@@ -19,7 +19,7 @@ from .batch import Here, Tell
 from .cases import CaseFiles
 from .errors import DeviceLost
 from .jobs import About, Job, Predictor
-from .journal import Record
+from .journal import FAILED, Record
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class SharedCrew(ABC, Generic[_Place]):
                     elif what == "tiles":
                         tell(content)
                     elif what == "record":
-                        del hand.given[content["name"]]
+                        del hand.given[content.name]
                         yield content
                     elif what == "stop":
                         raise content
@@ -168,13 +168,13 @@ class SharedCrew(ABC, Generic[_Place]):
         tell({"event": "lost", "how": how, "cases": list(hand.given)})
         self._drop(hand)
         for case in hand.given.values():
-            yield {
-                "name": case.name,
-                "status": "failed",
-                "images": [str(path) for path in case.images],
-                "error": f"the process that worked on it ended ({how})",
-                "transient": True,
-            }
+            yield Record(
+                name=case.name,
+                status=FAILED,
+                images=tuple(str(path) for path in case.images),
+                error=f"the process that worked on it ended ({how})",
+                transient=True,
+            )
 
     def _drop(self, hand: Hand[_Place]) -> None:
         """Forget a process; where it could not load, there will not be another one."""
@@ -232,7 +232,7 @@ class Resident:
             leave = functools.partial(self._feed.put, None)
             for record in self._here(self._cases(), tell=self._tell, leave=leave):
                 with self._lock:
-                    future = self._waiting.pop(record["name"])
+                    future = self._waiting.pop(record.name)
                 future.set_result(record)
         except BaseException as error:
             with self._lock:

@@ -205,7 +205,7 @@ class Engine:
                 memory at once.
             previous_stages: For a cascade, as for `predict`, one for each image.
             save_probabilities: As for `predict`.
-            readers: How many scans are read at once.
+            readers: How many scans are read at once; with 0, everything is done when its turn comes, in this thread.
             progress: Called with (index of the image, tiles done, tiles in all).
 
         Yields:
@@ -225,7 +225,7 @@ class Engine:
             return caught(functools.partial(self._compute, prepared, save_probabilities, share))
 
         prepared = self._prepared(images, previous_stages, readers)
-        results = overlapped(compute, prepared, name="nnturbo-compute", leave=stopped.set)
+        results = overlapped(compute, prepared, threads=min(readers, 1), name="nnturbo-compute", leave=stopped.set)
         with contextlib.closing(results):
             for computed in results:
                 yield caught(functools.partial(self._finish, computed))

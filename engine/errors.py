@@ -29,6 +29,10 @@ class VolumeError(EngineError):
     """A scan cannot be read, or is not a scan this engine can take."""
 
 
+class IncompleteFile(VolumeError):
+    """A file ends before it should, or its checksum is wrong: it was not written, copied or sent to its end."""
+
+
 class PredictionError(EngineError):
     """The network failed on a scan, or gave numbers that mean nothing."""
 

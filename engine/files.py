@@ -43,17 +43,29 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
         OutputError: Where the folder or the disk does not take the file; nothing is left behind.
     """
     path = Path(path)
-    try:
-        # A folder, so that who lists files by their ending does not find what is not complete.
-        folder = tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    temporary = Path(folder) / f"new{ending or path.suffix}"
-    try:
+    with staging_folder(path) as folder:
+        temporary = folder / f"new{ending or path.suffix}"
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside where `path` will be, on the same disk, that goes with the block.
+
+    What is not complete is in a folder, so that who lists files by their ending does not find it.
+
+    Raises:
+        OutputError: Where it cannot be made, and in place of an `OSError` from inside.
+    """
+    try:
+        folder = tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
+        yield Path(folder)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import VolumeError
+from .errors import IncompleteFile, VolumeError
 from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
 from .itk import check_memory, check_pixels, read_information, read_voxels
 
@@ -61,7 +61,7 @@ def open_image_file(path: Path) -> ImageSource:
     """
     with naming(path.name):
         if path.stat().st_size == 0:
-            raise VolumeError("the file is empty: export or copy it again")
+            raise IncompleteFile("the file is empty: export or copy it again")
         data = locate_voxels(path)
         with _name_for_itk(path) as itk_name:
             info = read_information(itk_name, _image_io(path))
@@ -70,7 +70,7 @@ def open_image_file(path: Path) -> ImageSource:
         check_memory(size, dtype)
         expected_bytes = len(data.prefix) + math.prod(size) * (data.bytes_per_voxel or dtype.itemsize)
         if expected_bytes > data.stored_bytes * (1 if data.compression == "none" else _DEFLATE_RATIO):
-            raise VolumeError(
+            raise IncompleteFile(
                 f"the header claims {size[0]} x {size[1]} x {size[2]} voxels in {expected_bytes} bytes, too much for "
                 f"{data.stored_bytes} bytes of file: it is cut off or its header is damaged; export or copy it again"
             )
@@ -83,6 +83,17 @@ def open_image_file(path: Path) -> ImageSource:
         voxels=lambda: _read_voxels(path, data, expected_bytes),
         warnings=data.warnings,
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image file was written to its end; what cannot be read for another reason counts as whole."""
+    try:
+        open_image_file(path).voxels()
+    except IncompleteFile:
+        return False
+    except VolumeError:
+        return True
+    return True
 
 
 def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray:
@@ -149,7 +160,7 @@ def check_stored_voxels(path: Path, voxels: np.ndarray) -> None:
     data = locate_voxels(path)
     is_whole = data.stored_bytes >= voxels.nbytes if data.compression == "none" else _checksum_agrees(data, voxels)
     if not is_whole:
-        raise VolumeError("the file came out incomplete")
+        raise IncompleteFile("the file came out incomplete")
 
 
 def _checksum_agrees(data: VoxelData, voxels: np.ndarray) -> bool:
@@ -185,9 +196,11 @@ def _check_stored(data: VoxelData, expected_bytes: int) -> None:
                 del floats[:whole]
             total_bytes += len(piece)
     except (zlib.error, EOFError) as error:
-        raise VolumeError(f"compressed voxels are damaged or cut off ({error}): export or copy them again") from None
+        raise IncompleteFile(f"compressed voxels are damaged or cut off ({error}): export or copy them again") from None
     if total_bytes < expected_bytes:
-        raise VolumeError(f"the header claims {expected_bytes} bytes, {total_bytes} are there: export or copy it again")
+        raise IncompleteFile(
+            f"the header claims {expected_bytes} bytes, {total_bytes} are there: export or copy it again"
+        )
 
 
 def _stored_pieces(data: VoxelData) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import VolumeError
+from .errors import IncompleteFile, VolumeError
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
 
@@ -67,7 +67,7 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except VolumeError as error:
-        raise VolumeError(f"{name}: {error}", transient=error.transient) from None
+        raise type(error)(f"{name}: {error}", transient=error.transient) from None
     except OSError as error:
         reason = error.strerror or error
         raise VolumeError(f"{name}: the system cannot read it: {reason}", transient=error.errno in _PASSING) from None
@@ -194,9 +194,11 @@ def _read_start(path: Path, is_gzip: bool, count: int) -> bytes:
             while len(start) < count and (piece := inflater.unconsumed_tail or file.read(1 << 14)):
                 start += inflater.decompress(piece, count - len(start)) if is_gzip else piece[: count - len(start)]
         except zlib.error as error:
-            raise VolumeError(f"compressed data are damaged ({error}); {_EXPORT_AGAIN}") from None
+            raise IncompleteFile(f"compressed data are damaged ({error}); {_EXPORT_AGAIN}") from None
     if len(start) < count:
-        raise VolumeError(f"the header must have {count} bytes, got {len(start)}: the file is cut off; {_EXPORT_AGAIN}")
+        raise IncompleteFile(
+            f"the header must have {count} bytes, got {len(start)}: the file is cut off; {_EXPORT_AGAIN}"
+        )
     return start
 
 
@@ -237,7 +239,7 @@ def _locate_metaimage(path: Path) -> VoxelData:
     compressed = fields.get("CompressedData", "False")[:1] in ("T", "t", "1")
     data = _text_format_data(path, fields["ElementDataFile"], "LOCAL", end, compressed)
     if compressed and int(fields.get("CompressedDataSize", 0)) > data.stored_bytes:
-        raise VolumeError(f"the file is cut off: the header promises more bytes; {_EXPORT_AGAIN}")
+        raise IncompleteFile(f"the file is cut off: the header promises more bytes; {_EXPORT_AGAIN}")
     return data
 
 

@@ -64,16 +64,20 @@ class Job:
         output: Folder for results; made if it is not there.
         save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
         dicom_seg: Write a DICOM Segmentation object `.dcm` beside each; scans must be DICOM folders.
-        skip_existing: Leave cases alone that are complete.
+        skip_existing: Leave the labels alone that are there, as nnU-Net does: those that are complete, and those that
+            this job would not make, such as corrected ones.
+        redo_outdated: With it, make again what nnturbo itself made with another model, other settings or another
+            version of the scan.
         previous_stage: Folder with the labels of a cascade's previous stage.
-        readers: How many scans are read at once, ahead of the network.
-        writers: How many results are written at once, behind it.
+        readers: How many scans are read at once, ahead of the network; 0: each when it is its turn.
+        writers: How many results are written at once, behind it; 0: each before the next one's turn.
     """
 
     output: Path
     save_probabilities: bool = False
     dicom_seg: bool = False
     skip_existing: bool = False
+    redo_outdated: bool = False
     previous_stage: Path | None = None
     readers: int = 1
     writers: int = 1
@@ -81,8 +85,10 @@ class Job:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("readers", "writers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"the output must be a folder for the segmentations, {self.output} is a file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,15 +163,18 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
         ValueError: Where a result would replace a file that is read, or come into a folder of slices.
         OutputError: Where the output folder has nnU-Net's files of another model, or tables, and no records.
     """
-    read = [*(image for case in cases for image in case.images)]
-    read += [path for case in cases if (path := about.labels_before(job, case.name))]
-    inputs = {path.resolve() for path in read}
-    output = job.output.resolve()
-    if within := [path for path in (output, *output.parents) if path in inputs]:
-        raise ValueError(f"the output folder {job.output} lies in {within[0]}, which is read; choose another one")
+    inputs: dict[tuple[int, int], Path] = {}
+    for case in cases:
+        for path in (*case.images, about.labels_before(job, case.name)):
+            if path is not None and (identity := _identity(path)) is not None:
+                inputs[identity] = path
+    for folder in (job.output, *job.output.absolute().parents):
+        if (within := inputs.get(_identity(folder) or (0, 0))) is not None:
+            raise ValueError(f"the output folder {job.output} lies in {within}, which is read; choose another one")
+    there = set(os.listdir(job.output)) if job.output.is_dir() else set()
     for case in cases:
         for result in about.results(job, case.name):
-            if result.resolve() in inputs:
+            if result.name in there and _identity(result) in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
     if (job.output / RECORDS).exists() or (job.output / PREDICTIONS).exists():
         return
@@ -181,6 +190,15 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
         raise OutputError(
             f"{path} is not what this job would write, and would be replaced; choose another output folder"
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell files and folders apart, whatever they are called; None where there is nothing."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def check_dicom(cases: Sequence[CaseFiles]) -> None:

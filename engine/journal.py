@@ -1,7 +1,8 @@
-"""What a job has done: a record for each case, written after its results, and the tables made of them.
+"""What a job has done: a record for each case, and the tables made of them.
 
-A case is complete where its record says so and every result has the size and the SHA-256 that the record names. So a
-job may be killed at any moment: what lies under a final name is whole, and what is not recorded is done again.
+Results appear under their names only when they are complete, and replace what lay there before at that moment. The
+record that names their sizes and SHA-256 is written before, and once more when all are in place. So a job may be killed
+at any moment: what lies under a final name is whole, and what is not recorded as nnturbo's own is left alone.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import csv
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
 from .files import remove_abandoned, write_json, written_atomically
+from .image_file import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,125 @@ RECORDS = "records"
 PREDICTIONS = "predictions.json"
 SUBTYPES = "subtype_results.csv"
 SCHEMA = 1
-Record = dict[str, Any]
-"""How one case went; `predictions.json` is a list of them."""
+
+WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a file is known by again."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint:
+        """Look at a file."""
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return cls(bytes=file.tell(), sha256=digest.hexdigest())
+
+    @classmethod
+    def if_there(cls, path: Path) -> Fingerprint | None:
+        """Look at a file that may not be there."""
+        try:
+            return cls.of(path)
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """How one case went; `predictions.json` is a list of them.
+
+    Args:
+        name: Of the case.
+        status: "done"; "failed"; "kept": labels are there that nnturbo did not make; "writing": results are being put
+            in place.
+        images: What is read.
+        results: Files in the output folder that nnturbo wrote, by name; those of a failed case are of an earlier job.
+        replaces: While results are put in place: those that they replace.
+        made_of: What the results are made of: models with their settings, and size and time of every file read.
+        error: Why a case failed.
+        transient: Whether the same may go well another time; not kept.
+        kept: Why `--continue_prediction` left labels as they are that are not of this job.
+        classification, volumes_ml, timings_ms, warnings, provenance: As in `Prediction`.
+    """
+
+    name: str
+    status: str
+    images: tuple[str, ...] = ()
+    results: Mapping[str, Fingerprint] = field(default_factory=dict)
+    replaces: Mapping[str, Fingerprint] = field(default_factory=dict)
+    made_of: Mapping[str, Any] | None = None
+    error: str | None = None
+    transient: bool = False
+    kept: str | None = None
+    classification: Mapping[str, Any] | None = None
+    volumes_ml: Mapping[str, float] | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what has something to say."""
+        content: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, bool):  # whether a failure is transient matters while the job runs
+                continue
+            is_empty = value is None or len(value) == 0
+            if is_empty and each.name not in ("name", *_ALWAYS[self.status]):
+                continue
+            content[each.name] = list(value) if isinstance(value, tuple) else value
+        for name in content.keys() & {"results", "replaces"}:
+            content[name] = {file: asdict(of) for file, of in content[name].items()}
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Record:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError, TypeError: For anything else.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a record must be a JSON object, got {type(content).__name__}")
+        known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in content.items() if name in known}
+        for name in ("results", "replaces"):
+            if name in values:
+                values[name] = {file: Fingerprint(**of) for file, of in dict(values[name]).items()}
+        for name in ("images", "warnings"):
+            if name in values:
+                values[name] = tuple(map(str, values[name]))
+        if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
+            raise ValueError("a record must have a name, and a status of its own")
+        return cls(**values)
+
+
+_ALWAYS = {
+    WRITING: ("images", "results"),
+    DONE: ("images", "results", "timings_ms", "warnings", "volumes_ml"),
+    FAILED: ("images", "error"),
+    KEPT: ("images", "kept"),
+}
+"""What a record of each status names even where it is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What there is of a case: nothing that counts, its results, or labels that are to be left as they are.
+
+    Args:
+        is_done: Whether all results are there, made of what the job would make them of.
+        kept: Why labels stay that are there and are not the job's.
+    """
+
+    is_done: bool = False
+    kept: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +163,8 @@ class Journal:
     file_ending: str
     class_names: Sequence[str] | None
 
-    def begin(self, names: Iterable[str], *, keep: bool) -> None:
+    def begin(self) -> None:
         """Make the folder ready.
-
-        Args:
-            names: Cases of this job.
-            keep: Whether what earlier jobs have done of them counts; else their results and records go.
 
         Raises:
             OutputError: Where the folder cannot be used, or holds tables that nnturbo did not write.
@@ -58,49 +174,112 @@ class Journal:
             for folder in (self.output, self.output / RECORDS):
                 remove_abandoned(folder)
             _check_ours(self.output / PREDICTIONS)
-            for name in () if keep else names:
-                self.forget(name)
         except OSError as error:
             raise OutputError(f"the output folder {self.output} cannot be made: {error.strerror or error}") from error
 
-    def forget(self, name: str) -> None:
-        """Remove a case's results, so that nobody takes them for those of the job that begins, and then its record."""
-        record = self._read(self._path(name)) or {}
-        results = record.get("results")
-        for result in results if isinstance(results, dict) else ():
-            if Path(result).name == result:
-                (self.output / result).unlink(missing_ok=True)
-        self._path(name).unlink(missing_ok=True)
+    def standing(
+        self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], *, redo_outdated: bool = False
+    ) -> Standing:
+        """Say what there is of a case.
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Keep how a case went, in place of what was known of it."""
-        write_json(self._path(record["name"]), record)
-
-    def describe(self, results: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        """Describe a case's results, to know them again."""
-        return {path.name: _fingerprint(path) for path in results}
-
-    def is_complete(self, name: str, results: Iterable[Path], made_of: Mapping[str, Any]) -> bool:
-        """Whether a case is done, of this, with these results unchanged, and with its class where the model gives one.
+        Labels that nnturbo did not write, or that were changed since, are kept if the file is whole. So are those of
+        another model, other settings or another scan, unless they are to be made again.
 
         Args:
             name: Of the case.
-            results: Its files.
+            results: Its files, the segmentation last.
             made_of: What they must be made of, as its record names it.
+            redo_outdated: Whether results that nnturbo made of something else count for nothing.
         """
-        record = self._read(self._path(name))
-        if record is None or record.get("status") != "done":
-            return False
-        if record.get("made_of") != made_of:
-            logger.warning("%s was made by another model or of another scan, or with other settings: done again", name)
-            return False
-        if self.class_names is not None and self._subtype(record) is None:
-            return False
-        known = record.get("results")
         try:
-            return isinstance(known, dict) and all(known.get(path.name) == _fingerprint(path) for path in results)
-        except OSError:
-            return False
+            return self._judge(name, results, made_of, redo_outdated)
+        except OSError as error:
+            return Standing(kept=f"{error.filename} cannot be read ({error.strerror})")
+
+    def _judge(self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], redo_outdated: bool) -> Standing:
+        *extra, segmentation = results
+        found = Fingerprint.if_there(segmentation)
+        if found is None:
+            return Standing()
+        record = self.read(name) or Record(name=name, status=FAILED)
+        if found != record.results.get(segmentation.name):
+            return self._judge_foreign(segmentation, found, record)
+        if record.status == FAILED:
+            return Standing()
+        there = {path.name: Fingerprint.if_there(path) for path in extra}
+        for file, of in there.items():
+            if of is not None and of not in (record.results.get(file), record.replaces.get(file)):
+                return Standing(kept=f"{file} is not what nnturbo wrote")
+        if record.made_of != made_of:
+            reason = (
+                "made with another model, other settings or another version of the scan; redo_outdated makes it again"
+            )
+            return Standing(kept=None if redo_outdated else reason)
+        is_complete = all(of is not None and of == record.results.get(file) for file, of in there.items())
+        return Standing(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
+
+    def _judge_foreign(self, segmentation: Path, found: Fingerprint, record: Record) -> Standing:
+        """Judge labels that are not those that the record names."""
+        if record.status == WRITING and found == record.replaces.get(segmentation.name):
+            return Standing()
+        if not is_whole(segmentation):
+            logger.warning("%s is not whole, and is made again", segmentation)
+            return Standing()
+        changed = segmentation.name in record.results
+        return Standing(kept="changed since nnturbo wrote it" if changed else "not written by nnturbo")
+
+    def settle(self, name: str, images: Iterable[Path], standing: Standing) -> None:
+        """Record that a case is done, or why its labels are kept."""
+        before = self.read(name)
+        if before is not None and (standing.is_done or before.status == DONE):
+            record = replace(before, status=DONE, replaces={}, kept=standing.kept)
+        else:
+            record = Record(name=name, status=KEPT, images=tuple(map(os.fspath, images)), kept=standing.kept)
+        if record != before:
+            self.write(record)
+
+    def publish(self, record: Record, folder: Path, files: Sequence[str]) -> Record:
+        """Put results in place of those that lay there before, and record it.
+
+        Args:
+            record: What to record.
+            folder: Has the results.
+            files: Their names, the segmentation last.
+
+        Returns:
+            The record, with the results.
+
+        Raises:
+            OutputError: Where they cannot be put in place.
+        """
+        try:
+            results = {file: Fingerprint.of(folder / file) for file in files}
+            before = {file: of for file in files if (of := Fingerprint.if_there(self.output / file)) is not None}
+            record = replace(record, results=results)
+            self.write(replace(record, status=WRITING, replaces=before))
+            for file in files:
+                (folder / file).replace(self.output / file)
+        except OSError as error:
+            raise OutputError(f"{record.name}: its results cannot be put in place: {error}") from error
+        self.write(record)
+        return record
+
+    def fail(self, record: Record) -> None:
+        """Record that a case failed; results of an earlier job stay, and stay known."""
+        before = self.read(record.name)
+        if before is not None:
+            there = {file: Fingerprint.if_there(self.output / file) for file in {*before.results, *before.replaces}}
+            known = {
+                file: of
+                for file, of in there.items()
+                if of is not None and of in (before.results.get(file), before.replaces.get(file))
+            }
+            record = replace(record, results=known)
+        self.write(record)
+
+    def write(self, record: Record) -> None:
+        """Keep how a case went, in place of what was known of it."""
+        write_json(self._path(record.name), record.to_json())
 
     def collect(self) -> None:
         """Write the tables of all records in the folder, those of other jobs among them.
@@ -108,64 +287,25 @@ class Journal:
         Of jobs that end at the same time, the last one to write has seen the records of all.
         """
         seen = None
-        while seen != (found := self._stamps()):
+        while seen != (found := self.stamps()):
             seen = found
+            kept = []
             with written_atomically(self.output / PREDICTIONS) as temporary, temporary.open("w") as file:
                 file.write(f'{{"schema": {SCHEMA}, "cases": [')
-                for index, record in enumerate(self.records()):
+                for index, record in enumerate(self._ended()):
                     file.write(",\n" if index else "\n")
-                    file.write(json.dumps(record, indent=1))
-                file.write("\n]}\n")
+                    file.write(json.dumps(record.to_json(), indent=1))
+                    kept += [record.name] if record.kept is not None else []
+                file.write(f'\n], "kept": {json.dumps({"count": len(kept), "names": kept})}}}\n')
             if self.class_names is not None:
                 self._write_subtypes()
 
-    def read(self, name: str) -> Record:
-        """Read the record of a case that has one."""
-        record = self._read(self._path(name))
-        assert record is not None  # it was there before
-        return record
-
-    def records(self) -> Iterator[Record]:
-        """Read the records of all cases, by name."""
-        for path in sorted((self.output / RECORDS).glob("*.json")):
-            if (record := self._read(path)) is not None:
-                yield record
-
-    def _write_subtypes(self) -> None:
-        rows = ((f"{record['name']}{self.file_ending}", self._subtype(record)) for record in self.records())
-        with written_atomically(self.output / SUBTYPES) as temporary, temporary.open("w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("Names", "Subtype"))
-            table.writerows(sorted((name, subtype) for name, subtype in rows if subtype is not None))
-
-    def _subtype(self, record: Mapping[str, Any]) -> str | None:
-        """Take the class from a record: its name where that is a number, else its index.
-
-        They differ for a data set that lacks the class 0. None where the record has no class, or one of other classes
-        than the model's.
-        """
-        names = self.class_names or ()
-        match record:
-            case {"status": "done", "classification": {"label": int(label), "probabilities": {**probabilities}}}:
-                if list(probabilities) == list(names) and 0 <= label < len(names):
-                    return names[label] if names[label].isdecimal() else str(label)
-        return None
-
-    def _path(self, name: str) -> Path:
-        return self.output / RECORDS / f"{name}.json"
-
-    def _stamps(self) -> dict[str, int]:
-        stamps = {}
-        for path in (self.output / RECORDS).glob("*.json"):
-            with contextlib.suppress(FileNotFoundError):
-                stamps[path.name] = path.stat().st_mtime_ns
-        return stamps
-
-    def _read(self, path: Path) -> Record | None:
-        """Read a record; what is none counts as not there, so that its case is done again."""
+    def read(self, name: str) -> Record | None:
+        """Read the record of a case; what is none counts as not there, so that nothing is taken for its result."""
+        path = self._path(name)
         try:
-            record = json.loads(path.read_text())
-            if record["name"] == path.stem:
+            record = Record.from_json(json.loads(path.read_text()))
+            if record.name == name:
                 return record
         except FileNotFoundError:
             return None
@@ -174,13 +314,50 @@ class Journal:
         logger.warning("%s is damaged; the case counts as not done", path)
         return None
 
+    def records(self) -> Iterator[Record]:
+        """Read the records of all cases, by name."""
+        for path in sorted((self.output / RECORDS).glob("*.json")):
+            if (record := self.read(path.stem)) is not None:
+                yield record
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    def _ended(self) -> Iterator[Record]:
+        return (record for record in self.records() if record.status != WRITING)
+
+    def stamps(self) -> dict[str, int]:
+        """Say when each case's record was written, in nanoseconds, by name."""
+        stamps = {}
+        with os.scandir(self.output / RECORDS) as entries:
+            for entry in entries:
+                if entry.name.endswith(".json"):
+                    with contextlib.suppress(FileNotFoundError):
+                        stamps[entry.name.removesuffix(".json")] = entry.stat().st_mtime_ns
+        return stamps
+
+    def _write_subtypes(self) -> None:
+        rows = ((f"{record.name}{self.file_ending}", self._subtype(record)) for record in self._ended())
+        with (
+            written_atomically(self.output / SUBTYPES) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("Names", "Subtype"))
+            table.writerows(sorted((name, subtype) for name, subtype in rows if subtype is not None))
+
+    def _subtype(self, record: Record) -> str | None:
+        """Take the class from a record: its name where that is a number, else its index.
+
+        They differ for a data set that lacks the class 0. None where the record has no class, or one of other classes
+        than the model's.
+        """
+        names = self.class_names or ()
+        match record.classification:
+            case {"label": int(label), "probabilities": {**probabilities}}:
+                if list(probabilities) == list(names) and 0 <= label < len(names):
+                    return names[label] if names[label].isdecimal() else str(label)
+        return None
+
+    def _path(self, name: str) -> Path:
+        return self.output / RECORDS / f"{name}.json"
 
 
 def _check_ours(path: Path) -> None:

@@ -110,6 +110,8 @@ def read_model(
     with _folder(path, configuration) as folder:
         if not folder.is_dir():
             found = "is a file, and no whole zip" if path.is_file() else "does not exist"
+            if path.suffix == ".pth":
+                found = f"is a checkpoint; its model folder is {path.absolute().parent.parent}"
             raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} {found}")
         plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
         names = _find_folds(folder, folds, checkpoint)
@@ -316,7 +318,7 @@ def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
     """Give the model folder; for a zip, unpack what is needed to a folder that lives as long as the block."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
+    if path.suffix == ".pth" or not (path.is_file() and zipfile.is_zipfile(path)):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="nnturbo-") as target, zipfile.ZipFile(path) as archive:

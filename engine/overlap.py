@@ -25,7 +25,8 @@ def overlapped(
     Args:
         run: What to do with an item.
         items: Taken one at a time, by one thread at a time, no earlier than there is a place for the result.
-        threads: How many run at once; as many items, and one more, are between being taken and being given out.
+        threads: How many run at once; as many items, and one more, are between being taken and being given out. With 0,
+            each item is done when its result is asked for.
         name: Of the threads, for debuggers.
         leave: Called when it ends, before it waits for what still runs, which may take notice and end early.
 
@@ -36,6 +37,16 @@ def overlapped(
         Closing it waits for what runs, and closes `items`.
     """
     source = iter(items)
+    close: Callable[[], Any] = getattr(source, "close", lambda: None)
+    if threads == 0:
+        try:
+            for item in source:
+                yield run(item)
+        finally:
+            if leave is not None:
+                leave()
+            close()
+        return
     taking = threading.Lock()
     places = threading.Semaphore(threads + 1)
     stopped = threading.Event()
@@ -93,7 +104,6 @@ def overlapped(
             places.release()
         for thread in crew:
             thread.join()
-        close: Callable[[], Any] = getattr(source, "close", lambda: None)
         close()
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .jobs import Job
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
+MOST_NAMES = 10
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
 CLASSIFIERS = ("auto", "head", "lda")
 AGGREGATIONS = ("foreground", "mean")
@@ -24,8 +25,20 @@ LOADERS = ("exact", "dali", "dali-linear")
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Print a line."""
-    (stream or sys.stdout).write(text + "\n")
+    """Print a line, if anybody can read it: no job is lost to a pipe that was closed or a disk that is full."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        _give_up(stream)
+
+
+def _give_up(stream: Any) -> None:
+    """Send what else goes to a stream nowhere: what it holds would be tried once more when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def add_predict(commands: Any) -> None:
@@ -74,9 +87,24 @@ def add_predict(commands: Any) -> None:
         action="store_true",
         help="also write NAME.dcm, a DICOM Segmentation object, for scans that are DICOM folders",
     )
-    add("--continue_prediction", "--c", action="store_true", help="leave alone the cases whose results are there")
-    add("-npp", type=int, default=3, help="how many scans are read at once, ahead (default: %(default)s)")
-    add("-nps", type=int, default=3, help="how many results are written at once, behind (default: %(default)s)")
+    add(
+        "--continue_prediction",
+        "--c",
+        action="store_true",
+        help="leave alone the labels that are there, corrected ones and those of other programs among them",
+    )
+    add(
+        "--redo_outdated",
+        action="store_true",
+        help="with --continue_prediction, make again what nnturbo made with another model, other settings or another "
+        "version of the scan, unless somebody has changed it since",
+    )
+    add(
+        "-npp", type=int, default=3, help="how many scans are read at once, ahead; 0: none ahead (default: %(default)s)"
+    )
+    add(
+        "-nps", type=int, default=3, help="how many results are written at once, behind; 0: none (default: %(default)s)"
+    )
     add("-prev_stage_predictions", metavar="FOLDER", help="labels of the previous stage, for cascades")
     add("-num_parts", type=int, default=1, help="how many calls share the cases (default: %(default)s)")
     add("-part_id", type=int, default=0, help="which of them this is, from 0")
@@ -159,6 +187,11 @@ def _view(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     if not 0 <= options.part_id < options.num_parts:
         raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
+    if options.redo_outdated and not options.continue_prediction:
+        raise ValueError("--redo_outdated goes with --continue_prediction; without it, everything is made again")
+    for flag, threads in (("-npp", options.npp), ("-nps", options.nps)):
+        if threads < 0:
+            raise ValueError(f"{flag} must be 0 or more, got {threads}")
     models = _models(options)
     source = Path(options.i).absolute()
     # Before torch is imported, so that a wrong path is answered at once.
@@ -179,6 +212,7 @@ def _predict(options: argparse.Namespace) -> int:
         save_probabilities=options.save_probabilities,
         dicom_seg=options.dicom_seg,
         skip_existing=options.continue_prediction,
+        redo_outdated=options.redo_outdated,
         previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
         readers=options.npp,
         writers=options.nps,
@@ -189,14 +223,13 @@ def _predict(options: argparse.Namespace) -> int:
             tell = _listeners(options, stack)
 
             def cases_of(file_ending: str) -> list[CaseFiles]:
-                return find_cases(source, file_ending)[options.part_id :: options.num_parts]
+                return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
 
             crew = stack.enter_context(contextlib.closing(_crew(options, models, job, cases_of)))
             _check_cascade(crew.about.previous_stage, options.prev_stage_predictions)
             outcome = run_job(crew, cases_of(crew.about.file_ending), job, tell=tell)
         except KeyboardInterrupt:
-            kept = "finished cases are kept, --continue_prediction goes on with the rest"
-            say(f"nnturbo: interrupted; {kept}", sys.stderr)
+            say("nnturbo: interrupted; all results are kept, --continue_prediction does what is missing", sys.stderr)
             return 128 + stopping.get("signal", signal.SIGINT)
     status = _say_outcome(outcome, options.o)
     if options.report:
@@ -217,12 +250,21 @@ def _say_outcome(outcome: Outcome, output: str) -> int:
             "goes on with them",
             sys.stderr,
         )
+    _say_kept(outcome.kept)
     left = f", {len(outcome.left)} left" if outcome.left else ""
-    say(
-        f"{len(outcome.done)} done, {len(outcome.skipped)} already there, {len(outcome.failed)} failed{left}; "
-        f"results in {output}"
-    )
+    there = len(outcome.skipped) + len(outcome.kept)
+    say(f"{len(outcome.done)} done, {there} already there, {len(outcome.failed)} failed{left}; results in {output}")
     return SOME_FAILED if outcome.failed or outcome.stopped is not None else DONE
+
+
+def _say_kept(kept: Mapping[str, str]) -> None:
+    """Say whose labels are left as they are although this job would make others; a few names for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        names.setdefault(reason, []).append(name)
+    for reason, cases in names.items():
+        more = f" and {len(cases) - MOST_NAMES} more" if len(cases) > MOST_NAMES else ""
+        say(f"nnturbo: {len(cases)} kept as they are ({reason}): {', '.join(cases[:MOST_NAMES])}{more}", sys.stderr)
 
 
 def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
@@ -304,7 +346,7 @@ def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Call
     from .progress import JsonLog, ProgressLine
 
     listeners: list[Callable[[Mapping[str, Any]], None]] = []
-    if not options.disable_progress_bar:
+    if not options.disable_progress_bar and sys.stderr is not None:
         listeners.append(ProgressLine(sys.stderr))
     if options.log is not None:
         try:

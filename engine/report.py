@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from .errors import BackendUnavailable, EngineError, VolumeError
 from .files import written_atomically
-from .journal import Journal, Record
+from .journal import DONE, FAILED, KEPT, WRITING, Journal, Record
 from .overlap import overlapped
 from .plans import LabelScheme, parse_labels, read_channel_names
 from .volume import Volume, read_volume
@@ -57,27 +58,32 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise VolumeError(f"{output} must be where nnturbo predict wrote, with dataset.json: {error}") from error
     journal = Journal(output=output, file_ending=file_ending, class_names=None)
-    known = [record for record in journal.records() if only in (None, record["name"])]
+    known = [record for record in journal.records() if only in (None, record.name) and record.status != WRITING]
     if only is not None and not known:
         raise VolumeError(f"{output} has no record of {only}")
 
     def pictures(record: Record) -> str:
-        if record["status"] != "done":
+        if record.status == FAILED:
             return ""
         try:
-            shown = case_pictures(record, output / f"{record['name']}{file_ending}", labels, channel)
-        except EngineError as error:
-            shown = {"name": record["name"], "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
+            shown = case_pictures(record, output / f"{record.name}{file_ending}", labels, channel)
+        except (EngineError, OSError, ValueError) as error:
+            shown = {"name": record.name, "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
         return json.dumps(shown).replace("<", "\\u003c")
 
     template = resources.files("nnturbo.engine").joinpath("report.html").read_text(encoding="utf-8")
     before, after = template.split("<!-- cases -->")
-    done = sum(record["status"] == "done" for record in known)
+    counts = Counter(record.status for record in known)
+    summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
+    summary += f", {counts[KEPT]} kept as they were" if counts[KEPT] else ""
     title = html.escape(f"nnturbo: {output.resolve().name}")
     before = before.replace("<!-- title -->", title)
-    before = before.replace("<!-- summary -->", f"{done} cases done, {len(known) - done} failed")
+    before = before.replace("<!-- summary -->", summary)
     before = before.replace("<!-- rows -->", _table(known))
-    with written_atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with (
+        written_atomically(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(before)
         for index, content in enumerate(overlapped(pictures, known, threads=2, name="nnturbo-report")):
             if content:
@@ -94,7 +100,7 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str)
     Raises:
         VolumeError: Where the scan or its labels cannot be read, or do not fit together.
     """
-    images = record["images"]
+    images = record.images
     # From here on: from superior to inferior, anterior to posterior, and the patient's right to left.
     scan = _for_display(read_volume(images[0] if Path(images[0]).is_dir() else images[:1]))
     segmentation = _for_display(read_volume(mask, channels=1))
@@ -119,9 +125,9 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str)
         planes = [_plane(name, axis, grey, indices, spacing, start[axis], quality) for name, axis in PLANES]
         if sum(len(plane["image"]) + len(plane["mask"]) for plane in planes) <= MOST_BYTES:
             break
-    volumes = record.get("volumes_ml", {})
+    volumes = record.volumes_ml or {}
     return {
-        "name": record["name"],
+        "name": record.name,
         "labels": [f"{name} {volumes[name]:.1f} ml" if name in volumes else name for name in names.values()],
         "colours": [COLOURS[index % len(COLOURS)] for index in range(len(names))],
         "planes": planes,
@@ -240,10 +246,9 @@ def _encoded(picture: Any, kind: str, **options: Any) -> str:
 
 def _table(records: Sequence[Record]) -> str:
     """Write the table's head and body."""
-    volumes = list(dict.fromkeys(name for record in records for name in record.get("volumes_ml", {})))
-    classes = list(
-        dict.fromkeys(name for record in records for name in record.get("classification", {}).get("probabilities", {}))
-    )
+    volumes = list(dict.fromkeys(name for record in records for name in record.volumes_ml or {}))
+    answers = (record.classification or {} for record in records)
+    classes = list(dict.fromkeys(name for answer in answers for name in answer.get("probabilities", {})))
     heads = [("case", False), ("status", False)]
     heads += [("class", False), *((f"p({name})", True) for name in classes)] if classes else []
     heads += [(f"{name}, ml", True) for name in volumes] + [("seconds", True), ("notes", False)]
@@ -253,16 +258,17 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _row(index: int, record: Record, volumes: Sequence[str], classes: Sequence[str]) -> str:
-    answer: Mapping[str, Any] = record.get("classification", {})
-    milliseconds = record.get("timings_ms", {})
-    seconds = sum(milliseconds.values()) / 1000 if milliseconds else None
-    cells = [_text(record["name"]), _text(record["status"])]
+    answer: Mapping[str, Any] = record.classification or {}
+    seconds = sum(record.timings_ms.values()) / 1000 if record.timings_ms else None
+    cells = [_text(record.name), _text(record.status)]
     if classes:
         cells.append(_text(answer.get("name", "")))
         cells += [_number(answer.get("probabilities", {}).get(name), 3) for name in classes]
-    cells += [_number(record.get("volumes_ml", {}).get(name), 2) for name in volumes]
-    cells += [_number(seconds, 2), _text("; ".join([record.get("error", ""), *record.get("warnings", [])]).strip("; "))]
-    return f'<tr class="{html.escape(record["status"])}" data-case="{index}">{"".join(cells)}</tr>'
+    cells += [_number((record.volumes_ml or {}).get(name), 2) for name in volumes]
+    kept = None if record.kept is None else f"labels left as they were: {record.kept}"
+    notes = (record.error, kept, *record.warnings)
+    cells += [_number(seconds, 2), _text("; ".join(note for note in notes if note))]
+    return f'<tr class="{html.escape(record.status)}" data-case="{index}">{"".join(cells)}</tr>'
 
 
 def _text(value: str) -> str:

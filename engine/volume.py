@@ -253,6 +253,8 @@ def _open(path: Path, reader: str) -> ImageSource:
         return open_image_file(path)
     if path.exists():
         raise VolumeError(f"{path}: a scan must be a file or a folder, got a device, pipe or socket: pass a file")
+    if path.is_symlink():
+        raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which is not there: mend the link")
     raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
 
 

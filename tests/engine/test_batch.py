@@ -4,20 +4,21 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnturbo.engine import Engine, Ensemble, OutputError, Volume, VolumeError, prediction
+from nnturbo.engine import Engine, OutputError, prediction
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.batch import predict_cases
+from nnturbo.engine.batch import predict_cases, run_job
 from nnturbo.engine.cases import CaseFiles, find_cases
-from nnturbo.engine.files import write_json, written_atomically
-from nnturbo.engine.jobs import Job
+from nnturbo.engine.files import written_atomically
+from nnturbo.engine.jobs import About, Job
 
-from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
+from tests.engine.factory import smooth_scan, write_model
 
 
 def write_scan(path, seed=0, shape=(8, 14, 16)):
@@ -25,20 +26,6 @@ def write_scan(path, seed=0, shape=(8, 14, 16)):
     image.SetSpacing((1.5, 1.5, 2.0))
     sitk.WriteImage(image, str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return Engine.load(write_model(tmp_path_factory.mktemp("model") / "m"), device="cpu", mirror=False)
-
-
-@pytest.fixture
-def scans(tmp_path):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for index, name in enumerate("abc"):
-        write_scan(folder / f"{name}_0000.nii.gz", index)
-    return folder
 
 
 def read_records(folder):
@@ -76,13 +63,6 @@ def test_wrong_channels_fail_their_case_only(engine, scans, tmp_path):
     outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
     assert outcome.done == ["a", "c"]
     assert "1 channel" in outcome.failed["b"]
-
-
-def test_a_missing_channel_fails_its_case(engine, scans, tmp_path):
-    (scans / "b_0000.nii.gz").rename(scans / "b_0001.nii.gz")
-    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-    assert outcome.done == ["a", "c"]
-    assert "b_0000.nii.gz" in outcome.failed["b"]
 
 
 def test_a_scan_is_never_replaced_by_its_result(engine, tmp_path):
@@ -129,38 +109,106 @@ def test_continuing_leaves_results_alone_and_keeps_their_records(engine, scans, 
     assert again.done == ["a"]
 
 
+def other_engine(tmp_path):
+    """A model of the same kind with other weights."""
+    model = write_model(tmp_path / "other")
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    checkpoint["network_weights"] = {name: 2 * of for name, of in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+    return Engine.load(model, device="cpu", mirror=False)
+
+
 @pytest.mark.parametrize("change", ["model", "settings", "scan"])
-def test_continuing_does_again_what_something_else_has_made(engine, scans, tmp_path, change):
+def test_continuing_makes_again_what_something_else_has_made_only_where_asked(engine, scans, tmp_path, change):
     out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
     predict_cases(engine, cases, Job(output=out))
     other, expected = engine, ["a", "b", "c"]
     if change == "model":
-        model = write_model(tmp_path / "other")
-        checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
-        checkpoint["network_weights"] = {name: 2 * of for name, of in checkpoint["network_weights"].items()}
-        torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
-        other = Engine.load(model, device="cpu", mirror=False)
+        other = other_engine(tmp_path)
     elif change == "settings":
         other = Engine.load(engine.model.source, device="cpu", mirror=True)
     else:
         write_scan(scans / "b_0000.nii.gz", 9)
         expected = ["b"]
+    before = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
     outcome = predict_cases(other, cases, Job(output=out, skip_existing=True))
-    assert outcome.done == expected
+    assert (outcome.done, list(outcome.kept)) == ([], expected)
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == before
+    outcome = predict_cases(other, cases, Job(output=out, skip_existing=True, redo_outdated=True))
+    assert (outcome.done, outcome.kept) == (expected, {})
     for name in "abc":
         labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz")))
         assert np.array_equal(labels, other.predict(scans / f"{name}_0000.nii.gz").segmentation)
-    assert predict_cases(other, cases, Job(output=out, skip_existing=True)).done == []
+    outcome = predict_cases(other, cases, Job(output=out, skip_existing=True))
+    assert (outcome.done, outcome.kept) == ([], {})
 
 
-def test_labels_of_before_are_gone_where_a_case_fails_now(engine, scans, tmp_path):
+def correct(path):
+    """Write labels as a person who corrects them does."""
+    image = sitk.ReadImage(str(path))
+    image[1:4, 1:4, 1:4] = 2
+    sitk.WriteImage(image, str(path))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("redo_outdated", [False, True])
+def test_continuing_touches_no_labels_that_nnturbo_did_not_write(engine, scans, tmp_path, redo_outdated):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+    out.mkdir()
+    write_scan(out / "c.nii.gz")  # as nnU-Net leaves it, without a record
+    predict_cases(engine, cases[:2], Job(output=out))
+    before = {"a.nii.gz": correct(out / "a.nii.gz"), "c.nii.gz": (out / "c.nii.gz").read_bytes()}
+    (out / "b.nii.gz").write_bytes((out / "b.nii.gz").read_bytes()[:-20])
+    other = other_engine(tmp_path)
+    outcome = predict_cases(other, cases, Job(output=out, skip_existing=True, redo_outdated=redo_outdated))
+    assert outcome.done == ["b"]
+    assert outcome.kept == {"a": "changed since nnturbo wrote it", "c": "not written by nnturbo"}
+    assert {name: (out / name).read_bytes() for name in before} == before
+    table = json.loads((out / "predictions.json").read_text())
+    assert table["kept"] == {"count": 2, "names": ["a", "c"]}
+    # Without that flag, everything is made again.
+    assert predict_cases(other, cases, Job(output=out)).done == ["a", "b", "c"]
+    assert json.loads((out / "predictions.json").read_text())["kept"] == {"count": 0, "names": []}
+
+
+@pytest.mark.parametrize("damage", ["stopped at once", "stopped in the second", "failed"])
+def test_results_are_replaced_only_by_their_successors(engine, scans, tmp_path, monkeypatch, damage):
     out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
     predict_cases(engine, cases, Job(output=out, save_probabilities=True))
+    before = {path.name: path.read_bytes() for path in out.glob("[abc].*")}
+    assert len(before) == 9
+    other = other_engine(tmp_path)
+    if damage == "failed":
+        (scans / "a_0000.nii.gz").write_bytes(b"")
+        assert list(predict_cases(other, cases[:1], Job(output=out, save_probabilities=True)).failed) == ["a"]
+        replaced = ""
+    else:
+
+        def stop(event):
+            if event["event"] == ("tiles" if damage == "stopped at once" else "done"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            predict_cases(other, cases, Job(output=out, save_probabilities=True, readers=0, writers=0), tell=stop)
+        replaced = "" if damage == "stopped at once" else "a"
+    after = {path.name: path.read_bytes() for path in out.glob("[abc].*")}
+    assert after.keys() == before.keys()
+    assert {name[0] for name in after if after[name] != before[name]} == set(replaced)
+
+
+def test_a_case_that_failed_is_tried_again_and_keeps_what_it_had(engine, scans, tmp_path):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+    predict_cases(engine, cases, Job(output=out, save_probabilities=True))
+    scan, before = (scans / "a_0000.nii.gz").read_bytes(), (out / "a.nii.gz").read_bytes()
     (scans / "a_0000.nii.gz").write_bytes(b"")
-    for continued in (True, False):
-        assert list(predict_cases(engine, cases, Job(output=out, skip_existing=continued)).failed) == ["a"]
-        assert not list(out.glob("a.*"))
-        assert (out / "b.nii.gz").exists()
+    assert list(predict_cases(engine, cases, Job(output=out, save_probabilities=True)).failed) == ["a"]
+    assert (out / "a.nii.gz").read_bytes() == before
+    record = read_records(out)["a"]
+    assert (record["status"], sorted(record["results"])) == ("failed", ["a.nii.gz", "a.npz", "a.pkl"])
+    (scans / "a_0000.nii.gz").write_bytes(scan)
+    outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True, save_probabilities=True))
+    assert outcome.done == ["a"]
+    assert read_records(out)["a"]["status"] == "done"
 
 
 def test_what_a_library_raises_while_it_writes_fails_its_case_only(engine, scans, tmp_path, monkeypatch):
@@ -230,11 +278,6 @@ def test_a_name_that_is_no_text_fails_its_case(engine, scans, tmp_path):
     assert "need names in UTF-8" in reason
 
 
-def test_files_that_macos_leaves_are_no_scans(scans):
-    (scans / "._a_0000.nii.gz").write_bytes(b"\0\5\x16\7")
-    assert [case.name for case in find_cases(scans, ".nii.gz")] == ["a", "b", "c"]
-
-
 def test_probabilities_are_written_as_nnunet_does(engine, scans, tmp_path):
     out = tmp_path / "out"
     predict_cases(engine, find_cases(scans, ".nii.gz")[:1], Job(output=out, save_probabilities=True))
@@ -245,33 +288,55 @@ def test_probabilities_are_written_as_nnunet_does(engine, scans, tmp_path):
     assert properties["bbox_used_for_cropping"] == [[0, 8], [0, 14], [0, 16]]
 
 
-def test_cases_are_found(tmp_path, scans):
-    write_scan(scans / "b_0001.nii.gz")
-    (scans / "notes.txt").write_text("x")
-    cases = find_cases(scans, ".nii.gz")
-    assert [case.name for case in cases] == ["a", "b", "c"]
-    assert [path.name for path in cases[1].images] == ["b_0000.nii.gz", "b_0001.nii.gz"]
-    (single,) = find_cases(scans / "a_0000.nii.gz", ".nii.gz")
-    assert single.name == "a"
-    (other,) = find_cases(write_scan(tmp_path / "x.y.mha"), ".nii.gz")
-    assert other.name == "x.y"
-    (tmp_path / "series").mkdir()
-    (dicom,) = find_cases(tmp_path / "series", ".nii.gz")
-    assert (dicom.name, dicom.images) == ("series", (tmp_path / "series",))
-
-
-def test_files_without_a_channel_number_are_named(scans):
-    write_scan(scans / "d.nii.gz")
-    with pytest.raises(VolumeError, match=r"1 do not, such as d\.nii\.gz"):
-        find_cases(scans, ".nii.gz")
-    with pytest.raises(VolumeError, match="does not exist"):
-        find_cases(scans / "nowhere", ".nii.gz")
-
-
 def test_the_same_name_twice_is_refused(engine, tmp_path):
     case = CaseFiles(name="a", images=(tmp_path / "a_0000.nii.gz",))
     with pytest.raises(ValueError, match="a come more than once"):
         predict_cases(engine, [case, case], Job(output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_scan_under_another_name_is_not_replaced_either(engine, tmp_path, link):
+    (tmp_path / "out").mkdir()
+    scan = write_scan(tmp_path / "out" / "a.nii.gz")
+    source = tmp_path / "a_0000.nii.gz"
+    if link:
+        source.symlink_to(scan)
+    else:
+        source.hardlink_to(scan)
+    with pytest.raises(ValueError, match="would replace a file that is read"):
+        predict_cases(engine, find_cases(source, ".nii.gz"), Job(output=tmp_path / "out"))
+
+
+def test_the_output_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="must be a folder for the segmentations, .*file is a file"):
+        Job(output=tmp_path / "file")
+
+
+def test_a_job_of_many_cases_begins_at_once(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    class Nobody:
+        about = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+
+        def __call__(self, cases, *, tell, alone):
+            raise Stopped
+
+    cases = [CaseFiles(name=f"c{index}", images=(tmp_path / f"c{index}_0000.nii.gz",)) for index in range(20_000)]
+    steps = 0
+
+    def count(frame, event, argument):
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        with pytest.raises(Stopped):
+            run_job(Nobody(), cases, Job(output=tmp_path / "out"))
+    finally:
+        sys.setprofile(None)
+    assert steps < 100 * len(cases)
 
 
 def test_an_output_folder_that_cannot_be_made_stops_at_once(engine, scans, tmp_path):
@@ -327,170 +392,3 @@ def test_records_that_are_not_ours_are_not_overwritten(engine, scans, tmp_path):
     with pytest.raises(OutputError, match="Move it away"):
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=out))
     assert (out / "predictions.json").read_text() == "mine"
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """A model that does not say the same of all scans: its logits are centred on them."""
-    folder = tmp_path_factory.mktemp("classifier") / "m"
-    plans = multi_task(plans_json(), class_names=["benign", "low", "high"])
-    weights = random_weights(plans, dataset_json())
-    engine = Engine.load(
-        write_model(folder, plans=plans, checkpoint={"network_weights": weights}), device="cpu", mirror=False
-    )
-    volumes = [Volume.from_array(smooth_scan((8, 14, 16), seed), (2.0, 1.5, 1.5)) for seed in range(3)]
-    logits = torch.tensor([engine.predict(volume).classification.logits for volume in volumes])
-    last_bias = [name for name in weights if name.startswith("head.") and name.endswith(".bias")][-1]
-    weights[last_bias] -= logits.mean(0)
-    write_model(folder, plans=plans, checkpoint={"network_weights": weights})
-    return Engine.load(folder, device="cpu", mirror=False)
-
-
-class TestSubtypes:
-    def answers(self, engine, scans):
-        """Rows as they must be, from predictions of their own; the cases do not all have the same class."""
-        rows = {
-            name: f"{name}.nii.gz,{engine.predict(scans / f'{name}_0000.nii.gz').classification.label}"
-            for name in "abc"
-        }
-        assert len({row[-1] for row in rows.values()}) > 1
-        return rows
-
-    def rows(self, folder, name="subtype_results.csv"):
-        header, *rows = (folder / name).read_text().splitlines()
-        assert header == "Names,Subtype"
-        return rows
-
-    def test_every_case_has_a_row_and_a_record(self, classifier, scans, tmp_path):
-        cases = find_cases(scans, ".nii.gz")[::-1]
-        predict_cases(classifier, cases, Job(output=tmp_path / "out"))
-        assert self.rows(tmp_path / "out") == list(self.answers(classifier, scans).values())
-        for name, record in read_records(tmp_path / "out").items():
-            answer = classifier.predict(scans / f"{name}_0000.nii.gz").classification
-            assert record["classification"] == {
-                "label": answer.label,
-                "name": ("benign", "low", "high")[answer.label],
-                "probabilities": dict(zip(("benign", "low", "high"), answer.probabilities, strict=True)),
-                "logits": list(answer.logits),
-            }
-
-    def test_classes_that_are_numbers_are_written_as_they_are(self, scans, tmp_path):
-        engine = Engine.load(
-            write_model(tmp_path / "m", plans=multi_task(plans_json(), class_names=["1", "2", "7"])),
-            device="cpu",
-            mirror=False,
-        )
-        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        names = [engine.predict(scans / f"{name}_0000.nii.gz").classification.name for name in "abc"]
-        assert [row.split(",")[1] for row in self.rows(tmp_path / "out")] == names
-
-    def test_a_model_without_classification_has_no_table(self, engine, scans, tmp_path):
-        predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        assert not (tmp_path / "out" / "subtype_results.csv").exists()
-        assert "classification" not in read_records(tmp_path / "out")["a"]
-
-    def test_continuing_keeps_earlier_rows(self, classifier, scans, tmp_path):
-        out, cases, rows = tmp_path / "out", find_cases(scans, ".nii.gz"), self.answers(classifier, scans)
-        predict_cases(classifier, cases[:2], Job(output=out))
-        assert self.rows(out) == [rows["a"], rows["b"]]
-        outcome = predict_cases(classifier, cases[1:], Job(output=out, skip_existing=True))
-        assert (outcome.skipped, outcome.done) == (["b"], ["c"])
-        assert self.rows(out) == list(rows.values())
-        (out / "subtype_results.csv").unlink()
-        outcome = predict_cases(classifier, cases, Job(output=out, skip_existing=True))
-        assert (outcome.skipped, outcome.done) == (["a", "b", "c"], [])
-        assert self.rows(out) == list(rows.values())
-
-    @pytest.mark.parametrize("loss", ["no records", "no record", "no class", "other classes", "no such class"])
-    def test_a_result_without_its_class_is_predicted_again(self, classifier, scans, tmp_path, loss):
-        out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
-        predict_cases(classifier, cases, Job(output=out))
-        path = out / "records" / "b.json"
-        record = json.loads(path.read_text())
-        if loss == "no class":
-            del record["classification"]
-        elif loss == "other classes":
-            record["classification"]["probabilities"] = {"x": 1.0}
-        elif loss == "no such class":
-            record["classification"]["label"] = 3
-        write_json(path, record)
-        if loss == "no record":
-            path.unlink()
-        elif loss == "no records":
-            shutil.rmtree(out / "records")
-        outcome = predict_cases(classifier, cases, Job(output=out, skip_existing=True))
-        assert outcome.done == (["a", "b", "c"] if loss == "no records" else ["b"])
-        assert self.rows(out) == list(self.answers(classifier, scans).values())
-
-    def test_failed_cases_have_no_row(self, classifier, scans, tmp_path):
-        rows = self.answers(classifier, scans)
-        (scans / "a_0000.nii.gz").write_bytes(b"")
-        outcome = predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        assert list(outcome.failed) == ["a"]
-        assert self.rows(tmp_path / "out") == [rows["b"], rows["c"]]
-        write_scan(scans / "a_0000.nii.gz", 0)
-        again = predict_cases(
-            classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out", skip_existing=True)
-        )
-        assert again.done == ["a"]
-        assert self.rows(tmp_path / "out") == list(rows.values())
-
-    def test_a_case_whose_labels_cannot_be_written_has_no_row(self, classifier, scans, tmp_path, monkeypatch):
-        rows = self.answers(classifier, scans)
-        fill_disk_at(monkeypatch, "b")
-        outcome = predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        assert self.rows(tmp_path / "out") == [rows[name] for name in outcome.done]
-        assert "b" not in outcome.done
-
-    def test_the_table_is_there_from_the_start(self, classifier, scans, tmp_path):
-        out, seen = tmp_path / "out", []
-        predict_cases(
-            classifier,
-            find_cases(scans, ".nii.gz"),
-            Job(output=out),
-            tell=lambda event: seen.append((event["event"], len(self.rows(out)))) if seen or event["event"] == "tiles"
-            else None,
-        )  # fmt: skip
-        assert seen[0] == ("tiles", 0)
-        assert len(self.rows(out)) == 3
-
-    def test_an_ensemble_writes_its_own_answer(self, engine, classifier, scans, tmp_path):
-        ensemble = Ensemble([engine, classifier])
-        predict_cases(ensemble, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-        assert self.rows(tmp_path / "out") == list(self.answers(ensemble, scans).values())
-        assert len(read_records(tmp_path / "out")["a"]["provenance"]["models"]) == 2
-
-
-class TestWrittenAtomically:
-    def test_nothing_appears_before_the_end_nor_after_a_failure(self, tmp_path):
-        path = tmp_path / "result.json"
-        path.write_text("old")
-
-        def fail():
-            with written_atomically(path) as temporary:
-                temporary.write_text("new")
-                assert path.read_text() == "old"
-                raise KeyError
-
-        with pytest.raises(KeyError):
-            fail()
-        assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-        assert path.read_text() == "old"
-
-    def test_a_full_disk_is_said(self, tmp_path, monkeypatch):
-        def full(descriptor):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(OutputError, match=r"a\.json cannot be written: No space left on device"):
-            write_json(tmp_path / "a.json", {})
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_missing_folder_is_said(self, tmp_path):
-        with pytest.raises(OutputError, match="cannot be written: No such file"):
-            write_json(tmp_path / "no" / "a.json", {})
-
-    def test_permissions_are_those_of_any_new_file(self, tmp_path):
-        write_json(tmp_path / "a.json", {})
-        (tmp_path / "b.json").write_text("{}")
-        assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode

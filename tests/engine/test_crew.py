@@ -9,6 +9,7 @@ from nnturbo.engine.cases import CaseFiles
 from nnturbo.engine.crew import Hand, SharedCrew, throttled
 from nnturbo.engine.errors import DeviceLost
 from nnturbo.engine.jobs import About, Job
+from nnturbo.engine.journal import DONE, FAILED, Fingerprint, Record
 
 ABOUT = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
@@ -47,8 +48,8 @@ class Played(SharedCrew):
     def record(self, name):
         if self.fails.get(name, 0) > 0:
             self.fails[name] -= 1
-            return {"name": name, "status": "failed", "error": "the disk did not answer", "transient": True}
-        return {"name": name, "status": "done", "timings_ms": {}, "warnings": []}
+            return Record(name=name, status=FAILED, error="the disk did not answer", transient=True)
+        return Record(name=name, status=DONE)
 
     def _dismiss(self, hands):
         for hand in hands:
@@ -81,7 +82,7 @@ def test_a_process_that_is_lost_costs_no_case(tmp_path):
     class Once(Played):
         def _news(self):
             for hand, what, content in super()._news():
-                if what == "record" and content["name"] == "c07" and not lost:
+                if what == "record" and content.name == "c07" and not lost:
                     lost.append(sorted(hand.given))
                     yield hand, "lost", "signal 9"
                 else:
@@ -118,10 +119,10 @@ def test_a_case_that_was_recorded_before_its_process_was_lost_is_done(tmp_path):
             super()._give(hand, case)
             if case.name == "c03" and self.hired["x"] > 1:
                 (tmp_path / "c03.nii.gz").write_bytes(b"labels")
-                journal = ABOUT.journal(Job(output=tmp_path))
-                results = journal.describe([tmp_path / "c03.nii.gz"])
+                results = {"c03.nii.gz": Fingerprint.of(tmp_path / "c03.nii.gz")}
                 made_of = ABOUT.made_of(Job(output=tmp_path), case)
-                journal.write({**self.record("c03"), "results": results, "made_of": made_of})
+                record = Record(name="c03", status=DONE, results=results, made_of=made_of)
+                ABOUT.journal(Job(output=tmp_path)).write(record)
 
     outcome, _ = run(Late("x", poison=["c03"]), 8, tmp_path)
     assert outcome.failed == {}

@@ -1,84 +1,245 @@
-"""Records of cases: which results are trusted, and the tables made of the records."""
+"""Records of cases: which results are trusted, which are kept, and the tables made of the records."""
 
 import json
 import os
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nnturbo.engine import OutputError
-from nnturbo.engine.journal import Journal
+from nnturbo.engine.journal import DONE, FAILED, KEPT, WRITING, Fingerprint, Journal, Record, Standing
+from nnturbo.engine.volume import Geometry, write_segmentation
 
 MADE_OF = {"models": [{"source": {"fold_0": "hash"}}], "inputs": {"a": [["a", 1, 2]]}}
+OTHER = {**MADE_OF, "inputs": {"a": [["a", 1, 3]]}}
+GEOMETRY = Geometry(spacing=(1, 1, 1), origin=(0, 0, 0), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1))
 
 
 @pytest.fixture
 def journal(tmp_path):
     made = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
-    made.begin(["a", "b"], keep=True)
+    made.begin()
     return made
 
 
-def finish(journal, name, content=b"labels", **more):
-    path = journal.output / f"{name}.nii.gz"
-    path.write_bytes(content)
-    journal.write({"name": name, "status": "done", "results": journal.describe([path]), "made_of": MADE_OF, **more})
+def labels(path, value=1):
+    write_segmentation(path, np.full((2, 3, 4), value, np.uint8), GEOMETRY)
     return path
+
+
+def finish(journal, name="a", extra=(), **more):
+    """Do what a job does when a case is done; `extra` are endings of further files."""
+    folder = journal.output / "staged"
+    folder.mkdir()
+    labels(folder / f"{name}.nii.gz")
+    for ending in extra:
+        (folder / f"{name}{ending}").write_bytes(b"extra")
+    files = [*(f"{name}{ending}" for ending in extra), f"{name}.nii.gz"]
+    journal.publish(Record(name=name, status=DONE, made_of=MADE_OF, **more), folder, files)
+    folder.rmdir()
+    return [journal.output / file for file in files]
 
 
 def cases(journal):
     return json.loads((journal.output / "predictions.json").read_text())["cases"]
 
 
-def test_a_case_is_complete_when_its_record_and_its_results_say_so(journal):
+def test_a_case_is_done_when_its_record_and_its_results_say_so(journal):
     path = journal.output / "a.nii.gz"
-    assert not journal.is_complete("a", [path], MADE_OF)
-    path.write_bytes(b"labels")
-    assert not journal.is_complete("a", [path], MADE_OF)
-    finish(journal, "a")
-    assert journal.is_complete("a", [path], MADE_OF)
-    assert not journal.is_complete("b", [path], MADE_OF)
-
-
-@pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone", "a folder", "failed", "another result"])
-def test_what_does_not_fit_its_record_is_not_trusted(journal, damage):
-    path = finish(journal, "a", b"labels")
-    results = [path]
-    if damage == "cut off":
-        path.write_bytes(b"label")
-    elif damage == "other bytes":
-        path.write_bytes(b"Labels")
-    elif damage == "gone":
-        path.unlink()
-    elif damage == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif damage == "failed":
-        journal.write({"name": "a", "status": "failed"})
-    else:
-        results.append(journal.output / "a.npz")
-        results[1].write_bytes(b"probabilities")
-    assert not journal.is_complete("a", results, MADE_OF)
+    assert journal.standing("a", [path], MADE_OF) == Standing()
+    assert finish(journal) == [path]
+    assert journal.standing("a", [path], MADE_OF) == Standing(is_done=True)
+    assert journal.standing("b", [journal.output / "b.nii.gz"], MADE_OF) == Standing()
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"name": "a", "sta', "[]", "3", '{"name": "b"}', '{"status": "done"}', "null"]
+    ("change", "expected"),
+    [
+        (lambda path: path.unlink(), Standing()),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), Standing()),
+        (lambda path: path.write_bytes(b""), Standing()),
+        (lambda path: labels(path, 2), Standing(kept="changed since nnturbo wrote it")),
+        (lambda path: path.write_bytes(b"no image at all" * 99), Standing(kept="changed since nnturbo wrote it")),
+        (lambda path: (path.unlink(), path.mkdir()), None),
+    ],
+    ids=["gone", "cut off", "empty", "corrected", "something else", "a folder"],
+)
+def test_labels_that_are_not_those_of_the_record_are_kept_if_they_are_whole(journal, change, expected):
+    (path,) = finish(journal)
+    change(path)
+    found = journal.standing("a", [path], MADE_OF, redo_outdated=True)
+    if expected is None:
+        assert "cannot be read" in found.kept
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("record", ["none", "failed", "damaged", "kept"])
+def test_labels_without_a_record_are_kept_if_they_are_whole(journal, record, is_whole):
+    path = labels(journal.output / "a.nii.gz")
+    if record == "failed":
+        journal.write(Record(name="a", status=FAILED, error="why"))
+    elif record == "kept":
+        journal.write(Record(name="a", status=KEPT, kept="not written by nnturbo"))
+    elif record == "damaged":
+        (journal.output / "records" / "a.json").write_text("{")
+    if not is_whole:
+        path.write_bytes(path.read_bytes()[:-5])
+    expected = Standing(kept="not written by nnturbo") if is_whole else Standing()
+    assert journal.standing("a", [path], MADE_OF) == expected
+
+
+def test_results_of_something_else_are_kept_unless_they_are_to_be_made_again(journal):
+    (path,) = finish(journal)
+    found = journal.standing("a", [path], OTHER)
+    assert "another model, other settings or another version" in found.kept
+    assert journal.standing("a", [path], OTHER, redo_outdated=True) == Standing()
+    labels(path, 2)
+    assert journal.standing("a", [path], OTHER, redo_outdated=True).kept == "changed since nnturbo wrote it"
+
+
+def test_results_asked_for_and_not_there_are_made_and_changed_ones_kept(journal):
+    (path,) = finish(journal)
+    extra = journal.output / "a.npz"
+    assert journal.standing("a", [extra, path], MADE_OF) == Standing()
+    assert "another model" in journal.standing("a", [extra, path], OTHER).kept
+    extra.write_bytes(b"of somebody else")
+    assert journal.standing("a", [extra, path], MADE_OF).kept == "a.npz is not what nnturbo wrote"
+
+
+def test_a_case_that_failed_is_tried_again_and_what_it_had_before_stays_known(journal):
+    (path,) = finish(journal)
+    journal.fail(Record(name="a", status=FAILED, error="out of memory"))
+    assert path.exists()
+    assert journal.read("a").results == {"a.nii.gz": Fingerprint.of(path)}
+    assert journal.standing("a", [path], MADE_OF) == Standing()
+    labels(path, 2)
+    assert journal.standing("a", [path], MADE_OF).kept == "changed since nnturbo wrote it"
+
+
+class TestInterrupted:
+    """A job is killed after each step of putting two results in place of earlier ones."""
+
+    @pytest.fixture
+    def interrupted(self, journal, monkeypatch):
+        def interrupt(steps):
+            results = finish(journal, extra=[".npz"])
+            folder = journal.output / "staged"
+            folder.mkdir()
+            labels(folder / "a.nii.gz", 2)
+            (folder / "a.npz").write_bytes(b"new extra")
+            left = iter(range(steps))
+            replace_file = type(folder).replace
+
+            def maybe(path, target):
+                if folder in path.parents and next(left, None) is None:
+                    raise KeyboardInterrupt
+                return replace_file(path, target)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(folder), "replace", maybe)
+                with pytest.raises(KeyboardInterrupt):
+                    journal.publish(Record(name="a", status=DONE, made_of=MADE_OF), folder, ["a.npz", "a.nii.gz"])
+            return results
+
+        return interrupt
+
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_what_is_half_replaced_is_made_again(self, journal, interrupted, steps):
+        results = interrupted(steps)
+        assert journal.read("a").status == WRITING
+        assert journal.standing("a", results, MADE_OF) == Standing()
+        journal.collect()
+        assert cases(journal) == []
+        journal.fail(Record(name="a", status=FAILED, error="why"))
+        assert journal.standing("a", results, MADE_OF) == Standing()
+
+    def test_what_somebody_changes_then_is_kept(self, journal, interrupted):
+        results = interrupted(1)
+        labels(results[-1], 3)
+        assert journal.standing("a", results, MADE_OF).kept == "changed since nnturbo wrote it"
+
+    def test_what_is_all_in_place_is_done(self, journal, monkeypatch):
+        write = Journal.write
+
+        def killed(self, record):
+            if record.status == DONE:
+                raise KeyboardInterrupt
+            write(self, record)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                finish(journal, warnings=("odd",))
+        found = journal.standing("a", [journal.output / "a.nii.gz"], MADE_OF)
+        assert found == Standing(is_done=True)
+        journal.settle("a", [], found)
+        record = journal.read("a")
+        assert (record.status, record.replaces, record.warnings) == (DONE, {}, ("odd",))
+
+
+def test_what_is_kept_is_recorded_and_counted(journal):
+    (path,) = finish(journal)
+    labels(journal.output / "b.nii.gz")
+    labels(path, 2)
+    for name in "ab":
+        found = journal.standing(name, [journal.output / f"{name}.nii.gz"], MADE_OF)
+        journal.settle(name, [journal.output / f"{name}_0000.nii.gz"], found)
+    journal.collect()
+    table = json.loads((journal.output / "predictions.json").read_text())
+    assert table["kept"] == {"count": 2, "names": ["a", "b"]}
+    changed, foreign = table["cases"]
+    assert (changed["status"], changed["kept"]) == ("done", "changed since nnturbo wrote it")
+    assert (foreign["status"], foreign["kept"]) == ("kept", "not written by nnturbo")
+    journal.settle("a", [], Standing(is_done=True))
+    assert journal.read("a").kept is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"name": "a", "sta', "[]", "3", '{"name": "b"}', '{"status": "done"}', "null", '{"name": "a"}']
 )
 def test_a_torn_record_counts_as_none_and_says_so(journal, caplog, content):
-    path = finish(journal, "a")
+    finish(journal)
     (journal.output / "records" / "a.json").write_text(content)
-    assert not journal.is_complete("a", [path], MADE_OF)
+    assert journal.read("a") is None
     journal.collect()
     assert cases(journal) == []
     assert "a.json is damaged" in caplog.text
 
 
-def test_what_is_begun_anew_is_not_trusted_any_more(journal):
-    paths = {name: finish(journal, name) for name in "abc"}
-    journal.begin(["a", "b"], keep=False)
-    assert [journal.is_complete(name, [paths[name]], MADE_OF) for name in "abc"] == [False, False, True]
-    journal.begin(["a", "b", "c"], keep=True)
-    assert journal.is_complete("c", [paths["c"]], MADE_OF)
+text = st.text(max_size=8)
+records = st.builds(
+    Record,
+    name=text,
+    status=st.sampled_from([WRITING, DONE, FAILED, KEPT]),
+    images=st.lists(text, max_size=3).map(tuple),
+    results=st.dictionaries(text, st.builds(Fingerprint, bytes=st.integers(0), sha256=text), max_size=3),
+    replaces=st.dictionaries(text, st.builds(Fingerprint, bytes=st.integers(0), sha256=text), max_size=3),
+    made_of=st.none() | st.just(MADE_OF),
+    error=st.none() | text.filter(bool),
+    transient=st.just(False),
+    kept=st.none() | text.filter(bool),
+    classification=st.none() | st.just({"label": 0}),
+    volumes_ml=st.none() | st.just({"lesion": 0.0}),
+    timings_ms=st.dictionaries(text, st.floats(0, 1e6), max_size=2),
+    warnings=st.lists(text, max_size=2).map(tuple),
+    provenance=st.none() | st.just({"torch": "2"}),
+)
+
+
+@given(record=records)
+def test_a_record_comes_back_from_its_json(record):
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_a_record_keeps_no_note_of_what_matters_only_while_the_job_runs():
+    record = Record(name="a", status=FAILED, error="busy", transient=True)
+    assert Record.from_json(record.to_json()) == replace(record, transient=False)
 
 
 def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
@@ -88,28 +249,39 @@ def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
         (path / "new.nii.gz").write_bytes(b"half")
         os.utime(path, (time.time() - 3600,) * 2)
     os.utime(old / "new.nii.gz", (time.time() - 3600,) * 2)
-    journal.begin([], keep=True)
+    journal.begin()
     assert not old.exists()
     assert new.exists()
 
 
 def test_tables_hold_all_records_by_name(tmp_path):
     journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
-    journal.begin([], keep=True)
+    journal.begin()
     for name, label in (("b", 1), ("a", 0)):
         finish(journal, name, classification={"label": label, "probabilities": {"low": 0.5, "high": 0.5}})
-    journal.write({"name": "c", "status": "failed", "error": "why"})
+    journal.write(Record(name="c", status=FAILED, error="why"))
+    journal.write(Record(name="d", status=WRITING))
     journal.collect()
     assert [case["name"] for case in cases(journal)] == ["a", "b", "c"]
     assert (tmp_path / "subtype_results.csv").read_text() == "Names,Subtype\na.nii.gz,0\nb.nii.gz,1\n"
 
 
+def test_names_that_are_no_text_cost_no_table(tmp_path):
+    journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
+    journal.begin()
+    name = "m\udcfcller"
+    finish(journal, name, classification={"label": 1, "probabilities": {"low": 0.5, "high": 0.5}})
+    journal.collect()
+    assert cases(journal)[0]["name"] == name
+    assert (tmp_path / "subtype_results.csv").read_text() == "Names,Subtype\nm\\udcfcller.nii.gz,1\n"
+
+
 def test_jobs_that_end_together_leave_the_records_of_all(tmp_path):
     def part(index):
         journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
-        journal.begin([], keep=True)
+        journal.begin()
         for case in range(10):
-            finish(journal, f"{index}-{case}")
+            journal.write(Record(name=f"{index}-{case}", status=DONE))
         journal.collect()
 
     for _ in range(5):
@@ -128,31 +300,5 @@ def test_jobs_that_end_together_leave_the_records_of_all(tmp_path):
 def test_a_table_of_somebody_else_is_not_replaced(tmp_path, content):
     (tmp_path / "predictions.json").write_text(content)
     with pytest.raises(OutputError, match="Move it away"):
-        Journal(output=tmp_path, file_ending=".nii.gz", class_names=None).begin([], keep=True)
+        Journal(output=tmp_path, file_ending=".nii.gz", class_names=None).begin()
     assert (tmp_path / "predictions.json").read_text() == content
-
-
-def test_results_of_something_else_are_not_trusted(journal, caplog):
-    path = finish(journal, "a")
-    other = {**MADE_OF, "inputs": {"a": [["a", 1, 3]]}}
-    assert journal.is_complete("a", [path], MADE_OF)
-    assert not journal.is_complete("a", [path], other)
-    assert "a was made by another model or of another scan" in caplog.text
-
-
-def test_what_is_forgotten_leaves_nothing_and_takes_nothing_else_along(journal):
-    path = finish(journal, "a")
-    beside = journal.output / "plans.json"
-    beside.write_text("{}")
-    outside = journal.output.parent / "outside.nii.gz"
-    outside.write_text("of others")
-    record = json.loads((journal.output / "records" / "a.json").read_text())
-    record["results"]["../outside.nii.gz"] = {}
-    journal.write(record)
-    journal.forget("a")
-    journal.forget("never there")
-    assert not path.exists()
-    assert not (journal.output / "records" / "a.json").exists()
-    assert beside.exists()
-    assert outside.exists()
-    outside.unlink()
