@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .dicom import looks_like_dicom
 from .errors import VolumeError
+from .journal import RECORDS
+
+logger = logging.getLogger(__name__)
 
 CHANNEL = re.compile(r"_\d{4}$")
 """nnU-Net's channel number at the end of a file's stem."""
@@ -22,10 +27,16 @@ class CaseFiles:
     images: tuple[Path, ...]
 
 
-def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
+def find_cases(source: Path, file_ending: str, output: Path | None = None) -> list[CaseFiles]:
     """List the cases in a folder of `<name>_0000<ending>` files, or of DICOM folders, or make one of a single scan.
 
-    A folder without such files is one case if it holds DICOM slices itself, else every folder in it is one.
+    A folder without such files is one case if it holds DICOM slices itself, else every folder in it is one. The files
+    of a case are its channels in the order of their numbers, whatever these are, as in nnU-Net.
+
+    Args:
+        source: Folder, or file.
+        file_ending: Of the scans in a folder.
+        output: Where results go; what a job leaves there is no scan.
 
     Raises:
         VolumeError: Where there is nothing to predict.
@@ -35,42 +46,69 @@ def find_cases(source: Path, file_ending: str) -> list[CaseFiles]:
     if source.is_file():
         stem = _without_ending(source.name, file_ending)
         return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
-    files = sorted(path for path in _shown(source) if path.name.endswith(file_ending) and path.is_file())
-    if not files:
-        return _find_series(source)
+    shown = _shown(source)
+    files = [name for name, is_folder in shown.items() if name.endswith(file_ending) and not is_folder]
+    is_output = output is not None and output.exists() and output.samefile(source)
     cases: dict[str, list[Path]] = {}
     unnumbered = []
-    for path in files:
-        stem = path.name.removesuffix(file_ending)
-        if CHANNEL.search(stem):
-            cases.setdefault(CHANNEL.sub("", stem), []).append(path)
+    for name in files:
+        stem = name.removesuffix(file_ending)
+        if CHANNEL.search(stem, 1):
+            cases.setdefault(CHANNEL.sub("", stem), []).append(source / name)
         else:
-            unnumbered.append(path.name)
+            unnumbered.append(name)
+    if is_output:
+        made = {*cases, *(name.removesuffix(".json") for name in _names(source / RECORDS))}
+        unnumbered = [name for name in unnumbered if name.removesuffix(file_ending) not in made]
     if unnumbered:
         raise VolumeError(
             f"every file in {source} must end in its channel's number, such as scan_0000{file_ending}; "
             f"{len(unnumbered)} do not, such as {unnumbered[0]}"
         )
-    return [
-        # Channels are 0, 1, 2, ...; where one is left out, reading says that its file is missing.
-        CaseFiles(name=name, images=tuple(source / f"{name}_{i:04d}{file_ending}" for i in range(len(paths))))
-        for name, paths in cases.items()
-    ]
+    if not cases:
+        return _find_series(source, shown, file_ending, output)
+    for name, paths in cases.items():
+        if len(paths) > 1 and not paths[-1].name.endswith(f"_{len(paths) - 1:04d}{file_ending}"):
+            logger.warning("%s: channels are not numbered 0000, 0001, ...: they are taken in their order", name)
+    return [CaseFiles(name=name, images=tuple(paths)) for name, paths in cases.items()]
 
 
-def _find_series(source: Path) -> list[CaseFiles]:
+def _find_series(source: Path, shown: Mapping[str, bool], file_ending: str, output: Path | None) -> list[CaseFiles]:
     """Take a folder as one DICOM series, or the folders in it as several."""
-    entries = sorted(_shown(source))
-    folders = [path for path in entries if path.is_dir()]
+    files = [name for name, is_folder in shown.items() if not is_folder]
     # An index beside the folders, as on discs, looks like a slice.
-    if not folders or any(path.is_file() and path.name != "DICOMDIR" and looks_like_dicom(path) for path in entries):
+    if any((source / name).is_file() and name != "DICOMDIR" and looks_like_dicom(source / name) for name in files):
         return [CaseFiles(name=source.resolve().name, images=(source,))]
+    folders = [source / name for name, is_folder in shown.items() if is_folder]
+    if output is not None and output.exists():
+        folders = [folder for folder in folders if not output.samefile(folder)]
+        if output.samefile(source):
+            folders = [folder for folder in folders if folder.name != RECORDS]
+    if not folders:
+        endings = sorted({_ending(name) for name in files})
+        found = f"{len(files)} file(s) ending with {', '.join(endings[:5])}" if files else "nothing"
+        raise VolumeError(
+            f"{source} must hold scans named NAME_0000{file_ending}, as the model's are, DICOM slices, or folders of "
+            f"them; it holds {found}"
+        )
     return [CaseFiles(name=folder.name, images=(folder,)) for folder in folders]
 
 
-def _shown(folder: Path) -> Iterator[Path]:
-    """What is in a folder, without hidden files, such as macOS leaves beside others on foreign disks."""
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
+def _shown(folder: Path) -> dict[str, bool]:
+    """What is in a folder, by name, and whether it is a folder; without what macOS leaves, and hidden files."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.is_dir() for entry in entries}
+    return {name: found[name] for name in sorted(found) if not name.startswith(".") and name != "__MACOSX"}
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _ending(name: str) -> str:
+    """Say how a file's name ends, that of a compressed one with what is compressed."""
+    suffixes = Path(name).suffixes[-2:]
+    return "".join(suffixes if suffixes[-1:] in ([".gz"], [".GZ"]) else suffixes[-1:]) or "no ending"
 
 
 def _without_ending(name: str, file_ending: str) -> str:
