@@ -48,8 +48,7 @@ class ProgressLine:
             self._failed += what == "failed"
         elif what == "finished":
             if self._live:
-                self._stream.write("\r\x1b[K")
-                self._stream.flush()
+                self._show("\r\x1b[K")
             return
         now = self._clock()
         if now - self._said >= (_ON_TERMINAL_S if self._live else _ELSEWHERE_S):
@@ -62,8 +61,15 @@ class ProgressLine:
             text = "\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
         else:
             text += "\n"
-        self._stream.write(text)
-        self._stream.flush()
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        """Write, as long as somebody reads; a job is not lost to its progress."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._said = math.inf
 
     def text(self, now: float) -> str:
         """Say how far the job is."""
