@@ -260,7 +260,8 @@ class Journal:
             for file in files:
                 (folder / file).replace(self.output / file)
         except OSError as error:
-            raise OutputError(f"{record.name}: its results cannot be put in place: {error}") from error
+            path = error.filename2 or error.filename
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
         self.write(record)
         return record
 

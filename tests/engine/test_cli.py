@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_a_failed_case_gives_status_1_and_is_named(model, scans, tmp_path, capsy
         ("-m {model} -f 3", "fold 3 has none"),
         ("-m {model} -part_id 2 -num_parts 2", "-part_id must be"),
         ("-m {model} -step_size 2", "tile_step_size"),
+        ("-m {model} -npp -1", "-npp must be 0 or more"),
+        ("-m {model}/fold_0/checkpoint_final.pth", "is a checkpoint; its model folder is"),
         ("-m {model} --backend magic", "backend must be"),
         ("-m {model} -device cuda:77", "is not there"),
     ],
@@ -93,6 +96,37 @@ def test_wrong_usage_gives_status_2_and_one_line(model, scans, tmp_path, monkeyp
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", ["-npp 0 -nps 0", "-npp 0", "-nps 0"])
+def test_one_scan_after_the_other_as_nnunet_does_it(model, scans, tmp_path, monkeypatch, flags):
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread.name), start(thread))[1])
+    out, arguments = tmp_path / "out", ["-m", str(model), "-device", "cpu", "--disable_tta", *flags.split()]
+    assert main(["predict", "-i", str(scans), "-o", str(out), *arguments]) == 0
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"{name}.nii.gz" for name in "abcd"]
+    kinds = {name.rpartition("-")[0] for name in started if name.startswith("nnturbo-")}
+    expected = {"nnturbo-read", "nnturbo-compute", "nnturbo-write"}
+    expected -= {"nnturbo-read", "nnturbo-compute"} if "-npp 0" in flags else set()
+    assert kinds == expected - ({"nnturbo-write"} if "-nps 0" in flags else set())
+
+
+def test_what_is_kept_is_said_and_outdated_results_are_made_again_where_asked(model, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["predict", "-i", str(scans), "-o", str(out), "-m", str(model), "-device", "cpu"]
+    assert main([*arguments, "--disable_tta"]) == 0
+    write_scan(out / "b.nii.gz", 5)
+    capsys.readouterr()
+    assert main([*arguments, "--continue_prediction"]) == 0
+    said = capsys.readouterr()
+    assert "0 done, 4 already there" in said.out
+    assert "nnturbo: 1 kept as they are (changed since nnturbo wrote it): b" in said.err
+    assert "redo_outdated makes it again): a, c, d" in said.err
+    assert main([*arguments, "--continue_prediction", "--redo_outdated"]) == 0
+    assert "3 done, 1 already there" in capsys.readouterr().out
+    assert main([*arguments, "--redo_outdated"]) == 2
+    assert "goes with --continue_prediction" in capsys.readouterr().err
 
 
 def test_parts_share_their_records(model, scans, tmp_path):

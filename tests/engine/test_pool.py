@@ -210,7 +210,7 @@ def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_p
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number
-        assert "--continue_prediction goes on with the rest" in err
+        assert "--continue_prediction does what is missing" in err
         assert "Traceback" not in err
         assert not list(out.glob(".writing-*"))
         assert len(json.loads((out / "predictions.json").read_text())["cases"]) == done
