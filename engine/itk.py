@@ -1,9 +1,11 @@
 """The little that is asked of SimpleITK, made safe: errors of one line, nothing on stderr, memory with an owner."""
 
+import contextlib
 import math
 import os
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ def read_information(name: str, image_io: str) -> Any:
     """
     reader = _file_reader(name, image_io)
     try:
-        with _QUIET_ITK:
+        with _FIRST_READ.alone(image_io), _QUIET_ITK:
             reader.ReadImageInformation()
     except RuntimeError as error:
         raise VolumeError(f"the header cannot be read: {_itk_reason(error)}; export or copy the file again") from None
@@ -48,7 +50,7 @@ def read_voxels(name: str, image_io: str) -> np.ndarray:
         VolumeError: If ITK cannot read it.
     """
     try:
-        with _QUIET_ITK:
+        with _FIRST_READ.alone(image_io, ends=True), _QUIET_ITK:
             return np.asarray(_OwnedVoxels(_file_reader(name, image_io).Execute()))
     except (RuntimeError, MemoryError) as error:
         raise VolumeError(f"the voxels cannot be read: {_itk_reason(error)}; export or copy the file again") from None
@@ -153,6 +155,36 @@ class _QuietItk:
 
 
 _QUIET_ITK = _QuietItk()
+
+
+class _FirstRead:
+    """Lets the first thread that reads a format be alone, until it has read a whole file.
+
+    ITK and the libraries in it set themselves up when they are first used, which two threads must not do at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._over: set[str] = set()
+
+    @contextlib.contextmanager
+    def alone(self, image_io: str, *, ends: bool = False) -> Iterator[None]:
+        """Wait for others as long as nobody has read this format.
+
+        Args:
+            image_io: ITK's reader of the format.
+            ends: Whether the format has been read when the block ends well.
+        """
+        if image_io in self._over:
+            yield
+            return
+        with self._lock:
+            yield
+            if ends:
+                self._over.add(image_io)
+
+
+_FIRST_READ = _FirstRead()
 
 
 def _itk_reason(error: BaseException) -> str:
