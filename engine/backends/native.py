@@ -43,7 +43,7 @@ class Convolve(nn.Module):
         self._may_transform = self._taps in ((3, 3, 3), (1, 3, 3)) and set(self._stride) == {1}
         self._transforms = False
         self._prepared: Tensor | None = None
-        self.may_overwrite = False  # the memory of the last input, which nobody else needs
+        self.may_overwrite = False  # see `plan_overwriting`
 
     def forward(self, *inputs: Tensor | Finer) -> Tensor:
         """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...)."""
@@ -116,7 +116,6 @@ class Residual(nn.Module):
         super().__init__()
         self.skip, self.first, self.second = block.skip, block.conv1, block.conv2
         self.second.slope = _slope(block.nonlin2)
-        self.second.convolve.may_overwrite = True
 
     def forward(self, values: Tensor) -> Tensor:
         """From (1, in, Z, Y, X) to (1, out, ...)."""
@@ -139,13 +138,11 @@ class Decoder(nn.Module):
             Spread(kernels, upward) if _may_spread(kernels, upward) else upward for upward in decoder.transpconvs
         )
         self.project = Project(kernels, decoder.seg_layers[-1])
-        self._keep = keep
-        for stage in self.stages:
-            stage.convs[0].convolve.may_overwrite = not keep
+        self.keep = keep
 
     def forward(self, skips: list[Tensor]) -> Tensor:
         """From the encoder's features, the finest first, to logits; without `keep`, the list is empty afterwards."""
-        left = list(skips) if self._keep else skips
+        left = list(skips) if self.keep else skips
         values = left.pop()
         for stage, finer in zip(self.stages, self.finer, strict=True):
             first, *others = stage.convs
@@ -162,7 +159,7 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         BackendUnavailable: Where they cannot do all of them.
     """
     from dynamic_network_architectures.building_blocks.residual import BasicBlockD
-    from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU, StackedConvBlocks
+    from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
     from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 
     def block(module: nn.Module) -> nn.Module | None:
@@ -183,14 +180,31 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
             f"the native backend is for 3D networks whose channels are multiples of {kernels.lanes}, with instance "
             "norms and (leaky) ReLU; use openvino or torch"
         )
-    for module in network.modules():
-        if isinstance(module, StackedConvBlocks):
-            for other in list(module.convs.children())[1:]:
-                if isinstance(other, Block):
-                    other.convolve.may_overwrite = True
     replace_modules(network, residual)
     replace_modules(network, decoder)
+    for overwriting in plan_overwriting(network):
+        overwriting.convolve.may_overwrite = True
     return network
+
+
+def plan_overwriting(network: nn.Module) -> list[Block]:
+    """Find the blocks that may write into the memory of their last input, because they are the last to read it.
+
+    What a stage begins with is read again: an encoder's features by the decoder and the heads, what a residual block is
+    given by its skip. So the blocks behind the first of a chain may, and a decoder's first ones, which are the last to
+    read the encoder's features unless these are kept.
+    """
+    from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+
+    found: list[Any] = []
+    for module in network.modules():
+        if isinstance(module, StackedConvBlocks):
+            found += list(module.convs.children())[1:]
+        elif isinstance(module, Residual):
+            found.append(module.second)
+        elif isinstance(module, Decoder) and not module.keep:
+            found += [stage.convs[0] for stage in module.stages]
+    return [block for block in found if isinstance(block, Block)]
 
 
 def _suits(kernels: Kernels, convolution: nn.Conv3d) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, native
-from nnturbo.engine.backends.native import Decoder, NativeBackend
+from nnturbo.engine.backends.native import Block, Decoder, NativeBackend, plan_overwriting
 from nnturbo.engine.backends.torch import TorchBackend
 from nnturbo.engine.bundle import read_manifest
 from nnturbo.engine.model import read_model
@@ -68,6 +68,37 @@ def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch
         assert (got.class_logits is None) == (expected.class_logits is None)
         if expected.class_logits is not None:
             torch.testing.assert_close(got.class_logits, expected.class_logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual encoder", "multi-task"])
+def test_overwriting_changes_nothing_where_planned_and_what_is_read_again_elsewhere(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(native, "LEAST_VOXELS", 1)
+    model = read_model(write_model(tmp_path / "m", plans=KINDS[kind]))
+    tile = torch.randn(1, 1, *model.plan.patch_size, generator=torch.Generator().manual_seed(1))
+
+    def logits(change):
+        runner = NativeBackend().load(model, None, CPU, "fp32")
+        change(runner._network)
+        return torch.cat([part.flatten() for part in runner(tile) if part is not None])
+
+    def blocks(network):
+        return {name: module for name, module in network.named_modules() if isinstance(module, Block)}
+
+    def overwrite_nothing(network):
+        for block in blocks(network).values():
+            block.convolve.may_overwrite = False
+
+    planned = logits(lambda network: None)
+    assert torch.equal(planned, logits(overwrite_nothing))
+
+    def overwrite_also(name):
+        return lambda network: setattr(blocks(network)[name].convolve, "may_overwrite", True)
+
+    network = NativeBackend().load(model, None, CPU, "fp32")._network
+    differing = {name for name in blocks(network) if not torch.equal(planned, logits(overwrite_also(name)))}
+    # A plain network's first blocks read one channel, or have a stride: they cannot overwrite what they are given.
+    assert bool(differing) == (kind != "plain"), "a flag that is wrong must show"
+    assert not differing & {name for name, block in blocks(network).items() if block in plan_overwriting(network)}
 
 
 def test_several_folds_are_averaged(tmp_path):
