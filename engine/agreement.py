@@ -38,6 +38,10 @@ class Agreement:
         """Of the label that agrees least; None where neither engine gives any."""
         return min((dice for dice in self.dice.values() if dice is not None), default=None)
 
+    def reaches(self, floor: float) -> bool:
+        """Whether every label agrees to that Dice at least; so it does where neither engine gives any."""
+        return self.lowest_dice is None or self.lowest_dice >= floor
+
     @classmethod
     def parse(cls, content: Any) -> Agreement:
         """Read what a bundle keeps of one.

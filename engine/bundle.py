@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from .backends import Backend
 from .backends.choose import PRECISIONS, backends
 from .errors import BackendUnavailable, BundleError, EngineError, OutputError
-from .files import write_json
+from .files import sha256, write_json
 from .model import Model
 from .plans import parse_plan
 
@@ -84,15 +83,6 @@ def _host(device: str) -> dict[str, str]:
     return {"device": device, "architecture": platform.machine(), "system": platform.system()}
 
 
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def source_hashes(model: Model, checkpoint: str) -> dict[str, str]:
     """Hash the files that a model's weights were read from: a checkpoint for each fold, or the zip."""
     if model.source.is_file():
@@ -149,8 +139,24 @@ def new_bundle(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def compile_model(model: Model, manifest: Manifest, backend: Backend, tiles: torch.Tensor, folder: Path) -> Manifest:
+def compile_model(
+    model: Model,
+    manifest: Manifest,
+    backend: Backend,
+    tiles: torch.Tensor,
+    folder: Path,
+    *,
+    write_more: Callable[[Path], None] = lambda folder: None,
+) -> Manifest:
     """Write a backend's artefacts and the manifest; returns the latter with the artefacts' hashes.
+
+    Args:
+        model: With weights.
+        manifest: Of `plan_bundle`.
+        backend: What compiles.
+        tiles: As `Backend.build` takes them.
+        folder: Where to write.
+        write_more: Writes what else belongs into the folder, before it is hashed.
 
     Raises:
         BackendUnavailable: Where the backend fails, running out of memory among the reasons.
@@ -165,6 +171,7 @@ def compile_model(model: Model, manifest: Manifest, backend: Backend, tiles: tor
             f"{backend.name} could not compile this model in {manifest.precision}: {reason:.300}. Choose another "
             "backend, or a machine with more memory if that ran out"
         ) from error
+    write_more(folder)
     manifest = replace(manifest, files={path.name: sha256(path) for path in sorted(folder.iterdir())})
     write_json(folder / MANIFEST, asdict(manifest))
     return manifest

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .backends.tensorrt import TensorRtBackend
 from .backends.torchscript import save_script, trace
 from .bundle import (
     MANIFEST,
+    Manifest,
     compile_model,
     describe_gpus,
     describe_machine,
@@ -41,6 +43,9 @@ FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
 """Least Dice with fp32, of the label that agrees least, for a bundle to be kept."""
 
 CALIBRATION_TILES = 24
+
+FOR_CPP, PATH_FILE = ("torchscript", "inductor"), "path.ts"
+"""Backends whose bundles C++ programs open, and what they find there beside the network."""
 
 
 def build(
@@ -89,6 +94,68 @@ def build(
         VolumeError: Where a calibration scan cannot be read, or does not suit the model.
         OutputError: Where the folder exists or cannot be written.
     """
+    _check_arguments(floor, calibration, compute_capabilities)
+    if is_bundle(model):
+        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
+    target = _choose(backend, precision, device, compute_capabilities)
+    if target.precision != "fp32" and not (calibration or compute_capabilities):
+        raise ValueError(
+            f"{target.precision} changes some labels, and a bundle says how many: scans are needed as calibration"
+        )
+    which: dict[str, Any] = {"folds": folds, "checkpoint": checkpoint, "configuration": configuration}
+    loaded = with_classifier(read_model(model, **which), classifier)
+    if calibration and loaded.plan.previous_stage is not None:
+        raise ValueError(
+            f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
+            "it: build it in fp32, without calibration"
+        )
+    out, int8 = Path(out), target.precision == "int8"
+    # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
+    measured = (calibration[1::2] or calibration) if int8 else calibration
+    floor = FLOORS[target.precision] if floor is None else floor
+    # Where int8 disappoints on those others, the recipe that agrees best is tried too.
+    attempts = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else target.backends
+    hashes = source_hashes(loaded, checkpoint)
+    with new_bundle(out) as aside:
+        tiles = _calibration_tiles(loaded, calibration[::2], target.device) if int8 else _example(loaded, target.device)
+        for attempt in attempts:
+            is_last = attempt is attempts[-1]
+            manifest = _compile(loaded, target, attempt, hashes, tiles, aside, is_last)
+            if manifest is None:
+                continue
+            if not calibration:
+                break
+            reference = Engine.load(
+                model,
+                **which,
+                backend="torch",
+                precision="fp32",
+                device=device,
+                mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
+                options=EngineOptions(classifier=classifier),
+            )
+            built = Engine.load(aside, device=device, mirror=False)
+            agreement = measure_agreement(reference, built, measured, calibration_name)
+            logger.info("%s: %s", out, agreement)
+            if agreement.reaches(floor) or is_last or not int8:
+                _check_floor(agreement, floor, target.precision)
+                write_json(aside / MANIFEST, asdict(replace(manifest, agreement=asdict(agreement))))
+                break
+            (aside / MANIFEST).unlink()
+    return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """What a bundle is built for: where it runs, in which precision, and what may compile it, the best one first."""
+
+    device: torch.device
+    precision: str
+    backends: Sequence[Backend]
+    machine: Mapping[str, str]
+
+
+def _check_arguments(floor: float | None, calibration: Sequence[Image], compute_capabilities: Sequence[str]) -> None:
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
     if floor is not None and not calibration:
@@ -98,83 +165,65 @@ def build(
             "agreement cannot be measured for GPUs that are not here: leave out calibration and floor, or build where "
             "the GPU is"
         )
-    if is_bundle(model):
-        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
-    if compute_capabilities:
-        target, precision, usable = _choose_for_gpus(compute_capabilities, backend, precision)
-        machine = describe_gpus(compute_capabilities)
-    else:
+
+
+def _choose(backend: str, precision: str, device: str, compute_capabilities: Sequence[str]) -> _Target:
+    """Choose what a bundle is built for: a device of this machine, or, by TensorRT, GPUs that are not here."""
+    if not compute_capabilities:
         target = choose_device(device)
         precision = choose_precision(precision, target)
-        usable = usable_backends(backend, target, precision)
-        machine = describe_machine(target)
-        if precision != "fp32" and not calibration:
-            raise ValueError(
-                f"{precision} changes some labels, and a bundle says how many: scans are needed as calibration"
-            )
-    read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
-    loaded = with_classifier(read, classifier)
-    if calibration and loaded.plan.previous_stage is not None:
-        raise ValueError(
-            f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
-            "it: build it in fp32, without calibration"
+        return _Target(
+            device=target,
+            precision=precision,
+            backends=usable_backends(backend, target, precision),
+            machine=describe_machine(target),
         )
-    out, int8 = Path(out), precision == "int8"
-    # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
-    measured = (calibration[1::2] or calibration) if int8 else calibration
-    floor = FLOORS[precision] if floor is None else floor
-    # Where int8 disappoints on those others, the recipe that agrees best is tried too.
-    attempts: list[Backend] = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else usable
-    with new_bundle(out) as aside:
-        tiles = _calibration_tiles(loaded, calibration[::2], target) if int8 else _example(loaded, target)
-        hashes = source_hashes(loaded, checkpoint)
-        for attempt in attempts:
-            plan = plan_bundle(loaded, hashes, attempt, precision, machine)
-            try:
-                manifest = compile_model(loaded, plan, attempt, tiles, aside)
-            except BackendUnavailable as error:
-                if attempt is attempts[-1]:
-                    raise
-                logger.info("%s; going on without it", error)
-                continue
-            if not calibration:
-                break
-            reference = Engine.load(
-                model,
-                folds=folds,
-                checkpoint=checkpoint,
-                configuration=configuration,
-                backend="torch",
-                precision="fp32",
-                device=device,
-                mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
-                options=EngineOptions(classifier=classifier),
-            )
-            agreement = measure_agreement(
-                reference, Engine.load(aside, device=device, mirror=False), measured, calibration_name
-            )
-            logger.info("%s: %s", out, agreement)
-            disappoints = agreement.lowest_dice is not None and agreement.lowest_dice < floor
-            if int8 and disappoints and attempt is not attempts[-1]:
-                (aside / MANIFEST).unlink()
-                continue
-            _check_floor(agreement, floor, precision)
-            write_json(aside / MANIFEST, asdict(replace(manifest, agreement=asdict(agreement))))
-            break
-    return out
-
-
-def _choose_for_gpus(
-    compute_capabilities: Sequence[str], backend: str, precision: str
-) -> tuple[torch.device, str, list[Backend]]:
-    """Choose what builds for GPUs that are not here: TensorRT, traced on the CPU."""
     if backend not in ("auto", "tensorrt"):
         raise ValueError(f"for GPUs that are not here only tensorrt can build, not {backend}")
     chosen, precision = TensorRtBackend(compute_capabilities), "fp16" if precision == "auto" else precision
-    target = torch.device("cpu")
-    if (reason := chosen.unavailable(target, precision)) is not None:
+    if (reason := chosen.unavailable(torch.device("cpu"), precision)) is not None:
         raise BackendUnavailable(f"tensorrt cannot build here: {reason}")
-    return target, precision, [chosen]
+    return _Target(
+        device=torch.device("cpu"),
+        precision=precision,
+        backends=[chosen],
+        machine=describe_gpus(compute_capabilities),
+    )
+
+
+def _compile(
+    model: Model,
+    target: _Target,
+    backend: Backend,
+    hashes: Mapping[str, str],
+    tiles: Tensor,
+    folder: Path,
+    is_last: bool,
+) -> Manifest | None:
+    """Compile a model by one backend; None where it cannot and others are left to try."""
+    plan = plan_bundle(model, hashes, backend, target.precision, target.machine)
+
+    def write_more(folder: Path) -> None:
+        if backend.name in FOR_CPP:
+            _write_scan_path(model, folder)
+
+    try:
+        return compile_model(model, plan, backend, tiles, folder, write_more=write_more)
+    except BackendUnavailable as error:
+        if is_last:
+            raise
+        logger.info("%s; going on without it", error)
+        return None
+
+
+def _write_scan_path(model: Model, folder: Path) -> None:
+    """Write what lies around the network, for C++ programs, unless the model is one that only Python can run."""
+    from .whole_path import scan_path
+
+    try:
+        save_script(scan_path(model.plan, model.mirror_axes), folder / PATH_FILE)
+    except ModelError as error:
+        logger.warning("no %s, so C++ programs cannot use this bundle: %s", PATH_FILE, error)
 
 
 def build_whole_path(
@@ -230,7 +279,7 @@ def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
             f"the {agreement.what} must show what the model segments, neither fp32 nor {precision} finds any of it "
             "there: give other scans as calibration"
         )
-    if agreement.lowest_dice < floor:
+    if not agreement.reaches(floor):
         raise BundleError(
             f"{precision} must agree with fp32 to a Dice of {floor:g} for every label, it does to "
             f"{agreement.lowest_dice:.4f}: {agreement}. Build in a higher precision, calibrate with other scans, or "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
-from .files import remove_abandoned, write_json, written_atomically
+from .files import remove_abandoned, sha256, write_json, written_atomically
 from .image_file import is_whole
 
 logger = logging.getLogger(__name__)
@@ -42,11 +41,7 @@ class Fingerprint:
     @classmethod
     def of(cls, path: Path) -> Fingerprint:
         """Look at a file."""
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return cls(bytes=file.tell(), sha256=digest.hexdigest())
+        return cls(bytes=path.stat().st_size, sha256=sha256(path))
 
     @classmethod
     def if_there(cls, path: Path) -> Fingerprint | None:

@@ -16,7 +16,6 @@ from ..inference import inference_network, with_low_convolutions
 from ..model import Model
 from . import NetworkOutput
 from .torch import DTYPES, exact_float32, on_device, refuse_half_on_cpu
-from .torchscript import write_scan_path
 
 FILE = "network.pt2"
 
@@ -49,7 +48,7 @@ class InductorBackend:
         return refuse_half_on_cpu(device, precision)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Compile to `network.pt2`, for this machine's instructions and one tile, and write `path.ts`."""
+        """Compile to `network.pt2`, for this machine's instructions and one tile."""
         if shutil.which("g++") is None:
             raise BackendUnavailable("inductor compiles with g++, and there is none: install a C++ compiler")
         from torch._inductor import aoti_compile_and_package
@@ -61,7 +60,6 @@ class InductorBackend:
             warnings.simplefilter("ignore")
             exported = torch.export.export(network.to(tiles.device), (tiles[:1],), strict=False)
             aoti_compile_and_package(exported, package_path=str(folder / FILE), inductor_configs={"freezing": True})
-        write_scan_path(model, folder)
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> InductorRunner:
         """Load the compiled code."""

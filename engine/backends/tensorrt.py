@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, BundleError, EngineError, PredictionError
+from ..files import sha256
 from ..inference import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
@@ -258,8 +259,6 @@ class TensorRtBackend:
                 engines.append(engine)
             kernels = None
             if library.name == "tensorrt_rtx":
-                from ..bundle import sha256
-
                 plans = sorted(folder.glob("*.plan"))
                 kernels = cache_file(f"{library.name}-{library.version}-{sha256(plans[0])[:32]}.kernels")
             return TensorRtRunner(library, engines, device, kernels)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
 from ..inference import inference_network, with_low_convolutions, with_shuffles
 from ..model import Model
 from . import NetworkOutput
 from .torch import DTYPES, exact_float32, refuse_half_on_cpu
 
-logger = logging.getLogger(__name__)
-
 FILE = "network.ts"
-PATH_FILE = "path.ts"
-"""What lies around the network, for C++ programs (`whole_path.ScanPath`)."""
 
 
 class ScriptRunner:
@@ -47,9 +41,8 @@ class TorchScriptBackend:
         return refuse_half_on_cpu(device, precision)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Trace to `network.ts`, for any number of tiles, and write `path.ts`."""
+        """Trace to `network.ts`, for any number of tiles."""
         save_script(trace(model, tiles, precision), folder / FILE)
-        write_scan_path(model, folder)
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> ScriptRunner:
         """Load it onto a device."""
@@ -80,13 +73,3 @@ def save_script(script: torch.jit.ScriptModule, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that torch.jit is deprecated
         torch.jit.save(script, str(path))
-
-
-def write_scan_path(model: Model, folder: Path) -> None:
-    """Write `path.ts`, unless the model is one that only Python can run."""
-    from ..whole_path import scan_path
-
-    try:
-        save_script(scan_path(model.plan, model.mirror_axes), folder / PATH_FILE)
-    except ModelError as error:
-        logger.warning("no %s, so C++ programs cannot use this bundle: %s", PATH_FILE, error)
