@@ -36,6 +36,8 @@ def cache_root() -> Path | None:
 def written_atomically(path: str | os.PathLike[str], *, ending: str | None = None) -> Iterator[Path]:
     """Give a temporary path in the same folder; when the block ends well, sync it and rename it to `path`.
 
+    Files that the block writes beside the temporary one come along under their own names, before it.
+
     Args:
         path: The final name.
         ending: Of the temporary name, for writers that choose the format by it; by default that of `path`.
@@ -47,9 +49,10 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
     with staging_folder(path) as folder:
         temporary = folder / f"new{ending or path.suffix}"
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        for written in sorted(folder.iterdir(), key=lambda each: each == temporary):
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+            written.replace(path if written == temporary else path.with_name(written.name))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,14 @@ from .itk import check_memory, check_pixels, read_information, read_voxels
 _DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
 _PIECE_BYTES = 1 << 20
 
+SLICE_SPACINGS = 999
+"""Distance of slices that nnU-Net gives a 2D image, in units of its largest spacing."""
+
+NOT_FINITE = (
+    "voxels must be finite, got NaN or infinity: set them, with numpy by array[~numpy.isfinite(array)] = 0 "
+    "(-1024 in CT), and save the scan again"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSource:
@@ -30,11 +38,13 @@ class ImageSource:
 
     Attributes:
         name: File name or folder name, for messages.
-        size: Voxels along (x, y, z).
-        spacing: Millimetres along (x, y, z).
+        size: Voxels along (x, y, z); one along z for a 2D image.
+        spacing: Millimetres along (x, y, z); nnU-Net's stand-in along z for a 2D image.
         origin: Position of the first voxel in mm, LPS (x, y, z).
         direction: Nine cosines, row-major; its columns belong to the axes x, y, z.
-        voxels: Reads the voxels as an array (Z, Y, X); raises `VolumeError` if they are damaged.
+        voxels: Reads the voxels as an array (Z, Y, X), or (C, Z, Y, X); raises `VolumeError` if they are damaged.
+        channels: How many the file holds.
+        is_2d: Whether the file has no third axis.
         warnings: What the user should know although the scan can be used.
     """
 
@@ -44,6 +54,8 @@ class ImageSource:
     origin: tuple[float, float, float]
     direction: tuple[float, ...]
     voxels: Callable[[], np.ndarray]
+    channels: int = 1
+    is_2d: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -57,7 +69,7 @@ def open_image_file(path: Path) -> ImageSource:
         Its grid, with a function that reads the voxels.
 
     Raises:
-        VolumeError: If the file is not a 3D image of plain numbers, is incomplete, or cannot be read.
+        VolumeError: If the file is no image of plain numbers in 3D or 2D, is incomplete, or cannot be read.
     """
     with naming(path.name):
         if path.stat().st_size == 0:
@@ -71,16 +83,23 @@ def open_image_file(path: Path) -> ImageSource:
         expected_bytes = len(data.prefix) + math.prod(size) * (data.bytes_per_voxel or dtype.itemsize)
         if expected_bytes > data.stored_bytes * (1 if data.compression == "none" else _DEFLATE_RATIO):
             raise IncompleteFile(
-                f"the header claims {size[0]} x {size[1]} x {size[2]} voxels in {expected_bytes} bytes, too much for "
+                f"the header claims {' x '.join(map(str, size))} voxels in {expected_bytes} bytes, too much for "
                 f"{data.stored_bytes} bytes of file: it is cut off or its header is damaged; export or copy it again"
             )
+    spacing, origin, direction = info.GetSpacing(), info.GetOrigin(), info.GetDirection()
+    is_2d = len(size) == 2
+    if is_2d:
+        size, origin = (*size, 1), (*origin, 0.0)
+        spacing = (*spacing, SLICE_SPACINGS * max(spacing))
+        direction = (*direction[:2], 0.0, *direction[2:], 0.0, 0.0, 0.0, 1.0)
     return ImageSource(
         name=path.name,
         size=size,
-        spacing=info.GetSpacing(),
-        origin=info.GetOrigin(),
-        direction=info.GetDirection(),
+        spacing=spacing,
+        origin=origin,
+        direction=direction,
         voxels=lambda: _read_voxels(path, data, expected_bytes),
+        is_2d=is_2d,
         warnings=data.warnings,
     )
 
@@ -97,7 +116,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray:
-    """Read with ITK, and make sure that nothing is missing and no bit is wrong.
+    """Read (Z, Y, X) with ITK, and make sure that nothing is missing and no bit is wrong.
 
     Note:
         The usual file is decompressed once, and its checksum computed from the voxels. Only where this does not match
@@ -115,7 +134,7 @@ def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray
             voxels = read_voxels(itk_name, _image_io(path))
         if not (is_suspect or is_plain or _checksum_agrees(data, voxels)):
             _check_stored(data, expected_bytes)
-    return voxels
+    return voxels[None] if voxels.ndim == 2 else voxels
 
 
 def _image_io(path: Path) -> str:
@@ -192,7 +211,7 @@ def _check_stored(data: VoxelData, expected_bytes: int) -> None:
                 floats += piece[max(len(data.prefix) - total_bytes, 0) : max(expected_bytes - total_bytes, 0)]
                 whole = len(floats) - len(floats) % np.dtype(data.float_type).itemsize
                 if not np.isfinite(np.frombuffer(bytes(floats[:whole]), data.float_type)).all():
-                    raise VolumeError("voxels must be finite, got NaN or infinity: replace them")
+                    raise VolumeError(NOT_FINITE)
                 del floats[:whole]
             total_bytes += len(piece)
     except (zlib.error, EOFError) as error:

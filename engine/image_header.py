@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .detached import find_data_file
 from .errors import IncompleteFile, VolumeError
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
+DETACHED_ENDINGS = (".nhdr", ".mhd")
+"""Of headers with their voxels in another file."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_HEADER_BYTES = 16 << 20
@@ -98,7 +101,7 @@ def locate_voxels(path: Path) -> VoxelData:
         Where the voxels are. Their number is not known yet: ITK tells it from the same header.
 
     Raises:
-        VolumeError: If the header is not one of the format, or describes what is no 3D image of plain numbers.
+        VolumeError: If the header is not one of the format, or describes what is no image of plain numbers in 2D or 3D.
     """
     ending = image_ending(path)
     if ending in (".nii", ".nii.gz"):
@@ -127,12 +130,12 @@ def _locate_nifti(path: Path) -> VoxelData:
         raise VolumeError("the file must be NIfTI-1, got NIfTI-2: save it as NIfTI-1, .nrrd or .mha")
     if order is None or header[344:348] != b"n+1\0":
         raise VolumeError(f"this is not a NIfTI-1 file: its header lacks the format's mark; {_EXPORT_AGAIN}")
-    _check_nifti_shape(struct.unpack_from(order + "8h", header, 40))
+    dimension = _nifti_dimension(struct.unpack_from(order + "8h", header, 40))
     (datatype,) = struct.unpack_from(order + "h", header, 70)
     if datatype not in _NIFTI_BYTES:
         kind = _NIFTI_NOT_PLAIN.get(datatype, f"type code {datatype}")
         raise VolumeError(f"voxels must be plain integers or floats, got {kind}: convert the image")
-    spacing = struct.unpack_from(order + "3f", header, 80)
+    spacing = struct.unpack_from(f"{order}{dimension}f", header, 80)
     if not all(math.isfinite(step_mm) and step_mm > 0 for step_mm in spacing):
         raise VolumeError(f"spacing must be finite and above 0 mm, got {spacing} (x, y, z): correct the header")
     for code_at, numbers_at, form in ((252, 256, "6f"), (254, 280, "12f")):  # qform and sform
@@ -155,30 +158,31 @@ def _locate_nifti(path: Path) -> VoxelData:
     )
 
 
-def _check_nifti_shape(dim: tuple[int, ...]) -> None:
-    """Accept three axes, and further ones only of length 1, as ITK does."""
+def _nifti_dimension(dim: tuple[int, ...]) -> int:
+    """Accept two or three axes, and further ones only of length 1, as ITK does."""
     if not 1 <= dim[0] <= 7 or any(length < 1 for length in dim[1 : dim[0] + 1]):
         raise VolumeError(f"every axis must have a length of at least 1, the header says {dim}; {_EXPORT_AGAIN}")
     axes = max((axis for axis in range(1, dim[0] + 1) if dim[axis] > 1), default=0)
-    if dim[0] < 3 or axes > 3:
-        check_dimension(dim[0])
+    dimension = dim[0] if dim[0] < 3 or axes > 3 else 3
+    check_dimension(dimension)
+    return dimension
 
 
 def check_dimension(dimension: int) -> None:
-    """Refuse images that are not 3D.
+    """Refuse images that are neither 3D nor 2D.
 
     Raises:
-        VolumeError: If `dimension` is not 3.
+        VolumeError: If `dimension` is another.
     """
-    if dimension != 3:
-        raise VolumeError(f"an image must be 3D, got {dimension}D: pass one 3D file per channel or time point")
+    if dimension not in (2, 3):
+        raise VolumeError(f"an image must be 3D, or 2D, got {dimension}D: pass one 3D file per channel or time point")
 
 
 def _compare_nifti_spacings(header: bytes, order: str, spacing: tuple[float, ...]) -> tuple[str, ...]:
     """Warn when the header holds two different spacings: ITK, like nnU-Net, uses `pixdim`."""
     (sform_code,) = struct.unpack_from(order + "h", header, 254)
     rows = struct.unpack_from(order + "12f", header, 280)
-    steps = [math.hypot(rows[axis], rows[4 + axis], rows[8 + axis]) for axis in range(3)]
+    steps = [math.hypot(rows[axis], rows[4 + axis], rows[8 + axis]) for axis in range(len(spacing))]
     if sform_code <= 0 or all(math.isclose(*pair, rel_tol=0.01) for pair in zip(steps, spacing, strict=True)):
         return ()
     given, used = (" x ".join(f"{step:.4g}" for step in values) for values in (steps, spacing))
@@ -205,15 +209,16 @@ def _read_start(path: Path, is_gzip: bool, count: int) -> bytes:
 # ---- MetaImage: lines "Key = value", ElementDataFile is the last one -------------------------------------------------
 
 _INTEGER, _DECIMAL = r"-?\d{1,9}", r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-_META_NUMBERS = {  # key: how many numbers it must have, and their form
-    "DimSize": (3, _INTEGER),
-    "ElementNumberOfChannels": (1, _INTEGER),
-    "HeaderSize": (1, _INTEGER),
-    "CompressedDataSize": (1, r"\d{1,18}"),
-    **dict.fromkeys(("ElementSpacing", "ElementSize", "CenterOfRotation"), (3, _DECIMAL)),
-    **dict.fromkeys(("Offset", "Position", "Origin"), (3, _DECIMAL)),
-    **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), (9, _DECIMAL)),
+_META_NUMBERS = {  # key: how many numbers it must have, as a power of NDims, and their form
+    "DimSize": (1, _INTEGER),
+    "ElementNumberOfChannels": (0, _INTEGER),
+    "HeaderSize": (0, _INTEGER),
+    "CompressedDataSize": (0, r"\d{1,18}"),
+    **dict.fromkeys(("ElementSpacing", "ElementSize", "CenterOfRotation"), (1, _DECIMAL)),
+    **dict.fromkeys(("Offset", "Position", "Origin"), (1, _DECIMAL)),
+    **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), (2, _DECIMAL)),
 }
+_META_SEVERAL = r"LIST|.*%"  # MetaIO takes every name with % for a pattern
 
 
 def _locate_metaimage(path: Path) -> VoxelData:
@@ -227,17 +232,21 @@ def _locate_metaimage(path: Path) -> VoxelData:
     if not {"NDims", "DimSize", "ElementType", "ElementDataFile"} <= fields.keys():
         raise VolumeError(f"this is not a MetaImage file: its header is incomplete; {_EXPORT_AGAIN}")
     if re.fullmatch(r"\d{1,2}", fields["NDims"]) is None:
-        raise VolumeError(f"NDims must be 3, got {fields['NDims'][:40]!r}; {_EXPORT_AGAIN}")
-    check_dimension(int(fields["NDims"]))
+        raise VolumeError(f"NDims must be 2 or 3, got {fields['NDims'][:40]!r}; {_EXPORT_AGAIN}")
+    dimension = int(fields["NDims"])
+    check_dimension(dimension)
     for key in _META_NUMBERS.keys() & fields.keys():
-        _check_numbers(key, fields[key], *_META_NUMBERS[key])
+        power, form = _META_NUMBERS[key]
+        _check_numbers(key, fields[key], dimension**power, form)
     for key, only in (("ElementNumberOfChannels", "1"), ("HeaderSize", "0"), ("BinaryData", "True")):
         if fields.get(key, only).lower() != only.lower():
             raise VolumeError(f"{key} must be {only}, got {fields[key][:40]!r}: convert the image")
     if any(int(size) < 1 for size in fields["DimSize"].split()):
         raise VolumeError(f"every axis must have a length of at least 1, got DimSize {fields['DimSize']}")
     compressed = fields.get("CompressedData", "False")[:1] in ("T", "t", "1")
-    data = _text_format_data(path, fields["ElementDataFile"], "LOCAL", end, compressed)
+    is_inside = fields["ElementDataFile"] in ("LOCAL", "Local", "local")
+    data_file = path if is_inside else find_data_file(path, fields["ElementDataFile"], _META_SEVERAL)
+    data = _text_format_data(data_file, end if is_inside else 0, compressed)
     if compressed and int(fields.get("CompressedDataSize", 0)) > data.stored_bytes:
         raise IncompleteFile(f"the file is cut off: the header promises more bytes; {_EXPORT_AGAIN}")
     return data
@@ -251,6 +260,8 @@ def _check_numbers(key: str, text: str, count: int, form: str) -> None:
 
 
 # ---- NRRD: lines "field: value", an empty line is the last one, https://teem.sourceforge.net/nrrd/format.html --------
+
+_NRRD_SEVERAL = r"LIST|.*%\d*d"
 
 
 def _locate_nrrd(path: Path) -> VoxelData:
@@ -268,7 +279,9 @@ def _locate_nrrd(path: Path) -> VoxelData:
     for key in ("lineskip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise VolumeError(f"{key} must be 0, got {fields[key][:40]!r}: convert the image")
-    return _text_format_data(path, fields.get("datafile", ""), "", end, encoding != "raw")
+    is_inside = "datafile" not in fields
+    data_file = path if is_inside else find_data_file(path, fields["datafile"], _NRRD_SEVERAL)
+    return _text_format_data(data_file, end if is_inside else 0, encoding != "raw")
 
 
 # ---- shared by the text formats --------------------------------------------------------------------------------------
@@ -285,23 +298,14 @@ def _header_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str]
         return lines, file.tell()
 
 
-def _text_format_data(path: Path, data_file: str, inside: str, end: int, is_compressed: bool) -> VoxelData:
-    """Find the voxels behind the header, or in the file beside it that the header names."""
-    home, offset = path, end
-    if data_file != inside:
-        # Only a neighbour: a header must not be able to point at devices or at files elsewhere.
-        home, offset = path.parent / Path(data_file).name, 0
-        if Path(data_file).name != data_file or "\0" in data_file or not home.is_file():
-            raise VolumeError(
-                f"voxels must be in this file or in one existing file beside it, the header names "
-                f"{data_file[:60]!r}: put that file there, or convert the image to .nrrd or .mha"
-            )
+def _text_format_data(path: Path, offset: int, is_compressed: bool) -> VoxelData:
+    """Describe the voxels from a place in a file on."""
     compression = "none"
     if is_compressed:
-        with home.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(offset)
             compression = "gzip" if file.read(2) == GZIP_MAGIC else "zlib"
-    return VoxelData(path=home, offset=offset, stored_bytes=home.stat().st_size - offset, compression=compression)
+    return VoxelData(path=path, offset=offset, stored_bytes=path.stat().st_size - offset, compression=compression)
 
 
 # ---- GIPL: 256 bytes, big-endian -------------------------------------------------------------------------------------
@@ -312,4 +316,7 @@ def _locate_gipl(path: Path) -> VoxelData:
         header = file.read(256)
     if header[252:] not in (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8"):
         raise VolumeError(f"this is not a GIPL file: its header lacks the format's mark; {_EXPORT_AGAIN}")
+    size = struct.unpack_from(">3H", header)
+    if 0 in size[:2]:  # no third axis: 2D
+        raise VolumeError(f"every axis must have a length of at least 1, the header says {size}; {_EXPORT_AGAIN}")
     return VoxelData(path=path, offset=256, stored_bytes=path.stat().st_size - 256, compression="none")

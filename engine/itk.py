@@ -44,7 +44,7 @@ def read_voxels(name: str, image_io: str) -> np.ndarray:
         image_io: ITK's reader to use.
 
     Returns:
-        Array (Z, Y, X) on ITK's own memory, which it keeps alive; it may be written to.
+        Array (Z, Y, X), or (Y, X) of a 2D image, on ITK's own memory, which it keeps alive; it may be written to.
 
     Raises:
         VolumeError: If ITK cannot read it.
@@ -67,13 +67,13 @@ def _file_reader(name: str, image_io: str) -> Any:
 
 
 def check_pixels(info: Any) -> np.dtype:
-    """Accept 3D images of plain numbers.
+    """Accept images of plain numbers in 3D or 2D.
 
     Returns:
         Type of the array that ITK will give.
 
     Raises:
-        VolumeError: If the image is not 3D, or has complex, colour or vector pixels.
+        VolumeError: If the image has other dimensions, or complex, colour or vector pixels.
     """
     import SimpleITK
 
@@ -105,7 +105,7 @@ def check_memory(size: tuple[int, ...], dtype: np.dtype) -> None:
     needed_bytes = math.prod(size) * dtype.itemsize
     if needed_bytes > memory_bytes:
         raise VolumeError(
-            f"a scan must fit into memory, but {size[0]} x {size[1]} x {size[2]} voxels need "
+            f"a scan must fit into memory, but {' x '.join(map(str, size))} voxels need "
             f"{needed_bytes / 2**30:.1f} of {memory_bytes / 2**30:.1f} GiB: check the header, or crop the scan"
         )
 

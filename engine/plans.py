@@ -11,6 +11,8 @@ import numpy as np
 
 from .classification import ClassificationScheme
 from .errors import ModelError
+from .image_header import IMAGE_ENDINGS
+from .pictures import PICTURE_READERS
 from .resampling import Resampling, parse_resampling
 
 NORMALIZATIONS = (
@@ -21,16 +23,22 @@ NORMALIZATIONS = (
     "RGBTo01Normalization",
 )
 
-FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
-"""What segmentations can be written as; a data set names one of them, and result files are named by it."""
-
 READERS = {
     "SimpleITKIO": False,
     "NibabelIO": False,
     "SimpleITKIOWithReorient": True,
     "NibabelIOWithReorient": True,
+    "NaturalImage2DIO": False,
+    "Tiff3DIO": False,
 }
-"""nnU-Net's readers of 3D volumes, and whether they turn the scan to RAS before the network sees it."""
+"""nnU-Net's readers, and whether they turn the scan to RAS before the network sees it."""
+
+FILE_ENDINGS = {
+    **dict.fromkeys(("SimpleITKIO", "SimpleITKIOWithReorient"), IMAGE_ENDINGS),
+    **dict.fromkeys(("NibabelIO", "NibabelIOWithReorient"), (".nii.gz", ".nii")),
+    **PICTURE_READERS,
+}
+"""What each reads and writes, in lower or upper case; a data set names one ending, and result files are named by it."""
 
 LARGEST_PATCH_VOXELS = 2**31
 
@@ -355,8 +363,9 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         if named != known:
             raise ModelError(f"nnturbo does what nnU-Net's {known} does; this model was trained with {named!r:.80}")
     file_ending = _get(dataset, "file_ending", str, "dataset.json")
-    if file_ending not in FILE_ENDINGS:
-        raise ModelError(f"dataset.json: file_ending must be one of {', '.join(FILE_ENDINGS)}, got {file_ending!r:.80}")
+    if file_ending.lower() not in FILE_ENDINGS[reader]:
+        endings = ", ".join(FILE_ENDINGS[reader])
+        raise ModelError(f"dataset.json: file_ending must be one of {endings} for {reader}, got {file_ending!r:.80}")
     names = read_channel_names(dataset)
     previous = configuration.get("previous_stage")
     functions = []

@@ -19,7 +19,7 @@ class Prediction:
     """The result for one scan.
 
     Args:
-        segmentation: (Z, Y, X) uint8 or uint16 on the scan's own grid.
+        segmentation: (Z, Y, X) uint8 or uint16 on the scan's own grid; (1, Y, X) for a 2D image.
         probabilities: (K, Z, Y, X) float32 if asked for, else None; K classes, or regions.
         geometry: Of the scan.
         labels: What the values mean.
@@ -42,7 +42,9 @@ class Prediction:
 
     @property
     def volumes_ml(self) -> dict[str, float]:
-        """Millilitres of every label but background; of a region, all its labels together."""
+        """Millilitres of every label but background; of a region, all its labels together; none for a 2D image."""
+        if self.geometry.is_2d:
+            return {}
         # Counting takes eight bytes a voxel, and most voxels are background.
         foreground = self.segmentation[self.segmentation != 0]
         counts = np.bincount(foreground, minlength=max(self.labels.foreground, default=0) + 1)

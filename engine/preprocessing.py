@@ -311,6 +311,11 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     Raises:
         VolumeError: Where the scan does not suit the plan.
     """
+    if volume.geometry.is_2d and len(plan.patch_size) != 2:
+        raise VolumeError(
+            f"{volume.name}: the configuration {plan.configuration} takes 3D scans, got a 2D image: pass a 3D scan, or "
+            "use a 2d configuration"
+        )
     order = plan.transpose_forward
     image = volume.array.transpose(0, *(axis + 1 for axis in order))
     full_shape = image.shape[1:]

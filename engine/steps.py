@@ -93,11 +93,7 @@ class Computed:
         """What nnU-Net's ensembling reads from the `.pkl` beside probabilities."""
         geometry, case = self.prepared.network_geometry, self.prepared.case
         return {
-            "sitk_stuff": {
-                "spacing": geometry.spacing[::-1],
-                "origin": geometry.origin,
-                "direction": geometry.direction,
-            },
+            "sitk_stuff": geometry.in_simpleitk,
             "spacing": list(geometry.spacing),
             "shape_before_cropping": case.full_shape,
             "bbox_used_for_cropping": [list(bounds) for bounds in case.box],

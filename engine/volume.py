@@ -15,12 +15,12 @@ import numpy as np
 from .dicom import open_series
 from .errors import OutputError, VolumeError
 from .files import written_atomically
-from .image_file import ImageSource, check_stored_voxels, open_image_file
+from .image_file import NOT_FINITE, ImageSource, open_image_file
 from .image_header import naming
+from .label_file import LABEL_ENDINGS, as_stored, write_label_file
+from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture
 
 Triple: TypeAlias = tuple[float, float, float]
-
-SEGMENTATION_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # formats of one file that keep a direction
 
 _LEAST_SPACING_MM, _MOST_MM = 1e-6, 1e6  # beyond these, ITK's own matrices overflow
 _LEAST_DETERMINANT = 1e-6
@@ -41,6 +41,8 @@ class Geometry:
         spacing: Distance between voxels in mm, (z, y, x): the order of the array's axes.
         origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
         direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
+        is_2d: Whether the scan was a 2D image, which has no axis z: its one slice gets a spacing of 999 times the
+            larger one along z, as in nnU-Net, and labels are written in 2D again.
 
     Raises:
         ValueError: If there are not 3, 3 and 9 numbers.
@@ -50,6 +52,7 @@ class Geometry:
     spacing: Triple
     origin: Triple
     direction: tuple[float, ...]
+    is_2d: bool = False
 
     def __post_init__(self) -> None:
         for field, count in (("spacing", 3), ("origin", 3), ("direction", 9)):
@@ -78,6 +81,16 @@ class Geometry:
     def axes(self) -> np.ndarray:
         """Direction as a 3x3 matrix: column k is the unit vector of image axis k of (x, y, z), in LPS."""
         return np.array(self.direction).reshape(3, 3)
+
+    @property
+    def in_simpleitk(self) -> dict[str, tuple[float, ...]]:
+        """Spacing, origin and direction as a SimpleITK image has them: along (x, y, z), or (x, y) of a 2D image."""
+        axes = 2 if self.is_2d else 3
+        return {
+            "spacing": self.spacing[::-1][:axes],
+            "origin": self.origin[:axes],
+            "direction": tuple(self.axes[:axes, :axes].ravel().tolist()),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +175,7 @@ class Volume:
             turned[:, 2 - target] = -column if flip else column
             if flip:  # the last voxel along this axis becomes the first
                 origin = origin + column * self.geometry.spacing[axis] * (self.array.shape[1 + axis] - 1)
-        geometry = Geometry(spacing=spacing, origin=tuple(origin), direction=tuple(turned.ravel()))
+        geometry = replace(self.geometry, spacing=spacing, origin=tuple(origin), direction=tuple(turned.ravel()))
         return replace(self, array=array, geometry=geometry)
 
 
@@ -230,8 +243,13 @@ def read_volume(
     paths = [Path(path).absolute() for path in ([image] if isinstance(image, str | os.PathLike) else image)]
     if not paths:
         raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")
-    _check_channel_count(paths[0].name, len(paths), channels)
     sources = [_open(path, reader) for path in paths]
+    _check_channel_count(paths[0].name, sum(source.channels for source in sources), channels)
+    if sources[0].is_2d and reader not in ("SimpleITKIO", *PICTURE_READERS):
+        raise VolumeError(
+            f"{sources[0].name}: models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D "
+            "image of one slice"
+        )
     geometry = _common_geometry(sources)
     volume = Volume(
         array=_read_channels(sources),
@@ -247,6 +265,8 @@ def read_volume(
 def _open(path: Path, reader: str) -> ImageSource:
     if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
         raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
+    if reader in PICTURE_READERS and (path.is_file() or path.is_dir()):
+        return open_picture(path, reader)
     if path.is_dir():
         return open_series(path)
     if path.is_file():
@@ -262,7 +282,7 @@ def _check_channel_count(name: str, count: int, expected: int | None) -> None:
     if expected is not None and count != expected:
         raise VolumeError(
             f"{name}: the model takes {expected} channel(s), got {count}: pass one file per channel in the order of "
-            "training, such as case_0000.nii.gz, case_0001.nii.gz"
+            "training, such as case_0000.nii.gz, case_0001.nii.gz (a picture holds 1, 3 for RGB, or 4 with alpha)"
         )
 
 
@@ -272,11 +292,16 @@ def _common_geometry(sources: list[ImageSource]) -> Geometry:
     for source in sources:
         x_mm, y_mm, z_mm = source.spacing
         with naming(source.name):
-            geometries.append(Geometry(spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction))
+            geometries.append(
+                Geometry(
+                    spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction, is_2d=source.is_2d
+                )
+            )
     first = geometries[0]
     origin_mm = _SAME_ORIGIN * min(first.spacing)
     for source, other in zip(sources, geometries, strict=True):
         for what, mine, expected, relative, absolute in (
+            ("number of dimensions", 2 if other.is_2d else 3, 2 if first.is_2d else 3, 0, 0),
             ("shape (x, y, z)", source.size, sources[0].size, 0, 0),
             ("spacing (z, y, x)", other.spacing, first.spacing, _SAME_SPACING, 0),
             ("origin", other.origin, first.origin, 0, origin_mm),
@@ -291,12 +316,12 @@ def _common_geometry(sources: list[ImageSource]) -> Geometry:
 
 
 def _read_channels(sources: list[ImageSource]) -> np.ndarray:
-    """Read all channels into (C, Z, Y, X); one channel alone is not copied."""
+    """Read all channels into (C, Z, Y, X); those of one file alone are not copied."""
     channels = []
     for source in sources:
-        channels.append(source.voxels())
+        channels.append(source.voxels().reshape(source.channels, *source.size[::-1]))
         _check_finite(source.name, channels[-1])
-    return channels[0][None] if len(channels) == 1 else np.stack(channels)
+    return channels[0] if len(channels) == 1 else np.concatenate(channels)
 
 
 def _check_finite(name: str, array: np.ndarray) -> None:
@@ -306,46 +331,45 @@ def _check_finite(name: str, array: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
         is_finite = np.isfinite(array.min()) and np.isfinite(array.max())
     if not is_finite:
-        raise VolumeError(f"{name}: voxels must be finite, got NaN or infinity: replace them")
+        raise VolumeError(f"{name}: {NOT_FINITE}")
 
 
 def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry) -> None:
     """Write labels in the format of the file name's ending; the file appears under its name only when complete.
 
+    Of formats with two files (.mhd, .nhdr; a TIFF stack and its spacing), the named one comes last.
+
     Args:
-        path: File in an existing folder, ending with .nii.gz, .nii, .nrrd or .mha; an existing file is replaced.
-        segmentation: (Z, Y, X) uint8 or uint16.
+        path: File in an existing folder, with one of `LABEL_ENDINGS` in lower or upper case; an existing file is
+            replaced.
+        segmentation: (Z, Y, X) uint8 or uint16; one slice for a 2D geometry.
         geometry: Written as it is.
 
     Raises:
-        ValueError: If the ending is none of these, or `segmentation` is not 3D or is empty.
+        ValueError: If the ending is none of these, or `segmentation` is not 3D, is empty, or is not of the geometry.
         TypeError: If `segmentation` is not uint8 or uint16.
-        OutputError: If the file cannot be written completely.
+        OutputError: If the file cannot be written completely, or the format cannot hold the geometry.
+        BackendUnavailable: If what writes pictures is not installed.
     """
     path = Path(path)
-    ending = next((ending for ending in SEGMENTATION_ENDINGS if path.name.lower().endswith(ending)), None)
+    ending = next((ending for ending in LABEL_ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
-        raise ValueError(f"{path.name}: a segmentation's name must end with one of {', '.join(SEGMENTATION_ENDINGS)}")
+        raise ValueError(f"{path.name}: a segmentation's name must end with one of {', '.join(LABEL_ENDINGS)}")
     if not isinstance(segmentation, np.ndarray) or segmentation.dtype not in (np.uint8, np.uint16):
         found = getattr(segmentation, "dtype", type(segmentation).__name__)
         raise TypeError(f"{path.name}: a segmentation must be a numpy array of uint8 or uint16, got {found}")
-    if segmentation.ndim != 3 or segmentation.size == 0:
-        raise ValueError(f"{path.name}: a segmentation must be (Z, Y, X) and not empty, got shape {segmentation.shape}")
+    is_flat = geometry.is_2d or ending in FLAT_ENDINGS
+    if segmentation.ndim != 3 or segmentation.size == 0 or (is_flat and len(segmentation) != 1):
+        raise ValueError(
+            f"{path.name}: a segmentation must be (Z, Y, X) and not empty, with one slice if it is 2D, got shape "
+            f"{segmentation.shape}"
+        )
+    if not as_stored(geometry, ending).matches(geometry):
+        raise OutputError(f"{path} cannot be written: {ending} does not hold {geometry}: save it as .nrrd or .nii.gz")
+    voxels = np.ascontiguousarray(segmentation[0] if is_flat else segmentation)
     try:
         with written_atomically(path, ending=ending) as temporary:
-            _write_image(temporary, np.ascontiguousarray(segmentation), geometry)
+            write_label_file(temporary, voxels, geometry, stem=path.name[: -len(ending)], ending=ending)
     except (RuntimeError, VolumeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise OutputError(f"{path} cannot be written: {reason}") from None
-
-
-def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
-    """Write a file and look at it: when the disk is full, ITK's NIfTI writer stops midway and says nothing."""
-    import SimpleITK
-
-    image = SimpleITK.GetImageFromArray(voxels)
-    image.SetSpacing(geometry.spacing[::-1])
-    image.SetOrigin(geometry.origin)
-    image.SetDirection(geometry.direction)
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
-    check_stored_voxels(path, voxels)

@@ -77,7 +77,9 @@ class TestWholeFiles:
         volume = read_volume(write_image(tmp_path / f"v{ending}", compressed=False))
         np.testing.assert_array_equal(volume.array[0], VOXELS)
 
-    @pytest.mark.parametrize("name", ["shouted.NII.GZ", "Mixed.Nii.Gz", "V.NII", "V.NRRD", "V.MHA", "zwölf 12.nii.gz"])
+    @pytest.mark.parametrize(
+        "name", ["shouted.NII.GZ", "Mixed.Nii.Gz", "V.NII", "V.NRRD", "V.MHA", "V.GIPL", "zwölf 12.nii.gz"]
+    )
     def test_names(self, tmp_path, name):
         ending = re.search(r"\.(nii\.gz|\w+)$", name.lower())[0]
         write_image(tmp_path / f"v{ending}").rename(tmp_path / name)
@@ -183,8 +185,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"at_40": ("<4h", 2, 40, 30, 20)}, "must be 3D, got 2D"),
-            ({"at_40": ("<5h", 4, 40, 30, 10, 2)}, "must be 3D, got 4D"),
+            ({"at_40": ("<4h", 1, 40, 30, 20)}, "must be 3D, or 2D, got 1D"),
+            ({"at_40": ("<5h", 4, 40, 30, 10, 2)}, "must be 3D, or 2D, got 4D"),
             ({"at_40": ("<4h", 0, 40, 30, 20)}, "length of at least 1"),
             ({"at_40": ("<4h", 9, 40, 30, 20)}, "length of at least 1"),
             ({"at_40": ("<4h", 3, -40, 30, 20)}, "length of at least 1"),
@@ -219,9 +221,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("key", "value", "text"),
         [
-            ("NDims", "9999", "NDims must be 3, got '9999'"),  # ITK crashes
-            ("NDims", "2", "must be 3D, got 2D"),
-            ("NDims", "4", "must be 3D, got 4D"),
+            ("NDims", "9999", "NDims must be 2 or 3, got '9999'"),  # ITK crashes
+            ("NDims", "1", "must be 3D, or 2D, got 1D"),
+            ("NDims", "2", "must be [24] finite"),
+            ("NDims", "4", "must be 3D, or 2D, got 4D"),
             ("DimSize", "40 30", "DimSize must be 3 finite"),
             ("DimSize", "0 30 20", "length of at least 1"),
             ("DimSize", "-40 30 20", "length of at least 1"),
@@ -242,10 +245,10 @@ class TestRefusals:
             ("ElementType", "MET_SHORT\nNDims = 3", "bad line 'NDims = 3'"),
             ("ElementType", "MET_SHORT\nComment = " + "x" * 5000, "bad line 'Comment"),
             ("BinaryData", "False", "BinaryData must be True"),
-            ("ElementDataFile", "/dev/zero", "one existing file beside it, the header names '/dev/zero'"),
-            ("ElementDataFile", "../v.raw", "beside it"),
-            ("ElementDataFile", "absent.raw", "names 'absent.raw'"),
-            ("ElementDataFile", "LIST", "names 'LIST'"),
+            ("ElementDataFile", "/dev/zero", "by a path relative to its own folder, it names '/dev/zero'"),
+            ("ElementDataFile", "../v.raw", "no such regular file"),
+            ("ElementDataFile", "absent.raw", "names the data file 'absent.raw', and there is no such regular file"),
+            ("ElementDataFile", "LIST", "the header names several \\('LIST'\\)"),
         ],
     )
     def test_metaimage_headers(self, tmp_path, voxels_stay_unread, capfd, key, value, text):
@@ -272,7 +275,7 @@ class TestRefusals:
             ("encoding", "bzip2", "encoding must be raw or gzip, got 'bzip2'"),
             ("encoding", "raw\nbyte skip: 10", "byteskip must be 0, got '10'"),
             ("encoding", "raw\nline skip: 1", "lineskip must be 0"),
-            ("encoding", "raw\ndata file: /dev/zero", "beside it, the header names '/dev/zero'"),
+            ("encoding", "raw\ndata file: /dev/zero", "relative to its own folder, it names '/dev/zero'"),
             ("space directions", "(0,0,0) (0,1,0) (0,0,1)", "Zero-valued|must be"),
             ("space directions", "(nan,0,0) (0,1,0) (0,0,1)", "spacedirections must be finite"),
             ("space directions", "(1,0,0) (1,0,0) (0,0,1)", "not singular"),
@@ -292,8 +295,7 @@ class TestRefusals:
         path = tmp_path / f"v{ending}"
         for image, text in [
             (SimpleITK.Image([4, 5, 6], SimpleITK.sitkVectorUInt8, 3), "one integer or float each, got 3 x|Channels"),
-            (SimpleITK.Image([4, 5], SimpleITK.sitkInt16), "must be 3D, got 2D"),
-            (SimpleITK.Image([4, 5, 6, 2], SimpleITK.sitkInt16), "must be 3D, got 4D"),
+            (SimpleITK.Image([4, 5, 6, 2], SimpleITK.sitkInt16), "must be 3D, or 2D, got 4D"),
         ]:
             SimpleITK.WriteImage(image, str(path))
             assert re.search(text, refusal(path))
@@ -304,7 +306,7 @@ class TestRefusals:
         content = write_image(tmp_path / "v.gipl", compressed=False).read_bytes()
         assert "not a GIPL file" in refusal(tmp_path / "v.gipl", content[:252] + b"\0\0\0\0" + content[256:])
         assert "too much for" in refusal(tmp_path / "v.gipl", struct.pack(">3H", 400, 300, 20) + content[6:])
-        assert "must be 3D, got 2D" in refusal(tmp_path / "v.gipl", struct.pack(">3H", 40, 0, 20) + content[6:])
+        assert "length of at least 1" in refusal(tmp_path / "v.gipl", struct.pack(">3H", 40, 0, 20) + content[6:])
         refusal(tmp_path / "v.gipl", struct.pack(">4H", 0, 30, 20, 1) + content[8:])
         spacing = struct.pack(">f", -1)
         assert "spacing must be above 0 mm" in refusal(tmp_path / "v.gipl", content[:10] + spacing + content[14:])

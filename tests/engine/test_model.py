@@ -166,7 +166,7 @@ def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
         (("foreground_intensity_properties_per_channel", "0", "mean"), 10**400, "must be finite"),
         (("transpose_forward",), [0, 1, 1], "order of the axes"),
         (("transpose_forward",), "012", "must be a list"),
-        (("image_reader_writer",), "NaturalImage2DIO", "trained with 'NaturalImage2DIO'"),
+        (("image_reader_writer",), "MyReader", "trained with 'MyReader'"),
         (("foreground_intensity_properties_per_channel",), {}, "must have '0'"),
         (("foreground_intensity_properties_per_channel", "0", "std"), float("nan"), "must be finite"),
     ],
@@ -294,10 +294,38 @@ def test_weights_are_checked_under_every_name(tmp_path):
             build_network(plan, {**weights, name: torch.zeros(3, 7)})
 
 
-@pytest.mark.parametrize("ending", [".gipl", ".png", "/../../evil.nii.gz", ""])
-def test_a_file_ending_that_cannot_be_written_is_refused(ending):
-    with pytest.raises(ModelError, match="file_ending must be one of"):
-        parse_plan(plans_json(), dataset_json(file_ending=ending), "3d_fullres")
+@pytest.mark.parametrize(
+    ("reader", "ending"),
+    [
+        *(("SimpleITKIO", ending) for ending in (".png", ".tif", "nii.gz", "/../../evil.nii.gz", "")),
+        ("SimpleITKIOWithReorient", ".png"),
+        ("NibabelIO", ".nrrd"),
+        ("NibabelIOWithReorient", ".mha"),
+        ("NaturalImage2DIO", ".jpg"),
+        ("NaturalImage2DIO", ".nii.gz"),
+        ("Tiff3DIO", ".png"),
+    ],
+)
+def test_a_file_ending_that_the_reader_does_not_write_is_refused(reader, ending):
+    with pytest.raises(ModelError, match=f"file_ending must be one of .* for {reader}, got '{re.escape(ending)}'"):
+        parse_plan({**plans_json(), "image_reader_writer": reader}, dataset_json(file_ending=ending), "3d_fullres")
+
+
+@pytest.mark.parametrize(
+    ("reader", "endings"),
+    [
+        ("SimpleITKIO", ".nii.gz .nii .nrrd .nhdr .mha .mhd .gipl .NII.GZ .Nii.gz .NRRD .GIPL"),
+        ("SimpleITKIOWithReorient", ".nii.gz .nrrd .mha .gipl"),
+        ("NibabelIO", ".nii.gz .nii .NII.GZ"),
+        ("NibabelIOWithReorient", ".nii.gz .nii"),
+        ("NaturalImage2DIO", ".png .bmp .tif .PNG"),
+        ("Tiff3DIO", ".tif .tiff .TIF"),
+    ],
+)
+def test_every_file_ending_that_the_reader_writes_is_kept_as_it_is(reader, endings):
+    for ending in endings.split():
+        plans = {**plans_json(), "image_reader_writer": reader}
+        assert parse_plan(plans, dataset_json(file_ending=ending), "3d_fullres").file_ending == ending
 
 
 def test_missing_pieces_of_a_folder_are_named(tmp_path):

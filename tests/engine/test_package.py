@@ -29,6 +29,8 @@ def test_importing_the_engine_stays_light():
         "matplotlib",
         "torch._dynamo",
         "SimpleITK",
+        "imageio",
+        "tifffile",
         "nnunetv2",
         "tqdm",
         "cupy",

@@ -177,9 +177,10 @@ class TestReadVolume:
         assert read_volume(files).array.shape == (2, 4, 5, 6)
 
     def test_refuses_a_wrong_number_of_channels_before_reading(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(volume_module, "_open", lambda path: pytest.fail("must not be opened"))
+        monkeypatch.setattr(volume_module, "_read_channels", lambda sources: pytest.fail("must not be read"))
+        files = [write_image(tmp_path / name, ramp()) for name in ("a.nii.gz", "b.nii.gz")]
         with pytest.raises(VolumeError, match=r"takes 3 channel\(s\), got 2: .*_0000\.nii\.gz, case_0001\.nii\.gz"):
-            read_volume([tmp_path / "a", tmp_path / "b"], channels=3)
+            read_volume(files, channels=3)
         with pytest.raises(VolumeError, match="at least one file, got an empty list"):
             read_volume([])
 
@@ -309,7 +310,8 @@ class TestWriteSegmentation:
     @pytest.mark.parametrize(
         ("name", "labels", "error", "text"),
         [
-            ("s.png", np.zeros((2, 2, 2), np.uint8), ValueError, "s.png: .*one of .nii.gz, .nii, .nrrd, .mha"),
+            ("s.jpg", np.zeros((2, 2, 2), np.uint8), ValueError, "s.jpg: .*one of .nii.gz, .nii, .nrrd, .nhdr, .mha"),
+            ("s.png", np.zeros((2, 2, 2), np.uint8), ValueError, "with one slice if it is 2D"),
             ("s.gz", np.zeros((2, 2, 2), np.uint8), ValueError, "must end with one of"),
             ("s.nii", np.zeros((2, 2, 2), np.int16), TypeError, "uint8 or uint16, got int16"),
             ("s.nii", np.zeros((2, 2, 2), np.dtype(">u2")), TypeError, "uint8 or uint16"),
@@ -362,11 +364,11 @@ class TestWriteSegmentation:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_an_interrupt_leaves_nothing(self, tmp_path, geometry, monkeypatch):
-        def interrupt(path, *arguments):
+        def interrupt(path, *arguments, **names):
             path.write_text("half a file")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(volume_module, "_write_image", interrupt)
+        monkeypatch.setattr(volume_module, "write_label_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_segmentation(tmp_path / "s.nii.gz", np.zeros((2, 2, 2), np.uint8), geometry)
         assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,72 @@
+"""Labels in memory -> a file in one of the formats that nnU-Net's readers take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .image_file import check_stored_voxels
+from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS
+from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, write_picture, write_stack
+
+if TYPE_CHECKING:
+    from .volume import Geometry
+
+LABEL_ENDINGS = (*IMAGE_ENDINGS, *PICTURE_ENDINGS)
+
+
+def as_stored(geometry: Geometry, ending: str) -> Geometry:
+    """Return what a format keeps of a geometry: a TIFF stack its spacing, GIPL no direction, pictures nothing.
+
+    Args:
+        geometry: Of the labels.
+        ending: One of `LABEL_ENDINGS`.
+    """
+    no_origin, no_direction = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    if ending == ".gipl":
+        return replace(geometry, direction=no_direction)
+    if ending not in PICTURE_ENDINGS:
+        return geometry
+    spacing = PICTURE_SPACING if geometry.is_2d or ending in FLAT_ENDINGS else geometry.spacing
+    return replace(geometry, spacing=spacing, origin=no_origin, direction=no_direction)
+
+
+def write_label_file(path: Path, voxels: np.ndarray, geometry: Geometry, *, stem: str, ending: str) -> None:
+    """Write labels, and beside them what the format has in a second file.
+
+    Args:
+        path: Temporary file whose name has the ending.
+        voxels: C-contiguous (Z, Y, X) uint8 or uint16, (Y, X) to write in 2D.
+        geometry: Of the labels.
+        stem: Final name without the ending, which the second file is called by.
+        ending: One of `LABEL_ENDINGS`.
+
+    Raises:
+        VolumeError, RuntimeError, OSError: If the file did not come out complete.
+        BackendUnavailable: If what writes pictures is not installed.
+    """
+    if ending not in PICTURE_ENDINGS:
+        # A header names its data file by its own stem: it gets its temporary name afterwards.
+        written = path.with_name(f"{stem}{ending}") if ending in DETACHED_ENDINGS else path
+        _write_image(written, voxels, geometry)
+        written.replace(path)
+    elif voxels.ndim == 2:
+        write_picture(path, voxels)
+    else:
+        write_stack(path, voxels, geometry.spacing, path.with_name(f"{stem}.json"))
+
+
+def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
+    """Write a file and look at it: when the disk is full, ITK's NIfTI writer stops midway and says nothing."""
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(voxels)
+    placed = geometry.in_simpleitk
+    image.SetSpacing(placed["spacing"])
+    image.SetOrigin(placed["origin"])
+    image.SetDirection(placed["direction"])
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    check_stored_voxels(path, voxels)

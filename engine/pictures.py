@@ -1,0 +1,279 @@
+"""Pictures and TIFF stacks, read and written as nnU-Net's `NaturalImage2DIO` and `Tiff3DIO` do.
+
+The pixels come from the libraries that nnU-Net takes them from, imageio (Pillow) and tifffile. Both go on with what is
+left of some damaged files; what they only log, and checksums that they skip, are looked at here.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from .errors import BackendUnavailable, EngineError, VolumeError
+from .image_file import SLICE_SPACINGS, ImageSource
+from .image_header import naming
+from .itk import check_memory
+
+PICTURE_READERS = {
+    "NaturalImage2DIO": (".png", ".bmp", ".tif", ".tiff"),
+    "Tiff3DIO": (".tif", ".tiff"),
+}
+"""nnU-Net's readers of pictures and of TIFF stacks, and the endings of their files."""
+
+PICTURE_ENDINGS = PICTURE_READERS["NaturalImage2DIO"]
+FLAT_ENDINGS = (".png", ".bmp")
+"""Of formats that hold no stack."""
+PICTURE_SPACING = (float(SLICE_SPACINGS), 1.0, 1.0)
+
+_TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
+_MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and deflate's most
+_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def open_picture(path: Path, reader: str) -> ImageSource:
+    """Read what a picture's or a TIFF stack's header says.
+
+    Args:
+        path: Existing file.
+        reader: One of `PICTURE_READERS`.
+
+    Returns:
+        Its grid, with a function that reads the pixels as (C, Z, Y, X): grey, RGB or RGBA as 1, 3 or 4 channels with
+        one slice and a spacing of 1, or a stack as one channel with the spacing of the file beside it.
+
+    Raises:
+        VolumeError: If the file is none that nnU-Net's reader takes, is damaged, or needs more memory than there is.
+        BackendUnavailable: If the libraries are not installed.
+
+    Note:
+        nnU-Net's imageio/natural_image_reader_writer.py and tif_reader_writer.py; and skimage's `imread`, which both
+        swaps axes (`_with_channels_last`) and chooses tifffile by the file's ending.
+    """
+    with naming(path.name):
+        if not path.name.lower().endswith(PICTURE_READERS[reader]):
+            raise VolumeError(
+                f"files for {reader} must end with one of {', '.join(PICTURE_READERS[reader])}: convert it"
+            )
+        is_2d = reader == "NaturalImage2DIO"
+        shape, dtype, complaints = _header(path)
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+            raise VolumeError(f"pixels must be plain integers or floats, got {dtype}: convert the picture")
+        check_memory(shape, dtype)
+        spacing, told = (PICTURE_SPACING, ()) if is_2d else _side_spacing(path)
+        channels, *size = _arranged(np.broadcast_to(np.empty((), dtype), shape), is_2d).shape
+    return ImageSource(
+        name=path.name,
+        channels=channels,
+        size=(size[2], size[1], size[0]),
+        spacing=(spacing[2], spacing[1], spacing[0]),
+        origin=(0.0, 0.0, 0.0),
+        direction=_DIRECTION,
+        voxels=lambda: _read(path, shape, is_2d),
+        is_2d=is_2d,
+        warnings=(*complaints, *told),
+    )
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, tuple[str, ...]]:
+    """Find the array's shape and type without decoding it, and what tifffile has to say about the file."""
+    if not path.name.lower().endswith(_TIFF_ENDINGS):
+        imageio = _library("imageio.v3")
+        with _readable():
+            _check_checksums(path)
+            properties = imageio.improps(path, plugin="pillow")
+        return properties.shape, np.dtype(properties.dtype), ()
+    tifffile = _library("tifffile")
+    with _readable(), _COMPLAINTS.collected() as complaints, tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        if series.dtype is None:
+            raise VolumeError(
+                "pixels must be plain integers or floats, got a type that numpy does not have: convert it"
+            )
+        told = _without_errors(complaints)
+        needed_bytes = math.prod(series.shape) * int(series.keyframe.bitspersample) // 8
+        stored_bytes = path.stat().st_size
+        if needed_bytes > stored_bytes * _MOST_GROWTH.get(int(series.keyframe.compression), math.inf):
+            raise VolumeError(
+                f"the header claims {needed_bytes} bytes of pixels, too much for {stored_bytes} bytes of file: it is "
+                "cut off or its header is damaged; export or copy it again"
+            )
+        return tuple(series.shape), np.dtype(series.dtype), told
+
+
+def _read(path: Path, shape: tuple[int, ...], is_2d: bool) -> np.ndarray:
+    """Read the pixels as (C, Z, Y, X)."""
+    with naming(path.name), _readable():
+        if path.name.lower().endswith(_TIFF_ENDINGS):
+            with _COMPLAINTS.collected() as complaints:
+                pixels = np.asarray(_library("tifffile").imread(path))
+            _without_errors(complaints)
+        else:
+            pixels = np.asarray(_library("imageio.v3").imread(path, plugin="pillow"))
+        if pixels.shape != shape:
+            raise VolumeError(
+                f"its header promises pixels of the shape {shape}, it holds {pixels.shape}: copy it again"
+            )
+        if pixels.dtype == bool:
+            pixels = pixels.astype(np.uint8)
+        elif pixels.dtype == np.float16:
+            pixels = pixels.astype(np.float32)
+        return _arranged(np.ascontiguousarray(pixels), is_2d)
+
+
+def _arranged(pixels: np.ndarray, is_2d: bool) -> np.ndarray:
+    """Put axes in the order (C, Z, Y, X) as nnU-Net's readers do."""
+    if not is_2d:
+        if pixels.ndim != 3:
+            raise VolumeError(
+                f"a TIFF stack must have three axes, got the shape {pixels.shape}: save it as one stack of grey slices"
+            )
+        return pixels[None]
+    pixels = _with_channels_last(pixels)
+    if pixels.ndim == 2:
+        return pixels[None, None]
+    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
+        raise VolumeError(
+            f"a picture must be grey, RGB or RGBA with one frame, got the shape {pixels.shape}: convert it, without "
+            "alpha where it is grey"
+        )
+    return pixels.transpose(2, 0, 1)[:, None]
+
+
+def _with_channels_last(pixels: np.ndarray) -> np.ndarray:
+    """Move an axis of 3 or 4 from the front to the end where there is none (skimage/io/_io.py, imread)."""
+    if pixels.ndim > 2 and pixels.shape[-1] not in (3, 4) and pixels.shape[-3] in (3, 4):
+        return np.moveaxis(pixels, -3, -1)
+    return pixels
+
+
+def _side_spacing(path: Path) -> tuple[tuple[float, float, float], tuple[str, ...]]:
+    """Read the spacing (z, y, x) from the file beside a stack: case.json for case_0000.tif, or for labels case.tif."""
+    of_case = path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
+    side = of_case if of_case.is_file() else path.with_suffix(".json")
+    if not side.is_file():
+        return (1.0, 1.0, 1.0), (f"there is no {of_case.name} with its spacing: 1 mm along each axis is assumed",)
+    try:
+        spacing = tuple(float(step) for step in json.loads(side.read_text(encoding="utf-8"))["spacing"])
+        z_mm, y_mm, x_mm = spacing
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise VolumeError(
+            f'{side.name} must hold three numbers as in {{"spacing": [2.5, 0.8, 0.8]}} (z, y, x)'
+        ) from None
+    return (z_mm, y_mm, x_mm), ()
+
+
+def write_picture(path: Path, segmentation: np.ndarray) -> None:
+    """Write labels as a picture, as nnU-Net's `NaturalImage2DIO` does.
+
+    Args:
+        path: Its ending, one of `PICTURE_ENDINGS` in lower case, tells the format.
+        segmentation: (Y, X) uint8 or uint16.
+
+    Raises:
+        OSError: If the disk is full, or the format has no 16 bits.
+        BackendUnavailable: If the libraries are not installed.
+    """
+    if path.suffix in _TIFF_ENDINGS:
+        _library("tifffile").imwrite(path, segmentation, photometric="minisblack")
+        return
+    if path.suffix == ".bmp" and segmentation.max() < 256:  # 16 bits that labels of this picture do not need
+        segmentation = segmentation.astype(np.uint8)
+    _library("imageio.v3").imwrite(path, segmentation, plugin="pillow")
+
+
+def write_stack(path: Path, segmentation: np.ndarray, spacing: tuple[float, ...], side: Path) -> None:
+    """Write labels as a TIFF stack with its spacing in a file beside it, as nnU-Net's `Tiff3DIO` does.
+
+    Args:
+        path: The stack.
+        segmentation: (Z, Y, X) uint8 or uint16.
+        spacing: (z, y, x).
+        side: The file for the spacing.
+
+    Raises:
+        OSError: If the disk is full.
+        BackendUnavailable: If the libraries are not installed.
+    """
+    side.write_text(json.dumps({"spacing": list(spacing)}, indent=4), encoding="utf-8")
+    # Without the word for grey, tifffile takes 3 or 4 slices for colours.
+    _library("tifffile").imwrite(path, segmentation, photometric="minisblack", compression="zlib")
+
+
+def _library(name: str) -> ModuleType:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailable("pictures need imageio and tifffile: pip install 'nnturbo[pictures]'") from error
+
+
+# ---- is the file whole? ----------------------------------------------------------------------------------------------
+
+
+def _check_checksums(path: Path) -> None:
+    """Go through the checksums of a PNG file: Pillow reads over one that is cut off behind its last pixel."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except UnidentifiedImageError:
+        raise VolumeError("this is not a picture, or its header is damaged; export or copy it again") from None
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever a decoder raises for a file that it cannot read into one line."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VolumeError(f"the file cannot be read: {reason:.200}; export or copy it again") from None
+
+
+def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
+    """Refuse what tifffile calls an error, and return what it calls a warning."""
+    said = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in complaints]
+    for record, text in zip(complaints, said, strict=True):
+        if record.levelno >= logging.ERROR:
+            raise VolumeError(f"the TIFF file is damaged or cut off ({text:.200}): export or copy it again")
+    return tuple(said)
+
+
+class _Complaints(logging.Filter):
+    """Keeps what tifffile logs in a thread that listens, and lets nothing of it through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread = threading.local()
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[list[logging.LogRecord]]:
+        logging.getLogger("tifffile").addFilter(self)  # which does nothing the second time
+        self._of_thread.heard = heard = []
+        try:
+            yield heard
+        finally:
+            del self._of_thread.heard
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        heard = getattr(self._of_thread, "heard", None)
+        if heard is None:
+            return True
+        heard.append(record)
+        return False
+
+
+_COMPLAINTS = _Complaints()
