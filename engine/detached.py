@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import VolumeError
+from .errors import IncompleteFile, VolumeError
 
 
 def find_data_file(header: Path, named: str, several: str) -> Path:
@@ -40,7 +40,7 @@ def find_data_file(header: Path, named: str, several: str) -> Path:
         )
     data_file = header.parent / named
     if "\0" in named or not named or not data_file.is_file():
-        raise VolumeError(
+        raise IncompleteFile(
             f"the header names the data file {named[:60]!r}, and there is no such regular file: put it there, or "
             "convert the image to .nrrd or .mha"
         )

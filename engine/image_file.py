@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import IncompleteFile, VolumeError
+from .errors import EngineError, IncompleteFile, VolumeError
 from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
 from .itk import check_memory, check_pixels, read_information, read_voxels
 
@@ -106,11 +106,16 @@ def open_image_file(path: Path) -> ImageSource:
 
 def is_whole(path: Path) -> bool:
     """Whether an image file was written to its end; what cannot be read for another reason counts as whole."""
+    from .pictures import PICTURE_ENDINGS, read_picture  # which builds on this module
+
     try:
-        open_image_file(path).voxels()
+        if path.name.lower().endswith(PICTURE_ENDINGS):
+            read_picture(path)
+        else:
+            open_image_file(path).voxels()
     except IncompleteFile:
         return False
-    except VolumeError:
+    except EngineError:
         return True
     return True
 

@@ -34,6 +34,22 @@ def as_stored(geometry: Geometry, ending: str) -> Geometry:
     return replace(geometry, spacing=spacing, origin=no_origin, direction=no_direction)
 
 
+def second_file(labels: Path, reader: str) -> Path | None:
+    """Name the file that `write_label_file` writes beside labels: a header's voxels, or the spacing of a TIFF stack.
+
+    Args:
+        labels: File with one of `LABEL_ENDINGS`.
+        reader: The class of nnU-Net's whose form it has, as `Plan.reader` names it.
+    """
+    endings = {
+        ".mhd": ".zraw",
+        ".nhdr": ".raw.gz",
+        **({".tif": ".json", ".tiff": ".json"} if reader == "Tiff3DIO" else {}),
+    }
+    ending = endings.get(labels.suffix.lower())
+    return None if ending is None else labels.with_name(f"{labels.stem}{ending}")
+
+
 def write_label_file(path: Path, voxels: np.ndarray, geometry: Geometry, *, stem: str, ending: str) -> None:
     """Write labels, and beside them what the format has in a second file.
 
@@ -56,7 +72,9 @@ def write_label_file(path: Path, voxels: np.ndarray, geometry: Geometry, *, stem
     elif voxels.ndim == 2:
         write_picture(path, voxels)
     else:
-        write_stack(path, voxels, geometry.spacing, path.with_name(f"{stem}.json"))
+        side = second_file(path.with_name(f"{stem}{ending}"), "Tiff3DIO")
+        assert side is not None  # of a TIFF stack
+        write_stack(path, voxels, geometry.spacing, side)
 
 
 def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import numpy as np
 
-from .errors import BackendUnavailable, EngineError, VolumeError
+from .errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
 from .image_file import SLICE_SPACINGS, ImageSource
 from .image_header import naming
 from .itk import check_memory
@@ -34,6 +34,7 @@ PICTURE_SPACING = (float(SLICE_SPACINGS), 1.0, 1.0)
 
 _TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
 _MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and deflate's most
+_CUT_OFF = re.compile(r"truncat|broken|corrupt|incomplete|failed to read|bad_data", re.IGNORECASE)
 _DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -62,12 +63,9 @@ def open_picture(path: Path, reader: str) -> ImageSource:
                 f"files for {reader} must end with one of {', '.join(PICTURE_READERS[reader])}: convert it"
             )
         is_2d = reader == "NaturalImage2DIO"
-        shape, dtype, complaints = _header(path)
-        if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            raise VolumeError(f"pixels must be plain integers or floats, got {dtype}: convert the picture")
-        check_memory(shape, dtype)
+        shape, complaints = _header(path)
         spacing, told = (PICTURE_SPACING, ()) if is_2d else _side_spacing(path)
-        channels, *size = _arranged(np.broadcast_to(np.empty((), dtype), shape), is_2d).shape
+        channels, *size = _arranged(np.broadcast_to(np.uint8(0), shape), is_2d).shape
     return ImageSource(
         name=path.name,
         channels=channels,
@@ -75,40 +73,63 @@ def open_picture(path: Path, reader: str) -> ImageSource:
         spacing=(spacing[2], spacing[1], spacing[0]),
         origin=(0.0, 0.0, 0.0),
         direction=_DIRECTION,
-        voxels=lambda: _read(path, shape, is_2d),
+        voxels=lambda: _arranged(_pixels(path, shape), is_2d),
         is_2d=is_2d,
         warnings=(*complaints, *told),
     )
 
 
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, tuple[str, ...]]:
-    """Find the array's shape and type without decoding it, and what tifffile has to say about the file."""
-    if not path.name.lower().endswith(_TIFF_ENDINGS):
+def read_picture(path: Path) -> np.ndarray:
+    """Read the pixels of a picture or stack as they are stored.
+
+    Args:
+        path: Existing file with one of `PICTURE_ENDINGS`.
+
+    Raises:
+        VolumeError: As `open_picture`, and an `IncompleteFile` if the file was not written to its end.
+        BackendUnavailable: If the libraries are not installed.
+    """
+    with naming(path.name):
+        shape, _ = _header(path)
+    return _pixels(path, shape)
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Find the pixels' shape without decoding them, and what tifffile has to say about the file."""
+    told: tuple[str, ...] = ()
+    if path.is_file() and path.stat().st_size == 0:
+        raise IncompleteFile("the file is empty: export or copy it again")
+    if path.name.lower().endswith(_TIFF_ENDINGS):
+        shape, dtype, told = _tiff_header(path)
+    else:
         imageio = _library("imageio.v3")
         with _readable():
             _check_checksums(path)
             properties = imageio.improps(path, plugin="pillow")
-        return properties.shape, np.dtype(properties.dtype), ()
+        shape, dtype = properties.shape, properties.dtype
+    if dtype is None or dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise VolumeError(f"pixels must be plain integers or floats of up to 64 bits, got {dtype}: convert it")
+    check_memory(shape, dtype)
+    return shape, told
+
+
+def _tiff_header(path: Path) -> tuple[tuple[int, ...], np.dtype | None, tuple[str, ...]]:
     tifffile = _library("tifffile")
     with _readable(), _COMPLAINTS.collected() as complaints, tifffile.TiffFile(path) as file:
         series = file.series[0]
-        if series.dtype is None:
-            raise VolumeError(
-                "pixels must be plain integers or floats, got a type that numpy does not have: convert it"
-            )
         told = _without_errors(complaints)
         needed_bytes = math.prod(series.shape) * int(series.keyframe.bitspersample) // 8
         stored_bytes = path.stat().st_size
         if needed_bytes > stored_bytes * _MOST_GROWTH.get(int(series.keyframe.compression), math.inf):
-            raise VolumeError(
+            raise IncompleteFile(
                 f"the header claims {needed_bytes} bytes of pixels, too much for {stored_bytes} bytes of file: it is "
                 "cut off or its header is damaged; export or copy it again"
             )
-        return tuple(series.shape), np.dtype(series.dtype), told
+        return tuple(series.shape), series.dtype, told
 
 
-def _read(path: Path, shape: tuple[int, ...], is_2d: bool) -> np.ndarray:
-    """Read the pixels as (C, Z, Y, X)."""
+def _pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Decode a file of known shape."""
     with naming(path.name), _readable():
         if path.name.lower().endswith(_TIFF_ENDINGS):
             with _COMPLAINTS.collected() as complaints:
@@ -117,14 +138,14 @@ def _read(path: Path, shape: tuple[int, ...], is_2d: bool) -> np.ndarray:
         else:
             pixels = np.asarray(_library("imageio.v3").imread(path, plugin="pillow"))
         if pixels.shape != shape:
-            raise VolumeError(
-                f"its header promises pixels of the shape {shape}, it holds {pixels.shape}: copy it again"
+            raise IncompleteFile(
+                f"the header claims pixels of the shape {shape}, {pixels.shape} are there: copy it again"
             )
-        if pixels.dtype == bool:
-            pixels = pixels.astype(np.uint8)
-        elif pixels.dtype == np.float16:
-            pixels = pixels.astype(np.float32)
-        return _arranged(np.ascontiguousarray(pixels), is_2d)
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8)
+    elif pixels.dtype == np.float16:
+        pixels = pixels.astype(np.float32)
+    return np.ascontiguousarray(pixels)
 
 
 def _arranged(pixels: np.ndarray, is_2d: bool) -> np.ndarray:
@@ -240,7 +261,8 @@ def _readable() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise VolumeError(f"the file cannot be read: {reason:.200}; export or copy it again") from None
+        kind = IncompleteFile if _CUT_OFF.search(reason) else VolumeError
+        raise kind(f"the file cannot be read: {reason:.200}; export or copy it again") from None
 
 
 def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
@@ -248,7 +270,7 @@ def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
     said = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in complaints]
     for record, text in zip(complaints, said, strict=True):
         if record.levelno >= logging.ERROR:
-            raise VolumeError(f"the TIFF file is damaged or cut off ({text:.200}): export or copy it again")
+            raise IncompleteFile(f"the TIFF file is damaged or cut off ({text:.200}): export or copy it again")
     return tuple(said)
 
 

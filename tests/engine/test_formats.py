@@ -13,6 +13,8 @@ import SimpleITK as sitk
 from nnturbo.engine import Engine
 from nnturbo.engine.cli import main
 from nnturbo.engine.errors import OutputError, VolumeError
+from nnturbo.engine.image_file import is_whole
+from nnturbo.engine.label_file import second_file
 from nnturbo.engine.volume import Geometry, Volume, read_volume, write_segmentation
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
@@ -213,9 +215,10 @@ class TestDetachedHeaders:
 
     def test_labels_come_as_header_and_data_under_their_own_names(self, tmp_path, ending):
         geometry = replace(Volume.from_array(STACK, (3, 2, 1)).geometry, origin=(1, 2, 3))
+        data = "case.zraw" if ending == ".mhd" else "case.raw.gz"
+        assert second_file(tmp_path / f"case{ending}", "SimpleITKIO") == tmp_path / data
         for labels in (STACK, STACK[::-1]):  # and replace what is there
             write_segmentation(tmp_path / f"case{ending}", labels.astype(np.uint8), geometry)
-            data = "case.zraw" if ending == ".mhd" else "case.raw.gz"
             assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"case{ending}", data])
             assert data in (tmp_path / f"case{ending}").read_text()
             volume = read_volume(tmp_path / f"case{ending}")
@@ -262,7 +265,7 @@ class TestEndings:
         if ending.lower() != ".gipl":  # which always has three axes
             assert volume.geometry.is_2d == (axes == 2)
 
-    @pytest.mark.parametrize("ending", [".NII.GZ", ".Nii.gz", ".gipl", ".GIPL", ".mhd", ".nhdr", ".NRRD"])
+    @pytest.mark.parametrize("ending", [".NII.GZ", ".Nii.gz", ".gipl", ".GIPL", ".NRRD", ".MHA"])
     def test_a_model_of_them_predicts(self, tmp_path, ending):
         model = write_model(tmp_path / "model", dataset=dataset_json(file_ending=ending))
         scans, out = tmp_path / "scans", tmp_path / "out"
@@ -315,8 +318,12 @@ def test_a_cut_off_companion_is_found(tmp_path):
     for ending, data in ((".mhd", "case.zraw"), (".nhdr", "case.raw.gz")):
         write_segmentation(tmp_path / f"case{ending}", STACK.astype(np.uint8), geometry)
         content = (tmp_path / data).read_bytes()
+        assert is_whole(tmp_path / f"case{ending}")
         (tmp_path / data).write_bytes(content[:-5])
         refusal(tmp_path / f"case{ending}")
+        assert not is_whole(tmp_path / f"case{ending}")
+        (tmp_path / data).unlink()
+        assert not is_whole(tmp_path / f"case{ending}")
 
 
 def test_all_channels_of_a_2d_scan(tmp_path):

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import Engine, pictures
 from nnturbo.engine.errors import BackendUnavailable, OutputError, VolumeError
+from nnturbo.engine.image_file import is_whole
+from nnturbo.engine.label_file import second_file
 from nnturbo.engine.volume import Geometry, Volume, read_volume, write_segmentation
 
 from tests.engine.factory import plans_json, write_model
@@ -245,11 +247,15 @@ class TestRefusals:
             ),
             ("a.png", lambda path: picture(path, "L", format="GIF"), "with one frame"),
             ("a.tif", lambda path: tiff(path, STACK, photometric="minisblack"), r"got the shape \(7, 20, 30\)"),
-            ("a.tif", lambda path: tiff(path, GREY.astype(np.complex64)), "plain integers or floats, got complex64"),
-            ("a.png", lambda path: path.write_bytes(b""), "not a picture"),
+            (
+                "a.tif",
+                lambda path: tiff(path, GREY.astype(np.complex64)),
+                "plain integers or floats of up to 64 bits, got complex64",
+            ),
+            ("a.png", lambda path: path.write_bytes(b""), "the file is empty"),
             ("a.bmp", lambda path: path.write_text("no picture"), "not a picture"),
             ("a.tif", lambda path: path.write_text("no picture"), "not a TIFF file"),
-            ("a.tif", lambda path: path.write_bytes(b""), "not a TIFF file"),
+            ("a.tif", lambda path: path.write_bytes(b""), "the file is empty"),
             ("a.tif", lambda path: picture(path, format="PNG"), "not a TIFF file"),
             ("a.png", lambda path: path.write_bytes(png_claiming(100_000, 100_000)), "exceeds limit|must fit into"),
             ("a.png", lambda path: path.write_bytes(png_claiming(5_000, 5_000)), "truncated|broken"),
@@ -339,12 +345,37 @@ class TestWriting:
         geometry = Geometry(spacing=(2.5, 0.75, 0.5), **PLAIN)
         write_segmentation(tmp_path / f"a.b{ending}", labels, geometry)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.b.json", f"a.b{ending}"])
+        assert second_file(tmp_path / f"a.b{ending}", "Tiff3DIO") == tmp_path / "a.b.json"
+        assert second_file(tmp_path / f"a.b{ending}", "NaturalImage2DIO") is None
         stored, properties = module.Tiff3DIO().read_seg(str(tmp_path / f"a.b{ending}"))
         np.testing.assert_array_equal(stored[0], labels)
         assert properties["spacing"] == [2.5, 0.75, 0.5]
         volume = read_volume(tmp_path / f"a.b{ending}", reader="Tiff3DIO")
         np.testing.assert_array_equal(volume.array[0], labels)
         assert volume.geometry == geometry
+
+    @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif"])
+    def test_half_of_a_file_is_known_from_what_was_written_by_others(self, tmp_path, name, monkeypatch):
+        path = tmp_path / name
+        write_segmentation(path, STACK[:1], Geometry(spacing=(999, 1, 1), is_2d=True, **PLAIN))
+        assert is_whole(path)
+        assert not is_whole(cut(path, 0.6))
+        path.write_bytes(b"")
+        assert not is_whole(path)
+        path.write_text("a note that somebody left under this name")
+        assert is_whole(path)
+        monkeypatch.setitem(sys.modules, "imageio.v3", None)
+        monkeypatch.setitem(sys.modules, "tifffile", None)
+        assert is_whole(path)
+
+    def test_half_of_a_stack_is_known(self, tmp_path):
+        for compression in ("none", "zlib", "lzw"):
+            path = tiff(tmp_path / "a.tif", STACK, photometric="minisblack", compression=compression)
+            assert is_whole(path)
+            for kept in (0.02, 0.3, 0.6, 0.8):
+                content = path.read_bytes()
+                assert not is_whole(cut(path, kept)), kept
+                path.write_bytes(content)
 
     def test_a_format_without_16_bits_refuses_great_labels(self, tmp_path):
         geometry = Geometry(spacing=(999, 1, 1), is_2d=True, **PLAIN)

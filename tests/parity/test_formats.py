@@ -14,7 +14,9 @@ pytest.importorskip("imageio", reason="writes pictures")
 
 import imageio.v3 as imageio
 import tifffile
+from nnturbo.engine import Engine
 from nnturbo.engine.cli import main
+from nnturbo.engine.label_file import second_file
 from nnunetv2.ensembling.ensemble import merge_files
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
@@ -88,6 +90,10 @@ def write_scan(kind: ModelKind, folder: Path, seed: int) -> list[Path]:
     return [first]
 
 
+def label_file(kind: ModelKind, folder: Path) -> Path:
+    return folder / f"case{kind.file_ending}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     kind: ModelKind
@@ -109,9 +115,17 @@ def compared(request, tmp_path_factory) -> Compared:
     predictor = load_predictor(Fp32Predictor, model.stock_path)
     case = preprocess(predictor, files)
     finished = finish(predictor, case, predict_logits(predictor, case))
-    write_labels(predictor, case, finished.segmentation, stock / f"case{kind.file_ending}")
-    given = ["-i", str(scans), "-o", str(ours), "-m", str(model.path), "-device", "cpu", "--backend", "torch"]
-    assert main(["predict", *given, "--precision", "fp32", "--save_probabilities"]) == 0
+    write_labels(predictor, case, finished.segmentation, label_file(kind, stock))
+    if second_file(label_file(kind, ours), kind.reader) is None:
+        given = ["-i", str(scans), "-o", str(ours), "-m", str(model.path), "-device", "cpu", "--backend", "torch"]
+        assert main(["predict", *given, "--precision", "fp32", "--save_probabilities"]) == 0
+    else:
+        ours.mkdir()
+        engine = Engine.load(model.path, device="cpu", precision="fp32", backend="torch")
+        prediction = engine.predict(files, save_probabilities=True)
+        prediction.save(label_file(kind, ours))
+        np.savez_compressed(ours / "case.npz", probabilities=prediction.probabilities)
+        (ours / "case.pkl").write_bytes(pickle.dumps(dict(prediction.properties)))
     return Compared(
         kind=kind,
         predictor=predictor,
@@ -127,12 +141,10 @@ def read_labels(compared: Compared, path: Path) -> tuple[np.ndarray, dict]:
         return compared.predictor.plans_manager.image_reader_writer_class().read_seg(str(path))
 
 
-def label_file(compared: Compared, folder: Path) -> Path:
-    return folder / f"case{compared.kind.file_ending}"
-
-
 def test_labels_are_those_of_nnunet(compared: Compared):
-    ours, stock = (read_labels(compared, label_file(compared, folder)) for folder in (compared.ours, compared.stock))
+    ours, stock = (
+        read_labels(compared, label_file(compared.kind, folder)) for folder in (compared.ours, compared.stock)
+    )
     assert ours[0].shape == stock[0].shape
     assert len(np.unique(stock[0])) > 1
     assert np.count_nonzero(ours[0] != stock[0]) <= 1
@@ -144,7 +156,7 @@ def test_files_are_of_nnunets_form(compared: Compared):
     beside = {path.name for path in compared.ours.iterdir()} - {"dataset.json", "plans.json", "predictions.json"}
     beside = {name for name in beside if name.startswith("case") and not name.endswith((".npz", ".pkl"))}
     assert beside == {path.name for path in compared.stock.iterdir()}
-    ours, stock = (sitk.ReadImage(label_file(compared, folder)) for folder in (compared.ours, compared.stock))
+    ours, stock = (sitk.ReadImage(label_file(compared.kind, folder)) for folder in (compared.ours, compared.stock))
     for get in ("GetDimension", "GetSize", "GetSpacing", "GetOrigin", "GetDirection", "GetPixelIDTypeAsString"):
         assert getattr(ours, get)() == getattr(stock, get)()
 
@@ -175,10 +187,10 @@ def test_nnunets_own_tools_take_the_output(compared: Compared, tmp_path: Path):
         )
         labels = [1] if compared.kind.regions_class_order is None else [(1, 2)]
         metrics = compute_metrics(
-            str(label_file(compared, compared.ours)), str(label_file(compared, tmp_path)), rw, labels
+            str(label_file(compared.kind, compared.ours)), str(label_file(compared.kind, tmp_path)), rw, labels
         )
     assert metrics["metrics"][labels[0]]["Dice"] > 0.999
     assert (
-        read_labels(compared, label_file(compared, tmp_path))[1]
-        == read_labels(compared, label_file(compared, compared.stock))[1]
+        read_labels(compared, label_file(compared.kind, tmp_path))[1]
+        == read_labels(compared, label_file(compared.kind, compared.stock))[1]
     )
