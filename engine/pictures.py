@@ -260,7 +260,7 @@ def _readable() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         kind = IncompleteFile if _CUT_OFF.search(reason) else VolumeError
         raise kind(f"the file cannot be read: {reason:.200}; export or copy it again") from None
 

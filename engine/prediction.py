@@ -56,7 +56,7 @@ class Prediction:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the segmentation in the scan's geometry; the format follows the ending (.nii.gz, .nrrd, .mha).
+        """Write the segmentation in the scan's geometry, as `write_segmentation` does; the format follows the ending.
 
         Raises:
             OutputError: Where it cannot be written; nothing is left under the name then.
