@@ -279,6 +279,8 @@ class Here:
         with staging_folder(segmentation) as folder:
             prediction.save(folder / segmentation.name)
             for path in (folder / each.name for each in extra):
+                if path.exists():  # written with the labels, in a format of two files
+                    continue
                 if path.suffix == ".dcm":
                     try:
                         write_dicom_seg(path, prediction, case.images[0])

@@ -16,6 +16,7 @@ from .engine import Engine
 from .ensemble import Ensemble
 from .errors import OutputError
 from .journal import PREDICTIONS, RECORDS, SUBTYPES, Journal
+from .label_file import second_file
 from .model import read_model
 
 PLANS, DATASET = "plans.json", "dataset.json"
@@ -128,7 +129,9 @@ class About:
     def results(self, job: Job, name: str) -> list[Path]:
         """Every file that a finished case has, in the order in which they appear."""
         extra = [*([".npz", ".pkl"] if job.save_probabilities else []), *([".dcm"] if job.dicom_seg else [])]
-        return [job.output / f"{name}{ending}" for ending in (*extra, self.file_ending)]
+        segmentation = job.output / f"{name}{self.file_ending}"
+        beside = second_file(segmentation, str(self.plans.get("image_reader_writer")))
+        return [*(job.output / f"{name}{ending}" for ending in extra), *([beside] if beside else []), segmentation]
 
     def made_of(self, job: Job, case: CaseFiles) -> dict[str, Any]:
         """What a case's results are made of: the models, and the size and time of every file that is read."""

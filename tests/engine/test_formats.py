@@ -265,7 +265,7 @@ class TestEndings:
         if ending.lower() != ".gipl":  # which always has three axes
             assert volume.geometry.is_2d == (axes == 2)
 
-    @pytest.mark.parametrize("ending", [".NII.GZ", ".Nii.gz", ".gipl", ".GIPL", ".NRRD", ".MHA"])
+    @pytest.mark.parametrize("ending", [".NII.GZ", ".Nii.gz", ".gipl", ".GIPL", ".NRRD", ".MHA", ".mhd", ".nhdr"])
     def test_a_model_of_them_predicts(self, tmp_path, ending):
         model = write_model(tmp_path / "model", dataset=dataset_json(file_ending=ending))
         scans, out = tmp_path / "scans", tmp_path / "out"

@@ -14,9 +14,7 @@ pytest.importorskip("imageio", reason="writes pictures")
 
 import imageio.v3 as imageio
 import tifffile
-from nnturbo.engine import Engine
 from nnturbo.engine.cli import main
-from nnturbo.engine.label_file import second_file
 from nnunetv2.ensembling.ensemble import merge_files
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
@@ -116,16 +114,8 @@ def compared(request, tmp_path_factory) -> Compared:
     case = preprocess(predictor, files)
     finished = finish(predictor, case, predict_logits(predictor, case))
     write_labels(predictor, case, finished.segmentation, label_file(kind, stock))
-    if second_file(label_file(kind, ours), kind.reader) is None:
-        given = ["-i", str(scans), "-o", str(ours), "-m", str(model.path), "-device", "cpu", "--backend", "torch"]
-        assert main(["predict", *given, "--precision", "fp32", "--save_probabilities"]) == 0
-    else:
-        ours.mkdir()
-        engine = Engine.load(model.path, device="cpu", precision="fp32", backend="torch")
-        prediction = engine.predict(files, save_probabilities=True)
-        prediction.save(label_file(kind, ours))
-        np.savez_compressed(ours / "case.npz", probabilities=prediction.probabilities)
-        (ours / "case.pkl").write_bytes(pickle.dumps(dict(prediction.properties)))
+    given = ["-i", str(scans), "-o", str(ours), "-m", str(model.path), "-device", "cpu", "--backend", "torch"]
+    assert main(["predict", *given, "--precision", "fp32", "--save_probabilities"]) == 0
     return Compared(
         kind=kind,
         predictor=predictor,
@@ -159,6 +149,11 @@ def test_files_are_of_nnunets_form(compared: Compared):
     ours, stock = (sitk.ReadImage(label_file(compared.kind, folder)) for folder in (compared.ours, compared.stock))
     for get in ("GetDimension", "GetSize", "GetSpacing", "GetOrigin", "GetDirection", "GetPixelIDTypeAsString"):
         assert getattr(ours, get)() == getattr(stock, get)()
+
+
+def test_all_files_of_a_case_are_recorded(compared: Compared):
+    (record,) = json.loads((compared.ours / "predictions.json").read_text())["cases"]
+    assert set(record["results"]) == {path.name for path in compared.ours.iterdir() if path.name.startswith("case")}
 
 
 def test_probabilities_are_those_of_nnunet(compared: Compared):
