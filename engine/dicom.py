@@ -3,46 +3,44 @@
 Slices are ordered by their position along the normal of the image plane; neither file names nor instance numbers count.
 """
 
-import logging
-import mmap
-import re
-import struct
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .dicom_files import DicomFile, find_slices, summary
+from .dicom_header import Header, looks_like_dicom
+from .dicom_pixels import PixelFormat, check_pixel_data, read_format, read_stored, rescale
 from .errors import VolumeError
 from .image_file import ImageSource
 from .image_header import naming
-from .itk import check_memory, check_pixels, read_information, read_voxels
+from .itk import check_memory
 
-_GDCM = "GDCMImageIO"
-_SERIES, _DESCRIPTION, _POSITION = "0020|000e", "0008|103e", "0020|0032"
-_PIXEL_DATA = b"\xe0\x7f\x10\x00"  # the tag (7fe0,0010) as it lies in a little-endian file
-_LONG_KINDS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-_SCAN_CLASSES = rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4|128)(\.1)?\0"  # CT, MR and PET slices
+__all__ = ["Slice", "list_slices", "looks_like_dicom", "open_series"]
 
 _FARTHEST_MM = 1e6
 _SAME_POSITION_MM = 0.01
 _UNEVEN = 0.01  # part of the usual slice distance by which one may differ
 _SIDEWAYS = 0.5  # part of the in-plane spacing by which slices may drift
-
-logger = logging.getLogger(__name__)
+_SKEW = 0.01  # cosine between rows and columns, which should be 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """Header of one DICOM file that holds one image: size and spacing are (x, y), the rest as in `ImageSource`."""
+    """One slice of a scan: size and spacing are (x, y), the rest as in `ImageSource`."""
 
     path: Path
-    series: str
-    description: str
-    size: tuple[int, int]
+    header: Header = field(repr=False)
+    pixels: PixelFormat
     spacing: tuple[float, float]
     origin: tuple[float, float, float]
     direction: tuple[float, ...]
-    dtype: np.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pixels along (x, y)."""
+        return self.pixels.columns, self.pixels.rows
 
     @property
     def normal(self) -> np.ndarray:
@@ -60,145 +58,107 @@ def open_series(folder: Path) -> ImageSource:
 
     Returns:
         The grid of the stacked slices, with a function that reads the voxels; rescale slope and intercept are applied.
-        The spacing along z is the mean distance between slice positions, as in ITK; gaps are told in a warning.
+        The spacing along z is the mean distance between slice positions, as in ITK. What is unusual is told in
+        warnings: files that are left out, gaps, and, once the voxels are read, padding.
 
     Raises:
         VolumeError: As `list_slices`.
     """
-    slices = list_slices(folder)
+    slices, left_out = list_slices(folder)
     with naming(folder.name):
         first = slices[0]
         size = (*first.size, len(slices))
-        dtype = np.result_type(*{part.dtype for part in slices})  # PET slices have slopes of their own
+        dtype = np.result_type(*{part.pixels.dtype for part in slices})  # PET slices have slopes of their own
         check_memory(size, dtype)
-        warnings, distance_mm = _check_positions(slices)
+        about_positions, distance_mm = _check_positions(slices)
+    warnings = [*left_out, *_check_rescaling(slices), *about_positions]
     return ImageSource(
         name=folder.name,
         size=size,
         spacing=(*first.spacing, distance_mm),
         origin=first.origin,
         direction=first.direction,
-        voxels=lambda: _stack(folder.name, slices, dtype),
+        voxels=lambda: _stack(folder.name, slices, dtype, warnings),
         warnings=warnings,
     )
 
 
-def list_slices(folder: Path) -> list[Slice]:
+def list_slices(folder: Path) -> tuple[list[Slice], tuple[str, ...]]:
     """Read the headers of all DICOM slices in a folder, check that they are one series, and put them in order.
 
-    Files that are no DICOM images (a README, a DICOMDIR, reports) are skipped; subfolders are not searched.
-
     Args:
-        folder: Existing folder with at least two slices of one series.
+        folder: Existing folder with at least two slices of one series. What lies beside them is left out; subfolders
+            are not searched.
+
+    Returns:
+        The slices, and warnings about what is left out.
 
     Raises:
-        VolumeError: If there are no slices, several series, duplicates, or slices that do not fit each other.
+        VolumeError: If there are no slices, several series, or slices that are damaged or do not fit each other.
     """
     with naming(folder.name):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        slices = [part for path in files if looks_like_dicom(path) and (part := _read_slice(path)) is not None]
-        if not slices:
-            raise VolumeError(
-                f"a folder must hold the slices of one DICOM series, got {len(files)} other file(s) and no slice: "
-                "pass the series' own folder, or for .nii.gz and other images the file itself"
-            )
-        _check_one_series(slices)
+        found, warnings = find_slices(folder)
+        slices = [_read_slice(part) for part in found]
         _check_same_plane(slices)
-    return sorted(slices, key=lambda part: part.position_mm)
+    return sorted(slices, key=lambda part: part.position_mm), warnings
 
 
-def looks_like_dicom(path: Path) -> bool:
-    """Recognise a preamble with its mark or, in old exports, a first tag of group 0002 or 0008."""
-    with path.open("rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" or (start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0")
-
-
-def _read_slice(path: Path) -> Slice | None:
-    """Read the header of a DICOM file; None if it holds no image."""
-    with naming(path.name):
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(_PIXEL_DATA) < 0 and re.search(_SCAN_CLASSES, content[:1024]) is None:
-                logger.debug("%s: skipped, a DICOM file without an image", path)
-                return None
-            if _is_broken(content):
-                raise VolumeError("the DICOM slice is cut off or damaged: export or copy it again")
-        info = read_information(str(path), _GDCM)
-        dtype = check_pixels(info)
-        size, spacing = info.GetSize(), info.GetSpacing()
-        if size[2] != 1 or not info.HasMetaDataKey(_POSITION):
+def _read_slice(file: DicomFile) -> Slice:
+    header = file.header
+    with naming(file.path.name):
+        frames, position = header.decimals("NumberOfFrames", 1) or (1,), header.decimals("ImagePositionPatient", 3)
+        if frames != (1,) or position is None:
             raise VolumeError(
-                f"a DICOM file must hold one slice and its position (ImagePositionPatient), got {size[2]} slice(s), "
-                f"position {'given' if info.HasMetaDataKey(_POSITION) else 'missing'}: convert the series to .nii.gz"
+                "a DICOM file must hold one slice and its position (ImagePositionPatient), got "
+                f"{frames[0]:g} slice(s), position {'missing' if position is None else 'given'}: convert the series to "
+                ".nii.gz"
             )
-    tags = {key: info.GetMetaData(key).strip("\0 ") for key in (_SERIES, _DESCRIPTION) if info.HasMetaDataKey(key)}
-    return Slice(
-        path=path,
-        series=tags.get(_SERIES, ""),
-        description=tags.get(_DESCRIPTION, ""),
-        size=size[:2],
-        spacing=spacing[:2],
-        origin=info.GetOrigin(),
-        direction=info.GetDirection(),
-        dtype=dtype,
-    )
+        pixels = read_format(header)
+        check_pixel_data(header, pixels)
+        row_mm, column_mm = _read_spacing(header)
+        return Slice(
+            path=file.path,
+            header=header,
+            pixels=pixels,
+            spacing=(column_mm, row_mm),
+            origin=(position[0], position[1], position[2]),
+            direction=_read_direction(header),
+        )
 
 
-def _is_broken(content: mmap.mmap) -> bool:
-    """Walk over a file's elements and tell whether one is longer than the file.
+def _read_spacing(header: Header) -> tuple[float, float]:
+    """Read the distances of rows and of columns in mm."""
+    spacing = header.decimals("PixelSpacing", 2)
+    if spacing is None or not all(0 < step_mm < _FARTHEST_MM for step_mm in spacing):
+        raise VolumeError(
+            f"a slice must tell the distance of its pixels (PixelSpacing, above 0 mm), got {spacing or 'nothing'}: "
+            "export the series again"
+        )
+    return spacing[0], spacing[1]
 
-    GDCM would take memory for whatever length an element claims, and seconds to find out.
+
+def _read_direction(header: Header) -> tuple[float, ...]:
+    """Read the direction of the axes (x, y, z), as nine cosines.
 
     Note:
-        DICOM PS3.5, section 7.1. Sequences and their items are stepped into, not over, so that no recursion is needed.
-        Files that cannot be walked so (big-endian, deflated, sequences of unknown type) are left to GDCM.
+        As in ITK, itkGDCMImageIO.cxx: columns keep their direction where the two are not quite at a right angle.
     """
-    place = 132 if content[128:132] == b"DICM" else 0
-    is_explicit, is_dataset, in_pixels, syntax = True, place == 0, False, b""
-    if is_dataset:
-        is_explicit = re.fullmatch(rb"[A-Z]{2}", content[4:6]) is not None
-    while place + 8 <= len(content):
-        group, element, length = struct.unpack_from("<HHI", content, place)
-        if not is_dataset and group != 2:
-            is_dataset, is_explicit = True, syntax != b"1.2.840.10008.1.2"
-            if syntax in (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"):
-                return False
-        kind = content[place + 4 : place + 6] if is_explicit and group != 0xFFFE else b""
-        place += 8
-        if kind in _LONG_KINDS:
-            length = int.from_bytes(content[place : place + 4], "little")
-            place += 4
-        elif kind:
-            if re.fullmatch(rb"[A-Z]{2}", kind) is None:
-                return kind not in (b"??", b"\0\0")  # which some old exports have
-            length >>= 16
-        if length == 0xFFFFFFFF:
-            if kind == b"UN":
-                return False
-            in_pixels = in_pixels or (group, element) == (0x7FE0, 0x0010)
-        elif kind != b"SQ" and ((group, element) != (0xFFFE, 0xE000) or in_pixels):
-            if (group, element) == (2, 0x10):
-                syntax = content[place : place + length].rstrip(b"\0 ")
-            place += length
-        in_pixels = in_pixels and (group, element) != (0xFFFE, 0xE0DD)
-    return in_pixels or place > len(content)
-
-
-def _check_one_series(slices: list[Slice]) -> None:
-    """Refuse several series, and list them so that the user can choose."""
-    series: dict[str, list[Slice]] = {}
-    for part in slices:
-        series.setdefault(part.series, []).append(part)
-    if len(series) > 1:
-        listed = ", ".join(
-            f"{uid or 'without UID'} ({parts[0].description or 'no description'}; {len(parts)} slices, "
-            f"such as {parts[0].path.name})"
-            for uid, parts in series.items()
-        )
+    cosines = header.decimals("ImageOrientationPatient", 6)
+    if cosines is None:
         raise VolumeError(
-            f"a folder must hold one DICOM series, got {len(series)}: {listed}: "
-            "move the one to predict into a folder of its own"
+            "a slice must tell how it is turned (ImageOrientationPatient), but that is missing: export the series "
+            "again, or convert it to .nii.gz with a program that knows"
         )
+    row, column = np.array(cosines[:3]), np.array(cosines[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if not (np.abs(np.subtract(lengths, 1)) < _SKEW).all() or not abs(row @ column) < _SKEW:
+        raise VolumeError(
+            f"ImageOrientationPatient must be two unit vectors at a right angle, got {cosines}: export the series again"
+        )
+    column = column / lengths[1]
+    normal = np.cross(row, column)
+    normal /= np.linalg.norm(normal)
+    return tuple(np.stack([np.cross(column, normal), column, normal], axis=1).ravel().tolist())
 
 
 def _check_same_plane(slices: list[Slice]) -> None:
@@ -217,7 +177,7 @@ def _check_same_plane(slices: list[Slice]) -> None:
                 )
 
 
-def _check_positions(slices: list[Slice]) -> tuple[tuple[str, ...], float]:
+def _check_positions(slices: list[Slice]) -> tuple[list[str], float]:
     """Check the positions of sorted slices.
 
     Returns:
@@ -251,13 +211,41 @@ def _check_positions(slices: list[Slice]) -> tuple[tuple[str, ...], float]:
     drift_mm = float(np.abs(sideways - sideways[0]).max())
     if drift_mm > _SIDEWAYS * min(slices[0].spacing):
         warnings.append(f"slices shift sideways by up to {drift_mm:.1f} mm (tilted gantry?): they are stacked straight")
-    return tuple(warnings), float(positions[-1] - positions[0]) / len(distances)
+    return warnings, float(positions[-1] - positions[0]) / len(distances)
 
 
-def _stack(name: str, slices: list[Slice], dtype: np.dtype) -> np.ndarray:
-    """Read slice after slice into one array (Z, Y, X)."""
+def _check_rescaling(slices: list[Slice]) -> list[str]:
+    """Warn where slices lack the slope and intercept that CT and PET must have, or that others of the series have."""
+    without = [part for part in slices if not part.pixels.is_rescaled]
+    if not without or (len(without) == len(slices) and without[0].header.text("Modality") not in ("CT", "PT")):
+        return []
+    names = summary(part.path.name for part in without)
+    return [f"RescaleSlope and RescaleIntercept are missing in {names}: stored values are taken as they are"]
+
+
+def _stack(name: str, slices: list[Slice], dtype: np.dtype, warnings: list[str]) -> np.ndarray:
+    """Read slice after slice into one array (Z, Y, X), and add warnings about what their pixels hold."""
     voxels = np.empty((len(slices), *reversed(slices[0].size)), dtype)
-    for index, part in enumerate(slices):
-        with naming(f"{name}: {part.path.name}"):
-            voxels[index] = read_voxels(str(part.path), _GDCM)[0]
+    padding: dict[tuple[int, int], int] = {}
+    with_more = []
+    with tempfile.TemporaryDirectory(prefix="slices-") as scratch:
+        for index, part in enumerate(slices):
+            with naming(f"{name}: {part.path.name}"):
+                stored = read_stored(part.path, part.header, part.pixels, Path(scratch) / "slice.dcm")
+                count, has_more = rescale(stored, part.pixels, voxels[index])
+            if part.pixels.padding is not None and count:
+                padding[part.pixels.padding] = padding.get(part.pixels.padding, 0) + count
+            if has_more:
+                with_more.append(part.path.name)
+    if padding:
+        values = summary(f"{first}" if first == last else f"{first} to {last}" for first, last in padding)
+        warnings.append(
+            f"{sum(padding.values())} of {voxels.size} voxels hold the stored value of padding (PixelPaddingValue "
+            f"{values}) and were not measured: they are rescaled like all others"
+        )
+    if with_more:
+        warnings.append(
+            f"bits above BitsStored are set in {summary(with_more)} (overlays?): by the standard they are no part of "
+            "the values, and are left out"
+        )
     return voxels

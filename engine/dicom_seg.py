@@ -138,7 +138,7 @@ def _read_headers(folder: Path) -> list[Any]:
     import pydicom
 
     headers = []
-    for part in list_slices(folder):
+    for part in list_slices(folder)[0]:
         with naming(f"{folder.name}: {part.path.name}"):
             header = pydicom.dcmread(part.path, stop_before_pixels=True, force=True)
             if missing := [keyword for keyword in _NEEDED if not header.get(keyword)]:

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ class ImageSource:
         voxels: Reads the voxels as an array (Z, Y, X), or (C, Z, Y, X); raises `VolumeError` if they are damaged.
         channels: How many the file holds.
         is_2d: Whether the file has no third axis.
-        warnings: What the user should know although the scan can be used.
+        warnings: What the user should know although the scan can be used; complete once the voxels are read.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ImageSource:
     voxels: Callable[[], np.ndarray]
     channels: int = 1
     is_2d: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
 
 
 def open_image_file(path: Path) -> ImageSource:

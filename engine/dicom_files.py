@@ -1,0 +1,138 @@
+"""Which files of a folder are the slices of a scan, and which only lie beside them."""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .dicom_header import Header, looks_like_dicom, read_header
+from .errors import VolumeError
+from .image_header import naming
+
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_SCAN_CLASSES = {  # CT, MR and PET images, and their forms of many frames in one file, which are refused later
+    _STORAGE + number for number in ("2", "2.1", "2.2", "4", "4.1", "4.4", "128", "128.1", "130")
+}
+_NAMED_CLASSES = {"1.2.840.10008.1.3.10": "directory", _STORAGE + "7": "secondary capture"}
+_SCAN_MODALITIES = ("CT", "MR", "PT")
+_LOCALIZERS = ("LOCALIZER", "SCOUT")  # values of ImageType
+_MOST_NAMES = 5
+
+
+class Kind(enum.IntEnum):
+    """What a DICOM file is; the lowest kind that a folder holds is taken for the scan."""
+
+    SLICE = 0
+    LOCALIZER = 1
+    OTHER_IMAGE = 2
+    """A single image with a place in the patient: old exporters store slices as secondary captures."""
+    NO_IMAGE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DicomFile:
+    """A DICOM file and its header."""
+
+    path: Path
+    header: Header
+    kind: Kind
+
+    @property
+    def series(self) -> str:
+        """Series instance UID."""
+        return self.header.text("SeriesInstanceUID")
+
+    @property
+    def what(self) -> str:
+        """Say in a word or two what it is."""
+        if self.kind is Kind.LOCALIZER:
+            return "localizer"
+        named = _NAMED_CLASSES.get(self.header.sop_class)
+        return named or self.header.text("Modality") or "no image"
+
+
+def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
+    """Find the images of one series in a folder, in the order of their names.
+
+    Images of CT, MR and PET are slices, but not localizers. Only where there are no such, localizers are taken, or else
+    other images that have a place in the patient. All that lies beside them is left out.
+
+    Returns:
+        The images, and warnings about what was taken and what was left out.
+
+    Raises:
+        VolumeError: If there are none, several series, or files that are damaged and may be slices.
+    """
+    files: list[DicomFile] = []
+    others: dict[str, str] = {}
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in paths:
+        with naming(path.name):
+            if looks_like_dicom(path):
+                files.append(_read_file(path))
+            elif not path.name.startswith("."):  # hidden ones are left by systems, such as .DS_Store
+                others[path.name] = "no DICOM"
+    kind = min((file.kind for file in files), default=Kind.NO_IMAGE)
+    if kind is Kind.NO_IMAGE:
+        raise VolumeError(
+            f"a folder must hold the slices of one DICOM series, got {len(paths)} other file(s) and no slice: "
+            "pass the series' own folder, or for .nii.gz and other images the file itself"
+        )
+    found = [file for file in files if file.kind is kind]
+    _check_one_series(found)
+    warnings = []
+    if kind is not Kind.SLICE:
+        warnings.append(
+            f"there are no slices of CT, MR or PET: {len(found)} image(s) of another kind ({found[0].what}) are taken"
+        )
+    others |= {file.path.name: file.what for file in files if file.kind is not kind}
+    if others:
+        listed = summary(f"{name} ({others[name]})" for name in sorted(others))
+        warnings.append(f"{len(others)} file(s) beside the slices are left out: {listed}")
+    return found, tuple(warnings)
+
+
+def summary(names: Iterable[str]) -> str:
+    """List names, at most a few of them."""
+    names = [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]  # names need not be text
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _read_file(path: Path) -> DicomFile:
+    """Read a DICOM file's header and tell what it is.
+
+    Raises:
+        VolumeError: If it is damaged and may have been a slice.
+    """
+    header = read_header(path)
+    sop_class, modality = header.sop_class, header.text("Modality")
+    is_scan = sop_class in _SCAN_CLASSES or (not sop_class and modality in (*_SCAN_MODALITIES, ""))
+    if is_scan and (not header.is_whole or (header.pixels is None and (sop_class or modality))):
+        raise VolumeError("the DICOM slice is cut off or damaged: export or copy it again")
+    if header.pixels is None:
+        kind = Kind.NO_IMAGE
+    elif is_scan:
+        image_type = [value.strip() for value in header.text("ImageType").split("\\")]
+        kind = Kind.LOCALIZER if any(value in image_type for value in _LOCALIZERS) else Kind.SLICE
+    else:
+        has_place = all(header.text(key) for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
+        kind = Kind.OTHER_IMAGE if has_place and header.text("NumberOfFrames") in ("", "1") else Kind.NO_IMAGE
+    return DicomFile(path=path, header=header, kind=kind)
+
+
+def _check_one_series(files: list[DicomFile]) -> None:
+    """Refuse several series, and list them so that the user can choose."""
+    series: dict[str, list[DicomFile]] = {}
+    for file in files:
+        series.setdefault(file.series, []).append(file)
+    if len(series) > 1:
+        listed = ", ".join(
+            f"{uid or 'without UID'} ({parts[0].header.text('SeriesDescription') or 'no description'}; "
+            f"{len(parts)} slices, such as {parts[0].path.name})"
+            for uid, parts in series.items()
+        )
+        raise VolumeError(
+            f"a folder must hold one DICOM series, got {len(series)}: {listed}: "
+            "move the one to predict into a folder of its own"
+        )
