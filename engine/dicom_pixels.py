@@ -91,6 +91,8 @@ def read_format(header: Header) -> PixelFormat:
             "(ModalityLUTSequence): convert the series to .nii.gz with a program that applies it"
         )
     rows, columns = _number(header, "Rows"), _number(header, "Columns")
+    if rows == 0 or columns == 0:
+        raise VolumeError(f"a slice must have rows and columns, got {rows} x {columns}: {_EXPORT_AGAIN}")
     allocated, stored = _number(header, "BitsAllocated"), _number(header, "BitsStored")
     is_signed, highest = _number(header, "PixelRepresentation"), header.integer("HighBit")
     if (
@@ -173,7 +175,7 @@ def check_pixel_data(header: Header, pixels: PixelFormat) -> None:
     if (
         not header.is_whole
         or header.pixels is None
-        or header.pixels.length < max(least_bytes, 1)
+        or header.pixels.length < least_bytes
         or header.pixels.is_in_fragments != header.is_compressed
     ):
         raise VolumeError("the DICOM slice is cut off or damaged: export or copy it again")
