@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -10,24 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from .dicom import list_slices
-from .errors import BackendUnavailable, VolumeError
+from .dicom_attributes import may_be_empty, read_source_images
+from .dicom_files import summary
+from .errors import BackendUnavailable, EngineError, VolumeError
 from .files import written_atomically
-from .image_header import naming
 from .prediction import Prediction
 
-# Attributes that a segmentation takes from its slices (DICOM PS3.3, C.8.20.2): without the first it means nothing, the
-# others may be empty.
-_NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID")
-_MAY_BE_EMPTY = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "PositionReferenceIndicator"),
-    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
-)
 _SAME_AS = {"Tumor": "Neoplasm", "Tumour": "Neoplasm", "Cancer": "Neoplasm"}
+_ONE_AT_A_TIME = threading.Lock()  # warnings are filtered for all threads, and must be again when the last one is done
+_HIGHEST_NUMBER = 2**31 - 1
 _AFTER_THE_SCAN = 1000  # added to the scan's series number, so that viewers list the segmentation behind it
 
 
-def write_dicom_seg(path: str | os.PathLike[str], prediction: Prediction, folder: str | os.PathLike[str]) -> None:
+def write_dicom_seg(
+    path: str | os.PathLike[str], prediction: Prediction, folder: str | os.PathLike[str]
+) -> tuple[str, ...]:
     """Write the labels as a DICOM Segmentation object (binary), a segment for each label or region.
 
     Segments are numbered from 1 in the order of the model's labels, and named as these are. A name that DICOM knows,
@@ -38,49 +36,84 @@ def write_dicom_seg(path: str | os.PathLike[str], prediction: Prediction, folder
         prediction: What was predicted for the series.
         folder: The slices of the series it was made of, which the object refers to.
 
+    Returns:
+        What the user should know: attributes of the slices that the object does not repeat, as the standard does not
+        allow what is in them.
+
     Raises:
         BackendUnavailable: Where highdicom is not installed.
         VolumeError: Where the slices are not those of the prediction, or lack what a segmentation must name.
         OutputError: Where the file cannot be written; nothing is left under the name then.
     """
-    highdicom = import_highdicom()
+    import_highdicom()
     segmentation, folder = prediction.segmentation, Path(folder)
-    slices = _read_headers(folder)
-    rows, columns = slices[0].Rows, slices[0].Columns
-    if segmentation.shape != (len(slices), rows, columns):
-        raise VolumeError(
-            f"{folder.name}: the slices must be those that were predicted, {segmentation.shape} (slices, rows, "
-            f"columns), got {(len(slices), rows, columns)}: predict the series again"
-        )
-    names = [name for name, value in prediction.labels.labels.items() if value != 0]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what others have written into the slices
-            written = highdicom.seg.Segmentation(
-                source_images=slices,
-                pixel_array=_segments(prediction),
-                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-                segment_descriptions=[_describe(number, name, prediction) for number, name in enumerate(names, 1)],
-                series_instance_uid=highdicom.UID(),
-                series_number=int(slices[0].get("SeriesNumber") or 0) + _AFTER_THE_SCAN,
-                sop_instance_uid=highdicom.UID(),
-                instance_number=1,
-                manufacturer="nnturbo",
-                manufacturer_model_name=_algorithm(prediction),
-                software_versions=_version(),
-                device_serial_number="0",
-                content_label="SEGMENTATION",
-                content_description="Labels predicted by nnU-Net",
-                series_description=f"Segmentation by {_algorithm(prediction)}"[:64],
-                specific_character_set="ISO_IR 192",
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what others have written into the slices
+        images, emptied = read_source_images(folder)
+        found = (len(images), images[0].Rows, images[0].Columns)
+        if segmentation.shape != found:
+            raise VolumeError(
+                f"{folder.name}: the slices must be those that were predicted, {segmentation.shape} (slices, rows, "
+                f"columns), got {found}: predict the series again"
             )
+        try:
+            written = _make(prediction, images)
+            # What is in no segmentation, such as the slice's own time, is not missed.
+            missed = [keyword for keyword in emptied if keyword in written and not written[keyword].value]
+            for keyword in missed:
+                if not may_be_empty(keyword):
+                    del written[keyword]
             with written_atomically(path) as temporary:
                 written.save_as(temporary)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise VolumeError(
-            f"{folder.name}: the slices' headers must be those of a DICOM series, and a segmentation cannot refer to "
-            f"them ({error}): export the series again, or predict without a DICOM segmentation"
-        ) from error
+        except (EngineError, MemoryError):
+            raise
+        except Exception as error:  # highdicom and pydicom raise many types
+            raise VolumeError(
+                f"{folder.name}: the slices' headers must be those of a DICOM series, and a segmentation cannot refer "
+                f"to them ({' '.join(str(error).split())}): export the series again, or predict without a DICOM "
+                "segmentation"
+            ) from error
+    if not missed:
+        return ()
+    return (
+        f"the standard does not allow what the slices hold as {summary(missed)}: it is left empty in the DICOM "
+        "segmentation",
+    )
+
+
+def _make(prediction: Prediction, images: list[Any]) -> Any:
+    """Make the object."""
+    highdicom = import_highdicom()
+    names = [name for name, value in prediction.labels.labels.items() if value != 0]
+    return highdicom.seg.Segmentation(
+        source_images=images,
+        pixel_array=_segments(prediction),
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[_describe(number, name, prediction) for number, name in enumerate(names, 1)],
+        series_instance_uid=highdicom.UID(),
+        series_number=_series_number(images[0]),
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="nnturbo",
+        manufacturer_model_name=_algorithm(prediction),
+        software_versions=_version(),
+        device_serial_number="0",
+        content_label="SEGMENTATION",
+        content_description="Labels predicted by nnU-Net",
+        series_description=_long_string(f"Segmentation by {_algorithm(prediction)}"),
+        specific_character_set="ISO_IR 192",
+    )
+
+
+def _series_number(image: Any) -> int:
+    """Number the series of the segmentation behind that of the scan; a number that cannot be counts as none."""
+    number = int(image.get("SeriesNumber") or 0)
+    return number + _AFTER_THE_SCAN if 0 <= number <= _HIGHEST_NUMBER - _AFTER_THE_SCAN else _AFTER_THE_SCAN
+
+
+def _long_string(text: str) -> str:
+    """Make text that DICOM takes for a description: on one line, of at most 64 characters, without a backslash."""
+    return "".join(each if each.isprintable() and each != "\\" else "_" for each in text)[:64].strip() or "_"
 
 
 def _segments(prediction: Prediction) -> np.ndarray:
@@ -113,7 +146,7 @@ def _describe(number: int, name: str, prediction: Prediction) -> Any:
             break
     return highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=_long_string(name),
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -126,31 +159,11 @@ def _describe(number: int, name: str, prediction: Prediction) -> Any:
 def _algorithm(prediction: Prediction) -> str:
     """Name the model by its data set, as nnU-Net names it; of several, the first."""
     provenance = prediction.provenance
-    return f"nnU-Net {provenance.get('models', [provenance])[0]['dataset']}"[:64]
+    return _long_string(f"nnU-Net {provenance.get('models', [provenance])[0]['dataset']}")
 
 
 def _version() -> str:
     return f"nnturbo {version('nnturbo')}"
-
-
-def _read_headers(folder: Path) -> list[Any]:
-    """Read the slices in the order of the scan, without their pixels."""
-    import pydicom
-
-    headers = []
-    for part in list_slices(folder)[0]:
-        with naming(f"{folder.name}: {part.path.name}"):
-            header = pydicom.dcmread(part.path, stop_before_pixels=True, force=True)
-            if missing := [keyword for keyword in _NEEDED if not header.get(keyword)]:
-                raise VolumeError(
-                    f"a DICOM segmentation must name what it was made of, and the slice has no {', '.join(missing)}: "
-                    "export the series with it, or predict without a DICOM segmentation"
-                )
-            for keyword in _MAY_BE_EMPTY:
-                if keyword not in header:
-                    setattr(header, keyword, None)
-        headers.append(header)
-    return headers
 
 
 def import_highdicom() -> Any:

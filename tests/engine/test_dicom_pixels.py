@@ -253,11 +253,12 @@ def test_what_would_not_be_right_is_refused(tmp_path, tags, text):
 
 
 def replace_value(content, keyword, value):
-    """Put bytes in place of a value that has a short type, in an explicit little-endian file."""
+    """Put bytes in place of an element's value in an explicit little-endian file."""
     tag = pydicom.tag.Tag(keyword)
-    start = content.index(bytes([tag.group & 255, tag.group >> 8, tag.element & 255, tag.element >> 8]))
-    length = int.from_bytes(content[start + 6 : start + 8], "little")
-    return content[: start + 6] + len(value).to_bytes(2, "little") + value + content[start + 8 + length :]
+    start = content.index(tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little"))
+    place, size = (start + 8, 4) if content[start + 4 : start + 6] in (b"UC", b"UT") else (start + 6, 2)
+    behind = place + size + int.from_bytes(content[place : place + size], "little")
+    return content[:place] + len(value).to_bytes(size, "little") + value + content[behind:]
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.102", "1.2.3"])

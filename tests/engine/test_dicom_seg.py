@@ -23,7 +23,7 @@ from tests.engine.factory import smooth_scan, write_model
 from tests.engine.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
 
 SAGITTAL = (0, 1, 0, 0, 0, -1)
-FRAME = {"FrameOfReferenceUID": f"{UID}.7"}
+FRAME = {"FrameOfReferenceUID": f"{UID}.7", "BitsStored": 16, "HighBit": 15}
 SHAPE = (8, 14, 16)
 
 
@@ -198,13 +198,28 @@ def test_what_cannot_be_referred_to_is_refused(tmp_path):
     (folder / "99.dcm").unlink()
     with pytest.raises(VolumeError, match=r"c: the slices must be those that were predicted, \(8, 14, 16\)"):
         write_dicom_seg(tmp_path / "seg.dcm", prediction, folder)
-    mixed = write_series(tmp_path / "d")
-    part = pydicom.dcmread(mixed / "95.dcm")
-    part.StudyInstanceUID = f"{UID}.10"
-    part.save_as(mixed / "95.dcm")
-    assert "d: the slices' headers must be those of a DICOM series" in refusal(tmp_path, mixed)
     with pytest.raises(OutputError, match="No such file or directory"):
         write_dicom_seg(tmp_path / "missing" / "seg.dcm", labelled(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "text"),
+    [
+        ("StudyInstanceUID", f"{UID}.10", "headers must be those of one series, but StudyInstanceUID is "),
+        ("FrameOfReferenceUID", f"{UID}.10", "headers must be those of one series, but FrameOfReferenceUID is "),
+        ("SOPInstanceUID", None, "every slice must have a SOPInstanceUID of its own"),
+        ("SOPInstanceUID", "anonymous", "95.dcm: SOPInstanceUID must be digits and dots, at most 64, got 'anonymous'"),
+        ("StudyInstanceUID", "1." * 40, "95.dcm: StudyInstanceUID must be digits and dots, at most 64, got '1.1."),
+        ("StudyInstanceUID", "1.2\\1.3", "95.dcm: StudyInstanceUID must be digits and dots, at most 64, got "),
+    ],
+)
+def test_identifiers_that_do_not_fit_are_named(tmp_path, keyword, value, text):
+    folder = write_series(tmp_path / "ct")
+    part = pydicom.dcmread(folder / "95.dcm")
+    with pydicom.config.disable_value_validation():
+        setattr(part, keyword, value or pydicom.dcmread(folder / "96.dcm").SOPInstanceUID)
+        part.save_as(folder / "95.dcm")
+    assert f"ct: {text}" in refusal(tmp_path, folder).replace("the slices' headers", "headers")
 
 
 def test_without_highdicom_its_extra_is_named(tmp_path, monkeypatch):
