@@ -17,6 +17,7 @@ from .errors import VolumeError
 from .itk import read_voxels
 
 _SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 _EXPORT_AGAIN = "export the series again"
 _READABLE = (
     r"1\.2\.840\.10008\.1\.2\.(5|4\.(50|51|57|70|80|81|90|91))"  # transfer syntaxes: RLE, JPEG, JPEG-LS, JPEG 2000
@@ -243,8 +244,16 @@ def rescale(stored: np.ndarray, pixels: PixelFormat, out: np.ndarray) -> tuple[i
 
 
 def _decompress(data: bytes, pixels: PixelFormat, syntax: str, scratch: Path) -> np.ndarray:
-    """Let GDCM decompress; it sees numbers without sign that use all their bits, and so leaves them as they are."""
-    sizes = (1, pixels.rows, pixels.columns, pixels.bits_allocated, pixels.bits_allocated, pixels.bits_allocated - 1, 0)
+    """Let GDCM decompress; told of numbers without sign, it leaves their bits as they are."""
+    precision, is_signed = _compressed_as(data)
+    if precision < pixels.bits_stored and is_signed != pixels.is_signed:
+        raise VolumeError(
+            f"it is not clear which of the compressed pixels are negative: the header says {pixels.bits_stored} bits "
+            f"{'with' if pixels.is_signed else 'without'} a sign, the pixels have {precision} "
+            f"{'with' if is_signed else 'without'}: decompress the series with the program that wrote it"
+        )
+    bits_stored = max(pixels.bits_stored, 8)  # it takes no fewer
+    sizes = (1, pixels.rows, pixels.columns, pixels.bits_allocated, bits_stored, bits_stored - 1, 0)
     meta = b"".join(
         _element(2, number, b"UI", value)
         for number, value in ((2, _SECONDARY_CAPTURE), (3, b"1.2"), (0x10, syntax.encode("latin-1")))
@@ -271,6 +280,24 @@ def _decompress(data: bytes, pixels: PixelFormat, syntax: str, scratch: Path) ->
             f"{pixels.bits_allocated} bits, got {stored.shape[1:]} of {stored.dtype}: export the series again"
         )
     return stored[0].view(f"u{stored.dtype.itemsize}")
+
+
+def _compressed_as(data: bytes) -> tuple[int, bool]:
+    """Read the bits for each pixel, and whether one is for the sign, from compressed pixels; RLE has no such rules.
+
+    Note:
+        JPEG, ISO 10918-1 B.2.2, and JPEG-LS, ISO 14495-1 C.2.2: segments up to the frame header, and never a sign.
+        JPEG 2000, ISO 15444-1 A.5.1: component size in the SIZ segment.
+    """
+    place = data.find(b"\xff\x4f\xff\x51")
+    if 0 <= place < len(data) - 42:
+        return (data[place + 42] & 0x7F) + 1, data[place + 42] >= 0x80
+    place = data.find(b"\xff\xd8\xff") + 2
+    while 2 <= place < len(data) - 5 and data[place] == 0xFF:
+        if data[place + 1] in _FRAME_HEADERS:
+            return data[place + 4], False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 64, False
 
 
 def _element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
