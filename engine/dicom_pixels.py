@@ -1,27 +1,16 @@
-"""The stored bits of a DICOM slice -> grey values, such as Hounsfield units.
-
-GDCM only decompresses. It reads values by rules of its own (it inverts MONOCHROME1, and rescales some kinds of objects
-but not others), so it is given a file that holds what decompression needs and nothing else.
-"""
+"""The stored bits of a DICOM slice -> grey values, such as Hounsfield units."""
 
 import math
-import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .dicom_compression import check_syntax, decompress
 from .dicom_header import Header, read_pixel_data
 from .errors import VolumeError
-from .itk import read_voxels
 
-_SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"
-_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 _EXPORT_AGAIN = "export the series again"
-_READABLE = (
-    r"1\.2\.840\.10008\.1\.2\.(5|4\.(50|51|57|70|80|81|90|91))"  # transfer syntaxes: RLE, JPEG, JPEG-LS, JPEG 2000
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +156,11 @@ def check_pixel_data(header: Header, pixels: PixelFormat) -> None:
     Raises:
         VolumeError: If they are missing, too short, or compressed in a way that is not read here.
     """
-    if header.is_compressed and not re.fullmatch(_READABLE, header.syntax):
-        raise VolumeError(
-            f"pixel data must be uncompressed, JPEG, JPEG-LS, JPEG 2000 or RLE, got transfer syntax {header.syntax}: "
-            "decompress the series"
-        )
+    if header.is_compressed:
+        check_syntax(header.syntax)
     least_bytes = 1 if header.is_compressed else pixels.rows * pixels.columns * pixels.bits_allocated // 8
     if (
-        not header.is_whole
-        or header.pixels is None
+        header.pixels is None
         or header.pixels.length < least_bytes
         or header.pixels.is_in_fragments != header.is_compressed
     ):
@@ -199,7 +184,15 @@ def read_stored(path: Path, header: Header, pixels: PixelFormat, scratch: Path) 
     """
     data = read_pixel_data(path, header)
     if header.is_compressed:
-        return _decompress(data, pixels, header.syntax, scratch)
+        return decompress(
+            data,
+            header.syntax,
+            shape=(pixels.rows, pixels.columns),
+            bits_allocated=pixels.bits_allocated,
+            bits_stored=pixels.bits_stored,
+            is_signed=pixels.is_signed,
+            scratch=scratch,
+        )
     size = pixels.rows * pixels.columns
     itemsize = pixels.bits_allocated // 8
     if len(data) < size * itemsize:
@@ -241,66 +234,3 @@ def rescale(stored: np.ndarray, pixels: PixelFormat, out: np.ndarray) -> tuple[i
         return 0, has_more
     first, last = pixels.padding
     return int(np.count_nonzero((values >= first) & (values <= last))), has_more
-
-
-def _decompress(data: bytes, pixels: PixelFormat, syntax: str, scratch: Path) -> np.ndarray:
-    """Let GDCM decompress; told of numbers without sign, it leaves their bits as they are."""
-    precision, is_signed = _compressed_as(data)
-    if precision < pixels.bits_stored and is_signed != pixels.is_signed:
-        raise VolumeError(
-            f"it is not clear which of the compressed pixels are negative: the header says {pixels.bits_stored} bits "
-            f"{'with' if pixels.is_signed else 'without'} a sign, the pixels have {precision} "
-            f"{'with' if is_signed else 'without'}: decompress the series with the program that wrote it"
-        )
-    bits_stored = max(pixels.bits_stored, 8)  # it takes no fewer
-    sizes = (1, pixels.rows, pixels.columns, pixels.bits_allocated, bits_stored, bits_stored - 1, 0)
-    meta = b"".join(
-        _element(2, number, b"UI", value)
-        for number, value in ((2, _SECONDARY_CAPTURE), (3, b"1.2"), (0x10, syntax.encode("latin-1")))
-    )
-    scratch.write_bytes(
-        bytes(128)
-        + b"DICM"
-        + _element(2, 0, b"UL", struct.pack("<I", len(meta)))
-        + meta
-        + _element(8, 0x16, b"UI", _SECONDARY_CAPTURE)
-        + _element(8, 0x18, b"UI", b"1.2")
-        + _element(0x28, 4, b"CS", b"MONOCHROME2")
-        + b"".join(
-            _element(0x28, number, b"US", struct.pack("<H", value))
-            for number, value in zip((2, 0x10, 0x11, 0x100, 0x101, 0x102, 0x103), sizes, strict=True)
-        )
-        + struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 0xFFFFFFFF)
-        + data
-    )
-    stored = read_voxels(str(scratch), "GDCMImageIO")
-    if stored.shape != (1, pixels.rows, pixels.columns) or stored.dtype.itemsize * 8 != pixels.bits_allocated:
-        raise VolumeError(
-            f"the compressed pixels must be those of the header, {pixels.rows} x {pixels.columns} of "
-            f"{pixels.bits_allocated} bits, got {stored.shape[1:]} of {stored.dtype}: export the series again"
-        )
-    return stored[0].view(f"u{stored.dtype.itemsize}")
-
-
-def _compressed_as(data: bytes) -> tuple[int, bool]:
-    """Read the bits for each pixel, and whether one is for the sign, from compressed pixels; RLE has no such rules.
-
-    Note:
-        JPEG, ISO 10918-1 B.2.2, and JPEG-LS, ISO 14495-1 C.2.2: segments up to the frame header, and never a sign.
-        JPEG 2000, ISO 15444-1 A.5.1: component size in the SIZ segment.
-    """
-    place = data.find(b"\xff\x4f\xff\x51")
-    if 0 <= place < len(data) - 42:
-        return (data[place + 42] & 0x7F) + 1, data[place + 42] >= 0x80
-    place = data.find(b"\xff\xd8\xff") + 2
-    while 2 <= place < len(data) - 5 and data[place] == 0xFF:
-        if data[place + 1] in _FRAME_HEADERS:
-            return data[place + 4], False
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return 64, False
-
-
-def _element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
-    """Encode an element with a short value."""
-    value += (b" " if kind == b"CS" else b"\0") * (len(value) % 2)
-    return struct.pack("<HH2sH", group, number, kind, len(value)) + value

@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from nnturbo.engine import dicom, dicom_header, dicom_pixels
+from nnturbo.engine import dicom, dicom_compression, dicom_header
 from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.volume import read_volume
 
@@ -98,7 +98,7 @@ def refusal(folder):
 @pytest.fixture
 def gdcm_stays_out(monkeypatch):
     """Fail where GDCM is given a file that it must not see."""
-    monkeypatch.setattr(dicom_pixels, "read_voxels", lambda *arguments: pytest.fail("GDCM must not see it"))
+    monkeypatch.setattr(dicom_compression, "read_voxels", lambda *arguments: pytest.fail("GDCM must not see it"))
 
 
 class TestSeries:

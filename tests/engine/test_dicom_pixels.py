@@ -214,6 +214,8 @@ def test_slices_with_slopes_of_their_own(tmp_path, stored, is_signed, slopes, in
         (16, False, 1, 0, np.uint16),
         (16, False, 1, -1024, np.int32),
         (16, False, -1, 65535, np.int32),
+        (16, False, 1, -32768, np.int16),
+        (16, False, -1, 32767, np.int16),
         (12, False, "0.5", 0, np.float64),
         (16, True, 10**19, 0, np.float64),
     ],

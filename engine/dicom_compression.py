@@ -1,0 +1,132 @@
+"""Compressed pixels of a DICOM slice -> stored bits, by GDCM.
+
+GDCM reads values by rules of its own: it inverts MONOCHROME1, and rescales some kinds of objects but not others. So it
+is given a file that holds what decompression needs and nothing else.
+"""
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from .errors import VolumeError
+from .itk import read_voxels
+
+_SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"
+_RLE = "1.2.840.10008.1.2.5"
+_JPEGS = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(50|51|57|70|80|81|90|91)")  # JPEG, JPEG-LS, JPEG 2000
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
+_SIZES = b"\xff\x4f\xff\x51"  # markers of JPEG 2000: start, and the segment that tells sizes
+
+
+def check_syntax(syntax: str) -> None:
+    """Refuse transfer syntaxes that are not read here.
+
+    Raises:
+        VolumeError: If the syntax is not one of them.
+    """
+    if syntax != _RLE and not _JPEGS.fullmatch(syntax):
+        raise VolumeError(
+            f"pixel data must be uncompressed, JPEG, JPEG-LS, JPEG 2000 or RLE, got transfer syntax {syntax}: "
+            "decompress the series"
+        )
+
+
+def decompress(
+    data: bytes,
+    syntax: str,
+    *,
+    shape: tuple[int, int],
+    bits_allocated: int,
+    bits_stored: int,
+    is_signed: bool,
+    scratch: Path,
+) -> np.ndarray:
+    """Decompress the pixels of one slice.
+
+    Args:
+        data: Its fragments, with the items around them.
+        syntax: Its transfer syntax.
+        shape: (rows, columns).
+        bits_allocated: As in its header.
+        bits_stored: The same.
+        is_signed: The same.
+        scratch: Name of a file that may be written.
+
+    Returns:
+        Array (rows, columns) of numbers without sign, whose lower `bits_stored` bits are the stored ones.
+
+    Raises:
+        VolumeError: If they are damaged, or not what the header says.
+    """
+    precision, has_sign = _compressed_as(data) if syntax != _RLE else (bits_stored, is_signed)
+    if precision < bits_stored and has_sign != is_signed:
+        raise VolumeError(
+            f"it is not clear which of the compressed pixels are negative: the header says {bits_stored} bits "
+            f"{'with' if is_signed else 'without'} a sign, the pixels have {precision} "
+            f"{'with' if has_sign else 'without'}: decompress the series with the program that wrote it"
+        )
+    _write_for_gdcm(scratch, data, syntax, (*shape, bits_allocated, max(bits_stored, 8)))  # it takes no fewer
+    stored = read_voxels(str(scratch), "GDCMImageIO")
+    if stored.shape != (1, *shape) or stored.dtype.itemsize * 8 != bits_allocated:
+        raise VolumeError(
+            f"the compressed pixels must be those of the header, {shape[0]} x {shape[1]} of {bits_allocated} bits, got "
+            f"{stored.shape[1:]} of {stored.dtype}: export the series again"
+        )
+    return stored[0].view(f"u{stored.dtype.itemsize}")
+
+
+def _write_for_gdcm(path: Path, data: bytes, syntax: str, sizes: tuple[int, ...]) -> None:
+    """Write an image without rescaling, of numbers without sign: GDCM leaves their bits as they are."""
+    rows, columns, bits_allocated, bits_stored = sizes
+    meta = (
+        _element(2, 2, b"UI", _SECONDARY_CAPTURE)
+        + _element(2, 3, b"UI", b"1.2")
+        + _element(2, 0x10, b"UI", syntax.encode("ascii"))
+    )
+    numbers = {
+        2: 1,
+        0x10: rows,
+        0x11: columns,
+        0x100: bits_allocated,
+        0x101: bits_stored,
+        0x102: bits_stored - 1,
+        0x103: 0,
+    }
+    path.write_bytes(
+        bytes(128)
+        + b"DICM"
+        + _element(2, 0, b"UL", struct.pack("<I", len(meta)))
+        + meta
+        + _element(8, 0x16, b"UI", _SECONDARY_CAPTURE)
+        + _element(8, 0x18, b"UI", b"1.2")
+        + _element(0x28, 4, b"CS", b"MONOCHROME2 ")
+        + b"".join(_element(0x28, number, b"US", struct.pack("<H", value)) for number, value in numbers.items())
+        + struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 0xFFFFFFFF)
+        + data
+    )
+
+
+def _element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
+    """Encode an element with a short value."""
+    value += bytes(len(value) % 2)
+    return struct.pack("<HH2sH", group, number, kind, len(value)) + value
+
+
+def _compressed_as(data: bytes) -> tuple[int, bool]:
+    """Read the bits for each pixel, and whether one of them is a sign, from compressed pixels.
+
+    Note:
+        JPEG, ISO 10918-1 B.2.2, and JPEG-LS, ISO 14495-1 C.2.2: segments up to the frame header, and never a sign.
+        JPEG 2000, ISO 15444-1 A.5.1: component size in the SIZ segment.
+    """
+    place = data.find(_SIZES)
+    if 0 <= place < len(data) - 42:
+        return (data[place + 42] & 0x7F) + 1, data[place + 42] >= 0x80
+    place = data.find(b"\xff\xd8\xff") + 2
+    while 2 <= place < len(data) - 5 and data[place] == 0xFF:
+        if data[place + 1] in _FRAME_HEADERS:
+            return data[place + 4], False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 64, False  # GDCM will say what is wrong
