@@ -6,7 +6,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nnturbo.engine.dicom import list_slices
+from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.volume import read_volume
 
 from tests.engine.test_dicom import CT, TILTED, UID, assert_equal, refusal, stored_pixels, write_series, write_slice
@@ -297,3 +300,24 @@ def test_cosines_that_are_rounded_are_those_of_itk(tmp_path, cosines):
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     assert_equal(read_volume(folder), reader.Execute())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    syntax=st.sampled_from(
+        ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"]
+    ),
+    changes=st.lists(st.tuples(st.integers(128, 1100), st.integers(0, 255)), max_size=4),
+    kept=st.integers(140, 1200),
+)
+def test_whatever_the_bytes_are_it_is_an_error_of_one_line(tmp_path, syntax, changes, kept):
+    folder = write_series(tmp_path / "ct", positions=range(2), syntax=syntax, IconImageSequence=[icon()])
+    path = folder / "0-1.dcm"
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    path.write_bytes(content[:kept])
+    try:
+        read_volume(folder)
+    except VolumeError as error:
+        assert "\n" not in str(error)
