@@ -251,9 +251,10 @@ class TestJobs:
         call = ["predict", "-i", tmp_path / "scans", "-o", out, "-m", model, "-device", "cpu", "--dicom_seg"]
         call = [str(part) for part in [*call, "--backend", "torch", "--disable_progress_bar"]]
         assert main(call) == 1
-        assert "nameless failed: nameless: 99.dcm: a DICOM segmentation must name" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "nameless failed: its labels are written, but no DICOM segmentation: nameless: 99.dcm: a DICOM" in said
         assert sorted(path.name for path in out.iterdir() if path.suffix in (".dcm", ".gz")) == [
-            *("a.dcm", "a.nii.gz", "b.dcm", "b.nii.gz")
+            *("a.dcm", "a.nii.gz", "b.dcm", "b.nii.gz", "nameless.nii.gz")
         ]
         volume = read_volume(tmp_path / "scans" / "a")
         labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
