@@ -283,7 +283,8 @@ class Here:
                     continue
                 if path.suffix == ".dcm":
                     try:
-                        write_dicom_seg(path, prediction, case.images[0])
+                        odd = write_dicom_seg(path, prediction, case.images[0])
+                        record = replace(record, warnings=(*record.warnings, *odd))
                     except EngineError as error:  # a series to which a DICOM segmentation cannot refer
                         error = f"its labels are written, but no DICOM segmentation: {error}"
                         record = replace(record, status=FAILED, error=error)

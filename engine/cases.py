@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dicom import looks_like_dicom
+from .dicom_header import looks_like_dicom
 from .errors import VolumeError
 from .journal import RECORDS
 

@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from .dicom_files import DicomFile, find_slices, summary
-from .dicom_header import Header, looks_like_dicom
+from .dicom_header import Header
 from .dicom_pixels import PixelFormat, check_pixel_data, read_format, read_stored, rescale
 from .errors import VolumeError
 from .image_file import ImageSource
 from .image_header import naming
 from .itk import check_memory
-
-__all__ = ["Slice", "list_slices", "looks_like_dicom", "open_series"]
 
 _FARTHEST_MM = 1e6
 _SAME_POSITION_MM = 0.01

@@ -244,8 +244,9 @@ class TestJobs:
 
     def test_segmentations_beside_the_labels(self, tmp_path, capsys):
         model = write_model(tmp_path / "model")
-        for name in ("a", "b"):
-            write_series(tmp_path / "scans" / name)
+        write_series(tmp_path / "scans" / "a")
+        with pydicom.config.disable_value_validation():
+            write_series(tmp_path / "scans" / "b", PatientSex="Unknown")
         write_series(tmp_path / "scans" / "nameless", FrameOfReferenceUID=None)
         out = tmp_path / "out"
         call = ["predict", "-i", tmp_path / "scans", "-o", out, "-m", model, "-device", "cpu", "--dicom_seg"]
@@ -256,6 +257,9 @@ class TestJobs:
         assert sorted(path.name for path in out.iterdir() if path.suffix in (".dcm", ".gz")) == [
             *("a.dcm", "a.nii.gz", "b.dcm", "b.nii.gz", "nameless.nii.gz")
         ]
+        records = {case["name"]: case for case in json.loads((out / "predictions.json").read_text())["cases"]}
+        assert records["a"]["warnings"] == []
+        assert any("PatientSex" in warning for warning in records["b"]["warnings"])
         volume = read_volume(tmp_path / "scans" / "a")
         labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
         assert labels.any()
