@@ -291,7 +291,7 @@ class Here:
                     continue
                 with written_atomically(path) as temporary:
                     if path.suffix == ".npz":
-                        np.savez_compressed(temporary, probabilities=prediction.probabilities)  # type: ignore[arg-type]
+                        np.savez_compressed(temporary, probabilities=prediction.reader_probabilities)  # type: ignore[arg-type]
                     else:
                         temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
             written = [path.name for path in (*extra, segmentation) if (folder / path.name).exists()]

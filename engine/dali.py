@@ -18,6 +18,7 @@ import torch
 from .errors import BackendUnavailable, EngineError
 from .plans import Plan
 from .preprocessing import Normalization, preprocess
+from .properties import nnunet_properties
 from .resampling import GridMap
 from .steps import Prepared
 from .timing import Timings
@@ -79,7 +80,8 @@ class Reading:
             in_plane = shape
         numbers = np.array([channel.numbers for channel in case.normalizations], np.float32)
         known = Known(
-            geometry=scan.geometry, network_geometry=volume.geometry, warnings=scan.warnings,
+            geometry=scan.geometry, warnings=scan.warnings,
+            properties=nnunet_properties(self.plan.reader, scan.geometry, volume, case),
             case=replace(case, image=torch.empty(0), limits=(None, None)),
         )  # fmt: skip
         return (
@@ -96,8 +98,8 @@ class Known:
     """What `Prepared` has beside the planes."""
 
     geometry: Any
-    network_geometry: Any
     warnings: tuple[str, ...]
+    properties: Any
     case: Any
 
 
@@ -152,7 +154,7 @@ class DaliLoader:
             image = torch.from_dlpack(planes.as_tensor())[0]
             yield Prepared(
                 geometry=known.geometry,
-                network_geometry=known.network_geometry,
+                properties=known.properties,
                 warnings=known.warnings,
                 case=replace(
                     known.case,

@@ -27,6 +27,7 @@ from .options import EngineOptions
 from .overlap import overlapped
 from .prediction import Prediction
 from .preprocessing import Case, preprocess
+from .properties import nnunet_properties
 from .sliding_window import SlidingWindow, predict_logits
 from .steps import Computed, Placement, Prepared, caught, paired
 from .timing import Timings
@@ -258,7 +259,7 @@ class Engine:
                 case = preprocess(volume, plan, torch.device("cpu"), previous)
         return Prepared(
             geometry=scan.geometry,
-            network_geometry=volume.geometry,
+            properties=nnunet_properties(plan.reader, scan.geometry, volume, case),
             warnings=scan.warnings,
             case=case,
             wait=wait,
@@ -344,7 +345,8 @@ class Engine:
                 "views_per_call": computed.placement.views_per_call,
                 "sums_device": str(computed.placement.sums_device),
             },
-            properties=computed.properties,
+            properties=prepared.properties,
+            reader=plan.reader,
             classification=None if computed.votes is None else computed.votes.count(),
         )
 
@@ -368,13 +370,7 @@ class Engine:
                 f"(on the command line -prev_stage_predictions)"
             )
         if isinstance(previous, np.ndarray):
-            labels = Volume.from_array(
-                previous,
-                scan.geometry.spacing,
-                origin=scan.geometry.origin,
-                direction=scan.geometry.direction,
-                name="previous stage",
-            )
+            labels = replace(Volume.from_array(previous, (1, 1, 1), name="previous stage"), geometry=scan.geometry)
         else:
             labels = read_volume(previous, channels=1, reader=self.model.plan.reader)
         if labels.array.shape[1:] != scan.array.shape[1:]:

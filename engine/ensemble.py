@@ -79,12 +79,30 @@ class Ensemble:
         """
         timings = Timings()
         with timings("read"):
-            scan = read_volume(image, channels=len(self.model.plan.channels), reader=self.model.plan.reader)
+            scans = self._read(image)
+        return self._average(scans, timings, previous_stage, save_probabilities, progress)
+
+    def _read(self, image: Image) -> dict[str, Volume]:
+        """Read a scan once for each of nnU-Net's readers that the models were trained through."""
+        plans = {engine.model.plan.reader: engine.model.plan for engine in self.engines}
+        return {
+            reader: read_volume(image, channels=len(plan.channels), reader=reader) for reader, plan in plans.items()
+        }
+
+    def _average(
+        self,
+        scans: Mapping[str, Volume],
+        timings: Timings,
+        previous_stage: Previous,
+        save_probabilities: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> Prediction:
+        """Predict with each model; all give probabilities on the axes in which the scan is stored."""
         total: np.ndarray | None = None
         answers: list[Prediction] = []
         for index, engine in enumerate(self.engines):
             share = None if progress is None else _share(progress, index, len(self.engines))
-            answer, total = _add(engine, scan, previous_stage, share, total)
+            answer, total = _add(engine, scans[engine.model.plan.reader], previous_stage, share, total)
             answers.append(answer)
         with timings("ensemble"):
             assert total is not None  # there is one model at least
@@ -110,10 +128,8 @@ class Ensemble:
         progress: Callable[[int, int, int], None] | None = None,
     ) -> Generator[Prediction | EngineError, None, None]:
         """Segment scans, reading ahead; arguments and answers are those of `Engine.predict_many`."""
-        plan = self.model.plan
-        read = functools.partial(read_volume, channels=len(plan.channels), reader=plan.reader)
         scans = overlapped(
-            lambda pair: (caught(lambda: read(pair[0])), pair[1]),
+            lambda pair: (caught(lambda: self._read(pair[0])), pair[1]),
             paired(images, previous_stages),
             threads=readers,
             name="nnturbo-read",
@@ -124,11 +140,7 @@ class Ensemble:
                     yield scan
                     continue
                 share = None if progress is None else functools.partial(progress, index)
-                yield caught(
-                    functools.partial(
-                        self.predict, scan, previous_stage=stage, save_probabilities=save_probabilities, progress=share
-                    )
-                )
+                yield caught(functools.partial(self._average, scan, Timings(), stage, save_probabilities, share))
 
 
 def _add(

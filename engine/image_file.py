@@ -12,13 +12,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from .errors import EngineError, IncompleteFile, VolumeError
-from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
+from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming, read_nifti
 from .itk import check_memory, check_pixels, read_information, read_voxels
+from .nifti import NIFTI_ENDINGS, header_warnings
+from .orientation import LPS_TO_RAS
 
 _DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
 _PIECE_BYTES = 1 << 20
@@ -46,6 +48,7 @@ class ImageSource:
         channels: How many the file holds.
         is_2d: Whether the file has no third axis.
         warnings: What the user should know although the scan can be used; complete once the voxels are read.
+        resampling_spacing: Millimetres along (x, y, z), where nnU-Net resamples by others than `spacing`.
     """
 
     name: str
@@ -57,6 +60,7 @@ class ImageSource:
     channels: int = 1
     is_2d: bool = False
     warnings: Sequence[str] = ()
+    resampling_spacing: tuple[float, float, float] | None = None
 
 
 def open_image_file(path: Path) -> ImageSource:
@@ -81,11 +85,7 @@ def open_image_file(path: Path) -> ImageSource:
         size = info.GetSize()
         check_memory(size, dtype)
         expected_bytes = len(data.prefix) + math.prod(size) * (data.bytes_per_voxel or dtype.itemsize)
-        if expected_bytes > data.stored_bytes * (1 if data.compression == "none" else _DEFLATE_RATIO):
-            raise IncompleteFile(
-                f"the header claims {' x '.join(map(str, size))} voxels in {expected_bytes} bytes, too much for "
-                f"{data.stored_bytes} bytes of file: it is cut off or its header is damaged; export or copy it again"
-            )
+        check_claim(size, expected_bytes, data)
     spacing, origin, direction = info.GetSpacing(), info.GetOrigin(), info.GetDirection()
     is_2d = len(size) == 2
     if is_2d:
@@ -100,7 +100,7 @@ def open_image_file(path: Path) -> ImageSource:
         direction=direction,
         voxels=lambda: _read_voxels(path, data, expected_bytes),
         is_2d=is_2d,
-        warnings=data.warnings,
+        warnings=_warnings(data, info),
     )
 
 
@@ -111,6 +111,12 @@ def is_whole(path: Path) -> bool:
     try:
         if path.name.lower().endswith(PICTURE_ENDINGS):
             read_picture(path)
+        elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses
+            header, data = read_nifti(path, versions=(1, 2))
+            size = header.dim[1 : header.dim[0] + 1]
+            expected_bytes = len(data.prefix) + math.prod(size) * data.bytes_per_voxel
+            check_claim(size, expected_bytes, data)
+            _check_stored(data, expected_bytes)
         else:
             open_image_file(path).voxels()
     except IncompleteFile:
@@ -118,6 +124,35 @@ def is_whole(path: Path) -> bool:
     except EngineError:
         return True
     return True
+
+
+def check_claim(size: tuple[int, ...], expected_bytes: int, data: VoxelData) -> None:
+    """Refuse a header that claims more than the file can hold.
+
+    Args:
+        size: Voxels along (x, y, z).
+        expected_bytes: What they take, decompressed, with what the stream holds before them.
+        data: Where they are.
+
+    Raises:
+        IncompleteFile: If there are too few bytes.
+    """
+    if expected_bytes > data.stored_bytes * (1 if data.compression == "none" else _DEFLATE_RATIO):
+        raise IncompleteFile(
+            f"the header claims {' x '.join(map(str, size))} voxels in {expected_bytes} bytes, too much for "
+            f"{data.stored_bytes} bytes of file: it is cut off or its header is damaged; export or copy it again"
+        )
+
+
+def _warnings(data: VoxelData, info: Any) -> tuple[str, ...]:
+    """Tell what a NIfTI header says twice, and which of it ITK took."""
+    if data.nifti is None:
+        return ()
+    axes = info.GetDimension()
+    used = np.eye(4)
+    used[:axes, :axes] = LPS_TO_RAS[:axes, :axes] @ np.reshape(info.GetDirection(), (axes, axes)) * info.GetSpacing()
+    used[:axes, 3] = LPS_TO_RAS[:axes, :axes] @ info.GetOrigin()
+    return tuple(header_warnings(data.nifti, used, info.GetSpacing(), data.nifti.unit_mm))
 
 
 def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray:
@@ -210,27 +245,33 @@ def _check_stored(data: VoxelData, expected_bytes: int) -> None:
     """
     total_bytes = 0
     floats = bytearray()
-    try:
-        for piece in _stored_pieces(data):
-            if data.float_type:
-                floats += piece[max(len(data.prefix) - total_bytes, 0) : max(expected_bytes - total_bytes, 0)]
-                whole = len(floats) - len(floats) % np.dtype(data.float_type).itemsize
-                if not np.isfinite(np.frombuffer(bytes(floats[:whole]), data.float_type)).all():
-                    raise VolumeError(NOT_FINITE)
-                del floats[:whole]
-            total_bytes += len(piece)
-    except (zlib.error, EOFError) as error:
-        raise IncompleteFile(f"compressed voxels are damaged or cut off ({error}): export or copy them again") from None
+    for piece in stored_pieces(data):
+        if data.float_type:
+            floats += piece[max(len(data.prefix) - total_bytes, 0) : max(expected_bytes - total_bytes, 0)]
+            whole = len(floats) - len(floats) % np.dtype(data.float_type).itemsize
+            if not np.isfinite(np.frombuffer(bytes(floats[:whole]), data.float_type)).all():
+                raise VolumeError(NOT_FINITE)
+            del floats[:whole]
+        total_bytes += len(piece)
     if total_bytes < expected_bytes:
         raise IncompleteFile(
             f"the header claims {expected_bytes} bytes, {total_bytes} are there: export or copy it again"
         )
 
 
-def _stored_pieces(data: VoxelData) -> Iterator[bytes]:
-    """Read what is stored, decompressed."""
+def stored_pieces(data: VoxelData) -> Iterator[bytes]:
+    """Read what is stored, decompressed: the prefix, the voxels, and what is behind them.
+
+    Raises:
+        IncompleteFile: If a compressed stream ends early or fails its checksum.
+    """
     if data.compression != "none":
-        yield from _decompressed(data)
+        try:
+            yield from _decompressed(data)
+        except (zlib.error, EOFError) as error:
+            raise IncompleteFile(
+                f"compressed voxels are damaged or cut off ({error}): export or copy them again"
+            ) from None
         return
     with data.path.open("rb") as file:
         file.seek(data.offset)

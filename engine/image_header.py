@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .detached import find_data_file
 from .errors import IncompleteFile, VolumeError
+from .nifti import HEADER_BYTES, NiftiHeader
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
 DETACHED_ENDINGS = (".nhdr", ".mhd")
@@ -47,7 +48,7 @@ class VoxelData:
         prefix: What the stream decompresses to before the first voxel (the header of a .nii.gz).
         bytes_per_voxel: Stored bytes per voxel; 0 where they are those of ITK's pixel type.
         float_type: Stored type where ITK hides NaN and infinity, as numpy names it; empty elsewhere.
-        warnings: What the user should know although the file can be used.
+        nifti: The header, of a NIfTI file.
     """
 
     path: Path
@@ -57,7 +58,7 @@ class VoxelData:
     prefix: bytes = b""
     bytes_per_voxel: int = 0
     float_type: str = ""
-    warnings: tuple[str, ...] = ()
+    nifti: NiftiHeader | None = None
 
 
 @contextlib.contextmanager
@@ -113,49 +114,74 @@ def locate_voxels(path: Path) -> VoxelData:
     return _locate_gipl(path)
 
 
-# ---- NIfTI-1: 348 bytes, https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h -----------------------------------
+# ---- NIfTI: 348 or 540 bytes -----------------------------------------------------------------------------------------
 
+_NIFTI_MARKS = {  # first four bytes: version and byte order
+    size.to_bytes(4, "little" if order == "<" else "big"): (version, order)
+    for version, size in HEADER_BYTES.items()
+    for order in "<>"
+}
 _NIFTI_BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # by datatype code
 _NIFTI_NOT_PLAIN = {32: "complex", 1792: "complex", 2048: "complex", 128: "colour (RGB)", 2304: "colour (RGBA)"}
 
 
-def _locate_nifti(path: Path) -> VoxelData:
+def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, VoxelData]:
+    """Read a NIfTI file's header and find its voxels.
+
+    Args:
+        path: Existing file that ends with .nii or .nii.gz.
+        versions: Of the format, that are taken.
+
+    Raises:
+        VolumeError: If the header is not one of the format, or describes what is no 3D image of plain numbers.
+    """
     with path.open("rb") as file:
         is_gzip = file.read(2) == GZIP_MAGIC
     if is_gzip and path.name.lower().endswith(".nii"):
         raise VolumeError("the file is gzip-compressed, but its name ends with .nii: end it with .nii.gz")
-    header = _read_start(path, is_gzip, 348)
-    order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(header[:4])
-    if header[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):
-        raise VolumeError("the file must be NIfTI-1, got NIfTI-2: save it as NIfTI-1, .nrrd or .mha")
-    if order is None or header[344:348] != b"n+1\0":
-        raise VolumeError(f"this is not a NIfTI-1 file: its header lacks the format's mark; {_EXPORT_AGAIN}")
-    dimension = _nifti_dimension(struct.unpack_from(order + "8h", header, 40))
-    (datatype,) = struct.unpack_from(order + "h", header, 70)
-    if datatype not in _NIFTI_BYTES:
-        kind = _NIFTI_NOT_PLAIN.get(datatype, f"type code {datatype}")
+    content = _read_start(path, is_gzip, HEADER_BYTES[1])
+    version, order = _NIFTI_MARKS.get(content[:4], (1, ""))
+    if version not in versions:
+        raise VolumeError(f"the file must be NIfTI-1, got NIfTI-{version}: save it as NIfTI-1, .nrrd or .mha")
+    content = _read_start(path, is_gzip, HEADER_BYTES[version])
+    mark = content[344:348] if version == 1 else content[4:8]
+    if not order or mark != f"n+{version}\0".encode():
+        raise VolumeError(f"this is not a NIfTI-{version} file: its header lacks the format's mark; {_EXPORT_AGAIN}")
+    if version == 2 and content[8:12] not in (b"\r\n\x1a\n", bytes(4)):
+        raise VolumeError(f"the header is damaged, as by a transfer in text mode; {_EXPORT_AGAIN}")
+    header = NiftiHeader.parse(content, version, order)
+    _nifti_dimension(header.dim)
+    if header.datatype not in _NIFTI_BYTES:
+        kind = _NIFTI_NOT_PLAIN.get(header.datatype, f"type code {header.datatype}")
         raise VolumeError(f"voxels must be plain integers or floats, got {kind}: convert the image")
-    spacing = struct.unpack_from(f"{order}{dimension}f", header, 80)
-    if not all(math.isfinite(step_mm) and step_mm > 0 for step_mm in spacing):
-        raise VolumeError(f"spacing must be finite and above 0 mm, got {spacing} (x, y, z): correct the header")
-    for code_at, numbers_at, form in ((252, 256, "6f"), (254, 280, "12f")):  # qform and sform
-        placed = struct.unpack_from(order + form, header, numbers_at)
-        if struct.unpack_from(order + "h", header, code_at)[0] > 0 and not all(map(math.isfinite, placed)):
-            raise VolumeError(f"origin and direction must be finite, got {placed}: correct the header")
-    (voxel_offset,) = struct.unpack_from(order + "f", header, 108)
-    if not 0 <= voxel_offset <= _LONGEST_HEADER_BYTES:
-        raise VolumeError(f"voxels must begin within 16 MiB, the header says byte {voxel_offset}; {_EXPORT_AGAIN}")
-    offset = max(int(voxel_offset), len(header))
-    return VoxelData(
+    if not 0 <= header.voxel_offset <= _LONGEST_HEADER_BYTES:
+        raise VolumeError(
+            f"voxels must begin within 16 MiB, the header says byte {header.voxel_offset}; {_EXPORT_AGAIN}"
+        )
+    offset = max(int(header.voxel_offset), len(content))
+    return header, VoxelData(
         path=path,
         offset=0 if is_gzip else offset,
         stored_bytes=path.stat().st_size - (0 if is_gzip else offset),
         compression="gzip" if is_gzip else "none",
         prefix=_read_start(path, is_gzip, offset) if is_gzip else b"",
-        bytes_per_voxel=_NIFTI_BYTES[datatype],
-        float_type={16: f"{order}f4", 64: f"{order}f8"}.get(datatype, ""),
-        warnings=_compare_nifti_spacings(header, order, spacing),
+        bytes_per_voxel=_NIFTI_BYTES[header.datatype],
+        float_type={16: f"{order}f4", 64: f"{order}f8"}.get(header.datatype, ""),
+        nifti=header,
     )
+
+
+def _locate_nifti(path: Path) -> VoxelData:
+    """Refuse also what ITK reads wrongly or with noise."""
+    header, data = read_nifti(path, versions=(1,))
+    spacing = header.pixdim[1 : 1 + _nifti_dimension(header.dim)]
+    if not all(math.isfinite(step_mm) and step_mm > 0 for step_mm in spacing):
+        raise VolumeError(f"spacing must be finite and above 0 mm, got {spacing} (x, y, z): correct the header")
+    qform = (*header.quaternion, *header.qoffset)
+    for code, placed in ((header.qform_code, qform), (header.sform_code, header.sform)):
+        if code > 0 and not all(map(math.isfinite, placed)):
+            raise VolumeError(f"origin and direction must be finite, got {placed}: correct the header")
+    return data
 
 
 def _nifti_dimension(dim: tuple[int, ...]) -> int:
@@ -176,17 +202,6 @@ def check_dimension(dimension: int) -> None:
     """
     if dimension not in (2, 3):
         raise VolumeError(f"an image must be 3D, or 2D, got {dimension}D: pass one 3D file per channel or time point")
-
-
-def _compare_nifti_spacings(header: bytes, order: str, spacing: tuple[float, ...]) -> tuple[str, ...]:
-    """Warn when the header holds two different spacings: ITK, like nnU-Net, uses `pixdim`."""
-    (sform_code,) = struct.unpack_from(order + "h", header, 254)
-    rows = struct.unpack_from(order + "12f", header, 280)
-    steps = [math.hypot(rows[axis], rows[4 + axis], rows[8 + axis]) for axis in range(len(spacing))]
-    if sform_code <= 0 or all(math.isclose(*pair, rel_tol=0.01) for pair in zip(steps, spacing, strict=True)):
-        return ()
-    given, used = (" x ".join(f"{step:.4g}" for step in values) for values in (steps, spacing))
-    return (f"the header holds two spacings, {used} mm (pixdim) and {given} mm (sform): pixdim is used",)
 
 
 def _read_start(path: Path, is_gzip: bool, count: int) -> bytes:

@@ -32,7 +32,10 @@ def read_information(name: str, image_io: str) -> Any:
         with _FIRST_READ.alone(image_io), _QUIET_ITK:
             reader.ReadImageInformation()
     except RuntimeError as error:
-        raise VolumeError(f"the header cannot be read: {_itk_reason(error)}; export or copy the file again") from None
+        reason, advice = _itk_reason(error), "export or copy the file again"
+        if "orthonormal" in reason:  # NIfTI; nothing is wrong with the file
+            advice = "the scan's axes are sheared, resample it to perpendicular ones"
+        raise VolumeError(f"the header cannot be read: {reason}; {advice}") from None
     return reader
 
 

@@ -10,12 +10,15 @@ import numpy as np
 
 from .image_file import check_stored_voxels
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS
+from .nifti import NIBABEL_READERS, NIFTI_ENDINGS, write_nifti_labels
 from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, write_picture, write_stack
 
 if TYPE_CHECKING:
     from .volume import Geometry
 
 LABEL_ENDINGS = (*IMAGE_ENDINGS, *PICTURE_ENDINGS)
+
+_MOST_SHEAR = 1e-3  # cosine between axes; ITK's NIfTI writer moves them apart without a word
 
 
 def as_stored(geometry: Geometry, ending: str) -> Geometry:
@@ -50,7 +53,9 @@ def second_file(labels: Path, reader: str) -> Path | None:
     return None if ending is None else labels.with_name(f"{labels.stem}{ending}")
 
 
-def write_label_file(path: Path, voxels: np.ndarray, geometry: Geometry, *, stem: str, ending: str) -> None:
+def write_label_file(
+    path: Path, voxels: np.ndarray, geometry: Geometry, *, stem: str, ending: str, reader: str
+) -> None:
     """Write labels, and beside them what the format has in a second file.
 
     Args:
@@ -59,12 +64,17 @@ def write_label_file(path: Path, voxels: np.ndarray, geometry: Geometry, *, stem
         geometry: Of the labels.
         stem: Final name without the ending, which the second file is called by.
         ending: One of `LABEL_ENDINGS`.
+        reader: The class of nnU-Net's whose form it gets, as `Plan.reader` names it.
 
     Raises:
         VolumeError, RuntimeError, OSError: If the file did not come out complete.
         BackendUnavailable: If what writes pictures is not installed.
     """
-    if ending not in PICTURE_ENDINGS:
+    is_sheared = np.abs(geometry.axes.T @ geometry.axes - np.eye(3)).max() > _MOST_SHEAR
+    if ending in NIFTI_ENDINGS and voxels.ndim == 3 and (reader in NIBABEL_READERS or is_sheared):
+        write_nifti_labels(path, voxels, geometry.affine)
+        check_stored_voxels(path, voxels)
+    elif ending not in PICTURE_ENDINGS:
         # A header names its data file by its own stem: it gets its temporary name afterwards.
         written = path.with_name(f"{stem}{ending}") if ending in DETACHED_ENDINGS else path
         _write_image(written, voxels, geometry)

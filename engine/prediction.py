@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from .classification import Classification
-from .plans import LabelScheme
-from .volume import Geometry, write_segmentation
+from .plans import READERS, LabelScheme
+from .volume import Geometry, Volume, write_segmentation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,6 +28,7 @@ class Prediction:
         provenance: Model, backend, precision and versions that made it.
         properties: What nnU-Net keeps beside probabilities (`.pkl`), for its own ensembling.
         classification: The case's class, for models with a classification head.
+        reader: nnU-Net's class that reads this model's scans and writes their labels.
     """
 
     segmentation: np.ndarray
@@ -39,6 +40,7 @@ class Prediction:
     provenance: Mapping[str, Any]
     properties: Mapping[str, Any]
     classification: Classification | None = None
+    reader: str = "SimpleITKIO"
 
     @property
     def volumes_ml(self) -> dict[str, float]:
@@ -48,12 +50,19 @@ class Prediction:
         # Counting takes eight bytes a voxel, and most voxels are background.
         foreground = self.segmentation[self.segmentation != 0]
         counts = np.bincount(foreground, minlength=max(self.labels.foreground, default=0) + 1)
-        voxel_ml = float(np.prod(self.geometry.spacing)) / 1000
+        voxel_ml = self.geometry.voxel_mm3 / 1000
         return {
             name: float(counts[list(value) if isinstance(value, tuple) else [value]].sum()) * voxel_ml
             for name, value in self.labels.labels.items()
             if value != 0
         }
+
+    @property
+    def reader_probabilities(self) -> np.ndarray | None:
+        """Probabilities on the axes of nnU-Net's reader, as `properties` describe them: what its `.npz` holds."""
+        if self.probabilities is None or not READERS[self.reader]:
+            return self.probabilities
+        return Volume(array=self.probabilities, geometry=self.geometry).reoriented().array
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the segmentation in the scan's geometry, as `write_segmentation` does; the format follows the ending.
@@ -61,4 +70,4 @@ class Prediction:
         Raises:
             OutputError: Where it cannot be written; nothing is left under the name then.
         """
-        write_segmentation(path, self.segmentation, self.geometry)
+        write_segmentation(path, self.segmentation, self.geometry, reader=self.reader)

@@ -319,7 +319,7 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     order = plan.transpose_forward
     image = volume.array.transpose(0, *(axis + 1 for axis in order))
     full_shape = image.shape[1:]
-    spacing = tuple(volume.geometry.spacing[axis] for axis in order)
+    spacing = tuple(volume.spacing[axis] for axis in order)
     box = nonzero_box(image)
     crop = tuple(slice(start, stop) for start, stop in box)
     image = image[(slice(None), *crop)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ class Prepared:
 
     Args:
         geometry: Of the scan as it was read.
-        network_geometry: The same in the orientation that the network was trained with.
+        properties: What nnU-Net keeps about the scan.
         warnings: What was odd about the scan.
         case: The scan on the device.
         wait: Makes the current stream wait until it is there.
@@ -63,7 +63,7 @@ class Prepared:
     """
 
     geometry: Geometry
-    network_geometry: Geometry
+    properties: Mapping[str, Any]
     warnings: tuple[str, ...]
     case: Case
     wait: Callable[[], None]
@@ -87,18 +87,6 @@ class Computed:
     probabilities: np.ndarray | None
     votes: Votes | None
     placement: Placement
-
-    @property
-    def properties(self) -> dict[str, Any]:
-        """What nnU-Net's ensembling reads from the `.pkl` beside probabilities."""
-        geometry, case = self.prepared.network_geometry, self.prepared.case
-        return {
-            "sitk_stuff": geometry.in_simpleitk,
-            "spacing": list(geometry.spacing),
-            "shape_before_cropping": case.full_shape,
-            "bbox_used_for_cropping": [list(bounds) for bounds in case.box],
-            "shape_after_cropping_and_before_resampling": case.logits_grid.shape,
-        }
 
 
 def paired(

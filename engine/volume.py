@@ -18,6 +18,9 @@ from .files import written_atomically
 from .image_file import NOT_FINITE, ImageSource, open_image_file
 from .image_header import naming
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
+from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
+from .nifti_file import open_as_nibabel
+from .orientation import LPS_TO_RAS, canonical_axes
 from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -28,7 +31,6 @@ _MOST_COSINE = 1.001
 _SAME_SPACING = 1e-4  # relative
 _SAME_DIRECTION = 1e-3  # per cosine
 _SAME_ORIGIN = 0.05  # part of the smallest spacing
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Geometry:
         spacing: Distance between voxels in mm, (z, y, x): the order of the array's axes.
         origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
         direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
+            They need not be perpendicular.
         is_2d: Whether the scan was a 2D image, which has no axis z: its one slice gets a spacing of 999 times the
             larger one along z, as in nnU-Net, and labels are written in 2D again.
 
@@ -92,6 +95,19 @@ class Geometry:
             "direction": tuple(self.axes[:axes, :axes].ravel().tolist()),
         }
 
+    @property
+    def affine(self) -> np.ndarray:
+        """Place of voxel (x, y, z) in mm, RAS, as a 4x4 matrix, as nibabel has it."""
+        affine = np.eye(4)
+        affine[:3, :3] = LPS_TO_RAS @ self.axes * self.spacing[::-1]
+        affine[:3, 3] = LPS_TO_RAS @ self.origin
+        return affine
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel."""
+        return float(np.prod(self.spacing) * abs(np.linalg.det(self.axes)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
@@ -102,6 +118,8 @@ class Volume:
         geometry: Of the last three axes.
         name: File or folder name, for messages.
         warnings: What the user should know although the scan can be used, such as missing slices.
+        resampling_spacing: Millimetres (z, y, x), where nnU-Net resamples by others than those of `geometry`: through
+            nibabel it takes a header's `pixdim`, whatever the affine says.
 
     Raises:
         TypeError: If `array` is not a numpy array of plain numbers in the machine's byte order.
@@ -112,6 +130,7 @@ class Volume:
     geometry: Geometry
     name: str = "volume"
     warnings: tuple[str, ...] = ()
+    resampling_spacing: Triple | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.array, np.ndarray):
@@ -155,6 +174,11 @@ class Volume:
             array = array[None]
         return cls(array=array, geometry=geometry, name=name)
 
+    @property
+    def spacing(self) -> Triple:
+        """Millimetres between voxels (z, y, x), by which the scan is resampled."""
+        return self.resampling_spacing or self.geometry.spacing
+
     def reoriented(self) -> "Volume":
         """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as near as its grid allows.
 
@@ -164,10 +188,12 @@ class Volume:
             A volume of the same voxels at the same places; its array is a view, with negative strides where axes are
             flipped. `restore_orientation` is the way back.
         """
-        source, flipped = _canonical_axes(self.geometry)
+        source, flipped = canonical_axes(self.geometry.axes)
         array = self.array.transpose(0, *(1 + axis for axis in source))
         array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flipped))]
-        spacing = cast(Triple, tuple(self.geometry.spacing[axis] for axis in source))
+        spacing, resampling = (
+            cast(Triple, tuple(steps[axis] for axis in source)) for steps in (self.geometry.spacing, self.spacing)
+        )
         origin, axes = np.array(self.geometry.origin), self.geometry.axes
         turned = np.empty((3, 3))
         for target, (axis, flip) in enumerate(zip(source, flipped, strict=True)):
@@ -176,7 +202,8 @@ class Volume:
             if flip:  # the last voxel along this axis becomes the first
                 origin = origin + column * self.geometry.spacing[axis] * (self.array.shape[1 + axis] - 1)
         geometry = replace(self.geometry, spacing=spacing, origin=tuple(origin), direction=tuple(turned.ravel()))
-        return replace(self, array=array, geometry=geometry)
+        resampling = None if self.resampling_spacing is None else resampling
+        return replace(self, array=array, geometry=geometry, resampling_spacing=resampling)
 
 
 def restore_orientation(segmentation: np.ndarray, original: Geometry) -> np.ndarray:
@@ -189,28 +216,10 @@ def restore_orientation(segmentation: np.ndarray, original: Geometry) -> np.ndar
     Returns:
         A view with the original order and direction of the axes.
     """
-    source, flipped = _canonical_axes(original)
+    source, flipped = canonical_axes(original.axes)
     leading = range(segmentation.ndim - 3)
     array = segmentation[(..., *(slice(None, None, -1 if flip else 1) for flip in flipped))]
     return array.transpose(*leading, *(len(leading) + source.index(axis) for axis in range(3)))
-
-
-def _canonical_axes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Find, for each axis (z, y, x) of the turned array, the array axis it comes from and whether it is flipped.
-
-    Note:
-        As `nibabel.orientations.io_orientation`: the nearest rotation R of the direction (polar decomposition), then
-        image axes from the most to the least certain, each to the anatomical axis that it follows most.
-    """
-    left, _, right = np.linalg.svd(_LPS_TO_RAS @ (geometry.axes / np.linalg.norm(geometry.axes, axis=0)))
-    rotation = left @ right
-    source, flipped = [0, 0, 0], [False, False, False]
-    for image_axis in np.argsort(-(rotation**2).max(axis=0), kind="stable"):
-        anatomical = int(np.argmax(np.abs(rotation[:, image_axis])))
-        source[2 - anatomical] = 2 - int(image_axis)
-        flipped[2 - anatomical] = bool(rotation[anatomical, image_axis] < 0)
-        rotation[anatomical] = 0
-    return tuple(source), tuple(flipped)
 
 
 def read_volume(
@@ -250,12 +259,13 @@ def read_volume(
             f"{sources[0].name}: models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D "
             "image of one slice"
         )
-    geometry = _common_geometry(sources)
+    geometry, resampling = _common_geometry(sources), sources[0].resampling_spacing
     volume = Volume(
         array=_read_channels(sources),
         geometry=geometry,
         name=sources[0].name,
         warnings=tuple(f"{source.name}: {warning}" for source in sources for warning in source.warnings),
+        resampling_spacing=None if resampling is None else cast(Triple, resampling[::-1]),
     )
     for warning in volume.warnings:
         logger.warning("%s", warning)
@@ -269,6 +279,8 @@ def _open(path: Path, reader: str) -> ImageSource:
         return open_picture(path, reader)
     if path.is_dir():
         return open_series(path)
+    if path.is_file() and reader in NIBABEL_READERS and path.name.lower().endswith(NIFTI_ENDINGS):
+        return open_as_nibabel(path, reader)
     if path.is_file():
         return open_image_file(path)
     if path.exists():
@@ -304,6 +316,7 @@ def _common_geometry(sources: list[ImageSource]) -> Geometry:
             ("number of dimensions", 2 if other.is_2d else 3, 2 if first.is_2d else 3, 0, 0),
             ("shape (x, y, z)", source.size, sources[0].size, 0, 0),
             ("spacing (z, y, x)", other.spacing, first.spacing, _SAME_SPACING, 0),
+            ("pixdim (x, y, z)", *(each.resampling_spacing or each.spacing for each in (source, sources[0])), 1e-6, 0),
             ("origin", other.origin, first.origin, 0, origin_mm),
             ("direction", other.direction, first.direction, 0, _SAME_DIRECTION),
         ):
@@ -334,7 +347,9 @@ def _check_finite(name: str, array: np.ndarray) -> None:
         raise VolumeError(f"{name}: {NOT_FINITE}")
 
 
-def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry) -> None:
+def write_segmentation(
+    path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry, *, reader: str = "SimpleITKIO"
+) -> None:
     """Write labels in the format of the file name's ending; the file appears under its name only when complete.
 
     Of formats with two files (.mhd, .nhdr; a TIFF stack and its spacing), the named one comes last.
@@ -344,6 +359,7 @@ def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, g
             replaced.
         segmentation: (Z, Y, X) uint8 or uint16; one slice for a 2D geometry.
         geometry: Written as it is.
+        reader: The class of nnU-Net's whose way to write a file is followed, as `Plan.reader` names it.
 
     Raises:
         ValueError: If the ending is none of these, or `segmentation` is not 3D, is empty, or is not of the geometry.
@@ -369,7 +385,7 @@ def write_segmentation(path: str | os.PathLike[str], segmentation: np.ndarray, g
     voxels = np.ascontiguousarray(segmentation[0] if is_flat else segmentation)
     try:
         with written_atomically(path, ending=ending) as temporary:
-            write_label_file(temporary, voxels, geometry, stem=path.name[: -len(ending)], ending=ending)
+            write_label_file(temporary, voxels, geometry, stem=path.name[: -len(ending)], ending=ending, reader=reader)
     except (RuntimeError, VolumeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise OutputError(f"{path} cannot be written: {reason}") from None

@@ -349,12 +349,12 @@ def fill_disk_at(monkeypatch, name):
     """Let the disk be full halfway through a segmentation."""
     write = prediction.write_segmentation
 
-    def full(path, labels, geometry):
+    def full(path, labels, geometry, **options):
         if path.name == f"{name}.nii.gz":
             with written_atomically(path) as temporary:
                 temporary.write_bytes(b"half")
                 raise OSError(28, "No space left on device")
-        write(path, labels, geometry)
+        write(path, labels, geometry, **options)
 
     monkeypatch.setattr(prediction, "write_segmentation", full)
 

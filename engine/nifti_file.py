@@ -1,0 +1,127 @@
+"""One NIfTI file -> its grid and voxels as nibabel gives them, and nnU-Net's readers that use it.
+
+ITK understands some headers differently: it prefers the qform, converts units, and refuses shear and NIfTI-2.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from .errors import VolumeError
+from .image_file import ImageSource, check_claim, stored_pieces
+from .image_header import VoxelData, naming, read_nifti
+from .itk import check_memory
+from .nifti import LEAST_OFFSET, NiftiHeader, header_warnings
+from .orientation import LPS_TO_RAS, canonical_axes
+
+_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_UNTURNED = ((0, 1, 2), (False, False, False))
+
+
+def open_as_nibabel(path: Path, reader: str) -> ImageSource:
+    """Read the header of a NIfTI file as nibabel does, and check that the file can hold what it claims.
+
+    Args:
+        path: Existing file that ends with .nii or .nii.gz.
+        reader: One of `NIBABEL_READERS`.
+
+    Returns:
+        Its grid, with a function that reads the voxels.
+
+    Raises:
+        VolumeError: If the file is not a 3D image of plain numbers, is incomplete, or nibabel cannot read it.
+
+    Note:
+        nnU-Net: nnunetv2/imageio/nibabel_reader_writer.py. A singular affine, which it takes, has no orientation and
+        is refused.
+    """
+    with naming(path.name):
+        header, data = read_nifti(path, versions=(1, 2))
+        _check(header, reader)
+        x, y, z = header.dim[1:4]
+        dtype = np.dtype(header.order + _TYPES[header.datatype])
+        check_memory((x, y, z), dtype)
+        check_claim((x, y, z), len(data.prefix) + math.prod((x, y, z)) * dtype.itemsize, data)
+        affine = header.affine()
+        steps = np.sqrt(np.sum(affine[:3, :3] * affine[:3, :3], axis=0))
+        if not (np.isfinite(affine).all() and steps.min() > 0):
+            raise VolumeError(
+                f"the affine must be finite and have steps above 0, got {affine[:3].tolist()}: correct the header"
+            )
+        direction = LPS_TO_RAS @ (affine[:3, :3] / steps)
+        spacing = header.spacing
+        if reader == "NibabelIOWithReorient" and canonical_axes(direction) != _UNTURNED:
+            # nibabel writes the header of an image that it turns anew.
+            x_mm, y_mm, z_mm = steps.astype(np.float32 if header.version == 1 else np.float64).tolist()
+            spacing = (x_mm, y_mm, z_mm)
+    return ImageSource(
+        name=path.name,
+        size=(x, y, z),
+        spacing=tuple(steps.tolist()),
+        origin=tuple((LPS_TO_RAS @ affine[:3, 3]).tolist()),
+        direction=tuple(direction.ravel().tolist()),
+        voxels=lambda: _read_voxels(path, header, data, dtype),
+        warnings=tuple(header_warnings(header, affine, spacing, unit_mm=1.0)),
+        resampling_spacing=spacing,
+    )
+
+
+def _check(header: NiftiHeader, reader: str) -> None:
+    """Refuse what nibabel cannot read, or reads as something that cannot be meant."""
+    if header.dim[0] < 3:
+        raise VolumeError(
+            f"models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D image of one slice"
+        )
+    if not all(map(math.isfinite, header.spacing)):
+        raise VolumeError(f"spacing must be finite, got {header.pixdim[1:4]} (x, y, z): correct the header")
+    least = LEAST_OFFSET[header.version]
+    if header.voxel_offset < least:
+        raise VolumeError(
+            f"voxels must begin at byte {least} or behind it, the header says byte {header.voxel_offset:g}; export or "
+            "copy the file again"
+        )
+    slope, intercept = header.scaling
+    if _is_slope(slope) and not math.isfinite(intercept):
+        raise VolumeError(f"scl_inter must be finite, got {intercept}: correct the header")
+
+
+def _is_slope(slope: float) -> bool:
+    return math.isfinite(slope) and slope != 0
+
+
+def _read_voxels(path: Path, header: NiftiHeader, data: VoxelData, dtype: np.dtype) -> np.ndarray:
+    """Read all that is stored, whose end holds the checksum, and keep the voxels."""
+    shape = header.dim[3:0:-1]
+    stored = np.empty(shape, dtype)
+    content = stored.reshape(-1).view(np.uint8)
+    position = -len(data.prefix)
+    with naming(path.name):
+        for piece in stored_pieces(data):
+            wanted = piece[max(0, -position) : max(0, content.size - position)]
+            start = max(0, position)
+            content[start : start + len(wanted)] = np.frombuffer(wanted, np.uint8)
+            position += len(piece)
+        if position < content.size:
+            raise VolumeError(
+                f"the header claims {content.size} bytes of voxels, {max(0, position)} are there: export or copy it "
+                "again"
+            )
+    return _scaled(stored, *header.scaling)
+
+
+def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Apply slope and intercept in 64 bits and round to 32, as nnU-Net does; integers without them stay as they are.
+
+    Note:
+        nibabel: `get_fdata`; it ignores slopes of 0 and those that are not finite, with their intercepts.
+    """
+    if not _is_slope(slope):
+        slope, intercept = 1.0, 0.0
+    if (slope, intercept) == (1, 0) and stored.dtype.str[1:] not in ("i8", "u8"):
+        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    scaled = np.empty(stored.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        for plane, target in zip(stored, scaled, strict=True):
+            target[:] = np.multiply(plane, slope, dtype=np.float64) + intercept
+    return scaled
