@@ -114,6 +114,7 @@ class Ensemble:
             segmentation=segmentation,
             probabilities=total if save_probabilities else None,
             timings=_added([timings.as_dict(), *(answer.timings for answer in answers)]),
+            warnings=tuple(dict.fromkeys(warning for answer in answers for warning in answer.warnings)),
             provenance=self.provenance,
             classification=Classification.average(classifications) if classifications else None,
         )

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import nibabel
 import numpy as np
 import pytest
 from nnturbo.engine import Engine, Ensemble, ModelError, Volume, VolumeError
@@ -56,6 +57,46 @@ def test_probabilities_are_averaged_on_the_scans_grid(models, scan):
     assert np.array_equal(both.segmentation[clear], mean.argmax(0)[clear])
     for prediction in single:
         assert (both.segmentation != prediction.segmentation).any()
+
+
+def test_each_model_sees_the_scan_as_its_own_reader_does(tmp_path):
+    """The sform mirrors the patient; ITK goes by the qform, nibabel by the sform."""
+    folders = [
+        write_model(tmp_path / reader, plans=plans_json() | {"image_reader_writer": reader})
+        for reader in ("SimpleITKIOWithReorient", "NibabelIOWithReorient")
+    ]
+    qform, sform = np.diag([1.2, 1.2, 3, 1]), np.diag([-1.2, 1.2, 3, 1])
+    qform[:3, 3], sform[:3, 3] = (-30, 20, 5), (30, 20, 5)
+    image = nibabel.Nifti1Image(smooth_scan((9, 20, 24)).transpose(2, 1, 0), sform)
+    image.set_qform(qform, 1)
+    image.set_sform(sform, 2)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    single = [load(folder).predict(tmp_path / "scan.nii.gz", save_probabilities=True) for folder in folders]
+    used = ["qform is used", "sform is used"]
+    assert all(word in answer.warnings[0] for word, answer in zip(used, single, strict=True))
+    for first in (0, 1):
+        ensemble = together(folders[first], folders[1 - first])
+        both = ensemble.predict(tmp_path / "scan.nii.gz", save_probabilities=True)
+        (many,) = ensemble.predict_many([tmp_path / "scan.nii.gz"], save_probabilities=True)
+        np.testing.assert_allclose(both.probabilities, sum(each.probabilities for each in single) / 2, atol=1e-6)
+        np.testing.assert_array_equal(both.probabilities, many.probabilities)
+        assert both.geometry == many.geometry == single[first].geometry
+        as_read = both.probabilities[..., ::-1] if first == 1 else both.probabilities
+        np.testing.assert_array_equal(both.reader_probabilities, as_read)
+        assert set(both.warnings) == {warning for each in single for warning in each.warnings}
+
+
+def test_a_scan_that_one_reader_refuses_is_refused(tmp_path):
+    folders = [
+        write_model(tmp_path / reader, plans=plans_json() | {"image_reader_writer": reader})
+        for reader in ("NibabelIO", "SimpleITKIO")
+    ]
+    affine = np.diag([1.2, 1.2, 3, 1])
+    affine[0, 1] = 0.3
+    nibabel.save(nibabel.Nifti1Image(smooth_scan((9, 20, 24)).transpose(2, 1, 0), affine), tmp_path / "scan.nii.gz")
+    assert load(folders[0]).predict(tmp_path / "scan.nii.gz").segmentation.shape == (9, 20, 24)
+    with pytest.raises(VolumeError, match=r"scan\.nii\.gz: .*axes are sheared"):
+        together(*folders).predict(tmp_path / "scan.nii.gz")
 
 
 def test_regions_are_painted_where_their_mean_exceeds_one_half(tmp_path, scan):
