@@ -112,11 +112,12 @@ def is_whole(path: Path) -> bool:
         if path.name.lower().endswith(PICTURE_ENDINGS):
             read_picture(path)
         elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses
-            header, data = read_nifti(path, versions=(1, 2))
-            size = header.dim[1 : header.dim[0] + 1]
-            expected_bytes = len(data.prefix) + math.prod(size) * data.bytes_per_voxel
-            check_claim(size, expected_bytes, data)
-            _check_stored(data, expected_bytes)
+            with naming(path.name):
+                header, data = read_nifti(path, versions=(1, 2))
+                size = header.dim[1 : header.dim[0] + 1]
+                expected_bytes = len(data.prefix) + math.prod(size) * data.bytes_per_voxel
+                check_claim(size, expected_bytes, data)
+                _check_stored(data, expected_bytes)
         else:
             open_image_file(path).voxels()
     except IncompleteFile:

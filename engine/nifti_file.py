@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import VolumeError
+from .errors import IncompleteFile, VolumeError
 from .image_file import ImageSource, check_claim, stored_pieces
 from .image_header import VoxelData, naming, read_nifti
 from .itk import check_memory
@@ -103,7 +103,7 @@ def _read_voxels(path: Path, header: NiftiHeader, data: VoxelData, dtype: np.dty
             content[start : start + len(wanted)] = np.frombuffer(wanted, np.uint8)
             position += len(piece)
         if position < content.size:
-            raise VolumeError(
+            raise IncompleteFile(
                 f"the header claims {content.size} bytes of voxels, {max(0, position)} are there: export or copy it "
                 "again"
             )

@@ -11,6 +11,7 @@ import SimpleITK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import OutputError, VolumeError
+from nnturbo.engine.image_file import is_whole
 from nnturbo.engine.nifti import NIBABEL_READERS
 from nnturbo.engine.volume import Geometry, read_volume, restore_orientation, write_segmentation
 
@@ -325,6 +326,16 @@ class TestRefusals:
 
 
 class TestWriting:
+    @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+    def test_half_a_sheared_file_is_seen_for_what_it_is(self, tmp_path, ending):
+        """Its header alone, which ITK refuses, says nothing about that."""
+        geometry = Geometry(spacing=(2, 1, 1), origin=(1, 2, 3), direction=(1, 0.28, 0, 0, 0.96, 0, 0, 0, 1))
+        path = tmp_path / f"labels{ending}"
+        write_segmentation(path, np.arange(60, dtype=np.uint8).reshape(3, 4, 5), geometry, reader="NibabelIO")
+        assert is_whole(path)
+        path.write_bytes(path.read_bytes()[:-9])
+        assert not is_whole(path)
+
     def test_a_sheared_grid_is_never_straightened(self, tmp_path):
         """ITK's NIfTI writer does that, and goes on."""
         geometry = Geometry(spacing=(2, 1, 1), origin=(1, 2, 3), direction=(1, 0.28, 0, 0, 0.96, 0, 0, 0, 1))
