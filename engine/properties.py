@@ -21,13 +21,7 @@ def nnunet_properties(reader: str, original: Geometry, volume: Volume, case: Cas
     geometry = volume.geometry
     stuff: dict[str, Any] = {}
     if reader.startswith("SimpleITKIO"):
-        stuff = {
-            "sitk_stuff": {
-                "spacing": geometry.spacing[::-1],
-                "origin": geometry.origin,
-                "direction": geometry.direction,
-            }
-        }
+        stuff = {"sitk_stuff": geometry.in_simpleitk}
     elif reader.startswith("NibabelIO"):
         stuff = {"nibabel_stuff": {"original_affine": original.affine}}
     if reader == "SimpleITKIOWithReorient":

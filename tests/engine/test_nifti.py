@@ -248,6 +248,15 @@ class TestWarnings:
         (text,) = read_volume(tmp_path / "v.nii").warnings
         assert "by up to 8600 mm and 180 degrees: the qform is used" in text
 
+    @pytest.mark.parametrize(("code", "chosen"), [(1, "sform"), (2, "qform")])
+    def test_2d_images(self, tmp_path, code, chosen):
+        flat = {"dim": [2, 5, 4, 1, 1, 1, 1, 1], "voxels": np.zeros((5, 4))}
+        (tmp_path / "v.nii").write_bytes(nifti(**FLIPPED_AND_MOVED, qform_code=1, sform_code=code, **flat))
+        (text,) = read_volume(tmp_path / "v.nii").warnings
+        assert f"by up to 8.6 mm and 180 degrees: the {chosen} is used" in text
+        (tmp_path / "v.nii").write_bytes(nifti(qform_code=1, **flat))
+        assert read_volume(tmp_path / "v.nii").warnings == ()
+
     @pytest.mark.parametrize("seed", range(20))
     def test_rounding_is_no_difference(self, tmp_path, seed):
         """As nibabel writes both forms; a quaternion in 32 bits rounds most near half a turn."""
@@ -278,8 +287,8 @@ class TestRefusals:
             (nifti(magic=b"ni1"), "not a NIfTI-1 file"),
             (nifti(version=2, magic=b"n+1"), "not a NIfTI-2 file"),
             (nifti(version=2, eol_check=(10, 26, 10, 0)), "damaged, as by a transfer in text mode"),
-            (nifti(dim=[2, 5, 4, 1, 1, 1, 1, 1]), "must be 3D for models trained through nibabel, got 2D|got 2D"),
-            (nifti(dim=[4, 5, 4, 3, 2, 1, 1, 1]), "must be 3D, got 4D"),
+            (nifti(dim=[2, 5, 4, 1, 1, 1, 1, 1]), "models trained through NibabelIO take no 2D images, as in nnU-Net"),
+            (nifti(dim=[4, 5, 4, 3, 2, 1, 1, 1]), "must be 3D, or 2D, got 4D"),
             (nifti(dim=[3, 5, 0, 3, 1, 1, 1, 1]), "length of at least 1"),
             (nifti(dim=[3, 5, 4, 30, 1, 1, 1, 1]), "too much for|are there"),
             (nifti(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), "must fit into memory"),
