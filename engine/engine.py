@@ -25,6 +25,7 @@ from .model import Model, read_model, with_classifier
 from .opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
 from .options import EngineOptions
 from .overlap import overlapped
+from .plan_classes import remarks_on
 from .prediction import Prediction
 from .preprocessing import Case, preprocess
 from .properties import nnunet_properties
@@ -132,6 +133,7 @@ class Engine:
             views=views,
             views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else len(views)),
         )
+        remarks = remarks_on(opened.model.plan.architecture)
         provenance = {
             "model": str(Path(model).resolve()),
             "dataset": opened.model.plan.dataset_name,
@@ -139,6 +141,7 @@ class Engine:
             "configuration": opened.model.plan.configuration,
             "folds": list(opened.model.folds),
             **opened.provenance,
+            **({"plan_remarks": list(remarks)} if remarks else {}),
             **({"aggregation": options.aggregation} if opened.model.plan.classification is not None else {}),
             "device": str(opened.device),
             "loader": options.loader,

@@ -53,7 +53,7 @@ def inference_network(model: Model) -> InferenceNetwork:
     """
     fitted = model.pooled_classifiers or [None] * len(model.weights)
     networks = [
-        build_network(model.plan, weights, classifier)
+        build_network(model.plan, weights, classifier, model.trainer)
         for weights, classifier in zip(model.weights, fitted, strict=True)
     ]
     for network in networks:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ModelError
 from .heads import PooledClassifier
+from .plan_classes import remarks_on
 from .plans import Plan, parse_plan
 from .tensors import is_plain
 
@@ -120,6 +121,8 @@ def read_model(
         if configuration not in (None, first.configuration):
             raise ModelError(f"{path} must be of configuration {configuration!r}, it is of {first.configuration!r}")
         plan = parse_plan(plans, dataset, first.configuration)
+        for remark in remarks_on(plan.architecture):
+            logger.warning("%s: %s", path, remark)
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
         return Model(

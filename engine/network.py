@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 from .classification import ClassificationScheme
 from .errors import CheckpointError, ModelError
 from .heads import Head, PooledClassifier, focus_map, make_head
+from .plan_classes import argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Architecture, Plan
 
-LIBRARY = "dynamic_network_architectures."
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
-BLOCKS = ("BasicBlockD", "BottleneckD")
+USUAL_TRAINERS = re.compile(
+    r"nnUNetTrainer(_\d+epochs?|Benchmark|(_|No)?DA|_noDummy|NoMirroring|_NoMirroring|_onlyMirror|_warmup|CosAnneal|Ada|Vanilla|"
+    r"Dice|Topk|CELoss|_probabilisticOversampling|NoDeepSupervision|MultiTask|$)"
+)
+"""Trainers that train the network of their plan; any other may train its own."""
+
 MOST_STAGES = 16
 MOST_FEATURES = 16384
 
@@ -62,7 +67,7 @@ class MultiTaskUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme = ClassificationScheme.parse(head)
-        unet: Any = _network_class(backbone)(
+        unet: Any = network_class(backbone)(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments
         )
         # What nnU-Net asks of a network: its own first weights, and the names that loading pretrained weights needs.
@@ -102,35 +107,6 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
-def _network_class(name: str) -> type[nn.Module]:
-    from dynamic_network_architectures.architectures import unet
-
-    short = name.rpartition(".")[2]
-    if short not in NETWORKS or not name.startswith(LIBRARY):
-        raise ModelError(
-            f"the network must be one of {', '.join(NETWORKS)} of dynamic_network_architectures, the plan "
-            f"names {name!r:.120}; other classes are never imported"
-        )
-    return getattr(unet, short)
-
-
-def _argument_class(name: str) -> type[nn.Module]:
-    """Resolve a class that a plan names as an argument: one of torch.nn's own modules, or a residual block."""
-    short = name.rpartition(".")[2]
-    if name.startswith("torch.nn.") and short.isidentifier():
-        found = getattr(nn, short, None)
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
-    if name.startswith(LIBRARY) and short in BLOCKS:
-        from dynamic_network_architectures.building_blocks import residual
-
-        return getattr(residual, short)
-    raise ModelError(
-        f"a plan's arguments may name modules of torch.nn and {', '.join(BLOCKS)}, this one names "
-        f"{name!r:.120}; other classes are never imported"
-    )
-
-
 def _check_size(arguments: Mapping[str, Any]) -> None:
     """Refuse descriptions that would take for ever to build."""
     stages = arguments.get("n_stages")
@@ -153,17 +129,14 @@ def make_network(architecture: Architecture, input_channels: int, num_outputs: i
     Raises:
         ModelError: For a class that is not allowed, or arguments that make no network.
     """
-    arguments = dict(architecture.arguments)
-    _check_size(arguments)
+    _check_size(architecture.arguments)
+    arguments = argument_classes(architecture)
     multi_task = architecture.class_name == MULTI_TASK_NETWORK
-    for key in architecture.class_arguments:
-        if arguments.get(key) is not None:
-            arguments[key] = _argument_class(str(arguments[key]))
-    network_class = MultiTaskUNet if multi_task else _network_class(architecture.class_name)
+    chosen = MultiTaskUNet if multi_task else network_class(architecture.class_name)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values, which the checkpoint replaces
-            return network_class(
+            return chosen(
                 input_channels=input_channels, num_classes=num_outputs, **{**arguments, "deep_supervision": False}
             )
     except CONSTRUCTION_ERRORS as error:
@@ -172,7 +145,10 @@ def make_network(architecture: Architecture, input_channels: int, num_outputs: i
 
 
 def build_network(
-    plan: Plan, weights: Mapping[str, Tensor], pooled_classifier: PooledClassifier | None = None
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    pooled_classifier: PooledClassifier | None = None,
+    trainer: str = "nnUNetTrainer",
 ) -> nn.Module:
     """Build a plan's network around a checkpoint's weights, ready for inference.
 
@@ -180,6 +156,7 @@ def build_network(
         plan: The plan.
         weights: Parameters by name. Deep-supervision heads may be missing: inference does not use them.
         pooled_classifier: Takes the place of a multi-task network's classification head.
+        trainer: Class that trained them, for messages.
 
     Raises:
         ModelError: Where the plan's architecture makes no network, or not one for its patch size.
@@ -214,12 +191,23 @@ def build_network(
     if problems:
         raise CheckpointError(
             f"the checkpoint's weights must fit the network of plans.json; {'; '.join(problems)}. "
-            f"Are checkpoint and plans from the same training?"
+            f"{_likely_reason(plan.architecture, trainer)}"
         )
     network.load_state_dict(complete, assign=True)
     if pooled_classifier is not None:
         network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
     return network.requires_grad_(False).eval()
+
+
+def _likely_reason(architecture: Architecture, trainer: str) -> str:
+    """Say in a sentence why weights may not fit a plan's network."""
+    if not USUAL_TRAINERS.match(trainer):
+        network = architecture.class_name.rpartition(".")[2]
+        return (
+            f"They were trained by {trainer:.80}, whose network is probably not the plan's {network:.80}: nnturbo "
+            f"builds only networks that plans.json describes"
+        )
+    return "; ".join(remarks_on(architecture)) or "Are checkpoint and plans from the same training?"
 
 
 def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,35 +192,91 @@ def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = F
     return tuple(int(value) if whole else float(value) for value in values)
 
 
+def _label_value(value: Any, what: str, kind: str = "an integer") -> int:
+    """Read a label's value, of which nnU-Net takes int(): 1, 1.0 and "1" are the same."""
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = int(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**16 or number % 1:
+        raise ModelError(f"dataset.json: {what} must be {kind} from 0 to 65535, got {value!r:.80}")
+    return int(number)
+
+
+def _by_name(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn labels that are written as value -> name, as nnU-Net v1 wrote them, into name -> value."""
+    if "background" in labels or not all(isinstance(name, str) for name in labels.values()):
+        return dict(labels)
+    if not all(value.isdecimal() for value in labels):
+        return dict(labels)
+    named = {"background" if int(value) == 0 else name: int(value) for value, name in labels.items()}
+    if len(named) != len(labels):
+        raise ModelError(f"dataset.json: labels must have a name of their own each, got {dict(labels)!r:.200}")
+    return named
+
+
 def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
-    """Read the `labels` and `regions_class_order` of a `dataset.json` (nnU-Net: LabelManager)."""
-    raw = dict(_get(dataset, "labels", dict, "dataset.json"))
-    raw.pop("ignore", None)
+    """Read the `labels` and `regions_class_order` of a `dataset.json`.
+
+    Note:
+        nnU-Net: LabelManager. It takes int() of each value; fractions, which it cuts off, are refused here. Labels
+        written as value -> name are read here though nnU-Net v2 refuses them: they can mean one thing only.
+    """
+    raw = _by_name(_get(dataset, "labels", dict, "dataset.json"))
+    ignore = raw.pop("ignore", None)
     labels: dict[str, int | tuple[int, ...]] = {}
     for name, value in raw.items():
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**16 for v in values):
-            raise ModelError(f"dataset.json: label {name!r} must be an integer or a list of them, got {value!r:.80}")
-        labels[str(name)] = tuple(values) if isinstance(value, list) else value
+        what, kind = f"label {name!r:.80}", "an integer or a list of them,"
+        if isinstance(value, list) and value:
+            labels[str(name)] = tuple(_label_value(each, what, kind) for each in value)
+        else:
+            labels[str(name)] = _label_value(value, what, kind)
     if labels.get("background") != 0:
         raise ModelError(f"dataset.json: labels must have 'background': 0, got {labels.get('background')!r}")
+    _check_ignore(ignore, labels)
     if not any(isinstance(value, tuple) and len(value) > 1 for value in labels.values()):
         return LabelScheme(
             labels={n: v[0] if isinstance(v, tuple) else v for n, v in labels.items()}, regions_class_order=None
         )
-    order = _get(dataset, "regions_class_order", list, "dataset.json with regions")
-    regions = [value for value in labels.values() if set(value if isinstance(value, tuple) else (value,)) != {0}]
-    if len(order) != len(regions) or not all(isinstance(v, int) and 0 <= v < 2**16 for v in order):
+    return LabelScheme(labels=labels, regions_class_order=_regions_class_order(dataset, raw, labels))
+
+
+def _check_ignore(ignore: Any, labels: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Refuse what nnU-Net refuses of the label that training passed over."""
+    highest = max(max(value) if isinstance(value, tuple) else value for value in labels.values())
+    if ignore is not None and not (type(ignore) is int and ignore == highest + 1):
         raise ModelError(
-            f"dataset.json: regions_class_order must hold one label per region ({len(regions)}), got {order}"
+            f"dataset.json: label 'ignore' must be the integer after the highest other label, {highest + 1}, got "
+            f"{ignore!r:.80}"
         )
-    return LabelScheme(labels=labels, regions_class_order=tuple(order))
+
+
+def _regions_class_order(
+    dataset: Mapping[str, Any], raw: Mapping[str, Any], labels: Mapping[str, int | tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Read the label that each region paints; `raw` is what `labels` were read from."""
+    given = _get(dataset, "regions_class_order", list, "dataset.json with regions")
+    order = tuple(_label_value(value, "regions_class_order", "integers") for value in given)
+    background = [name for name, value in labels.items() if not any(value if isinstance(value, tuple) else (value,))]
+    for name in background:
+        if any(isinstance(value, str) for value in (raw[name] if isinstance(raw[name], list) else [raw[name]])):
+            raise ModelError(
+                f"dataset.json: beside regions, label {name!r:.80} must be the number 0, got {raw[name]!r:.80}, which "
+                f"nnU-Net takes for a region"
+            )
+    if len(order) != len(labels) - len(background):
+        raise ModelError(
+            f"dataset.json: regions_class_order must hold one label per region ({len(labels) - len(background)}), "
+            f"got {given!r:.200}"
+        )
+    return order
 
 
 def read_channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
     """Read what `dataset.json` calls the channels, in their order."""
     key = "modality" if "modality" in dataset else "channel_names"
-    return tuple(str(name) for name in _get(dataset, key, dict, "dataset.json").values())
+    names = _get(dataset, key, (dict, list), "dataset.json")
+    return tuple(str(name) for name in (names.values() if isinstance(names, dict) else names))
 
 
 def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -242,13 +299,15 @@ def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _channel_normalizations(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
 ) -> tuple[ChannelNormalization, ...]:
+    """Read how each of the channels is normalised; of more entries than channels nnU-Net takes the first."""
     schemes = _get(configuration, "normalization_schemes", list, "plans.json")
     masks = _get(configuration, "use_mask_for_norm", list, "plans.json")
-    if len(schemes) != count or len(masks) != count:
+    if len(schemes) < count or len(masks) < count:
         raise ModelError(
             f"plans.json must name one normalization and one use_mask_for_norm for each of the {count} "
             f"channels of dataset.json, it names {len(schemes)} and {len(masks)}"
         )
+    schemes, masks = schemes[:count], masks[:count]
     if not all(isinstance(mask, bool) for mask in masks):
         raise ModelError(f"plans.json: use_mask_for_norm must hold true or false, got {masks!r:.80}")
     properties = plans.get(
@@ -370,12 +429,16 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
     previous = configuration.get("previous_stage")
     functions = []
     for kind in ("data", "seg", "probabilities"):
-        functions.append(
-            parse_resampling(
-                _get(configuration, f"resampling_fn_{kind}", str, "plans.json"),
-                _get(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json"),
+        arguments = _get(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json")
+        functions.append(parse_resampling(_get(configuration, f"resampling_fn_{kind}", str, "plans.json"), arguments))
+        of_labels = kind == "seg"
+        if functions[-1].function == "none" or (of_labels and previous is None):
+            continue  # it is not read
+        if bool(arguments.get("is_seg", False)) is not of_labels:
+            raise ModelError(
+                f"plans.json: resampling_fn_{kind}_kwargs must have is_seg {str(of_labels).lower()}, got "
+                f"{arguments.get('is_seg')!r:.80}: nnturbo resamples {'labels' if of_labels else 'numbers'} there"
             )
-        )
     labels, architecture = parse_labels(dataset), _architecture(configuration)
     return Plan(
         dataset_name=str(plans.get("dataset_name", "unnamed")),

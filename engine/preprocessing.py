@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..kernels import normalize
 from .errors import VolumeError
+from .label_maps import resample_label_map
 from .plans import ChannelNormalization, Plan
-from .resampling import GridMap, Resampling, resample, resample_rows
+from .resampling import GridMap, resample_rows
 from .volume import Volume
 
 STATISTICS_PLANES = 16
@@ -251,52 +252,6 @@ def _limits(
         lows.append(low)
         highs.append(high)
     return np.stack(lows), np.stack(highs)
-
-
-def resample_label_map(
-    labels: np.ndarray,
-    resampling: Resampling,
-    new_shape: Sequence[int],
-    old_spacing: Sequence[float],
-    new_spacing: Sequence[float],
-) -> Tensor:
-    """Resample labels: each one's mask is resampled and the greatest wins; a tie goes to the nearest voxel's label.
-
-    Args:
-        labels: (Z, Y, X) integers.
-        resampling: The plan's function for segmentations.
-        new_shape: Size of the new grid (z, y, x).
-        old_spacing: mm, of the labels' grid.
-        new_spacing: mm, of the new one.
-
-    Returns:
-        (Z, Y, X) int32.
-
-    Note:
-        batchgenerators' resize_segmentation since 0.25.4; nnU-Net's torch functions leave a tie to the least label.
-    """
-    grid = resampling.grid_map(labels.shape, new_shape, old_spacing, new_spacing)
-
-    def resampled(values: np.ndarray, over: GridMap) -> Tensor:
-        return resample(torch.from_numpy(values[None].astype(np.float32)), over)[0]
-
-    values = [int(value) for value in np.unique(labels)]
-    if len(values) == 1 or all(operator.is_selection for operator in grid.operators):
-        return resampled(labels, grid).to(torch.int32)
-    nearest = None
-    if resampling.function == "spline":
-        nearest_map = replace(resampling, order=0).grid_map(labels.shape, new_shape, old_spacing, new_spacing)
-        nearest = resampled(labels, nearest_map).to(torch.int32)
-    winner = torch.full(grid.shape, values[0], dtype=torch.int32)
-    best = resampled(labels == values[0], grid)
-    score_of_nearest = best.clone()
-    for value in values[1:]:
-        score = resampled(labels == value, grid)
-        winner[score > best] = value
-        best = torch.maximum(best, score)
-        if nearest is not None:
-            score_of_nearest = torch.where(nearest == value, score, score_of_nearest)
-    return winner if nearest is None else torch.where(score_of_nearest == best, nearest, winner)
 
 
 def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.ndarray | None = None) -> Case:

@@ -6,6 +6,7 @@ per (length before, length after) and applied as small matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,14 +23,101 @@ from .errors import ModelError
 ANISOTROPY_THRESHOLD = 3.0
 """nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""
 
-SPLINE_POLE = 3**0.5 - 2
-"""Pole of the cubic B-spline's prefilter (Unser, Aldroubi, Eden: B-spline signal processing, part II, 1993)."""
+SPLINE_POLES = {
+    2: (8**0.5 - 3,),
+    3: (3**0.5 - 2,),
+    4: (
+        (664 - 438976**0.5) ** 0.5 + 304**0.5 - 19,
+        (664 + 438976**0.5) ** 0.5 - 304**0.5 - 19,
+    ),
+    5: (
+        (67.5 - 4436.25**0.5) ** 0.5 + 26.25**0.5 - 6.5,
+        (67.5 + 4436.25**0.5) ** 0.5 - 26.25**0.5 - 6.5,
+    ),
+}
+"""Poles of the B-splines' prefilters, by order (Unser, Aldroubi, Eden: B-spline signal processing, part II, 1993)."""
+
+SPLINE_DENOMINATORS = {2: 8, 3: 6, 4: 384, 5: 120}
+"""One over the least value that a B-spline has at whole numbers, by order."""
 
 SPLINE_PADDING = 12
 """scipy.ndimage repeats the edge this often before filtering with mode "nearest"."""
 
-SPLINE_REACH = 14
-"""Samples on each side that a spline coefficient depends on; 0.268 ** 15 is below float32 rounding."""
+SPLINE_ROUNDING = 3e-9
+"""What is left of a pole's powers where they are cut off; below float32 rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilter:
+    """How the coefficients of a B-spline follow from samples: the response to an impulse is sum of gain * pole^|n|.
+
+    Args:
+        poles: One, or two.
+        gains: Of each.
+        reach: Samples on each side that a coefficient depends on.
+    """
+
+    poles: list[float]
+    gains: list[float]
+    reach: int
+
+
+def prefilter(order: int) -> Prefilter:
+    """Split the prefilter of a B-spline into its poles.
+
+    Note:
+        The filter is `d * z^m / product over j of (z - p_j) * (z - 1 / p_j)` with m poles of absolute value below 1;
+        its residue at p_i is the gain.
+    """
+    poles = SPLINE_POLES[order]
+    gains = []
+    for pole in poles:
+        others = [(pole - other) * (pole - 1 / other) for other in poles if other != pole]
+        gains.append(SPLINE_DENOMINATORS[order] * pole ** (len(poles) - 1) / (pole - 1 / pole) / math.prod(others))
+    reach = int(math.log(SPLINE_ROUNDING) / math.log(max(map(abs, poles))))
+    return Prefilter(list(poles), gains, reach)
+
+
+def b_spline(order: int, x: Tensor) -> Tensor:
+    """Evaluate the centred B-spline of an order at x, float64.
+
+    Note:
+        `sum over k of (-1)^k * binomial(n + 1, k) * max(0, (n + 1) / 2 - |x| - k)^n / n!`
+    """
+    total = torch.zeros_like(x)
+    binomial, factorial = 1.0, 1.0
+    for k in range(order + 1):
+        total = total + binomial * ((order + 1) / 2 - x.abs() - k).clamp(min=0.0) ** order
+        binomial = -binomial * (order + 1 - k) / (k + 1)
+        factorial = factorial * max(k, 1)
+    return total / factorial
+
+
+def spline_entries(
+    n_in: int, x: Tensor, order: int, poles: list[float], gains: list[float], reach: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Find what a spline of order 2 to 5 reads of a signal at the coordinates x, (n_out,) float64.
+
+    Returns:
+        Index of each sample, (n_out, m), which may lie outside the signal or repeat; and its weight.
+
+    Note:
+        `c[k] = sum over poles p with gains g, and j, of g * (p^|k-j| + p^(k+j+1) + p^(2N-k-j-1)) * s[j]` over the
+        signal s whose edges are repeated 12 times (length N) and then reflected; the value at x adds order + 1 of these
+        coefficients with the weights of the B-spline (scipy ndimage.zoom with grid_mode, skimage.transform.resize).
+    """
+    length = n_in + 2 * padding
+    nearest = torch.floor(x + 0.5) if order % 2 == 0 else torch.floor(x)
+    at = (nearest.long() - order // 2)[:, None] + torch.arange(order + 1)
+    spline = b_spline(order, x[:, None] - at)
+    k = (at + padding)[:, :, None]
+    j = k + torch.arange(-reach, reach + 1)
+    total = torch.zeros(j.shape, dtype=torch.float64)
+    for pole, gain in zip(poles, gains):  # noqa: B905  # TorchScript knows no strict
+        p = torch.tensor(pole, dtype=torch.float64)
+        total = total + gain * (p ** (k - j).abs() + p ** (k + j + 1).abs() + p ** (2 * length - k - j - 1).abs())
+    weights = spline[:, :, None] * torch.where((j >= 0) & (j < length), total, 0.0)
+    return (j - padding).flatten(1), weights.flatten(1)
 
 
 @lru_cache(maxsize=128)
@@ -39,13 +127,10 @@ def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
     Args:
         n_in: Length before, in voxels.
         n_out: Length after.
-        order: 0 nearest, 1 linear, 3 cubic B-spline.
+        order: 0 nearest, 1 linear, 2 to 5 B-spline.
 
     Note:
-        Coordinates are `(i + 0.5) * n_in / n_out - 0.5`. For order 3 the coefficients are
-        `c[k] = sqrt(3) * sum over j of (p^|k-j| + p^(k+j+1) + p^(2N-k-j-1)) * s[j]` over the signal s whose edges are
-        repeated 12 times (length N) and then reflected, with p = sqrt(3) - 2; the output adds four of them with the
-        weights of the cubic B-spline (scipy ndimage.zoom with grid_mode, skimage.transform.resize).
+        Coordinates are `(i + 0.5) * n_in / n_out - 0.5`; `spline_entries` has the formula for orders above 1.
     """
     if n_in == n_out:
         return AxisOperator.identity(n_in)
@@ -57,23 +142,9 @@ def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
         left = x.floor().long().clamp(max=max(n_in - 2, 0))
         right = (x - left)[:, None]
         return AxisOperator.from_entries(n_in, left[:, None] + torch.arange(2), torch.cat([1 - right, right], dim=1))
-    if order != 3:
-        raise ModelError(f"spline order must be 0, 1 or 3, the plan asks for {order}")
-
-    length = n_in + 2 * SPLINE_PADDING
-    left = x.floor()
-    t = (x - left)[:, None]
-    spline = (
-        torch.cat([(1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 4 - 6 * (1 - t) ** 2 + 3 * (1 - t) ** 3, t**3], dim=1) / 6
-    )
-    k = (left.long() - 1 + SPLINE_PADDING)[:, None] + torch.arange(4)
-    j = k[:, :, None] + torch.arange(-SPLINE_REACH, SPLINE_REACH + 1)
-    exists = (j >= 0) & (j < length)
-    k = k[:, :, None].expand_as(j)
-    pole = torch.tensor(SPLINE_POLE, dtype=torch.float64)
-    prefilter = pole ** (k - j).abs() + pole ** (k + j + 1).abs() + pole ** (2 * length - k - j - 1).abs()
-    weights = 3**0.5 * spline[:, :, None] * torch.where(exists, prefilter, 0.0)
-    return AxisOperator.from_entries(n_in, (j - SPLINE_PADDING).flatten(1), weights.flatten(1), drop_below=1e-8)
+    by = prefilter(order)
+    columns, weights = spline_entries(n_in, x, order, by.poles, by.gains, by.reach, SPLINE_PADDING)
+    return AxisOperator.from_entries(n_in, columns, weights, drop_below=1e-8)
 
 
 @lru_cache(maxsize=128)
@@ -136,6 +207,8 @@ class Resampling:
         threshold: Ratio of spacings from which None means True.
         mode: torch's mode in plane.
         mode_coarse: torch's mode along the coarse axis.
+        majority: Whether torch's functions give a voxel the label whose share is above one half, and 0 where none is
+            (memefficient_seg_resampling), instead of the label with the greatest share.
     """
 
     function: str
@@ -145,6 +218,7 @@ class Resampling:
     threshold: float = ANISOTROPY_THRESHOLD
     mode: str = "linear"
     mode_coarse: str = "nearest-exact"
+    majority: bool = False
 
     def grid_map(
         self,
@@ -156,7 +230,7 @@ class Resampling:
         """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
         if self.function == "none" or tuple(old_shape) == tuple(new_shape):
             return GridMap.identity(old_shape)
-        coarse = None if self.function == "torch_simple" else self._coarse_axis(old_spacing, new_spacing)
+        coarse = self.coarse_axis(old_spacing, new_spacing)
 
         def operator(axis: int) -> AxisOperator:
             n_in, n_out = old_shape[axis], new_shape[axis]
@@ -173,9 +247,9 @@ class Resampling:
             clip="none" if not clips else "volume" if coarse is None else "slice",
         )
 
-    def _coarse_axis(self, old_spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-        """Find the axis to resample on its own (nnU-Net: determine_do_sep_z_and_axis)."""
-        if self.separate is False:
+    def coarse_axis(self, old_spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
+        """Find the axis to resample on its own, if any (nnU-Net: determine_do_sep_z_and_axis)."""
+        if self.separate is False or self.function in ("torch_simple", "none"):
             return None
         for spacing in (old_spacing, new_spacing):
             if self.separate or max(spacing) / min(spacing) > self.threshold:
@@ -206,12 +280,18 @@ FUNCTIONS = {
             "is_seg": None,
             "num_threads": None,
             "device": None,
-            "memefficient_seg_resampling": None,
+            "memefficient_seg_resampling": "majority",
         },
     ),
     "resample_torch_simple": (
         "torch_simple",
-        {"mode": "mode", "is_seg": None, "num_threads": None, "device": None, "memefficient_seg_resampling": None},
+        {
+            "mode": "mode",
+            "is_seg": None,
+            "num_threads": None,
+            "device": None,
+            "memefficient_seg_resampling": "majority",
+        },
     ),
     "no_resampling_hack": ("none", {}),
 }
@@ -231,19 +311,19 @@ def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
     ours, fields = FUNCTIONS[function]
     if unknown := sorted(set(arguments) - set(fields)):
         raise ModelError(f"{function} takes {', '.join(fields) or 'no arguments'}, the plan also gives {unknown}")
-    if arguments.get("memefficient_seg_resampling", False) is not False:
-        raise ModelError("memefficient_seg_resampling must be false: it gives other labels, and is not supported")
     values = {fields[name]: value for name, value in arguments.items() if fields[name] is not None}
     # nnU-Net's own defaults differ: the spline function separates on request only, the torch function by itself.
     values.setdefault("separate", None if ours == "torch" else False)
     for field in ("order", "order_coarse"):
-        if values.get(field, 0) not in (0, 1, 3) or isinstance(values.get(field), bool):
-            raise ModelError(f"spline order must be 0, 1 or 3, the plan asks for {values[field]!r}")
+        if type(values.get(field, 0)) is not int or not 0 <= values.get(field, 0) <= 5:
+            raise ModelError(f"spline order must be an integer from 0 to 5, the plan asks for {values[field]!r}")
     for field in ("mode", "mode_coarse"):
         if values.get(field, "linear") not in TORCH_MODES:
             raise ModelError(f"interpolation mode must be one of {TORCH_MODES}, the plan asks for {values[field]!r}")
     if values["separate"] is not None and not isinstance(values["separate"], bool):
         raise ModelError(f"force_separate_z must be true, false or null, the plan says {values['separate']!r}")
+    if not isinstance(values.get("majority", False), bool):
+        raise ModelError(f"memefficient_seg_resampling must be true or false, the plan says {values['majority']!r}")
     threshold = values.get("threshold", ANISOTROPY_THRESHOLD)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold != threshold:
         raise ModelError(f"separate_z_anisotropy_threshold must be a number, the plan says {threshold!r}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.operators import BLOCK_ROWS
 from ..kernels.reference import LINE_VOXELS, WORKING_BYTES
-from .resampling import SPLINE_PADDING, SPLINE_POLE, SPLINE_REACH, Resampling
+from .resampling import SPLINE_PADDING, SPLINE_POLES, Resampling, prefilter, spline_entries
 
 # Compiled functions see no globals: constants reach them as default values of their arguments.
 
@@ -75,11 +75,15 @@ def spline_operator(
     n_in: int,
     n_out: int,
     order: int,
-    pole: float = SPLINE_POLE,
+    poles: list[float],
+    gains: list[float],
+    reach: int,
     padding: int = SPLINE_PADDING,
-    reach: int = SPLINE_REACH,
 ) -> ScriptOperator:
-    """Build what scipy.ndimage does along an axis; `resampling.spline_operator` has the formula."""
+    """Build what scipy.ndimage does along an axis (`resampling.spline_operator`).
+
+    `poles`, `gains` and `reach` are those of `resampling.prefilter`, and not read for orders below 2.
+    """
     if n_in == n_out:
         return identity_operator(n_in)
     x = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
@@ -90,20 +94,8 @@ def spline_operator(
         left = x.floor().long().clamp(max=max(n_in - 2, 0))
         right = (x - left)[:, None]
         return banded_operator(n_in, left[:, None] + torch.arange(2), torch.cat([1 - right, right], dim=1), 0.0)
-    length = n_in + 2 * padding
-    left = x.floor()
-    t = (x - left)[:, None]
-    spline = (
-        torch.cat([(1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 4 - 6 * (1 - t) ** 2 + 3 * (1 - t) ** 3, t**3], dim=1) / 6
-    )
-    k = (left.long() - 1 + padding)[:, None] + torch.arange(4)
-    j = k[:, :, None] + torch.arange(-reach, reach + 1)
-    exists = (j >= 0) & (j < length)
-    k = k[:, :, None].expand_as(j)
-    p = torch.tensor(pole, dtype=torch.float64)
-    prefilter = p ** (k - j).abs() + p ** (k + j + 1).abs() + p ** (2 * length - k - j - 1).abs()
-    weights = 3**0.5 * spline[:, :, None] * torch.where(exists, prefilter, 0.0)
-    return banded_operator(n_in, (j - padding).flatten(1), weights.flatten(1), 1e-8)
+    columns, weights = spline_entries(n_in, x, order, poles, gains, reach, padding)
+    return banded_operator(n_in, columns, weights, 1e-8)
 
 
 def torch_operator(n_in: int, n_out: int, mode: str) -> ScriptOperator:
@@ -126,6 +118,10 @@ class ScriptResampling(nn.Module):
         super().__init__()
         self.function = resampling.function
         self.order, self.order_coarse = resampling.order, resampling.order_coarse
+        filters = {order: prefilter(order) for order in SPLINE_POLES}
+        self.poles = {order: by.poles for order, by in filters.items()}
+        self.gains = {order: by.gains for order, by in filters.items()}
+        self.reach = {order: by.reach for order, by in filters.items()}
         self.mode, self.mode_coarse = resampling.mode, resampling.mode_coarse
         self.separate = resampling.separate
         self.threshold = float(resampling.threshold)
@@ -148,7 +144,15 @@ class ScriptResampling(nn.Module):
         for axis in range(3):
             if self.function == "spline":
                 order = self.order_coarse if axis == coarse else self.order
-                operator = spline_operator(old_shape[axis], new_shape[axis], order)
+                filtered = max(order, 2)
+                operator = spline_operator(
+                    old_shape[axis],
+                    new_shape[axis],
+                    order,
+                    self.poles[filtered],
+                    self.gains[filtered],
+                    self.reach[filtered],
+                )
             else:
                 mode = self.mode_coarse if axis == coarse else in_plane
                 operator = torch_operator(old_shape[axis], new_shape[axis], mode)

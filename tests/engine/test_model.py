@@ -127,10 +127,12 @@ def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     for path, value in (
-        ((*ARCHITECTURE, "network_class_name"), "evil_module.PlainConvUNet"),
+        ((*ARCHITECTURE, "network_class_name"), "evil_module.OtherUNet"),
         ((*ARGUMENTS, "nonlin"), "evil_module.PlainConvUNet"),
-        ((*ARGUMENTS, "nonlin"), "torch.nn.evil_module"),
+        ((*ARGUMENTS, "nonlin"), "torch.nn..evil_module"),
         ((*ARGUMENTS, "nonlin"), "torch.nn.functional"),
+        ((*ARGUMENTS, "nonlin"), "torch.nn.modules.conv.Tensor"),
+        ((*ARGUMENTS, "nonlin"), ["torch.nn.ReLU"]),
         ((*ARGUMENTS, "nonlin"), "os.system"),
     ):
         plans = changed(plans_json(), path, value)
@@ -138,6 +140,9 @@ def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
         model = read_model(folder)
         with pytest.raises(ModelError, match="never imported"):
             build_network(model.plan, model.weights[0])
+    plans = changed(plans_json(), (*ARCHITECTURE, "network_class_name"), "evil_module.PlainConvUNet")
+    model = read_model(write_model(tmp_path / "m", plans=plans))
+    build_network(model.plan, model.weights[0])
     assert not (tmp_path / "fired").exists()
 
 
@@ -154,7 +159,8 @@ def test_a_network_class_of_ones_own_is_never_imported(tmp_path, monkeypatch):
         ((*CONFIGURATION, "spacing"), [1, 1], "2 or 3 entries"),
         ((*CONFIGURATION, "spacing"), [1, -1, 1], "positive numbers"),
         ((*CONFIGURATION, "normalization_schemes"), ["Fancy"], "normalization must be one of"),
-        ((*CONFIGURATION, "normalization_schemes"), ["CTNormalization"] * 2, "for each of the 1 channels"),
+        ((*CONFIGURATION, "normalization_schemes"), [], "for each of the 1 channels"),
+        ((*CONFIGURATION, "use_mask_for_norm"), [], "for each of the 1 channels"),
         ((*CONFIGURATION, "resampling_fn_data"), "magic", "resampling function must be one of"),
         ((*CONFIGURATION, "inherits_from"), "3d_fullres", "in a circle: 3d_fullres -> 3d_fullres"),
         ((*CONFIGURATION, "architecture"), [], "'architecture' must be a dict"),
@@ -181,7 +187,22 @@ def test_what_is_wrong_with_a_plan_is_named(path, value, message):
     [
         ({"labels": {"pancreas": 1}}, "'background': 0"),
         ({"labels": {"background": 1}}, "'background': 0"),
-        ({"labels": {"background": 0, "a": "1"}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": "one"}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": "1.0"}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": 1.5}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": float("inf")}}, "'a' must be an integer"),
+        ({"labels": {"background": 0, "a": []}}, "'a' must be an integer"),
+        ({"labels": {"0": "background", "1": "a", "2": "a"}}, "a name of their own each"),
+        (
+            {"labels": {"background": 0, "a": 1, "ignore": "2"}},
+            "'ignore' must be the integer .* other label, 2, got '2'",
+        ),
+        ({"labels": {"background": 0, "a": 1, "ignore": 3}}, "other label, 2, got 3"),
+        ({"labels": {"background": "0", "a": [1, 2]}, "regions_class_order": [1]}, "must be the number 0, got '0'"),
+        (
+            {"labels": {"background": 0, "a": [1, 2]}, "regions_class_order": [1.5]},
+            "regions_class_order must be integers",
+        ),
         ({"labels": {"background": 0, "a": [1, 2]}}, "must have 'regions_class_order'"),
         ({"labels": {"background": 0, "a": [1, 2]}, "regions_class_order": [1, 2]}, "one label per region"),
         ({"labels": 3}, "'labels' must be a dict"),
@@ -208,7 +229,7 @@ def test_labels_regions_and_ignore():
         ((*ARGUMENTS, "n_stages"), 3, "cannot be built"),
         ((*ARGUMENTS, "features_per_stage"), [4, 10**9], "must lie in 0 to"),
         ((*ARGUMENTS, "unheard_of"), 1, "cannot be built"),
-        ((*ARGUMENTS, "conv_op"), ..., "cannot be built"),
+        ((*ARGUMENTS, "conv_op"), ..., "lists 'conv_op', which must be among arch_kwargs"),
         ((*ARGUMENTS, "strides"), "two", "cannot be built"),
     ],
 )

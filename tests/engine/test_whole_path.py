@@ -14,7 +14,15 @@ from nnturbo.engine.inference import inference_network
 from nnturbo.engine.model import read_model
 from nnturbo.engine.plans import parse_plan
 from nnturbo.engine.preprocessing import filled_mask, nonzero_box
-from nnturbo.engine.resampling import GridMap, Resampling, resample, spline_operator, torch_operator, value_range
+from nnturbo.engine.resampling import (
+    GridMap,
+    Resampling,
+    prefilter,
+    resample,
+    spline_operator,
+    torch_operator,
+    value_range,
+)
 from nnturbo.engine.script_preprocessing import filled, occupied_box
 from nnturbo.engine.script_resampling import ScriptResampling, resample_rows
 from nnturbo.engine.script_resampling import spline_operator as script_spline_operator
@@ -124,6 +132,8 @@ MODELS = {
     "cubic z alone": (spline(force_separate_z=True, order_z=3), scan(), SPACING),
     "logits by cubic splines": (spline(order=3), scan(), SPACING),
     "logits by cubic splines, coarse y": (spline(order=3), scan((19, 7, 24)), (1.2, 5.0, 1.3)),
+    "splines of even order": (spline(order=2, order_z=4), scan(), SPACING),
+    "splines of order 5 alone": (spline(force_separate_z=True, order=5, order_z=5), scan(), SPACING),
     "nearest": (spline(order=0), scan(), SPACING),
     "torch": (resampled_by("resample_torch_fornnunet", {"is_seg": False}, {"is_seg": False}), scan(), SPACING),
     "torch, linear whatever it says": (
@@ -469,13 +479,14 @@ def dense(operator):
 LENGTHS = [(n_in, n_out) for n_in in (1, 2, 5, 24, 61) for n_out in (1, 2, 7, 24, 90)]
 
 
-@pytest.mark.parametrize("kind", [0, 1, 3, "linear", "nearest", "nearest-exact"])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, "linear", "nearest", "nearest-exact"])
 def test_operators_are_the_engines(kind):
-    ours, theirs = script_spline_operator, spline_operator
-    if isinstance(kind, str):
-        ours, theirs = script_torch_operator, torch_operator
+    ours, theirs, more = script_torch_operator, torch_operator, ()
+    if isinstance(kind, int):
+        by = prefilter(max(kind, 2))
+        ours, theirs, more = script_spline_operator, spline_operator, (by.poles, by.gains, by.reach)
     for n_in, n_out in LENGTHS:
-        operator, expected = ours(n_in, n_out, kind), theirs(n_in, n_out, kind)
+        operator, expected = ours(n_in, n_out, kind, *more), theirs(n_in, n_out, kind)
         assert torch.equal(operator.reads[:, 0], expected.first)
         assert torch.equal(operator.reads[:, 1], expected.first + expected.taps)
         matrix = torch.eye(n_in) if n_in == n_out else operator.matrix
@@ -484,7 +495,7 @@ def test_operators_are_the_engines(kind):
 
 @pytest.mark.parametrize("old", [(1, 1, 1), (5, 1, 1), (1, 5, 1), (1, 1, 5), (5, 5, 1)])
 @pytest.mark.parametrize("separate", [None, True, False])
-@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 4, 5])
 def test_resampled_planes_are_the_engines(old, separate, order):
     data = torch.randn(2, 11, 9, 8, generator=torch.Generator().manual_seed(0))
     resampling = Resampling(function="spline", order=order, order_coarse=1, separate=separate)
