@@ -55,8 +55,11 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         dataset = json.loads((output / "dataset.json").read_text())
         labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
         file_ending = dataset["file_ending"]
+        reader = json.loads((output / "plans.json").read_text()).get("image_reader_writer", "SimpleITKIO")
     except (OSError, ValueError, KeyError) as error:
-        raise VolumeError(f"{output} must be where nnturbo predict wrote, with dataset.json: {error}") from error
+        raise VolumeError(
+            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
+        ) from error
     journal = Journal(output=output, file_ending=file_ending, class_names=None)
     known = [record for record in journal.records() if only in (None, record.name) and record.status != WRITING]
     if only is not None and not known:
@@ -66,7 +69,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         if record.status == FAILED:
             return ""
         try:
-            shown = case_pictures(record, output / f"{record.name}{file_ending}", labels, channel)
+            shown = case_pictures(record, output / f"{record.name}{file_ending}", labels, channel, reader)
         except (EngineError, OSError, ValueError) as error:
             shown = {"name": record.name, "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
         return json.dumps(shown).replace("<", "\\u003c")
@@ -91,8 +94,8 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         file.write(after)
 
 
-def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str) -> dict[str, Any]:
-    """Cut three planes of slices through a case's labels, around its largest lesion.
+def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str, reader: str) -> dict[str, Any]:
+    """Cut three planes of slices through a case's labels, around its largest lesion; one plane of a 2D scan.
 
     Returns:
         What the page's script reads.
@@ -102,8 +105,8 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str)
     """
     images = record.images
     # From here on: from superior to inferior, anterior to posterior, and the patient's right to left.
-    scan = _for_display(read_volume(images[0] if Path(images[0]).is_dir() else images[:1]))
-    segmentation = _for_display(read_volume(mask, channels=1))
+    scan = _for_display(read_volume(images[0] if Path(images[0]).is_dir() else images[:1], reader=reader))
+    segmentation = _for_display(read_volume(mask, channels=1, reader=reader))
     if scan.array.shape != segmentation.array.shape:
         raise VolumeError(
             f"{mask.name}: labels must have the scan's size {scan.array.shape[1:]}, got {segmentation.array.shape[1:]}"
@@ -121,8 +124,9 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str)
     indices = index_of[values[cut].clip(0, len(index_of) - 1)]
     start = [centre[axis] - box[axis][0] for axis in range(3)]
     planes: list[dict[str, Any]] = []
+    shown = PLANES[:1] if scan.geometry.is_2d else PLANES
     for quality in QUALITIES:
-        planes = [_plane(name, axis, grey, indices, spacing, start[axis], quality) for name, axis in PLANES]
+        planes = [_plane(name, axis, grey, indices, spacing, start[axis], quality) for name, axis in shown]
         if sum(len(plane["image"]) + len(plane["mask"]) for plane in planes) <= MOST_BYTES:
             break
     volumes = record.volumes_ml or {}

@@ -14,7 +14,7 @@ from nnturbo.engine.files import write_json
 from nnturbo.engine.journal import DONE, FAILED, Journal, Record
 from nnturbo.engine.report import write_report
 
-from tests.engine.factory import dataset_json, smooth_scan, write_model
+from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
 from tests.engine.test_batch import write_scan
 
 pytest.importorskip("PIL", reason="needs Pillow")
@@ -27,6 +27,7 @@ def output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     write_json(out / "dataset.json", dataset_json())
+    write_json(out / "plans.json", {"image_reader_writer": "SimpleITKIO"})
     journal = Journal(output=out, file_ending=".nii.gz", class_names=("low", "high"))
     journal.begin()
     labels = np.zeros((40, 60, 70), np.uint8)
@@ -54,6 +55,28 @@ def output(tmp_path):
 def contents(page):
     found = re.findall(r'<script type="application/json" id="case-\d+">(.*?)</script>', page.read_text(), re.DOTALL)
     return [json.loads(text) for text in found]
+
+
+@pytest.mark.parametrize(("kind", "planes"), [("sheared", 3), ("2D", 1)])
+def test_scans_are_shown_as_their_model_reads_them(tmp_path, kind, planes):
+    nibabel = pytest.importorskip("nibabel", reason="writes sheared scans")
+    (tmp_path / "in").mkdir()
+    array = smooth_scan((8, 14, 16)).T
+    affine = np.diag([-1.5, -1.5, 2.0, 1.0])
+    if kind == "2D":
+        model = write_model(tmp_path / "m", plans=plans_2d())
+        array = array[..., 3]
+    else:
+        model = write_model(tmp_path / "m", plans={**plans_json(), "image_reader_writer": "NibabelIO"})
+        affine[0, 1] = 0.05
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / "in" / "a_0000.nii.gz")
+    call = ["predict", "-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "-device", "cpu", "--report"]
+    assert main([str(part) for part in [*call, "--backend", "torch", "--disable_progress_bar"]]) == 0
+    (case,) = contents(tmp_path / "out" / "report.html")
+    assert "no pictures" not in case["note"]
+    assert len(case["planes"]) == planes
 
 
 def test_the_page_has_a_row_for_every_case_and_pictures_of_those_that_are_done(output, tmp_path):
