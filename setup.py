@@ -1,9 +1,15 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
-FOLDERS = ["engine", "engine/backends", "kernels", "training", "training/nnunet_trainers", "benchmarks"]
+FOLDERS = ["engine", "kernels", "training", "benchmarks"]
+packages = [*FOLDERS, *(f"{folder}.{package}" for folder in FOLDERS for package in find_packages(folder))]
+packages.append("training.nnunet_trainers")  # nnU-Net looks into it, and wants no package there
 
 setup(
-    packages=["nnturbo." + folder.replace("/", ".") for folder in FOLDERS],
-    package_dir={"nnturbo." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"nnturbo.engine": ["py.typed", "report.html"], "nnturbo.kernels": ["py.typed", "cuda/*", "cpu/*"]},
+    packages=[f"nnturbo.{package}" for package in packages],
+    package_dir={f"nnturbo.{package}": package.replace(".", "/") for package in packages},
+    package_data={
+        "nnturbo.engine": ["py.typed"],
+        "nnturbo.engine.jobs": ["report.html"],
+        "nnturbo.kernels": ["py.typed", "cuda/*", "cpu/*"],
+    },
 )

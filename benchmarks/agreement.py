@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from nnturbo.engine import Engine, Prediction, build
-from nnturbo.engine.agreement import measure_agreement
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.errors import BackendUnavailable, BundleError
+from nnturbo.engine.export.agreement import measure_agreement
 from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
 
 from .report import write_report

@@ -21,7 +21,7 @@ import torch
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.backends.openvino import OpenVinoBackend
 from nnturbo.engine.backends.torch import TorchRunner
-from nnturbo.engine.bundle import (
+from nnturbo.engine.bundles.manifest import (
     bundle_model,
     compile_model,
     describe_machine,
@@ -31,9 +31,9 @@ from nnturbo.engine.bundle import (
     source_hashes,
 )
 from nnturbo.engine.errors import EngineError
-from nnturbo.engine.inference import InferenceNetwork
-from nnturbo.engine.model import Model, read_model
-from nnturbo.engine.network import build_network
+from nnturbo.engine.model.folder import Model, read_model
+from nnturbo.engine.model.folds import InferenceNetwork
+from nnturbo.engine.model.network import build_network
 from torch import Tensor
 
 from .report import machine, python, run_measured, write_report

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from nnturbo.engine import Engine
-from nnturbo.engine.bundle import read_manifest
-from nnturbo.engine.cases import CaseFiles, find_cases
-from nnturbo.engine.model import read_model
+from nnturbo.engine.bundles.manifest import read_manifest
+from nnturbo.engine.jobs.cases import CaseFiles, find_cases
+from nnturbo.engine.model.folder import read_model
 from nnturbo.training.phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, PhantomSettings, write_dataset
 
 from .report import Run, run_measured

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nnturbo.engine.bundle import source_hashes
-from nnturbo.engine.model import read_model
-from nnturbo.engine.opening import DEFAULT_CHECKPOINT
+from nnturbo.engine.bundles.manifest import source_hashes
+from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT
+from nnturbo.engine.model.folder import read_model
 
 from .backends import build, eager, load, tile_of
 from .report import run_measured, write_report

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnturbo.engine.classification import HEADS
-from nnturbo.engine.heads import FocusPooling, Head, focus_map, make_head
-from nnturbo.engine.model import read_model
-from nnturbo.engine.network import MultiTaskUNet, build_network
+from nnturbo.engine.model.classification import HEADS
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.heads import FocusPooling, Head, focus_map, make_head
+from nnturbo.engine.model.network import MultiTaskUNet, build_network
 from nnturbo.training.metrics import bootstrap_macro_f1, classification_metrics
 from nnturbo.training.planning import nnunet_environment
 from nnturbo.training.pooled_classifier import ClassifiedScan, case_outputs, fit_discriminant, training_scans

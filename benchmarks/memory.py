@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from nnturbo.engine.network import make_network
-from nnturbo.engine.plans import parse_plan
+from nnturbo.engine.model.network import make_network
+from nnturbo.engine.model.plans import parse_plan
 
 from .report import python, run_measured, write_report
 from .stages import PLANS, dataset_json, smooth_field

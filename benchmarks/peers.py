@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnturbo.engine.backends import Runner
+from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT, open_model
 from nnturbo.engine.errors import BackendUnavailable
-from nnturbo.engine.inference import InferenceNetwork, inference_network
-from nnturbo.engine.model import read_model
-from nnturbo.engine.opening import DEFAULT_CHECKPOINT, open_model
-from nnturbo.engine.preprocessing import Case, preprocess
-from nnturbo.engine.sliding_window import (
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import InferenceNetwork, inference_network
+from nnturbo.engine.pipeline.preprocessing import Case, preprocess
+from nnturbo.engine.pipeline.sliding_window import (
     SlidingWindow,
     View,
     gaussian,
@@ -36,8 +36,8 @@ from nnturbo.engine.sliding_window import (
     predict_logits,
     tile_positions,
 )
-from nnturbo.engine.timing import Timings
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.phantom import DEFAULT_SETTINGS, write_dataset
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nnturbo.engine.doctor import examine
+from nnturbo.engine.cli.doctor import examine
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "SimpleITK", "nnunetv2", "nnturbo")
 

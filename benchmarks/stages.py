@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnturbo.engine.labels import segment
-from nnturbo.engine.plans import parse_plan
-from nnturbo.engine.preprocessing import preprocess
-from nnturbo.engine.timing import Timings
-from nnturbo.engine.volume import Volume
+from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.pipeline.labels import segment
+from nnturbo.engine.pipeline.preprocessing import preprocess
+from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.scans.volume import Volume
 
 from .report import write_report
 

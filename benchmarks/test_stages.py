@@ -6,13 +6,13 @@ python -m pytest benchmarks --benchmark-only
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine.labels import segment
-from nnturbo.engine.plans import parse_plan
-from nnturbo.engine.preprocessing import preprocess
-from nnturbo.engine.resampling import parse_resampling, resample
-from nnturbo.engine.sliding_window import axis_weights, tile_positions
-from nnturbo.engine.timing import Timings
-from nnturbo.engine.volume import Volume
+from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.pipeline.labels import segment
+from nnturbo.engine.pipeline.preprocessing import preprocess
+from nnturbo.engine.pipeline.resampling import parse_resampling, resample
+from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
+from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.scans.volume import Volume
 from nnturbo.kernels import accumulate_views
 
 from .stages import PLANS, SPLINE, dataset_json, smooth_field, stock_functions

@@ -25,14 +25,14 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from nnturbo.engine.backends.choose import backends
-from nnturbo.engine.bundle import source_hashes
+from nnturbo.engine.bundles.manifest import source_hashes
+from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT
 from nnturbo.engine.errors import BackendUnavailable
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import read_model
-from nnturbo.engine.opening import DEFAULT_CHECKPOINT
-from nnturbo.engine.preprocessing import preprocess
-from nnturbo.engine.sliding_window import SlidingWindow, mirror_views
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.pipeline.preprocessing import preprocess
+from nnturbo.engine.pipeline.sliding_window import SlidingWindow, mirror_views
+from nnturbo.engine.scans.volume import read_volume
 from torch.nn.functional import conv3d
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,8 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .classification import Classification
-    from .compilation import build
     from .engine import Engine
     from .ensemble import Ensemble
     from .errors import (
@@ -20,9 +18,11 @@ if TYPE_CHECKING:
         PredictionError,
         VolumeError,
     )
+    from .export.build import build
+    from .model.classification import Classification
     from .options import EngineOptions
-    from .prediction import Prediction
-    from .volume import Geometry, Volume, read_volume, write_segmentation
+    from .pipeline.prediction import Prediction
+    from .scans.volume import Geometry, Volume, read_volume, write_segmentation
 
 __all__ = [
     "BackendUnavailable",
@@ -46,8 +46,6 @@ __all__ = [
 ]
 
 _MODULES = {
-    "classification": ("Classification",),
-    "compilation": ("build",),
     "engine": ("Engine",),
     "ensemble": ("Ensemble",),
     "errors": (
@@ -60,9 +58,11 @@ _MODULES = {
         "PredictionError",
         "VolumeError",
     ),
+    "export.build": ("build",),
+    "model.classification": ("Classification",),
     "options": ("EngineOptions",),
-    "prediction": ("Prediction",),
-    "volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
+    "pipeline.prediction": ("Prediction",),
+    "scans.volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

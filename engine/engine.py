@@ -18,26 +18,26 @@ import numpy as np
 import torch
 
 from .backends import Runner
-from .bundle import is_bundle
+from .bundles.manifest import is_bundle
+from .bundles.opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
 from .errors import EngineError, PredictionError, VolumeError
-from .labels import segment
-from .model import Model, read_model, with_classifier
-from .opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
+from .model.folder import Model, read_model, with_classifier
+from .model.plan_classes import remarks_on
 from .options import EngineOptions
 from .overlap import overlapped
-from .plan_classes import remarks_on
-from .prediction import Prediction
-from .preprocessing import Case, preprocess
-from .properties import nnunet_properties
-from .sliding_window import SlidingWindow, predict_logits
-from .steps import Computed, Placement, Prepared, caught, paired
-from .timing import Timings
-from .transfers import Transfers
-from .volume import Volume, read_volume, restore_orientation
-from .voting import Votes
+from .pipeline.labels import segment
+from .pipeline.prediction import Prediction
+from .pipeline.preprocessing import Case, preprocess
+from .pipeline.properties import nnunet_properties
+from .pipeline.sliding_window import SlidingWindow, predict_logits
+from .pipeline.steps import Computed, Placement, Prepared, caught, paired
+from .pipeline.timing import Timings
+from .pipeline.transfers import Transfers
+from .pipeline.voting import Votes
+from .scans.volume import Volume, read_volume, restore_orientation
 
 if TYPE_CHECKING:
-    from .dali import DaliLoader
+    from .pipeline.dali import DaliLoader
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Engine:
         sums_device = opened.device if options.sums_on_device else torch.device("cpu")
         loader = None
         if options.loader != "exact":
-            from .dali import DaliLoader
+            from .pipeline.dali import DaliLoader
 
             interpolation = "linear" if options.loader == "dali-linear" else "cubic"
             loader = DaliLoader(opened.model.plan, sums_device, interpolation=interpolation)

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .classification import Classification
 from .engine import Engine, Image, Previous
 from .errors import EngineError, ModelError
-from .labels import segment_probabilities
+from .model.classification import Classification
+from .model.plans import LabelScheme
 from .overlap import overlapped
-from .plans import LabelScheme
-from .prediction import Prediction
-from .steps import caught, paired
-from .timing import Timings
-from .volume import Volume, read_volume
+from .pipeline.labels import segment_probabilities
+from .pipeline.prediction import Prediction
+from .pipeline.steps import caught, paired
+from .pipeline.timing import Timings
+from .scans.volume import Volume, read_volume
 
 
 class Ensemble:

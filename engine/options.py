@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .voting import AGGREGATIONS
+from .pipeline.voting import AGGREGATIONS
 
 LOADERS = ("exact", "dali", "dali-linear")
 CLASSIFIERS = ("auto", "head", "lda")

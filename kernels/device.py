@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import loader
+from ..kernels import loader
 from .operators import AxisOperator
 
 MOST_BLOCKS = 4096

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..engine.classification import ClassificationScheme
+from ..engine.model.classification import ClassificationScheme
 
 
 def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.batch import predict_cases
-from ..engine.cases import find_cases
 from ..engine.engine import Engine
 from ..engine.errors import EngineError, PredictionError
 from ..engine.files import written_atomically
-from ..engine.jobs import Job
-from ..engine.volume import read_volume
+from ..engine.jobs.cases import find_cases
+from ..engine.jobs.job import Job
+from ..engine.jobs.run import predict_cases
+from ..engine.scans.volume import read_volume
 from .evaluate import CaseEvaluation, Evaluation, evaluate
 from .phantom import SMALL_SETTINGS, write_dataset
 

@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 from ..engine.backends.choose import choose_device, choose_precision
 from ..engine.backends.torch import TorchRunner
-from ..engine.classification import is_indices
 from ..engine.errors import EngineError, ModelError
 from ..engine.files import written_atomically
-from ..engine.heads import FocusPooling
-from ..engine.inference import InferenceNetwork
-from ..engine.model import Model, read_model
-from ..engine.network import MultiTaskUNet, build_network
-from ..engine.plans import Plan
-from ..engine.preprocessing import preprocess
-from ..engine.sliding_window import SlidingWindow, predict_logits
-from ..engine.timing import Timings
-from ..engine.volume import read_volume
-from ..engine.voting import Votes
+from ..engine.model.classification import is_indices
+from ..engine.model.folder import Model, read_model
+from ..engine.model.folds import InferenceNetwork
+from ..engine.model.heads import FocusPooling
+from ..engine.model.network import MultiTaskUNet, build_network
+from ..engine.model.plans import Plan
+from ..engine.pipeline.preprocessing import preprocess
+from ..engine.pipeline.sliding_window import SlidingWindow, predict_logits
+from ..engine.pipeline.timing import Timings
+from ..engine.pipeline.voting import Votes
+from ..engine.scans.volume import read_volume
 from .cases import LABELS_FILE, SPLITS_FILE
 from .metrics import classification_metrics
 from .multi_task_plans import read_classes

@@ -11,7 +11,7 @@ import torch
 
 from ..engine.errors import OutputError
 from ..engine.files import write_json, written_atomically
-from ..engine.model import read_model
+from ..engine.model.folder import read_model
 from .history import CURVES_FILE, HISTORY_FILE
 
 INFERENCE_KEYS = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes", "pooled_classifier")

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..engine.errors import OutputError, VolumeError
 from ..engine.files import written_atomically
-from ..engine.volume import read_volume
+from ..engine.scans.volume import read_volume
 from .cases import ENDING, IMAGE_ENDING, LABELS, case_name, grid_difference, images_below
 from .references import RESULTS_FILE, masks_in, missing
 from .tables import RESULTS_HEADER, DatasetError, raise_problems, read_subtype_results

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
-from ..engine.model import read_checkpoint
+from ..engine.model.folder import read_checkpoint
 from .cases import SPLITS_FILE
 from .multi_task_plans import RECIPE_KEY
 from .planning import nnunet_environment

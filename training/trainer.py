@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..engine.errors import EngineError
 from ..engine.files import written_atomically
-from ..engine.model import read_checkpoint
+from ..engine.model.folder import read_checkpoint
 from .cases import LABELS_FILE
 from .class_loss import class_loss, class_weights, content_weights, shown_content
 from .history import write_history

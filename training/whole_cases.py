@@ -16,11 +16,11 @@ from torch import nn
 from ..engine.backends.choose import choose_precision
 from ..engine.backends.torch import TorchRunner
 from ..engine.engine import Engine
-from ..engine.inference import InferenceNetwork
-from ..engine.model import Model
-from ..engine.plans import parse_plan
-from ..engine.sliding_window import SlidingWindow
-from ..engine.volume import read_volume
+from ..engine.model.folder import Model
+from ..engine.model.folds import InferenceNetwork
+from ..engine.model.plans import parse_plan
+from ..engine.pipeline.sliding_window import SlidingWindow
+from ..engine.scans.volume import read_volume
 from .metrics import classification_metrics, dice
 from .tables import DatasetError
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..model import Model
+from ..model.folder import Model
 
 
 class NetworkOutput(NamedTuple):

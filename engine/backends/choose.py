@@ -6,8 +6,8 @@ import logging
 
 import torch
 
+from ..backends import Backend
 from ..errors import BackendUnavailable
-from . import Backend
 from .inductor import InductorBackend
 from .native import NativeBackend
 from .onnx import OnnxBackend

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import NetworkOutput
 from ..errors import BackendUnavailable, BundleError, EngineError, PredictionError
 from ..files import sha256
-from ..inference import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
-from ..model import Model
-from . import NetworkOutput
+from ..model.folder import Model
+from ..model.folds import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
 from .onnx import INPUT, OUTPUTS, export_onnx
 from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep, mirror_views_of
 from .torch import exact_float32, on_device

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import cache_root, written_atomically
-from ..model import Model
+from ..model.folder import Model
 from .onnx import INPUT
 
 logger = logging.getLogger(__name__)

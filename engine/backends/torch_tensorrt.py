@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import NetworkOutput
 from ..errors import BackendUnavailable, BundleError
-from ..inference import inference_network, with_low_convolutions, with_shuffles
-from ..model import Model
-from . import NetworkOutput
+from ..model.folder import Model
+from ..model.folds import inference_network, with_low_convolutions, with_shuffles
 from .tensorrt_library import MOST_TILES, cache_file, keep, mirror_views_of
 
 FILE = "network.ts"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from .backends import Backend
-from .bundle import MANIFEST, WRITING, Manifest, compile_model, new_bundle, read_manifest
-from .errors import BundleError
-from .files import cache_root
-from .model import Model
+from ..backends import Backend
+from ..errors import BundleError
+from ..files import cache_root
+from ..model.folder import Model
+from .manifest import MANIFEST, WRITING, Manifest, compile_model, new_bundle, read_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, Runner
-from .backends.choose import choose_backend, choose_device, choose_precision, usable_backends
-from .bundle import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
-from .errors import BackendUnavailable, BundleError, EngineError
-from .model import Model
-from .sliding_window import mirror_views
+from ..backends import Backend, Runner
+from ..backends.choose import choose_backend, choose_device, choose_precision, usable_backends
+from ..errors import BackendUnavailable, BundleError, EngineError
+from ..model.folder import Model
+from ..pipeline.sliding_window import mirror_views
+from .manifest import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
 
 logger = logging.getLogger(__name__)
 

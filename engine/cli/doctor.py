@@ -39,7 +39,7 @@ def examine() -> list[tuple[str, str]]:
     """
     import torch
 
-    from ..kernels.convolution import compiler
+    from ...kernels.convolution import compiler
 
     rows = [
         ("python", platform.python_version()),

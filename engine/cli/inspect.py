@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .agreement import Agreement
-from .backends.choose import PRECISIONS, backends, choose_backend, choose_device
-from .bundle import Manifest, bundle_model, check_machine, is_bundle, read_manifest
-from .errors import BackendUnavailable, BundleError
-from .inference import inference_network
-from .model import Model, read_model
-from .plans import Architecture
+from ..backends.choose import PRECISIONS, backends, choose_backend, choose_device
+from ..bundles.manifest import Manifest, bundle_model, check_machine, is_bundle, read_manifest
+from ..errors import BackendUnavailable, BundleError
+from ..export.agreement import Agreement
+from ..model.folder import Model, read_model
+from ..model.folds import inference_network
+from ..model.plans import Architecture
 
 
 def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tuple[str, str]]:

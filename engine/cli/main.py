@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .predict_cli import AGGREGATIONS, CLASSIFIERS, DONE, PRECISIONS, UNUSABLE, add_predict, add_view, say
+from .predict import AGGREGATIONS, CLASSIFIERS, DONE, PRECISIONS, UNUSABLE, add_predict, add_view, say
 
 PHANTOMS, PHANTOM_SEED = 4, 11
 """What lower precision is measured on where no scans are given."""
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(message)s",
         stream=sys.stderr,
     )
-    from .errors import EngineError
+    from ..errors import EngineError
 
     try:
         return options.run(options)
@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what this machine offers")
     doctor.set_defaults(run=_doctor)
     # The command line is the one place above engine, training and benchmarks; what is imported here is light.
-    from ..benchmarks.cli import add_benchmark
-    from ..training.cli import add_commands
+    from ...benchmarks.cli import add_benchmark
+    from ...training.cli import add_commands
 
     add_commands(commands)
     add_benchmark(commands)
@@ -104,8 +104,8 @@ def _add_build(commands: Any) -> None:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from .compilation import build, build_whole_path
-    from .inspection import describe
+    from ..export.build import build, build_whole_path
+    from .inspect import describe
 
     if options.whole_path:
         given = {"--backend": options.backend != "auto", "--precision": options.precision not in ("auto", "fp32")}
@@ -145,12 +145,12 @@ def _build(options: argparse.Namespace) -> int:
 
 def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
     """Find the scans to calibrate with; phantoms where none are given and labels may change."""
-    from .backends.choose import choose_device, choose_precision
-    from .model import read_model
+    from ..backends.choose import choose_device, choose_precision
+    from ..model.folder import read_model
 
     plan = read_model(options.m, folds=options.f, checkpoint=options.chk, configuration=options.c).plan
     if options.calibration is not None:
-        from .cases import find_cases
+        from ..jobs.cases import find_cases
 
         if not Path(options.calibration).is_dir():
             raise ValueError(f"--calibration must be a folder of scans, {options.calibration} is none")
@@ -165,7 +165,7 @@ def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tu
         )
     import tempfile
 
-    from ..training.phantom import SMALL_SETTINGS, write_dataset
+    from ...training.phantom import SMALL_SETTINGS, write_dataset
 
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nnturbo-"))
     phantoms = write_dataset(folder, counts={"test": PHANTOMS}, seed=PHANTOM_SEED, settings=SMALL_SETTINGS)
@@ -173,7 +173,7 @@ def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tu
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import describe
+    from .inspect import describe
 
     return _say_rows(describe(options.model, options.configuration))
 
@@ -189,7 +189,3 @@ def _say_rows(rows: Sequence[tuple[str, str]]) -> int:
     for name, value in rows:
         say(f"{name:{width}}  {value}")
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

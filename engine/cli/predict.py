@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Outcome
-    from .cases import CaseFiles
-    from .jobs import Job
+    from ..jobs.cases import CaseFiles
+    from ..jobs.job import Job
+    from ..jobs.run import Outcome
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 MOST_NAMES = 10
@@ -174,7 +174,7 @@ def _view(options: argparse.Namespace) -> int:
     import tempfile
     import webbrowser
 
-    from .report import write_report
+    from ..jobs.report import write_report
 
     page = Path(options.o or Path(tempfile.mkdtemp(prefix="nnturbo-")) / f"{options.case}.html").absolute()
     write_report(Path(options.folder), page, only=options.case)
@@ -198,11 +198,11 @@ def _predict(options: argparse.Namespace) -> int:
     if not source.exists():
         raise ValueError(f"-i: {options.i} does not exist")
 
-    from .batch import run_job
-    from .cases import find_cases
-    from .errors import EngineError
-    from .jobs import Job
-    from .report import require_packages, write_report
+    from ..errors import EngineError
+    from ..jobs.cases import find_cases
+    from ..jobs.job import Job
+    from ..jobs.report import require_packages, write_report
+    from ..jobs.run import run_job
 
     if options.report:
         require_packages()
@@ -269,8 +269,8 @@ def _say_kept(kept: Mapping[str, str]) -> None:
 
 def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
     """Load the models here, in several processes, or on a cluster."""
-    from .options import EngineOptions
-    from .workers import Loading, local_places
+    from ..jobs.worker import Loading, local_places
+    from ..options import EngineOptions
 
     loading = Loading(
         models=tuple(models),
@@ -291,24 +291,24 @@ def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of
         },
     )
     if options.ray is not None:
-        from .cluster import Cluster
+        from ..jobs.ray_workers import Cluster
 
         _check_loader(options)
         return Cluster(options.ray, loading, job, device=options.device, workers=options.workers, cores=options.cores)
     places = local_places(options.device, options.workers)
     if len(places) > 1:
-        from .jobs import file_ending_of
+        from ..jobs.job import file_ending_of
 
         # No more processes than cases.
         model = {name: loading.arguments[name] for name in ("folds", "checkpoint", "configuration")}
         places = places[: max(1, len(cases_of(file_ending_of(models[0], **model))))]
     if len(places) > 1:
-        from .pool import Pool
+        from ..jobs.local_workers import Pool
 
         _check_loader(options)
         return Pool(loading, job, places)
-    from .batch import Here
-    from .jobs import load_predictor
+    from ..jobs.job import load_predictor
+    from ..jobs.run import Here
 
     return Here(load_predictor(loading.models, device=places[0].device, **loading.arguments), job)
 
@@ -343,7 +343,7 @@ def _stopping() -> Iterator[dict[str, int]]:
 
 def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Mapping[str, Any]], None]:
     """Open what shows how the job goes."""
-    from .progress import JsonLog, ProgressLine
+    from ..jobs.progress import JsonLog, ProgressLine
 
     listeners: list[Callable[[Mapping[str, Any]], None]] = []
     if not options.disable_progress_bar and sys.stderr is not None:

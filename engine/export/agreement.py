@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Engine, Image
-from .errors import BundleError
+from ..engine import Engine, Image
+from ..errors import BundleError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

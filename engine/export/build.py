@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, measure_agreement
-from .backends import Backend, NetworkOutput
-from .backends.choose import choose_device, choose_precision, usable_backends
-from .backends.openvino import OpenVinoBackend
-from .backends.quantization import INT8_FLOOR
-from .backends.tensorrt import TensorRtBackend
-from .backends.torchscript import save_script, trace
-from .bundle import (
+from ..backends import Backend, NetworkOutput
+from ..backends.choose import choose_device, choose_precision, usable_backends
+from ..backends.openvino import OpenVinoBackend
+from ..backends.quantization import INT8_FLOOR
+from ..backends.tensorrt import TensorRtBackend
+from ..backends.torchscript import save_script, trace
+from ..bundles.manifest import (
     MANIFEST,
     Manifest,
     compile_model,
@@ -30,12 +29,13 @@ from .bundle import (
     plan_bundle,
     source_hashes,
 )
-from .engine import Engine, Image
-from .errors import BackendUnavailable, BundleError, ModelError, OutputError
-from .files import write_json, written_atomically
-from .model import Model, read_model, with_classifier
-from .options import EngineOptions
-from .sliding_window import SlidingWindow
+from ..engine import Engine, Image
+from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
+from ..files import write_json, written_atomically
+from ..model.folder import Model, read_model, with_classifier
+from ..options import EngineOptions
+from ..pipeline.sliding_window import SlidingWindow
+from .agreement import Agreement, measure_agreement
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def _compile(
 
 def _write_scan_path(model: Model, folder: Path) -> None:
     """Write what lies around the network, for C++ programs, unless the model is one that only Python can run."""
-    from .whole_path import scan_path
+    from .scripted.path import scan_path
 
     try:
         save_script(scan_path(model.plan, model.mirror_axes), folder / PATH_FILE)
@@ -259,7 +259,7 @@ def build_whole_path(
         ModelError: Where the model cannot be used, or needs more than its scan: cascades, readers that reorient.
         OutputError: Where the file cannot be written.
     """
-    from .whole_path import whole_path
+    from .scripted.path import whole_path
 
     read = with_classifier(
         read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), classifier

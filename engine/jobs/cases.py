@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dicom_header import looks_like_dicom
-from .errors import VolumeError
-from .journal import RECORDS
+from ..errors import VolumeError
+from ..scans.dicom_header import looks_like_dicom
+from .records import RECORDS
 
 logger = logging.getLogger(__name__)
 

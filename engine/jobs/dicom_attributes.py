@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .dicom import Slice, list_slices
-from .errors import VolumeError
-from .image_header import naming
+from ..errors import VolumeError
+from ..scans.dicom import Slice, list_slices
+from ..scans.image_header import naming
 
 if TYPE_CHECKING:
     from pydicom import Dataset

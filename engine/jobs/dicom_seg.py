@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BackendUnavailable, EngineError, VolumeError
+from ..files import written_atomically
+from ..pipeline.prediction import Prediction
+from ..scans.dicom_files import summary
 from .dicom_attributes import may_be_empty, read_source_images
-from .dicom_files import summary
-from .errors import BackendUnavailable, EngineError, VolumeError
-from .files import written_atomically
-from .prediction import Prediction
 
 _SAME_AS = {"Tumor": "Neoplasm", "Tumour": "Neoplasm", "Cancer": "Neoplasm"}
 _ONE_AT_A_TIME = threading.Lock()  # warnings are filtered for all threads, and must be again when the last one is done

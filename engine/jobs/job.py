@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle import bundle_model, is_bundle, read_manifest
+from ..bundles.manifest import bundle_model, is_bundle, read_manifest
+from ..engine import Engine
+from ..ensemble import Ensemble
+from ..errors import OutputError
+from ..model.folder import read_model
+from ..scans.label_file import second_file
 from .cases import CaseFiles
 from .dicom_seg import import_highdicom
-from .engine import Engine
-from .ensemble import Ensemble
-from .errors import OutputError
-from .journal import PREDICTIONS, RECORDS, SUBTYPES, Journal
-from .label_file import second_file
-from .model import read_model
+from .records import PREDICTIONS, RECORDS, SUBTYPES, Journal
 
 PLANS, DATASET = "plans.json", "dataset.json"
 """nnU-Net leaves both with its predictions."""

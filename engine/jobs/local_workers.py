@@ -11,9 +11,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from .cases import CaseFiles
-from .crew import Hand, News, SharedCrew
-from .jobs import Job
-from .workers import Loading, Place, serve
+from .job import Job
+from .worker import Loading, Place, serve
+from .worker_pool import Hand, News, SharedCrew
 
 _SPAWN = get_context("spawn")
 _WAIT_S = 1.0

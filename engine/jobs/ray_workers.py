@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..errors import BackendUnavailable, EngineError, OutputError
 from .cases import CaseFiles
-from .crew import Hand, News, Resident, SharedCrew
-from .errors import BackendUnavailable, EngineError, OutputError
-from .jobs import About, Job, load_predictor
-from .journal import Record
-from .workers import Loading
+from .job import About, Job, load_predictor
+from .records import Record
+from .worker import Loading
+from .worker_pool import Hand, News, Resident, SharedCrew
 
 _WAIT_S = 1.0
 _CONNECT_S = 5.0

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError
-from .files import remove_abandoned, sha256, write_json, written_atomically
-from .image_file import is_whole
+from ..errors import OutputError
+from ..files import remove_abandoned, sha256, write_json, written_atomically
+from ..scans.image_file import is_whole
 
 logger = logging.getLogger(__name__)
 

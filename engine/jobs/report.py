@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BackendUnavailable, EngineError, VolumeError
-from .files import written_atomically
-from .journal import DONE, FAILED, KEPT, WRITING, Journal, Record
-from .overlap import overlapped
-from .plans import LabelScheme, parse_labels, read_channel_names
-from .volume import Volume, read_volume
+from ..errors import BackendUnavailable, EngineError, VolumeError
+from ..files import written_atomically
+from ..model.plans import LabelScheme, parse_labels, read_channel_names
+from ..overlap import overlapped
+from ..scans.volume import Volume, read_volume
+from .records import DONE, FAILED, KEPT, WRITING, Journal, Record
 
 CT_WINDOW_HU = (-160.0, 240.0)
 MOST_SLICES = 24
@@ -74,7 +74,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
             shown = {"name": record.name, "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
         return json.dumps(shown).replace("<", "\\u003c")
 
-    template = resources.files("nnturbo.engine").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
     before, after = template.split("<!-- cases -->")
     counts = Counter(record.status for record in known)
     summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"

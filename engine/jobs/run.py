@@ -16,15 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..errors import DeviceLost, EngineError, OutputError, PredictionError
+from ..files import staging_folder, write_json, written_atomically
+from ..model.classification import Classification
+from ..overlap import overlapped
+from ..pipeline.prediction import Prediction
 from .cases import CaseFiles
-from .classification import Classification
 from .dicom_seg import write_dicom_seg
-from .errors import DeviceLost, EngineError, OutputError, PredictionError
-from .files import staging_folder, write_json, written_atomically
-from .jobs import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
-from .journal import DONE, FAILED, Journal, Record, Standing
-from .overlap import overlapped
-from .prediction import Prediction
+from .job import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
+from .records import DONE, FAILED, Journal, Record, Standing
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .jobs import Job
+    from .job import Job
 
 # No torch here: a process that begins sets its cores before that counts them.
 
@@ -77,9 +77,9 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if place.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, place.cores)
-    from .crew import Resident, throttled
-    from .errors import EngineError, OutputError, PredictionError
-    from .jobs import load_predictor
+    from ..errors import EngineError, OutputError, PredictionError
+    from .job import load_predictor
+    from .worker_pool import Resident, throttled
 
     if place.cores:
         import torch

@@ -15,11 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .batch import Here, Tell
+from ..errors import DeviceLost
 from .cases import CaseFiles
-from .errors import DeviceLost
-from .jobs import About, Job, Predictor
-from .journal import FAILED, Record
+from .job import About, Job, Predictor
+from .records import FAILED, Record
+from .run import Here, Tell
 
 logger = logging.getLogger(__name__)
 

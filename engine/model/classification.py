@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .errors import ModelError
+from ..errors import ModelError
 
 HEADS = ("gap_linear", "gap_mlp", "attention")
 MOST_CLASSES = 1024

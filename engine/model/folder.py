@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError
 from .heads import PooledClassifier
 from .plan_classes import remarks_on
 from .plans import Plan, parse_plan
-from .tensors import is_plain
+from .untrusted import is_plain
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import CheckpointError, ModelError
 from .classification import ClassificationScheme, is_indices
-from .errors import CheckpointError, ModelError
-from .tensors import is_plain
+from .untrusted import is_plain
 
 SMALLEST_FOCUS = 1e-4
 """Probability below which a voxel counts as if it were not of the focus at all."""

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, ModelError
 from .classification import ClassificationScheme
-from .errors import CheckpointError, ModelError
 from .heads import Head, PooledClassifier, focus_map, make_head
 from .plan_classes import argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Architecture, Plan

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ModelError
+from ..errors import ModelError
 from .plans import MULTI_TASK_NETWORK, Architecture
 
 LIBRARY = "dynamic_network_architectures."

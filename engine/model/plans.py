@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ModelError
+from ..pipeline.resampling import Resampling, parse_resampling
+from ..scans.image_header import IMAGE_ENDINGS
+from ..scans.pictures import PICTURE_READERS
 from .classification import ClassificationScheme
-from .errors import ModelError
-from .image_header import IMAGE_ENDINGS
-from .pictures import PICTURE_READERS
-from .resampling import Resampling, parse_resampling
 
 NORMALIZATIONS = (
     "CTNormalization",

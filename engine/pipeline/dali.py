@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import BackendUnavailable, EngineError
-from .plans import Plan
+from ..errors import BackendUnavailable, EngineError
+from ..model.plans import Plan
+from ..scans.volume import read_volume
 from .preprocessing import Normalization, preprocess
 from .properties import nnunet_properties
 from .resampling import GridMap
 from .steps import Prepared
 from .timing import Timings
-from .volume import read_volume
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import AxisOperator
+from ...kernels import AxisOperator
 from .resampling import GridMap, Resampling, resample, spline_operator
 
 NEAR_TIE = 1e-5

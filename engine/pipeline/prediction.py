@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .classification import Classification
-from .plans import READERS, LabelScheme
-from .volume import Geometry, Volume, write_segmentation
+from ..model.classification import Classification
+from ..model.plans import READERS, LabelScheme
+from ..scans.volume import Geometry, Volume, write_segmentation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import normalize
-from .errors import VolumeError
+from ...kernels import normalize
+from ..errors import VolumeError
+from ..model.plans import ChannelNormalization, Plan
+from ..scans.volume import Volume
 from .label_maps import resample_label_map
-from .plans import ChannelNormalization, Plan
 from .resampling import GridMap, resample_rows
-from .volume import Volume
 
 STATISTICS_PLANES = 16
 """Planes per step when the whole scan is looked through; bounds the float copy that is alive."""

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from ..scans.volume import Geometry, Volume
 from .preprocessing import Case
-from .volume import Geometry, Volume
 
 
 def nnunet_properties(reader: str, original: Geometry, volume: Volume, case: Case) -> dict[str, Any]:

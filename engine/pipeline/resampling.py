@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import AxisOperator, plane_groups, resample_axis
-from ..kernels.reference import Normalization
-from .errors import ModelError
+from ...kernels import AxisOperator, plane_groups, resample_axis
+from ...kernels.reference import Normalization
+from ..errors import ModelError
 
 ANISOTROPY_THRESHOLD = 3.0
 """nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""

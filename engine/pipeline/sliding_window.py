@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import accumulate_views, gather_tiles
-from .backends import Runner
-from .errors import PredictionError
-from .plans import Plan
+from ...kernels import accumulate_views, gather_tiles
+from ..backends import Runner
+from ..errors import PredictionError
+from ..model.plans import Plan
 from .preprocessing import Case
 from .timing import Timings
 from .voting import Votes

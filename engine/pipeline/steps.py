@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from .errors import EngineError, PredictionError
+from ..errors import EngineError, PredictionError
+from ..scans.volume import Geometry
 from .preprocessing import Case
 from .timing import Timings
-from .volume import Geometry
 from .voting import Votes
 
 logger = logging.getLogger(__name__)

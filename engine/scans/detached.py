@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import IncompleteFile, VolumeError
+from ..errors import IncompleteFile, VolumeError
 
 
 def find_data_file(header: Path, named: str, several: str) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import VolumeError
 from .dicom_files import DicomFile, find_slices, summary
 from .dicom_header import Header
 from .dicom_pixels import PixelFormat, check_pixel_data, read_format, read_stored, rescale
-from .errors import VolumeError
 from .image_file import ImageSource
 from .image_header import naming
 from .itk import check_memory

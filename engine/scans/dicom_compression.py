@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import VolumeError
+from ..errors import VolumeError
 from .itk import read_voxels
 
 _SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import VolumeError
 from .dicom_header import Header, looks_like_dicom, read_header
-from .errors import VolumeError
 from .image_header import naming
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."

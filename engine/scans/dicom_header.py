@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import VolumeError
+from ..errors import VolumeError
 
 _KEYWORDS = {
     0x00020002: "MediaStorageSOPClassUID",

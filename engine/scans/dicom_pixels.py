@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import VolumeError
 from .dicom_compression import check_syntax, decompress
 from .dicom_header import Header, read_pixel_data
-from .errors import VolumeError
 
 _EXPORT_AGAIN = "export the series again"
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import EngineError, IncompleteFile, VolumeError
+from ..errors import EngineError, IncompleteFile, VolumeError
 from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming, read_nifti
 from .itk import check_memory, check_pixels, read_information, read_voxels
 from .nifti import NIFTI_ENDINGS, header_warnings

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import IncompleteFile, VolumeError
 from .detached import find_data_file
-from .errors import IncompleteFile, VolumeError
 from .nifti import HEADER_BYTES, NiftiHeader
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import VolumeError
+from ..errors import VolumeError
 from .image_header import check_dimension
 
 

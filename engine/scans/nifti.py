@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .errors import VolumeError
+from ..errors import VolumeError
 
 NIBABEL_READERS = ("NibabelIO", "NibabelIOWithReorient")
 """nnU-Net's classes that read and write NIfTI through nibabel."""

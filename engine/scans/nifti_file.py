@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import IncompleteFile, VolumeError
+from ..errors import IncompleteFile, VolumeError
 from .image_file import ImageSource, check_claim, stored_pieces
 from .image_header import VoxelData, naming, read_nifti
 from .itk import check_memory

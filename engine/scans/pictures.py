@@ -16,7 +16,7 @@ from types import ModuleType
 
 import numpy as np
 
-from .errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
+from ..errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
 from .image_file import SLICE_SPACINGS, ImageSource
 from .image_header import naming
 from .itk import check_memory

@@ -12,9 +12,9 @@ from typing import TypeAlias, cast
 
 import numpy as np
 
+from ..errors import OutputError, VolumeError
+from ..files import written_atomically
 from .dicom import open_series
-from .errors import OutputError, VolumeError
-from .files import written_atomically
 from .image_file import NOT_FINITE, ImageSource, open_image_file
 from .image_header import naming
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file

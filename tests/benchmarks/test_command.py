@@ -8,11 +8,11 @@ import pytest
 import SimpleITK as sitk
 from nnturbo.benchmarks.command import compare_classes, compare_labels
 from nnturbo.benchmarks.report import memory_over_time, run_measured
-from nnturbo.engine.cases import find_cases
 from nnturbo.engine.cli import main
+from nnturbo.engine.jobs.cases import find_cases
 
 from tests.engine.factory import multi_task, plans_json, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 
 def write(folder, name, array, origin=(0.0, 0.0, 0.0)):

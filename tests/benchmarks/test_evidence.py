@@ -7,12 +7,12 @@ from nnturbo.benchmarks.guard import too_slow
 from nnturbo.benchmarks.peers import monai, openvino_naive
 from nnturbo.benchmarks.waterfall import Waterfall
 from nnturbo.engine.backends.choose import backends
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import read_model
-from nnturbo.engine.sliding_window import mirror_views
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.pipeline.sliding_window import mirror_views
 
 from tests.engine.factory import plans_json, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 
 class TestGrowth:

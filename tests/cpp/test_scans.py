@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, build, read_volume
-from nnturbo.engine.compilation import build_whole_path
+from nnturbo.engine.export.build import build_whole_path
 from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
 
 from tests.cpp.conftest import SOURCE

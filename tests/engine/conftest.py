@@ -4,7 +4,7 @@ import pytest
 from nnturbo.engine import Engine
 
 from tests.engine.factory import write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 
 @pytest.fixture(scope="module")

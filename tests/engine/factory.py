@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnturbo.engine.network import make_network
-from nnturbo.engine.plans import MULTI_TASK_NETWORK, parse_plan
+from nnturbo.engine.model.network import make_network
+from nnturbo.engine.model.plans import MULTI_TASK_NETWORK, parse_plan
 
 SPLINE = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 

@@ -4,9 +4,9 @@ import SimpleITK as sitk
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, EngineOptions, Volume, VolumeError, write_segmentation
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.labels import resampled_planes
-from nnturbo.engine.resampling import Resampling, resample
-from nnturbo.engine.timing import Timings
+from nnturbo.engine.pipeline.labels import resampled_planes
+from nnturbo.engine.pipeline.resampling import Resampling, resample
+from nnturbo.engine.pipeline.timing import Timings
 
 from tests.engine.factory import dataset_json, plans_json, smooth_scan, write_model
 

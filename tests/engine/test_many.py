@@ -10,9 +10,9 @@ import torch
 from nnturbo.engine import Engine, EngineOptions, Ensemble, PredictionError, Volume, VolumeError
 from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.backends.torch import TorchRunner
-from nnturbo.engine.steps import Placement, caught
-from nnturbo.engine.timing import Timings
-from nnturbo.engine.transfers import Transfers
+from nnturbo.engine.pipeline.steps import Placement, caught
+from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.transfers import Transfers
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.benchmarks.kernels import ARCHITECTURES, VARIANTS, compile_variant
-from nnturbo.engine import Engine, Volume, preprocessing
+from nnturbo.engine import Engine, Volume
+from nnturbo.engine.pipeline import preprocessing
 from nnturbo.kernels import AxisOperator, device, loader
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model

@@ -3,14 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnturbo.kernels import (
-    AxisOperator,
-    accumulate_views,
-    argmax_labels,
-    gather_tiles,
-    region_labels,
-    resample_axis,
-)
+from nnturbo.kernels import AxisOperator, accumulate_views, argmax_labels, gather_tiles, region_labels, resample_axis
 
 VIEWS = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nnturbo.engine import Engine
-from nnturbo.engine.model import read_model
+from nnturbo.engine.model.folder import read_model
 from nnturbo.training.demo import DEMO_SEED
 from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("nnunetv2", reason="compares with nnU-Net itself, which is not installed")
 
 from nnturbo.engine import Engine
-from nnturbo.engine.nifti import NIBABEL_READERS
+from nnturbo.engine.scans.nifti import NIBABEL_READERS
 
 from tests.parity import stock
 from tests.parity.catalogue import PLAIN_CT

@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("nnunetv2", reason="runs nnU-Net's own commands")
 
 from nnturbo.engine import Engine
-from nnturbo.engine.batch import predict_cases
-from nnturbo.engine.cases import find_cases
-from nnturbo.engine.jobs import Job
+from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.jobs.job import Job
+from nnturbo.engine.jobs.run import predict_cases
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 
 from tests.parity import stock

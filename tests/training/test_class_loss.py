@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine.classification import ClassificationScheme
-from nnturbo.engine.heads import make_head
+from nnturbo.engine.model.classification import ClassificationScheme
+from nnturbo.engine.model.heads import make_head
 from nnturbo.training.class_loss import class_loss, class_weights, content_weights, shown_content
 from nnturbo.training.recipe import Recipe
 

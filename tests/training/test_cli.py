@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nnturbo.engine import cli as engine_cli
 from nnturbo.engine.cli import main
+from nnturbo.engine.cli import main as engine_cli
 from nnturbo.training import cli, phantom, planning, recipe
 
 from tests.training import test_prepare as prepared

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.demo import demo_table, demonstrate
 
 

@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from nnturbo.engine.classification import ClassificationScheme
 from nnturbo.engine.errors import ModelError
-from nnturbo.engine.plans import MULTI_TASK_NETWORK, parse_plan
+from nnturbo.engine.model.classification import ClassificationScheme
+from nnturbo.engine.model.plans import MULTI_TASK_NETWORK, parse_plan
 from nnturbo.training.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
 from nnturbo.training.recipe import Recipe
 from nnturbo.training.tables import DatasetError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, EngineOptions, ModelError
-from nnturbo.engine.model import read_model
+from nnturbo.engine.model.folder import read_model
 from nnturbo.training.pooled_classifier import fit_discriminant, fit_pooled_classifier, training_scans
 from nnturbo.training.tables import DatasetError
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from nnturbo.engine.errors import EngineError, OutputError
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training import planning
 from nnturbo.training import prepare as prepare_module
 from nnturbo.training.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset

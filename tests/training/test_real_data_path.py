@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine.cli import main
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.recipe import PRESETS, changed_recipe
 
 from tests.training.conftest import TINY, seed_everything

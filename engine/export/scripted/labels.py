@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .plans import Plan
-from .script_resampling import ScriptGrid, planes_at_once, resample_planes, resample_rows, stored_grid, value_range
+from ...model.plans import Plan
+from .resampling import ScriptGrid, planes_at_once, resample_planes, resample_rows, stored_grid, value_range
 
 
 class ScriptLabels(nn.Module):

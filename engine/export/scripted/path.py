@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .plans import Plan
-from .script_labels import ScriptLabels
-from .script_preprocessing import ScriptPreprocessing
-from .sliding_window import gaussian, mirror_views
-from .voting import AGGREGATIONS
+from ...errors import ModelError
+from ...model.plans import Plan
+from ...pipeline.sliding_window import gaussian, mirror_views
+from ...pipeline.voting import AGGREGATIONS
+from .labels import ScriptLabels
+from .preprocessing import ScriptPreprocessing
 
 
 def tile_starts(length: int, patch: int, step: float) -> Tensor:

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .plans import ChannelNormalization, Plan
-from .preprocessing import EPSILON, LARGEST_GROWTH, STATISTICS_PLANES
-from .script_resampling import ScriptGrid, ScriptResampling, resample_rows, store_grid, stored_grid, value_range
+from ...model.plans import ChannelNormalization, Plan
+from ...pipeline.preprocessing import EPSILON, LARGEST_GROWTH, STATISTICS_PLANES
+from .resampling import ScriptGrid, ScriptResampling, resample_rows, store_grid, stored_grid, value_range
 
 # Compiled functions see no globals: constants reach them as default values of their arguments.
 

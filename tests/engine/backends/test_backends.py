@@ -6,8 +6,8 @@ import torch
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import choose, inductor, onnx
 from nnturbo.engine.backends.choose import AUTOMATIC, PRECISIONS, backends, choose_backend
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import read_model
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import inference_network
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, write_model
 

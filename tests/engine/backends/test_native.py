@@ -9,8 +9,8 @@ from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, native
 from nnturbo.engine.backends.native import Block, Decoder, NativeBackend, plan_overwriting
 from nnturbo.engine.backends.torch import TorchBackend
-from nnturbo.engine.bundle import read_manifest
-from nnturbo.engine.model import read_model
+from nnturbo.engine.bundles.manifest import read_manifest
+from nnturbo.engine.model.folder import read_model
 from nnturbo.kernels.convolution import compiler
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model

@@ -10,20 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import BackendUnavailable, Engine, Volume, build, compilation
+from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, quantization
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.backends.openvino import OpenVinoBackend
-from nnturbo.engine.bundle import read_manifest
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import read_model
+from nnturbo.engine.bundles.manifest import read_manifest
+from nnturbo.engine.export import build as compilation
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import inference_network
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
 
 openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
 
 

@@ -23,14 +23,14 @@ from nnturbo.engine.backends.choose import choose_backend
 from nnturbo.engine.backends.onnx import export_onnx
 from nnturbo.engine.backends.tensorrt import TensorRtBackend, TensorRtRunner
 from nnturbo.engine.backends.tensorrt_library import MOST_TILES, Library, keep, mirror_views_of, profile
-from nnturbo.engine.inference import LowConvolution, inference_network, with_low_convolutions, with_shuffles
-from nnturbo.engine.model import read_model, with_classifier
+from nnturbo.engine.model.folder import read_model, with_classifier
+from nnturbo.engine.model.folds import LowConvolution, inference_network, with_low_convolutions, with_shuffles
 from torch import nn
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, write_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
+DEMO = Path(__file__).parents[3] / "examples" / "demo_model"
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,

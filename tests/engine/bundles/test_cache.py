@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nnturbo.engine import Engine, Volume
-from nnturbo.engine import cache as cache_module
 from nnturbo.engine.backends.choose import backends
-from nnturbo.engine.bundle import MANIFEST
+from nnturbo.engine.bundles import cache as cache_module
+from nnturbo.engine.bundles.manifest import MANIFEST
 
 from tests.engine.factory import smooth_scan, write_model
 

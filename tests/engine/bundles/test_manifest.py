@@ -18,15 +18,15 @@ from nnturbo.engine import (
     Volume,
     VolumeError,
     build,
-    compilation,
 )
-from nnturbo.engine import bundle as bundle_module
-from nnturbo.engine.agreement import Agreement, measure_agreement
 from nnturbo.engine.backends.choose import backends
-from nnturbo.engine.bundle import MANIFEST, is_bundle, read_manifest
-from nnturbo.engine.compilation import CALIBRATION_TILES, _calibration_tiles
+from nnturbo.engine.bundles import manifest as bundle_module
+from nnturbo.engine.bundles.manifest import MANIFEST, is_bundle, read_manifest
+from nnturbo.engine.export import build as compilation
+from nnturbo.engine.export.agreement import Agreement, measure_agreement
+from nnturbo.engine.export.build import CALIBRATION_TILES, _calibration_tiles
 from nnturbo.engine.files import sha256
-from nnturbo.engine.model import read_model
+from nnturbo.engine.model.folder import read_model
 
 from tests.engine.factory import multi_task, plans_json, pooled_classifier, smooth_scan, write_model
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnturbo.engine import Engine, Ensemble, cli, read_volume
+from nnturbo.engine import Engine, Ensemble, read_volume
 from nnturbo.engine.cli import main
+from nnturbo.engine.cli import main as cli
 
 from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from tests.engine.factory import write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 COMMAND = "import sys; from nnturbo.engine.cli import main; sys.exit(main(sys.argv[1:]))"
 STREAMS = [

@@ -10,11 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import Engine, EngineOptions, ModelError, Volume, read_volume
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import read_model
-from nnturbo.engine.plans import parse_plan
-from nnturbo.engine.preprocessing import filled_mask, nonzero_box
-from nnturbo.engine.resampling import (
+from nnturbo.engine.export.scripted.path import scan_path, tile_starts, tile_weights, whole_path
+from nnturbo.engine.export.scripted.preprocessing import filled, occupied_box
+from nnturbo.engine.export.scripted.resampling import ScriptResampling, resample_rows
+from nnturbo.engine.export.scripted.resampling import spline_operator as script_spline_operator
+from nnturbo.engine.export.scripted.resampling import torch_operator as script_torch_operator
+from nnturbo.engine.export.scripted.resampling import value_range as script_value_range
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box
+from nnturbo.engine.pipeline.resampling import (
     GridMap,
     Resampling,
     prefilter,
@@ -23,18 +29,12 @@ from nnturbo.engine.resampling import (
     torch_operator,
     value_range,
 )
-from nnturbo.engine.script_preprocessing import filled, occupied_box
-from nnturbo.engine.script_resampling import ScriptResampling, resample_rows
-from nnturbo.engine.script_resampling import spline_operator as script_spline_operator
-from nnturbo.engine.script_resampling import torch_operator as script_torch_operator
-from nnturbo.engine.script_resampling import value_range as script_value_range
-from nnturbo.engine.sliding_window import axis_weights, tile_positions
-from nnturbo.engine.voting import AGGREGATIONS, Votes
-from nnturbo.engine.whole_path import scan_path, tile_starts, tile_weights, whole_path
+from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
+from nnturbo.engine.pipeline.voting import AGGREGATIONS, Votes
 
 from tests.engine.factory import SPLINE, dataset_json, multi_task, plans_2d, plans_json, smooth_scan, write_model
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 TRAINED_MODEL = SHARED / "models" / "Dataset501_Abdomen" / "nnUNetTrainer__smallPlans__3d_fullres"
 SPACING = (3.0, 1.2, 1.3)
 

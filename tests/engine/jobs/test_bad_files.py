@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from nnturbo.engine.cli import main
 
 from tests.engine.factory import smooth_scan, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 GOOD = 90
 

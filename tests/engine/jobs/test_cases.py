@@ -4,13 +4,13 @@ import logging
 
 import pytest
 from nnturbo.engine import ModelError, VolumeError
-from nnturbo.engine.cases import find_cases
-from nnturbo.engine.model import read_model
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.scans.volume import read_volume
 
 from tests.engine.factory import write_model
-from tests.engine.test_batch import write_scan
-from tests.engine.test_dicom import write_series
+from tests.engine.jobs.test_run import write_scan
+from tests.engine.scans.test_dicom import write_series
 
 
 def test_files_that_macos_leaves_are_no_scans(scans):

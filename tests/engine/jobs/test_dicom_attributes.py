@@ -10,15 +10,15 @@ from highdicom import _standard_utils
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import VolumeError
-from nnturbo.engine.dicom_attributes import read_source_images
-from nnturbo.engine.dicom_seg import write_dicom_seg
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.jobs.dicom_attributes import read_source_images
+from nnturbo.engine.jobs.dicom_seg import write_dicom_seg
+from nnturbo.engine.scans.volume import read_volume
 from pydicom.datadict import dictionary_VR
 
-from tests.engine.test_dicom import TILTED, UID, write_slice
-from tests.engine.test_dicom_files import capture, directory, localizer
-from tests.engine.test_dicom_pixels import replace_value
-from tests.engine.test_dicom_seg import labelled, read_with_dcmqi
+from tests.engine.jobs.test_dicom_seg import labelled, read_with_dcmqi
+from tests.engine.scans.test_dicom import TILTED, UID, write_slice
+from tests.engine.scans.test_dicom_files import capture, directory, localizer
+from tests.engine.scans.test_dicom_pixels import replace_value
 
 SHAPE = (3, 12, 14)
 TYPE_2 = (

@@ -11,16 +11,16 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from nnturbo.engine import BackendUnavailable, OutputError, VolumeError
-from nnturbo.engine.cases import CaseFiles, find_cases
 from nnturbo.engine.cli import main
-from nnturbo.engine.dicom_seg import write_dicom_seg
-from nnturbo.engine.jobs import Job
-from nnturbo.engine.plans import LabelScheme
-from nnturbo.engine.prediction import Prediction
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.jobs.cases import CaseFiles, find_cases
+from nnturbo.engine.jobs.dicom_seg import write_dicom_seg
+from nnturbo.engine.jobs.job import Job
+from nnturbo.engine.model.plans import LabelScheme
+from nnturbo.engine.pipeline.prediction import Prediction
+from nnturbo.engine.scans.volume import read_volume
 
 from tests.engine.factory import smooth_scan, write_model
-from tests.engine.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
+from tests.engine.scans.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
 
 SAGITTAL = (0, 1, 0, 0, 0, -1)
 FRAME = {"FrameOfReferenceUID": f"{UID}.7", "BitsStored": 16, "HighBit": 15}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.engine.factory import multi_task, plans_json, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 CASES = 40
 JOB = """

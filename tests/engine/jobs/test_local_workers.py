@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from nnturbo.engine import ModelError
 from nnturbo.engine import engine as engine_module
-from nnturbo.engine import pool as pool_module
-from nnturbo.engine.batch import predict_cases, run_job
-from nnturbo.engine.cases import find_cases
-from nnturbo.engine.jobs import Job, load_predictor
-from nnturbo.engine.pool import Pool
-from nnturbo.engine.workers import Loading, Place, local_places, serve
+from nnturbo.engine.jobs import local_workers as pool_module
+from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.jobs.job import Job, load_predictor
+from nnturbo.engine.jobs.local_workers import Pool
+from nnturbo.engine.jobs.run import predict_cases, run_job
+from nnturbo.engine.jobs.worker import Loading, Place, local_places, serve
 
 from tests.engine.factory import write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 ARGUMENTS = {"mirror": False, "backend": "torch"}
 PLACES = [Place("cpu", (core,)) for core in sorted(os.sched_getaffinity(0))[:2]] * 2

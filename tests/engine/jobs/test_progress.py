@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from nnturbo.engine.progress import JsonLog, ProgressLine
+from nnturbo.engine.jobs.progress import JsonLog, ProgressLine
 
 
 class Terminal(io.StringIO):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from nnturbo.engine import BackendUnavailable, ModelError
-from nnturbo.engine.batch import run_job
-from nnturbo.engine.cases import find_cases
 from nnturbo.engine.cli import main
-from nnturbo.engine.jobs import Job
-from nnturbo.engine.workers import Loading
+from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.jobs.job import Job
+from nnturbo.engine.jobs.run import run_job
+from nnturbo.engine.jobs.worker import Loading
 
 from tests.engine.factory import write_model
-from tests.engine.test_batch import write_scan
-from tests.engine.test_pool import labels
+from tests.engine.jobs.test_local_workers import labels
+from tests.engine.jobs.test_run import write_scan
 
 ray = pytest.importorskip("ray", reason="needs Ray")
 pytestmark = [
@@ -56,7 +56,7 @@ def scans(tmp_path):
 
 
 def crew(address, model, out, **more):
-    from nnturbo.engine.cluster import Cluster
+    from nnturbo.engine.jobs.ray_workers import Cluster
 
     loading = Loading(models=(str(model),), arguments=ARGUMENTS)
     return Cluster(address, loading, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})

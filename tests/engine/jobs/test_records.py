@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nnturbo.engine import OutputError
-from nnturbo.engine.journal import DONE, FAILED, KEPT, WRITING, Fingerprint, Journal, Record, Standing
-from nnturbo.engine.volume import Geometry, write_segmentation
+from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, Fingerprint, Journal, Record, Standing
+from nnturbo.engine.scans.volume import Geometry, write_segmentation
 
 MADE_OF = {"models": [{"source": {"fold_0": "hash"}}], "inputs": {"a": [["a", 1, 2]]}}
 OTHER = {**MADE_OF, "inputs": {"a": [["a", 1, 3]]}}

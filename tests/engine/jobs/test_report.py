@@ -11,11 +11,11 @@ import SimpleITK as sitk
 from nnturbo.engine import VolumeError
 from nnturbo.engine.cli import main
 from nnturbo.engine.files import write_json
-from nnturbo.engine.journal import DONE, FAILED, Journal, Record
-from nnturbo.engine.report import write_report
+from nnturbo.engine.jobs.records import DONE, FAILED, Journal, Record
+from nnturbo.engine.jobs.report import write_report
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
-from tests.engine.test_batch import write_scan
+from tests.engine.jobs.test_run import write_scan
 
 pytest.importorskip("PIL", reason="needs Pillow")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from nnturbo.engine import Engine, Ensemble, Volume
-from nnturbo.engine.batch import predict_cases
-from nnturbo.engine.cases import find_cases
 from nnturbo.engine.files import write_json
-from nnturbo.engine.jobs import Job
+from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.jobs.job import Job
+from nnturbo.engine.jobs.run import predict_cases
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
-from tests.engine.test_batch import fill_disk_at, read_records, write_scan
+from tests.engine.jobs.test_run import fill_disk_at, read_records, write_scan
 
 
 @pytest.fixture(scope="module")

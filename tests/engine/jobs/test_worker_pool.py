@@ -4,12 +4,12 @@ import random
 
 import pytest
 from nnturbo.engine import EngineError, ModelError, OutputError, PredictionError
-from nnturbo.engine.batch import run_job
-from nnturbo.engine.cases import CaseFiles
-from nnturbo.engine.crew import Hand, SharedCrew, throttled
 from nnturbo.engine.errors import DeviceLost
-from nnturbo.engine.jobs import About, Job
-from nnturbo.engine.journal import DONE, FAILED, Fingerprint, Record
+from nnturbo.engine.jobs.cases import CaseFiles
+from nnturbo.engine.jobs.job import About, Job
+from nnturbo.engine.jobs.records import DONE, FAILED, Fingerprint, Record
+from nnturbo.engine.jobs.run import run_job
+from nnturbo.engine.jobs.worker_pool import Hand, SharedCrew, throttled
 
 ABOUT = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from nnturbo.engine import CheckpointError, Classification, Engine, EngineOptions, ModelError, PredictionError, Volume
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.classification import ClassificationScheme
-from nnturbo.engine.model import read_model
-from nnturbo.engine.sliding_window import SlidingWindow, mirror_views, predict_logits
-from nnturbo.engine.timing import Timings
-from nnturbo.engine.voting import Votes
+from nnturbo.engine.model.classification import ClassificationScheme
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.pipeline.sliding_window import SlidingWindow, mirror_views, predict_logits
+from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.voting import Votes
 
 from tests.engine.factory import (
     dataset_json,
@@ -24,8 +24,8 @@ from tests.engine.factory import (
     smooth_scan,
     write_model,
 )
-from tests.engine.test_model import zipped
-from tests.engine.test_sliding_window import case_of
+from tests.engine.model.test_folder import zipped
+from tests.engine.pipeline.test_sliding_window import case_of
 
 SCHEME = ClassificationScheme(kind="gap_linear", stages=(0,), class_names=("a", "b"), focus_channels=(1,))
 SPACING = (2.0, 1.5, 1.5)
@@ -294,7 +294,7 @@ class TestFittedClassifier:
 
     def test_the_choice_is_logged(self, tmp_path, caplog):
         folder = fitted_model(tmp_path, [pooled_classifier()])
-        with caplog.at_level(logging.INFO, logger="nnturbo.engine.model"):
+        with caplog.at_level(logging.INFO, logger="nnturbo.engine.model.folder"):
             load(folder)
             load(folder, classifier="head")
         assert [message.split(" of ")[0] for message in caplog.messages] == ["classifier lda", "classifier head"]

@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 import torch
-from nnturbo.engine.inference import (
+from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.model.folds import (
     InferenceNetwork,
     LowConvolution,
     Upsampling,
@@ -10,8 +11,7 @@ from nnturbo.engine.inference import (
     with_low_convolutions,
     with_shuffles,
 )
-from nnturbo.engine.model import read_model
-from nnturbo.engine.network import build_network
+from nnturbo.engine.model.network import build_network
 from torch import nn
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, pooled_classifier, write_model

@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import CheckpointError, ModelError
 from nnturbo.engine.backends.torch import TorchRunner
-from nnturbo.engine.classification import ClassificationScheme
-from nnturbo.engine.heads import FocusPooling, LinearClassifier, PooledClassifier, focus_map, make_head
-from nnturbo.engine.inference import InferenceNetwork
-from nnturbo.engine.network import build_network, make_network
-from nnturbo.engine.plans import parse_plan
+from nnturbo.engine.model.classification import ClassificationScheme
+from nnturbo.engine.model.folds import InferenceNetwork
+from nnturbo.engine.model.heads import FocusPooling, LinearClassifier, PooledClassifier, focus_map, make_head
+from nnturbo.engine.model.network import build_network, make_network
+from nnturbo.engine.model.plans import parse_plan
 
 from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, random_weights
-from tests.engine.test_model import changed, places, values
+from tests.engine.model.test_folder import changed, places, values
 
 KINDS = ("gap_linear", "gap_mlp", "attention")
 CHANNELS = (4, 6)

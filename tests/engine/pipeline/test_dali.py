@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, EngineError, EngineOptions, Volume, VolumeError
-from nnturbo.engine.dali import DaliLoader
-from nnturbo.engine.plans import parse_plan
-from nnturbo.engine.preprocessing import preprocess
+from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.pipeline.dali import DaliLoader
+from nnturbo.engine.pipeline.preprocessing import preprocess
 
 from tests.engine.factory import dataset_json, plans_json, smooth_scan, write_model
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnturbo.engine.labels import can_fuse, write_labels
-from nnturbo.engine.resampling import GridMap, Resampling, resample
-from nnturbo.engine.timing import Timings
+from nnturbo.engine.pipeline.labels import can_fuse, write_labels
+from nnturbo.engine.pipeline.resampling import GridMap, Resampling, resample
+from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.kernels import argmax_labels, region_labels
 
 LINEAR = Resampling(function="spline", order=1)

@@ -2,8 +2,14 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Volume, VolumeError
-from nnturbo.engine.plans import ChannelNormalization, parse_plan
-from nnturbo.engine.preprocessing import choose_normalization, filled_mask, nonzero_box, normalize_within, preprocess
+from nnturbo.engine.model.plans import ChannelNormalization, parse_plan
+from nnturbo.engine.pipeline.preprocessing import (
+    choose_normalization,
+    filled_mask,
+    nonzero_box,
+    normalize_within,
+    preprocess,
+)
 from nnturbo.kernels import normalize
 from scipy.ndimage import binary_fill_holes
 

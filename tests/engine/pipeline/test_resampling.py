@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import ModelError
-from nnturbo.engine.resampling import (
+from nnturbo.engine.pipeline.resampling import (
     Resampling,
     parse_resampling,
     resample,

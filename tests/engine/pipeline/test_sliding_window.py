@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.backends import NetworkOutput
-from nnturbo.engine.preprocessing import Case, Normalization
-from nnturbo.engine.resampling import GridMap
-from nnturbo.engine.sliding_window import (
+from nnturbo.engine.pipeline.preprocessing import Case, Normalization
+from nnturbo.engine.pipeline.resampling import GridMap
+from nnturbo.engine.pipeline.sliding_window import (
     SlidingWindow,
     axis_weights,
     gaussian,
@@ -16,7 +16,7 @@ from nnturbo.engine.sliding_window import (
     predict_logits,
     tile_positions,
 )
-from nnturbo.engine.timing import Timings
+from nnturbo.engine.pipeline.timing import Timings
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from nnturbo.engine import dicom, dicom_compression, dicom_header
 from nnturbo.engine.errors import VolumeError
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans import dicom, dicom_compression, dicom_header
+from nnturbo.engine.scans.volume import read_volume
 
-REAL_SERIES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom_ct"
+REAL_SERIES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "dicom_ct"
 UID = "1.2.826.0.1.3680043.2.1125.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -202,7 +202,7 @@ def assert_equal(volume, image):
 class TestWarnings:
     def test_missing_slices_are_named(self, tmp_path, caplog):
         folder = write_series(tmp_path / "ct", positions=(0, 1, 2, 5, 6, 7, 9))
-        with caplog.at_level(logging.WARNING, "nnturbo.engine.volume"):
+        with caplog.at_level(logging.WARNING, "nnturbo.engine.scans.volume"):
             volume = read_volume(folder)
         (warning,) = volume.warnings
         assert "usually 2.5 mm" in warning

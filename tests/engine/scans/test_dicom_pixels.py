@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import VolumeError
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans.volume import read_volume
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut
 
-from tests.engine.test_dicom import CT, write_slice
+from tests.engine.scans.test_dicom import CT, write_slice
 
 MR, PET = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128"
 EXPLICIT = "1.2.840.10008.1.2.1"

@@ -6,10 +6,10 @@ import sys
 import threading
 
 import pytest
-from nnturbo.engine.itk import _FirstRead
+from nnturbo.engine.scans.itk import _FirstRead
 
-from tests.engine.test_batch import write_scan
-from tests.engine.test_dicom import write_series
+from tests.engine.jobs.test_run import write_scan
+from tests.engine.scans.test_dicom import write_series
 
 READ_AT_ONCE = """
 import sys, threading

@@ -13,11 +13,11 @@ import pytest
 import SimpleITK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nnturbo.engine import image_file, itk
 from nnturbo.engine.errors import VolumeError
-from nnturbo.engine.volume import Volume, read_volume
+from nnturbo.engine.scans import image_file, itk
+from nnturbo.engine.scans.volume import Volume, read_volume
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 SHAPE = (20, 30, 40)
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
 

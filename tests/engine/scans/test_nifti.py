@@ -11,9 +11,9 @@ import SimpleITK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import OutputError, VolumeError
-from nnturbo.engine.image_file import is_whole
-from nnturbo.engine.nifti import NIBABEL_READERS
-from nnturbo.engine.volume import Geometry, read_volume, restore_orientation, write_segmentation
+from nnturbo.engine.scans.image_file import is_whole
+from nnturbo.engine.scans.nifti import NIBABEL_READERS
+from nnturbo.engine.scans.volume import Geometry, read_volume, restore_orientation, write_segmentation
 
 stock = pytest.importorskip("nnunetv2.imageio.nibabel_reader_writer", reason="nnU-Net's own readers are the oracle")
 
@@ -329,7 +329,7 @@ class TestRefusals:
 
     def test_what_this_machine_cannot_hold(self, tmp_path, monkeypatch):
         (tmp_path / "v.nii").write_bytes(nifti())
-        monkeypatch.setattr("nnturbo.engine.itk.os.sysconf", {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 10}.get)
+        monkeypatch.setattr("nnturbo.engine.scans.itk.os.sysconf", {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 10}.get)
         with pytest.raises(VolumeError, match="a scan must fit into memory"):
             read_volume(tmp_path / "v.nii", reader="NibabelIO")
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nnturbo.engine import Engine, pictures
+from nnturbo.engine import Engine
 from nnturbo.engine.errors import BackendUnavailable, OutputError, VolumeError
-from nnturbo.engine.image_file import is_whole
-from nnturbo.engine.label_file import second_file
-from nnturbo.engine.volume import Geometry, Volume, read_volume, write_segmentation
+from nnturbo.engine.scans import pictures
+from nnturbo.engine.scans.image_file import is_whole
+from nnturbo.engine.scans.label_file import second_file
+from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
 
 from tests.engine.factory import plans_json, write_model
 

@@ -11,11 +11,11 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from nnturbo.engine import volume as volume_module
 from nnturbo.engine.errors import OutputError, VolumeError
-from nnturbo.engine.volume import Geometry, Volume, read_volume, restore_orientation, write_segmentation
+from nnturbo.engine.scans import volume as volume_module
+from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, restore_orientation, write_segmentation
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 SIGNED_PERMUTATIONS = [
     tuple((np.eye(3)[list(order)] * np.array(signs)).ravel())
@@ -201,7 +201,7 @@ class TestReadVolume:
         image = nibabel.Nifti1Image(ramp(), np.diag([1.0, 1, 1, 1]))
         image.header.set_zooms((1, 1, 3))  # and the sform keeps 1 mm
         nibabel.save(image, tmp_path / "v.nii.gz")
-        with caplog.at_level(logging.WARNING, "nnturbo.engine.volume"):
+        with caplog.at_level(logging.WARNING, "nnturbo.engine.scans.volume"):
             volume = read_volume(tmp_path / "v.nii.gz")
         assert volume.geometry.spacing == (3, 1, 1)
         assert "1 x 1 x 3 mm (pixdim) and 1 x 1 x 1 mm (sform)" in volume.warnings[0]

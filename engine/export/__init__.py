@@ -1,0 +1,1 @@
+"""Building bundles, and the whole path as one file."""

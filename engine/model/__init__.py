@@ -1,0 +1,1 @@
+"""What nnU-Net trained, read safely: plans, checkpoints, networks."""

@@ -1,0 +1,1 @@
+"""Files in: scans as nnU-Net's readers see them, and labels out."""
