@@ -48,7 +48,7 @@ start = time.perf_counter()
 import torch
 from pathlib import Path
 from nnturbo.engine.backends.choose import backends
-from nnturbo.engine.bundle import bundle_model, read_manifest
+from nnturbo.engine.bundles.manifest import bundle_model, read_manifest
 imported = time.perf_counter()
 folder = Path(sys.argv[1])
 manifest = read_manifest(folder)

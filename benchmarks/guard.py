@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nnturbo.engine.bundles.manifest import source_hashes
-from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT
 from nnturbo.engine.model.folder import read_model
+from nnturbo.engine.options import DEFAULT_CHECKPOINT
 
 from .backends import build, eager, load, tile_of
 from .report import run_measured, write_report

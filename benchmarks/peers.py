@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnturbo.engine.backends import Runner
-from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT, open_model
+from nnturbo.engine.bundles.opening import open_model
 from nnturbo.engine.errors import BackendUnavailable
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import InferenceNetwork, inference_network
+from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.engine.pipeline.preprocessing import Case, preprocess
 from nnturbo.engine.pipeline.sliding_window import (
     SlidingWindow,

@@ -26,10 +26,10 @@ import SimpleITK as sitk
 import torch
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles.manifest import source_hashes
-from nnturbo.engine.bundles.opening import DEFAULT_CHECKPOINT
 from nnturbo.engine.errors import BackendUnavailable
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.engine.pipeline.preprocessing import preprocess
 from nnturbo.engine.pipeline.sliding_window import SlidingWindow, mirror_views
 from nnturbo.engine.scans.volume import read_volume
@@ -63,11 +63,11 @@ predictor = nnUNetPredictor(use_mirroring=mirror == "1", device=torch.device(dev
 predictor.initialize_from_trained_model_folder(model, (0,))
 plans, configuration, dataset = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
 if operators == "ours":
-    from nnturbo.engine.labels import segment
-    from nnturbo.engine.model import read_model
-    from nnturbo.engine.preprocessing import preprocess
-    from nnturbo.engine.timing import Timings
-    from nnturbo.engine.volume import read_volume, write_segmentation
+    from nnturbo.engine.pipeline.labels import segment
+    from nnturbo.engine.model.folder import read_model
+    from nnturbo.engine.pipeline.preprocessing import preprocess
+    from nnturbo.engine.pipeline.timing import Timings
+    from nnturbo.engine.scans.volume import read_volume, write_segmentation
     plan = read_model(Path(model), folds=["0"]).plan
     begun = time.perf_counter()
     volume = read_volume(scan, channels=1)

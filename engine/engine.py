@@ -19,11 +19,11 @@ import torch
 
 from .backends import Runner
 from .bundles.manifest import is_bundle
-from .bundles.opening import DEFAULT_CHECKPOINT, open_bundle, open_model, views_of
+from .bundles.opening import open_bundle, open_model, views_of
 from .errors import EngineError, PredictionError, VolumeError
 from .model.folder import Model, read_model, with_classifier
 from .model.plan_classes import remarks_on
-from .options import EngineOptions
+from .options import DEFAULT_CHECKPOINT, EngineOptions
 from .overlap import overlapped
 from .pipeline.labels import segment
 from .pipeline.prediction import Prediction

@@ -1,18 +1,19 @@
-"""What of an engine rarely needs changing."""
+"""What can be chosen, and options that rarely need changing. It imports nothing, so that commands start at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .pipeline.voting import AGGREGATIONS
-
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOADERS = ("exact", "dali", "dali-linear")
 CLASSIFIERS = ("auto", "head", "lda")
+AGGREGATIONS = ("foreground", "mean")
+DEFAULT_CHECKPOINT = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What rarely needs changing.
+    """Options of an engine that rarely need changing.
 
     Args:
         views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take

@@ -8,6 +8,7 @@ import torch
 
 from ..backends import Backend
 from ..errors import BackendUnavailable
+from ..options import PRECISIONS
 from .inductor import InductorBackend
 from .native import NativeBackend
 from .onnx import OnnxBackend
@@ -18,8 +19,6 @@ from .torch_tensorrt import TorchTensorRtBackend
 from .torchscript import TorchScriptBackend
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
 """What "auto" tries on each kind of device, in this order; the others are for those who ask for them."""

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from ..backends import Backend
-from ..backends.choose import PRECISIONS, backends
+from ..backends.choose import backends
 from ..errors import BackendUnavailable, BundleError, EngineError, OutputError
 from ..files import sha256, write_json
 from ..model.folder import Model
 from ..model.plans import parse_plan
+from ..options import PRECISIONS
 
 SCHEMA = 1
 MANIFEST = "engine.json"

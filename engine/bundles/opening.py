@@ -14,12 +14,11 @@ from ..backends import Backend, Runner
 from ..backends.choose import choose_backend, choose_device, choose_precision, usable_backends
 from ..errors import BackendUnavailable, BundleError, EngineError
 from ..model.folder import Model
+from ..options import DEFAULT_CHECKPOINT
 from ..pipeline.sliding_window import mirror_views
 from .manifest import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CHECKPOINT = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

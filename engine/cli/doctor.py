@@ -1,11 +1,15 @@
-"""What this machine offers to nnturbo."""
+"""`nnturbo doctor`: what this machine offers."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
+
+from .output import say_rows
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
@@ -27,8 +31,21 @@ PACKAGES = (
     "torch-tensorrt",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
+    "imageio",
+    "tifffile",
+    "highdicom",
     "ray",
 )
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare `nnturbo doctor`."""
+    doctor = commands.add_parser("doctor", help="say what this machine offers")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return say_rows(examine())
 
 
 def examine() -> list[tuple[str, str]]:

@@ -1,19 +1,31 @@
-"""What is in a model or bundle, and how it can run here."""
+"""`nnturbo inspect`: what is in a model or bundle, and how it can run here."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..options import PRECISIONS
+from .output import say_rows
 
-from ..backends.choose import PRECISIONS, backends, choose_backend, choose_device
-from ..bundles.manifest import Manifest, bundle_model, check_machine, is_bundle, read_manifest
-from ..errors import BackendUnavailable, BundleError
-from ..export.agreement import Agreement
-from ..model.folder import Model, read_model
-from ..model.folds import inference_network
-from ..model.plans import Architecture
+if TYPE_CHECKING:
+    from ..bundles.manifest import Manifest
+    from ..model.folder import Model
+    from ..model.plans import Architecture
+
+
+def add_inspect(commands: Any) -> None:
+    """Declare `nnturbo inspect`."""
+    inspect = commands.add_parser("inspect", help="say what is in a model or bundle and how it can run here")
+    inspect.add_argument("model", help="model folder, nnU-Net export zip, or bundle")
+    inspect.add_argument("-c", dest="configuration", help="configuration to take from a zip that holds several")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    return say_rows(describe(options.model, options.configuration))
 
 
 def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tuple[str, str]]:
@@ -29,6 +41,10 @@ def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tu
     Raises:
         ModelError: Where it cannot be used.
     """
+    from ..bundles.manifest import bundle_model, is_bundle, read_manifest
+    from ..model.folder import read_model
+    from ..model.folds import inference_network
+
     if is_bundle(path):
         manifest = read_manifest(Path(path))
         model_rows = _model_rows(bundle_model(manifest, Path(path)))
@@ -66,6 +82,8 @@ def _model_rows(model: Model) -> list[tuple[str, str]]:
 
 
 def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    from ..export.agreement import Agreement
+
     agreement = "not measured: no scans to compare on, or built for a GPU that was not there"
     if manifest.agreement is not None:
         agreement = str(Agreement.parse(manifest.agreement))
@@ -82,6 +100,10 @@ def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _runs_here(manifest: Manifest, folder: Path) -> str:
     """Whether a bundle runs on this machine, and if not, why."""
+    from ..backends.choose import choose_backend, choose_device
+    from ..bundles.manifest import check_machine
+    from ..errors import BackendUnavailable, BundleError
+
     try:
         device = choose_device(manifest.machine.get("device", "cpu"))
         backend = choose_backend(manifest.backend, device, manifest.precision)
@@ -93,6 +115,10 @@ def _runs_here(manifest: Manifest, folder: Path) -> str:
 
 def _backend_rows() -> list[tuple[str, str]]:
     """Which backends run here, in which precision, and why not."""
+    import torch
+
+    from ..backends.choose import backends
+
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     reasons = {
         f"{backend.name} {device} {precision}": backend.unavailable(device, precision)

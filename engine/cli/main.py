@@ -7,13 +7,13 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from .predict import AGGREGATIONS, CLASSIFIERS, DONE, PRECISIONS, UNUSABLE, add_predict, add_view, say
-
-PHANTOMS, PHANTOM_SEED = 4, 11
-"""What lower precision is measured on where no scans are given."""
+from .build import add_build
+from .doctor import add_doctor
+from .inspect import add_inspect
+from .output import UNUSABLE, say
+from .predict import add_predict
+from .view import add_view
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,13 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict(commands)
     add_view(commands)
-    _add_build(commands)
-    inspect = commands.add_parser("inspect", help="say what is in a model or bundle and how it can run here")
-    inspect.add_argument("model", help="model folder, nnU-Net export zip, or bundle")
-    inspect.add_argument("-c", dest="configuration", help="configuration to take from a zip that holds several")
-    inspect.set_defaults(run=_inspect)
-    doctor = commands.add_parser("doctor", help="say what this machine offers")
-    doctor.set_defaults(run=_doctor)
+    add_build(commands)
+    add_inspect(commands)
+    add_doctor(commands)
     # The command line is the one place above engine, training and benchmarks; what is imported here is light.
     from ...benchmarks.cli import add_benchmark
     from ...training.cli import add_commands
@@ -65,127 +61,3 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     add_benchmark(commands)
     return parser
-
-
-def _add_build(commands: Any) -> None:
-    build = commands.add_parser(
-        "build",
-        help="compile a model into a bundle",
-        description="Below fp32, the bundle's labels are compared with those of fp32 first, on the calibration scans "
-        "or, for CT models without any, on generated phantoms; where they agree too little there is no bundle.",
-    )
-    add = build.add_argument
-    add("-m", required=True, metavar="MODEL", help="model folder or nnU-Net export zip")
-    add("-o", required=True, metavar="BUNDLE", help="folder for the bundle, which must not exist, or file")
-    add("-c", metavar="CONFIGURATION", help="configuration, with a zip that holds several")
-    add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
-    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
-    add("-device", default="auto", help="what to build for: auto, cpu or cuda (default: %(default)s)")
-    add("--backend", default="auto", help="what to compile for; nnturbo inspect lists them (default: %(default)s)")
-    add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(default: %(default)s)")
-    add("--classifier", default="auto", choices=CLASSIFIERS, help="as in predict (default: %(default)s)")
-    add("--aggregation", default="foreground", choices=AGGREGATIONS, help="as in predict, with --whole-path")
-    add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
-    add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
-    add(
-        "--compute-capability",
-        nargs="+",
-        default=[],
-        metavar="X.Y",
-        help="GPUs that are not here, such as 8.6 12.0, to build TensorRT engines for",
-    )
-    add(
-        "--whole-path",
-        action="store_true",
-        help="write one TorchScript file from scan to labels, for programs with nothing but torch, no bundle",
-    )
-    add("--verbose", action="store_true", help="say what was chosen")
-    build.set_defaults(run=_build)
-
-
-def _build(options: argparse.Namespace) -> int:
-    from ..export.build import build, build_whole_path
-    from .inspect import describe
-
-    if options.whole_path:
-        given = {"--backend": options.backend != "auto", "--precision": options.precision not in ("auto", "fp32")}
-        given |= {"--calibration": options.calibration is not None, "--floor": options.floor is not None}
-        if wrong := [flag for flag, is_given in given.items() if is_given]:
-            raise ValueError(f"--whole-path is TorchScript in fp32, {', '.join(wrong)} cannot be chosen")
-        build_whole_path(
-            options.m,
-            options.o,
-            device=options.device,
-            folds=options.f,
-            checkpoint=options.chk,
-            configuration=options.c,
-            classifier=options.classifier,
-            aggregation=options.aggregation,
-        )
-        return DONE
-    with contextlib.ExitStack() as stack:
-        calibration, name = _calibration(options, stack)
-        build(
-            options.m,
-            options.o,
-            backend=options.backend,
-            precision=options.precision,
-            device=options.device,
-            folds=options.f,
-            checkpoint=options.chk,
-            configuration=options.c,
-            classifier=options.classifier,
-            calibration=calibration,
-            calibration_name=name,
-            floor=options.floor,
-            compute_capabilities=options.compute_capability,
-        )
-    return _say_rows(describe(options.o, None))
-
-
-def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
-    """Find the scans to calibrate with; phantoms where none are given and labels may change."""
-    from ..backends.choose import choose_device, choose_precision
-    from ..model.folder import read_model
-
-    plan = read_model(options.m, folds=options.f, checkpoint=options.chk, configuration=options.c).plan
-    if options.calibration is not None:
-        from ..jobs.cases import find_cases
-
-        if not Path(options.calibration).is_dir():
-            raise ValueError(f"--calibration must be a folder of scans, {options.calibration} is none")
-        cases = find_cases(Path(options.calibration), plan.file_ending)
-        return [case.images for case in cases], "calibration scans"
-    if choose_precision(options.precision, choose_device(options.device)) == "fp32" or options.compute_capability:
-        return [], ""
-    if [channel.scheme for channel in plan.channels] != ["CTNormalization"]:
-        raise ValueError(
-            f"{options.precision} changes some labels, and a bundle says how many: give scans to measure it on as "
-            "--calibration FOLDER. Phantoms stand in for CT alone"
-        )
-    import tempfile
-
-    from ...training.phantom import SMALL_SETTINGS, write_dataset
-
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nnturbo-"))
-    phantoms = write_dataset(folder, counts={"test": PHANTOMS}, seed=PHANTOM_SEED, settings=SMALL_SETTINGS)
-    return [phantom.image for phantom in phantoms], "generated phantoms"
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from .inspect import describe
-
-    return _say_rows(describe(options.model, options.configuration))
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import examine
-
-    return _say_rows(examine())
-
-
-def _say_rows(rows: Sequence[tuple[str, str]]) -> int:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        say(f"{name:{width}}  {value}")
-    return DONE

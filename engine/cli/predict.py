@@ -11,34 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, LOADERS, PRECISIONS
+from .output import DONE, SOME_FAILED, say
+
 if TYPE_CHECKING:
     from ..jobs.cases import CaseFiles
     from ..jobs.job import Job
     from ..jobs.run import Outcome
 
-DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
 MOST_NAMES = 10
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # as in backends.choose, which imports torch
-CLASSIFIERS = ("auto", "head", "lda")
-AGGREGATIONS = ("foreground", "mean")
-LOADERS = ("exact", "dali", "dali-linear")
-
-
-def say(text: str, stream: Any = None) -> None:
-    """Print a line, if anybody can read it: no job is lost to a pipe that was closed or a disk that is full."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, file=stream, flush=True)
-    except (OSError, ValueError):
-        _give_up(stream)
-
-
-def _give_up(stream: Any) -> None:
-    """Send what else goes to a stream nowhere: what it holds would be tried once more when the process ends."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def add_predict(commands: Any) -> None:
@@ -69,7 +50,7 @@ def add_predict(commands: Any) -> None:
     add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
     add("-c", metavar="CONFIGURATION", help="configuration, with -d or with a zip that holds several")
     add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
-    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add("-chk", default=DEFAULT_CHECKPOINT, metavar="FILE", help="checkpoint file (default: %(default)s)")
     add(
         "-step_size",
         type=float,
@@ -159,29 +140,6 @@ def add_predict(commands: Any) -> None:
     )
     add("--cores", type=int, default=4, help="CPU cores of each process on a cluster (default: %(default)s)")
     predict.set_defaults(run=_predict)
-
-
-def add_view(commands: Any) -> None:
-    """Declare `nnturbo view`."""
-    view = commands.add_parser("view", help="show one case of a folder of predictions in the browser")
-    view.add_argument("folder", help="output folder of nnturbo predict")
-    view.add_argument("case", help="name of the case")
-    view.add_argument("-o", metavar="FILE", help="write the page there, and open no browser")
-    view.set_defaults(run=_view)
-
-
-def _view(options: argparse.Namespace) -> int:
-    import tempfile
-    import webbrowser
-
-    from ..jobs.report import write_report
-
-    page = Path(options.o or Path(tempfile.mkdtemp(prefix="nnturbo-")) / f"{options.case}.html").absolute()
-    write_report(Path(options.folder), page, only=options.case)
-    say(str(page))
-    if options.o is None and not webbrowser.open(page.as_uri()):
-        say("nnturbo: no browser was found; open the page yourself", sys.stderr)
-    return DONE
 
 
 def _predict(options: argparse.Namespace) -> int:

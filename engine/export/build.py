@@ -33,7 +33,7 @@ from ..engine import Engine, Image
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
-from ..options import EngineOptions
+from ..options import DEFAULT_CHECKPOINT, EngineOptions
 from ..pipeline.sliding_window import SlidingWindow
 from .agreement import Agreement, measure_agreement
 
@@ -56,7 +56,7 @@ def build(
     precision: str = "auto",
     device: str = "auto",
     folds: Sequence[int | str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = DEFAULT_CHECKPOINT,
     configuration: str | None = None,
     classifier: str = "auto",
     calibration: Sequence[Image] = (),
@@ -232,7 +232,7 @@ def build_whole_path(
     *,
     device: str = "auto",
     folds: Sequence[int | str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = DEFAULT_CHECKPOINT,
     configuration: str | None = None,
     classifier: str = "auto",
     aggregation: str = "foreground",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ModelError
+from ..options import DEFAULT_CHECKPOINT
 from .heads import PooledClassifier
 from .plan_classes import remarks_on
 from .plans import Plan, parse_plan
@@ -91,7 +92,7 @@ def read_model(
     path: str | os.PathLike[str],
     *,
     folds: Sequence[int | str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = DEFAULT_CHECKPOINT,
     configuration: str | None = None,
 ) -> Model:
     """Read a model folder (`plans.json`, `dataset.json`, `fold_*/`) or an nnU-Net export zip.

@@ -10,8 +10,6 @@ from ..errors import PredictionError
 from ..model.classification import Classification, ClassificationScheme
 from ..model.heads import focus_map
 
-AGGREGATIONS = ("foreground", "mean")
-
 
 class Votes:
     """Collects the class logits of all tiles of one case while they run, and weighs them at the end.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...model.plans import Plan
+from ...options import AGGREGATIONS
 from ...pipeline.sliding_window import gaussian, mirror_views
-from ...pipeline.voting import AGGREGATIONS
 from .labels import ScriptLabels
 from .preprocessing import ScriptPreprocessing
 

@@ -11,8 +11,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, Ensemble, read_volume
+from nnturbo.engine.cli import build as build_command
 from nnturbo.engine.cli import main
-from nnturbo.engine.cli import main as cli
+from nnturbo.engine.cli.main import _parser
 
 from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, write_model
 from tests.engine.jobs.test_run import write_scan
@@ -296,10 +297,10 @@ class TestBuild:
         assert "voxels differ from fp32 on 4 calibration scans; Dice pancreas 1.0000, lesion 1.0000" in said
 
     def test_phantoms_stand_in_for_ct(self, model, tmp_path, monkeypatch):
-        monkeypatch.setattr(cli, "PHANTOMS", 1)
+        monkeypatch.setattr(build_command, "PHANTOMS", 1)
         arguments = ["build", "-m", str(model), "-o", str(tmp_path / "b"), "--precision", "bf16"]
         with contextlib.ExitStack() as stack:
-            scans, name = cli._calibration(cli._parser().parse_args(arguments), stack)
+            scans, name = build_command._calibration(_parser().parse_args(arguments), stack)
             assert name == "generated phantoms"
             (phantom,) = [read_volume(scan, channels=1) for scan in scans]
             assert phantom.array.min() < -100 < 200 < phantom.array.max()  # fat to beyond soft tissue
@@ -307,7 +308,7 @@ class TestBuild:
 
     def test_fp32_needs_no_scans(self, model, tmp_path):
         arguments = ["build", "-m", str(model), "-o", str(tmp_path / "b")]
-        assert cli._calibration(cli._parser().parse_args(arguments), contextlib.ExitStack()) == ([], "")
+        assert build_command._calibration(_parser().parse_args(arguments), contextlib.ExitStack()) == ([], "")
 
     def test_but_not_for_mr(self, tmp_path, capsys):
         mr = write_model(tmp_path / "mr", plans=plans_json(normalization_schemes=["ZScoreNormalization"]))

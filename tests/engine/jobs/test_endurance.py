@@ -19,9 +19,9 @@ CASES = 40
 JOB = """
 import sys, time
 from pathlib import Path
-from nnturbo.engine.batch import predict_cases
-from nnturbo.engine.jobs import Job, load_predictor
-from nnturbo.engine.cases import find_cases
+from nnturbo.engine.jobs.run import predict_cases
+from nnturbo.engine.jobs.job import Job, load_predictor
+from nnturbo.engine.jobs.cases import find_cases
 
 model, scans, out, resume = sys.argv[1:]
 engine = load_predictor([model], device="cpu", mirror=False, backend="torch")
@@ -35,9 +35,9 @@ print(time.monotonic() - began, len(outcome.done), len(outcome.skipped), flush=T
 MANY = """
 import gc, os, sys
 from pathlib import Path
-from nnturbo.engine.batch import predict_cases
-from nnturbo.engine.jobs import Job, load_predictor
-from nnturbo.engine.cases import CaseFiles
+from nnturbo.engine.jobs.run import predict_cases
+from nnturbo.engine.jobs.job import Job, load_predictor
+from nnturbo.engine.jobs.cases import CaseFiles
 
 model, scan, out, count = sys.argv[1:]
 engine = load_predictor([model], device="cpu", mirror=False, backend="torch")

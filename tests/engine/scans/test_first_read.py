@@ -13,7 +13,7 @@ from tests.engine.scans.test_dicom import write_series
 
 READ_AT_ONCE = """
 import sys, threading
-from nnturbo.engine.volume import read_volume
+from nnturbo.engine.scans.volume import read_volume
 
 ready = threading.Barrier(2)
 failures = []
