@@ -124,8 +124,8 @@ def kernel_calls(
     device: torch.device, tile: tuple[int, int, int]
 ) -> Iterator[tuple[str, torch.dtype, int, Callable[[Any], Any]]]:
     """Yield name, type, bytes that have to be moved, and a call on real sizes, of every kernel."""
+    from nnturbo.engine.model.mirroring import mirror_views
     from nnturbo.engine.pipeline.resampling import spline_operator
-    from nnturbo.engine.pipeline.sliding_window import mirror_views
 
     views, classes, voxels = mirror_views((0, 1, 2)), 3, math.prod(tile)
     half = torch.float16
@@ -180,8 +180,8 @@ def networks(
     from nnturbo.engine.bundles.manifest import compile_model, describe_machine, new_bundle, plan_bundle
     from nnturbo.engine.model.folder import read_model
     from nnturbo.engine.model.folds import InferenceNetwork
+    from nnturbo.engine.model.mirroring import mirror_views
     from nnturbo.engine.model.network import build_network
-    from nnturbo.engine.pipeline.sliding_window import mirror_views
     from torch.utils.flop_counter import FlopCounterMode
 
     rows: list[dict[str, Any]] = bench.found.setdefault("networks", [])

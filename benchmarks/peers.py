@@ -22,21 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nnturbo.engine.backends import Runner
 from nnturbo.engine.bundles.opening import open_model
 from nnturbo.engine.errors import BackendUnavailable
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import InferenceNetwork, inference_network
+from nnturbo.engine.model.mirroring import View, mirror_views
+from nnturbo.engine.model.runner import Runner
 from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.engine.pipeline.preprocessing import Case, preprocess
-from nnturbo.engine.pipeline.sliding_window import (
-    SlidingWindow,
-    View,
-    gaussian,
-    mirror_views,
-    predict_logits,
-    tile_positions,
-)
+from nnturbo.engine.pipeline.sliding_window import SlidingWindow, gaussian, predict_logits, tile_positions
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.phantom import DEFAULT_SETTINGS, write_dataset

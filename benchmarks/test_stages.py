@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.model.resampling_function import parse_resampling
 from nnturbo.engine.pipeline.labels import segment
 from nnturbo.engine.pipeline.preprocessing import preprocess
-from nnturbo.engine.pipeline.resampling import parse_resampling, resample
+from nnturbo.engine.pipeline.resampling import grid_map, resample
 from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.scans.volume import Volume
@@ -28,7 +29,7 @@ def test_resampling(benchmark, side):
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
     data = smooth_field((1, *SHAPE), 0)
-    grid = parse_resampling("resample_data_or_seg_to_shape", SPLINE).grid_map(SHAPE, NEW_SHAPE, SPACING, NEW_SPACING)
+    grid = grid_map(parse_resampling("resample_data_or_seg_to_shape", SPLINE), SHAPE, NEW_SHAPE, SPACING, NEW_SPACING)
 
     def stock():
         return resample_data_or_seg_to_shape(data.numpy(), NEW_SHAPE, SPACING, NEW_SPACING, **SPLINE)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .backends import Runner
 from .bundles.manifest import is_bundle
-from .bundles.opening import open_bundle, open_model, views_of
+from .bundles.opening import open_bundle, open_model
 from .errors import EngineError, PredictionError, VolumeError
 from .model.folder import Model, read_model, with_classifier
 from .model.plan_classes import remarks_on
+from .model.runner import Runner
 from .options import DEFAULT_CHECKPOINT, EngineOptions
 from .overlap import overlapped
 from .pipeline.labels import segment
@@ -126,7 +126,7 @@ class Engine:
         else:
             read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
             opened = open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
-        views = views_of(opened.model) if mirror else ((),)
+        views = opened.model.views if mirror else ((),)
         window = SlidingWindow.of_plan(
             opened.model.plan,
             tile_step_size=tile_step_size,

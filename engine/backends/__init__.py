@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..model.folder import Model
-
-
-class NetworkOutput(NamedTuple):
-    """What a network says about a batch of tiles.
-
-    Args:
-        seg_logits: (N, K, *patch).
-        class_logits: (N, S), or None for a network without a classification head.
-    """
-
-    seg_logits: Tensor
-    class_logits: Tensor | None = None
-
-
-class Runner(Protocol):
-    """A network, ready to run on its device; averages over the model's folds."""
-
-    def __call__(self, tiles: Tensor) -> NetworkOutput:
-        """Run a batch of tiles, (N, C, *patch) float32 on any device; the output lies on the runner's own."""
-        ...
+from ..model.runner import Runner
 
 
 class Backend(Protocol):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..errors import BackendUnavailable
 from ..model.folder import Model
 from ..model.folds import inference_network, with_low_convolutions
+from ..model.runner import NetworkOutput
 from .torch import DTYPES, exact_float32, on_device, refuse_half_on_cpu
 
 FILE = "network.pt2"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.convolution import Finer, Kernels, channels_last, compile_library, compiler
-from ..backends import NetworkOutput
 from ..errors import BackendUnavailable
 from ..files import cache_root
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, only_spreads, replace_modules
+from ..model.runner import NetworkOutput
 from .torch import TorchBackend
 
 logger = logging.getLogger(__name__)

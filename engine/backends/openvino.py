@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..errors import BackendUnavailable
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network
+from ..model.runner import NetworkOutput
 from .quantization import INT8_FLOOR, quantize
 
 FILE = "network.xml"

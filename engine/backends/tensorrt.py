@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..errors import BackendUnavailable, BundleError, EngineError, PredictionError
 from ..files import sha256
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
+from ..model.runner import NetworkOutput
 from .onnx import INPUT, OUTPUTS, export_onnx
-from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep, mirror_views_of
+from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep
 from .torch import exact_float32, on_device
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class TensorRtBackend:
     def _build_here(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         library = Library(self._package())
         folds = _networks(model, precision)
-        views = mirror_views_of(model)
+        views = len(model.views)
         with tempfile.TemporaryDirectory() as aside:
             exported = [Path(aside) / f"fold_{fold}.onnx" for fold in model.folds]
             for network, path in zip(folds, exported, strict=True):

@@ -17,7 +17,6 @@ from typing import Any
 
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import cache_root, written_atomically
-from ..model.folder import Model
 from .onnx import INPUT
 
 logger = logging.getLogger(__name__)
@@ -195,11 +194,6 @@ class Library:
                     f"{onnx} must hold every weight of the engine beside it: {_sentence(_found_by(parser) + errors)}. "
                     "Build the bundle anew"
                 )
-
-
-def mirror_views_of(model: Model) -> int:
-    """How many tiles come at once on a GPU: all mirror views of one."""
-    return 2 ** len([axis for axis in model.mirror_axes if axis < len(model.plan.patch_size)])
 
 
 def profile(builder: Any, network: Any, usual_tiles: int) -> Any:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..model.folder import Model, read_checkpoint
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
+from ..model.runner import NetworkOutput
 from .cuda_graph import GraphedNetwork
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..errors import BackendUnavailable, BundleError
 from ..model.folder import Model
 from ..model.folds import inference_network, with_low_convolutions, with_shuffles
-from .tensorrt_library import MOST_TILES, cache_file, keep, mirror_views_of
+from ..model.runner import NetworkOutput
+from .tensorrt_library import MOST_TILES, cache_file, keep
 
 FILE = "network.ts"
 PRECISIONS = ("fp16", "fp32")
@@ -82,7 +82,7 @@ class TorchTensorRtBackend:
         # It takes no cache of another GPU or version.
         gpu = torch.cuda.get_device_name(tiles.device).replace(" ", "-")
         kept = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
-        views = mirror_views_of(model)
+        views = len(model.views)
         batch = torch.export.Dim("batch", min=1, max=MOST_TILES)
         with (
             tempfile.TemporaryDirectory() as aside,

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..model.folder import Model
 from ..model.folds import inference_network, with_low_convolutions, with_shuffles
+from ..model.runner import NetworkOutput
 from .torch import DTYPES, exact_float32, refuse_half_on_cpu
 
 FILE = "network.ts"

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..backends import Backend, Runner
+from ..backends import Backend
 from ..backends.choose import choose_backend, choose_device, choose_precision, usable_backends
 from ..errors import BackendUnavailable, BundleError, EngineError
 from ..model.folder import Model
+from ..model.runner import Runner
 from ..options import DEFAULT_CHECKPOINT
-from ..pipeline.sliding_window import mirror_views
 from .manifest import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,3 @@ def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
 
 def _in_words(value: str | list[str]) -> str:
     return value if isinstance(value, str) else ", ".join(value)
-
-
-def views_of(model: Model) -> tuple[tuple[int, ...], ...]:
-    """Mirror views of a model, in the axes (z, y, x) of a 3D tile."""
-    dimensions = len(model.plan.patch_size)
-    return mirror_views([axis + 3 - dimensions for axis in model.mirror_axes if axis < dimensions])

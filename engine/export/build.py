@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Backend, NetworkOutput
+from ..backends import Backend
 from ..backends.choose import choose_device, choose_precision, usable_backends
 from ..backends.openvino import OpenVinoBackend
 from ..backends.quantization import INT8_FLOOR
@@ -33,6 +33,7 @@ from ..engine import Engine, Image
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
+from ..model.runner import NetworkOutput
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
 from ..pipeline.sliding_window import SlidingWindow
 from .agreement import Agreement, measure_agreement

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..files import remove_abandoned, sha256, write_json, written_atomically
-from ..scans.image_file import is_whole
+from ..scans.label_file import is_whole
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ModelError
 from ..options import DEFAULT_CHECKPOINT
 from .heads import PooledClassifier
+from .mirroring import View, mirror_views
 from .plan_classes import remarks_on
 from .plans import Plan, parse_plan
 from .untrusted import is_plain
@@ -76,6 +77,11 @@ class Model:
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
     pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Every mirror view that the model was trained for."""
+        return mirror_views(self.mirror_axes, len(self.plan.patch_size))
 
     @property
     def fitted_folds(self) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from ..pipeline.resampling import Resampling, parse_resampling
 from ..scans.image_header import IMAGE_ENDINGS
 from ..scans.pictures import PICTURE_READERS
 from .classification import ClassificationScheme
+from .resampling_function import Resampling, parse_resampling
 
 NORMALIZATIONS = (
     "CTNormalization",

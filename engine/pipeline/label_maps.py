@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import AxisOperator
-from .resampling import GridMap, Resampling, resample, spline_operator
+from ..model.resampling_function import Resampling
+from .resampling import GridMap, grid_map, resample, spline_operator
 
 NEAR_TIE = 1e-5
 """Scores in float32 that differ by less may be equal in float64."""
@@ -40,7 +41,7 @@ def resample_label_map(
         nnU-Net: resample_data_or_seg and resample_torch_simple with is_seg. Where the coarse axis is resampled on its
         own, it begins from the labels that the others gave, and the spline function takes the majority along it.
     """
-    grid = resampling.grid_map(labels.shape, new_shape, old_spacing, new_spacing)
+    grid = grid_map(resampling, labels.shape, new_shape, old_spacing, new_spacing)
     values = torch.from_numpy(labels.astype(np.float32))
     coarse = resampling.coarse_axis(old_spacing, new_spacing)
     if coarse is None:

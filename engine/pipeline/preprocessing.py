@@ -18,7 +18,7 @@ from ..errors import VolumeError
 from ..model.plans import ChannelNormalization, Plan
 from ..scans.volume import Volume
 from .label_maps import resample_label_map
-from .resampling import GridMap, resample_rows
+from .resampling import GridMap, grid_map, resample_rows
 
 STATISTICS_PLANES = 16
 """Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
@@ -293,7 +293,7 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
             f"{volume.name}: at the model's spacing of {new_spacing} mm a scan must grow at most "
             f"{LARGEST_GROWTH} times; {shape} voxels of {spacing} mm become {new_shape}: check the spacing"
         )
-    grid = plan.resampling_data.grid_map(shape, new_shape, spacing, new_spacing)
+    grid = grid_map(plan.resampling_data, shape, new_shape, spacing, new_spacing)
 
     masked = previous is not None or any(channel.use_mask for channel in plan.channels)
     mask = filled_mask(image) if masked else None
@@ -321,7 +321,7 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         limits=limits,
         previous=labels,
         previous_labels=plan.labels.foreground if previous is not None else (),
-        logits_grid=plan.resampling_logits.grid_map(grid.shape, shape, new_spacing, spacing),
+        logits_grid=grid_map(plan.resampling_logits, grid.shape, shape, new_spacing, spacing),
         box=box,
         full_shape=full_shape,
         transpose_forward=order,

@@ -18,10 +18,7 @@ from torch import Tensor
 
 from ...kernels import AxisOperator, plane_groups, resample_axis
 from ...kernels.reference import Normalization
-from ..errors import ModelError
-
-ANISOTROPY_THRESHOLD = 3.0
-"""nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""
+from ..model.resampling_function import Resampling
 
 SPLINE_POLES = {
     2: (8**0.5 - 3,),
@@ -194,140 +191,32 @@ class GridMap:
         return cls(operators=(z, y, x))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resampling:
-    """One of nnU-Net's resampling functions with the arguments a plan gives it.
+def grid_map(
+    resampling: Resampling,
+    old_shape: Sequence[int],
+    new_shape: Sequence[int],
+    old_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> GridMap:
+    """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
+    if resampling.function == "none" or tuple(old_shape) == tuple(new_shape):
+        return GridMap.identity(old_shape)
+    coarse = resampling.coarse_axis(old_spacing, new_spacing)
 
-    Args:
-        function: "spline" (resample_data_or_seg_to_shape), "torch" (resample_torch_fornnunet),
-            "torch_simple" (resample_torch_simple) or "none" (no_resampling_hack).
-        order: Spline order in plane.
-        order_coarse: Spline order along the coarse axis where it is resampled on its own.
-        separate: Resample the coarse axis on its own: True, False, or None to decide by the spacings.
-        threshold: Ratio of spacings from which None means True.
-        mode: torch's mode in plane.
-        mode_coarse: torch's mode along the coarse axis.
-        majority: Whether torch's functions give a voxel the label whose share is above one half, and 0 where none is
-            (memefficient_seg_resampling), instead of the label with the greatest share.
-    """
+    def operator(axis: int) -> AxisOperator:
+        n_in, n_out = old_shape[axis], new_shape[axis]
+        if resampling.function == "spline":
+            return spline_operator(n_in, n_out, resampling.order_coarse if axis == coarse else resampling.order)
+        # resample_torch_fornnunet hands its mode on only where it separates an axis.
+        in_plane = "linear" if coarse is None and resampling.function == "torch" else resampling.mode
+        return torch_operator(n_in, n_out, resampling.mode_coarse if axis == coarse else in_plane)
 
-    function: str
-    order: int = 3
-    order_coarse: int = 0
-    separate: bool | None = False
-    threshold: float = ANISOTROPY_THRESHOLD
-    mode: str = "linear"
-    mode_coarse: str = "nearest-exact"
-    majority: bool = False
-
-    def grid_map(
-        self,
-        old_shape: Sequence[int],
-        new_shape: Sequence[int],
-        old_spacing: Sequence[float],
-        new_spacing: Sequence[float],
-    ) -> GridMap:
-        """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
-        if self.function == "none" or tuple(old_shape) == tuple(new_shape):
-            return GridMap.identity(old_shape)
-        coarse = self.coarse_axis(old_spacing, new_spacing)
-
-        def operator(axis: int) -> AxisOperator:
-            n_in, n_out = old_shape[axis], new_shape[axis]
-            if self.function == "spline":
-                return spline_operator(n_in, n_out, self.order_coarse if axis == coarse else self.order)
-            # resample_torch_fornnunet hands its mode on only where it separates an axis.
-            in_plane = "linear" if coarse is None and self.function == "torch" else self.mode
-            return torch_operator(n_in, n_out, self.mode_coarse if axis == coarse else in_plane)
-
-        clips = self.function == "spline" and self.order > 1
-        return GridMap(
-            operators=(operator(0), operator(1), operator(2)),
-            last_axis=0 if coarse is None else coarse,
-            clip="none" if not clips else "volume" if coarse is None else "slice",
-        )
-
-    def coarse_axis(self, old_spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-        """Find the axis to resample on its own, if any (nnU-Net: determine_do_sep_z_and_axis)."""
-        if self.separate is False or self.function in ("torch_simple", "none"):
-            return None
-        for spacing in (old_spacing, new_spacing):
-            if self.separate or max(spacing) / min(spacing) > self.threshold:
-                # Where two or three axes share the coarse spacing, nnU-Net does not separate.
-                coarsest = [axis for axis, value in enumerate(spacing) if max(spacing) / value == 1]
-                return coarsest[0] if len(coarsest) == 1 else None
-        return None
-
-
-FUNCTIONS = {
-    "resample_data_or_seg_to_shape": (
-        "spline",
-        {
-            "order": "order",
-            "order_z": "order_coarse",
-            "force_separate_z": "separate",
-            "separate_z_anisotropy_threshold": "threshold",
-            "is_seg": None,
-        },
-    ),
-    "resample_torch_fornnunet": (
-        "torch",
-        {
-            "mode": "mode",
-            "aniso_axis_mode": "mode_coarse",
-            "force_separate_z": "separate",
-            "separate_z_anisotropy_threshold": "threshold",
-            "is_seg": None,
-            "num_threads": None,
-            "device": None,
-            "memefficient_seg_resampling": "majority",
-        },
-    ),
-    "resample_torch_simple": (
-        "torch_simple",
-        {
-            "mode": "mode",
-            "is_seg": None,
-            "num_threads": None,
-            "device": None,
-            "memefficient_seg_resampling": "majority",
-        },
-    ),
-    "no_resampling_hack": ("none", {}),
-}
-"""nnU-Net's functions: our name, and for each of their arguments our field (None: does not change the result)."""
-
-TORCH_MODES = ("linear", "nearest", "nearest-exact")
-
-
-def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
-    """Read a plan's `resampling_fn_*` and `resampling_fn_*_kwargs`.
-
-    Raises:
-        ModelError: For a function or an argument that nnU-Net 2.8 does not have.
-    """
-    if function not in FUNCTIONS:
-        raise ModelError(f"resampling function must be one of {', '.join(FUNCTIONS)}, the plan names {function!r}")
-    ours, fields = FUNCTIONS[function]
-    if unknown := sorted(set(arguments) - set(fields)):
-        raise ModelError(f"{function} takes {', '.join(fields) or 'no arguments'}, the plan also gives {unknown}")
-    values = {fields[name]: value for name, value in arguments.items() if fields[name] is not None}
-    # nnU-Net's own defaults differ: the spline function separates on request only, the torch function by itself.
-    values.setdefault("separate", None if ours == "torch" else False)
-    for field in ("order", "order_coarse"):
-        if type(values.get(field, 0)) is not int or not 0 <= values.get(field, 0) <= 5:
-            raise ModelError(f"spline order must be an integer from 0 to 5, the plan asks for {values[field]!r}")
-    for field in ("mode", "mode_coarse"):
-        if values.get(field, "linear") not in TORCH_MODES:
-            raise ModelError(f"interpolation mode must be one of {TORCH_MODES}, the plan asks for {values[field]!r}")
-    if values["separate"] is not None and not isinstance(values["separate"], bool):
-        raise ModelError(f"force_separate_z must be true, false or null, the plan says {values['separate']!r}")
-    if not isinstance(values.get("majority", False), bool):
-        raise ModelError(f"memefficient_seg_resampling must be true or false, the plan says {values['majority']!r}")
-    threshold = values.get("threshold", ANISOTROPY_THRESHOLD)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold != threshold:
-        raise ModelError(f"separate_z_anisotropy_threshold must be a number, the plan says {threshold!r}")
-    return Resampling(function=ours, **values)
+    clips = resampling.function == "spline" and resampling.order > 1
+    return GridMap(
+        operators=(operator(0), operator(1), operator(2)),
+        last_axis=0 if coarse is None else coarse,
+        clip="none" if not clips else "volume" if coarse is None else "slice",
+    )
 
 
 def resample(data: Tensor, grid: GridMap) -> Tensor:

@@ -6,7 +6,6 @@ handed on and forgotten. Memory holds one row of tiles, whatever the length of t
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import accumulate_views, gather_tiles
-from ..backends import Runner
 from ..errors import PredictionError
+from ..model.mirroring import View
 from ..model.plans import Plan
+from ..model.runner import Runner
 from .preprocessing import Case
 from .timing import Timings
 from .voting import Votes
-
-View = tuple[int, ...]
-"""The spatial axes (0, 1, 2 for z, y, x) along which a tile is flipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +65,6 @@ class SlidingWindow:
             tile_positions(n, patch, self.tile_step_size) for n, patch in zip(shape, self.patch_size, strict=True)
         )
         return (list(range(shape[0])) if self.slicewise else z), y, x
-
-
-def mirror_views(mirror_axes: Sequence[int]) -> tuple[View, ...]:
-    """Every combination of the allowed axes, the empty one first; 2 to the power of their number."""
-    return tuple(
-        axes for count in range(len(mirror_axes) + 1) for axes in itertools.combinations(sorted(mirror_axes), count)
-    )
 
 
 def tile_positions(length: int, patch: int, step: float) -> list[int]:

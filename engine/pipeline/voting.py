@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import NetworkOutput
 from ..errors import PredictionError
 from ..model.classification import Classification, ClassificationScheme
 from ..model.heads import focus_map
+from ..model.runner import NetworkOutput
 
 
 class Votes:

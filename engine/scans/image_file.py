@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import EngineError, IncompleteFile, VolumeError
-from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming, read_nifti
+from ..errors import IncompleteFile, VolumeError
+from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
 from .itk import check_memory, check_pixels, read_information, read_voxels
-from .nifti import NIFTI_ENDINGS, header_warnings
+from .nifti import header_warnings
 from .orientation import LPS_TO_RAS
 
 _DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
@@ -104,29 +104,6 @@ def open_image_file(path: Path) -> ImageSource:
     )
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an image file was written to its end; what cannot be read for another reason counts as whole."""
-    from .pictures import PICTURE_ENDINGS, read_picture  # which builds on this module
-
-    try:
-        if path.name.lower().endswith(PICTURE_ENDINGS):
-            read_picture(path)
-        elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses
-            with naming(path.name):
-                header, data = read_nifti(path, versions=(1, 2))
-                size = header.dim[1 : header.dim[0] + 1]
-                expected_bytes = len(data.prefix) + math.prod(size) * data.bytes_per_voxel
-                check_claim(size, expected_bytes, data)
-                _check_stored(data, expected_bytes)
-        else:
-            open_image_file(path).voxels()
-    except IncompleteFile:
-        return False
-    except EngineError:
-        return True
-    return True
-
-
 def check_claim(size: tuple[int, ...], expected_bytes: int, data: VoxelData) -> None:
     """Refuse a header that claims more than the file can hold.
 
@@ -170,11 +147,11 @@ def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray
         if data.compression == "gzip":
             is_suspect = _last_number(data, 0) != expected_bytes % 2**32
         if is_suspect:  # now, before memory is taken
-            _check_stored(data, expected_bytes)
+            check_stored(data, expected_bytes)
         with _name_for_itk(path) as itk_name:
             voxels = read_voxels(itk_name, _image_io(path))
         if not (is_suspect or is_plain or _checksum_agrees(data, voxels)):
-            _check_stored(data, expected_bytes)
+            check_stored(data, expected_bytes)
     return voxels[None] if voxels.ndim == 2 else voxels
 
 
@@ -238,7 +215,7 @@ def _last_number(data: VoxelData, bytes_behind: int, order: Literal["little", "b
         return int.from_bytes(file.read(4), order)
 
 
-def _check_stored(data: VoxelData, expected_bytes: int) -> None:
+def check_stored(data: VoxelData, expected_bytes: int) -> None:
     """Go through what a file stores in small pieces, and check length, checksums and, where ITK hides it, NaN.
 
     Raises:

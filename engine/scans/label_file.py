@@ -1,17 +1,19 @@
-"""Labels in memory -> a file in one of the formats that nnU-Net's readers take."""
+"""Files of labels: written in the formats that nnU-Net's readers take, and known for whole."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .image_file import check_stored_voxels
-from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS
+from ..errors import EngineError, IncompleteFile
+from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
+from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, naming, read_nifti
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS, write_nifti_labels
-from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, write_picture, write_stack
+from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, read_picture, write_picture, write_stack
 
 if TYPE_CHECKING:
     from .volume import Geometry
@@ -98,3 +100,24 @@ def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
     image.SetDirection(placed["direction"])
     SimpleITK.WriteImage(image, str(path), useCompression=True)
     check_stored_voxels(path, voxels)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a label file was written to its end; what cannot be read for another reason counts as whole."""
+    try:
+        if path.name.lower().endswith(PICTURE_ENDINGS):
+            read_picture(path)
+        elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses
+            with naming(path.name):
+                header, data = read_nifti(path, versions=(1, 2))
+                size = header.dim[1 : header.dim[0] + 1]
+                expected_bytes = len(data.prefix) + math.prod(size) * data.bytes_per_voxel
+                check_claim(size, expected_bytes, data)
+                check_stored(data, expected_bytes)
+        else:
+            open_image_file(path).voxels()
+    except IncompleteFile:
+        return False
+    except EngineError:
+        return True
+    return True

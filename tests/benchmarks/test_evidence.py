@@ -9,7 +9,7 @@ from nnturbo.benchmarks.waterfall import Waterfall
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
-from nnturbo.engine.pipeline.sliding_window import mirror_views
+from nnturbo.engine.model.mirroring import mirror_views
 
 from tests.engine.factory import plans_json, write_model
 from tests.engine.jobs.test_run import write_scan

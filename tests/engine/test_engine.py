@@ -3,9 +3,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, EngineOptions, Volume, VolumeError, write_segmentation
-from nnturbo.engine.backends import NetworkOutput
+from nnturbo.engine.model.resampling_function import Resampling
+from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline.labels import resampled_planes
-from nnturbo.engine.pipeline.resampling import Resampling, resample
+from nnturbo.engine.pipeline.resampling import grid_map, resample
 from nnturbo.engine.pipeline.timing import Timings
 
 from tests.engine.factory import dataset_json, plans_json, smooth_scan, write_model
@@ -103,7 +104,7 @@ def test_regions_are_painted_in_their_order(tmp_path, scan):
 def test_planes_resampled_as_they_come_are_those_of_the_whole(old, order):
     logits = torch.randn(4, 13, 9, 8, generator=torch.Generator().manual_seed(0))
     for shape in ((13, 9, 8), (20, 7, 12), (5, 9, 15), (1, 1, 1)):
-        grid = Resampling(function="spline", order=order, separate=None).grid_map((13, 9, 8), shape, old, (1, 1, 1))
+        grid = grid_map(Resampling(function="spline", order=order, separate=None), (13, 9, 8), shape, old, (1, 1, 1))
         slabs = (logits[:, a:b] for a, b in ((0, 4), (4, 5), (5, 13)))
         planes = torch.stack(list(resampled_planes(slabs, grid, Timings())), dim=1)
         assert torch.allclose(planes, resample(logits, grid), atol=1e-5)

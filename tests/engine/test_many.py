@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, EngineOptions, Ensemble, PredictionError, Volume, VolumeError
-from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.backends.torch import TorchRunner
+from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline.steps import Placement, caught
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.transfers import Transfers

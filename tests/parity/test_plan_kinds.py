@@ -12,8 +12,8 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.network import build_network, make_network
 from nnturbo.engine.model.plan_classes import remarks_on
 from nnturbo.engine.model.plans import Architecture, parse_labels, parse_plan
+from nnturbo.engine.model.resampling_function import parse_resampling
 from nnturbo.engine.pipeline.label_maps import resample_label_map
-from nnturbo.engine.pipeline.resampling import parse_resampling
 from scipy.ndimage import gaussian_filter
 
 from tests.engine.factory import dataset_json, plans_json, random_weights, write_model

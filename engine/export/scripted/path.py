@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from ...model.mirroring import mirror_views
 from ...model.plans import Plan
 from ...options import AGGREGATIONS
-from ...pipeline.sliding_window import gaussian, mirror_views
+from ...pipeline.sliding_window import gaussian
 from .labels import ScriptLabels
 from .preprocessing import ScriptPreprocessing
 
@@ -73,8 +74,7 @@ class ScanPath(nn.Module):
         self.by_foreground = aggregation == "foreground"
         self.patch_size = list(plan.patch_size_3d)
         self.slicewise = dimensions == 2
-        spatial = [axis + 3 - dimensions for axis in mirror_axes if axis < dimensions]
-        self.flips = [list(axes) for axes in mirror_views(spatial)]
+        self.flips = [list(axes) for axes in mirror_views(mirror_axes, dimensions)]
         self.preprocessing = ScriptPreprocessing(plan)
         self.labels = ScriptLabels(plan)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ....kernels.operators import BLOCK_ROWS
 from ....kernels.reference import LINE_VOXELS, WORKING_BYTES
-from ...pipeline.resampling import SPLINE_PADDING, SPLINE_POLES, Resampling, prefilter, spline_entries
+from ...model.resampling_function import Resampling
+from ...pipeline.resampling import SPLINE_PADDING, SPLINE_POLES, prefilter, spline_entries
 
 # Compiled functions see no globals: constants reach them as default values of their arguments.
 

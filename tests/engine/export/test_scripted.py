@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import Engine, EngineOptions, ModelError, Volume, read_volume
-from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.export.scripted.path import scan_path, tile_starts, tile_weights, whole_path
 from nnturbo.engine.export.scripted.preprocessing import filled, occupied_box
 from nnturbo.engine.export.scripted.resampling import ScriptResampling, resample_rows
@@ -19,10 +18,13 @@ from nnturbo.engine.export.scripted.resampling import value_range as script_valu
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.plans import parse_plan
+from nnturbo.engine.model.resampling_function import Resampling
+from nnturbo.engine.model.runner import NetworkOutput
+from nnturbo.engine.options import AGGREGATIONS
 from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box
 from nnturbo.engine.pipeline.resampling import (
     GridMap,
-    Resampling,
+    grid_map,
     prefilter,
     resample,
     spline_operator,
@@ -30,7 +32,7 @@ from nnturbo.engine.pipeline.resampling import (
     value_range,
 )
 from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
-from nnturbo.engine.pipeline.voting import AGGREGATIONS, Votes
+from nnturbo.engine.pipeline.voting import Votes
 
 from tests.engine.factory import SPLINE, dataset_json, multi_task, plans_2d, plans_json, smooth_scan, write_model
 
@@ -500,7 +502,7 @@ def test_resampled_planes_are_the_engines(old, separate, order):
     data = torch.randn(2, 11, 9, 8, generator=torch.Generator().manual_seed(0))
     resampling = Resampling(function="spline", order=order, order_coarse=1, separate=separate)
     for shape in ((11, 9, 8), (20, 7, 12), (5, 9, 70)):
-        expected: GridMap = resampling.grid_map((11, 9, 8), shape, old, (1, 1, 1))
+        expected: GridMap = grid_map(resampling, (11, 9, 8), shape, old, (1, 1, 1))
         grid = ScriptResampling(resampling).grid_map([11, 9, 8], list(shape), list(old), [1, 1, 1], data.device)
         assert (grid.last_axis, grid.clip) == (expected.last_axis, expected.clip)
         low, high = script_value_range(data, grid)

@@ -12,11 +12,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, OutputError
-from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.files import written_atomically
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.job import About, Job
 from nnturbo.engine.jobs.run import predict_cases, run_job
+from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline import prediction
 
 from tests.engine.factory import smooth_scan, write_model

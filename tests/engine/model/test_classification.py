@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import CheckpointError, Classification, Engine, EngineOptions, ModelError, PredictionError, Volume
-from nnturbo.engine.backends import NetworkOutput
 from nnturbo.engine.model.classification import ClassificationScheme
 from nnturbo.engine.model.folder import read_model
-from nnturbo.engine.pipeline.sliding_window import SlidingWindow, mirror_views, predict_logits
+from nnturbo.engine.model.mirroring import mirror_views
+from nnturbo.engine.model.runner import NetworkOutput
+from nnturbo.engine.pipeline.sliding_window import SlidingWindow, predict_logits
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.voting import Votes
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnturbo.engine.model.resampling_function import Resampling
 from nnturbo.engine.pipeline.labels import can_fuse, write_labels
-from nnturbo.engine.pipeline.resampling import GridMap, Resampling, resample
+from nnturbo.engine.pipeline.resampling import GridMap, grid_map, resample
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.kernels import argmax_labels, region_labels
 
@@ -27,7 +28,7 @@ def test_labels_do_not_depend_on_where_slabs_end(depths, planes, factors, values
     logits = torch.randn(2 if values else 3, sum(depths), 7, 9, generator=generator)
     new = (planes, max(1, round(7 * factors[0])), max(1, round(9 * factors[1])))
     resampling = Resampling(function="spline", order=1, order_coarse=0, separate=coarse)
-    grid = resampling.grid_map(logits.shape[1:], new, (5.0, 1.0, 1.0), (5.0, 1.0, 1.0))
+    grid = grid_map(resampling, logits.shape[1:], new, (5.0, 1.0, 1.0), (5.0, 1.0, 1.0))
     assert can_fuse(grid)
     expected = resample(logits, grid)
     expected = argmax_labels(expected) if values is None else region_labels(expected, values)
@@ -41,17 +42,17 @@ def test_labels_do_not_depend_on_where_slabs_end(depths, planes, factors, values
 
 def test_what_clips_or_reads_far_is_not_fused():
     shape, new = (9, 10, 11), (12, 8, 14)
-    grid = LINEAR.grid_map(shape, new, (1, 1, 1), (1, 1, 1))
+    grid = grid_map(LINEAR, shape, new, (1, 1, 1), (1, 1, 1))
     assert can_fuse(grid)
     assert can_fuse(GridMap.identity(shape))
-    assert not can_fuse(Resampling(function="spline", order=3).grid_map(shape, new, (1, 1, 1), (1, 1, 1)))
+    assert not can_fuse(grid_map(Resampling(function="spline", order=3), shape, new, (1, 1, 1), (1, 1, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
 def test_every_voxel_is_written_once(dtype):
     logits = torch.zeros(3, 8, 4, 4)
     logits[2] = 1
-    grid = LINEAR.grid_map((8, 4, 4), (21, 5, 3), (1, 1, 1), (1, 1, 1))
+    grid = grid_map(LINEAR, (8, 4, 4), (21, 5, 3), (1, 1, 1), (1, 1, 1))
     target = torch.full((21, 5, 3), 77, dtype=dtype)
     write_labels(logits.split(3, dim=1), grid, None, target, Timings())
     assert np.unique(target.numpy()).tolist() == [2]

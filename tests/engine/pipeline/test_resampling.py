@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import ModelError
+from nnturbo.engine.model.resampling_function import Resampling, parse_resampling
 from nnturbo.engine.pipeline.resampling import (
-    Resampling,
-    parse_resampling,
+    grid_map,
     resample,
     resample_rows,
     spline_operator,
@@ -64,8 +64,8 @@ def test_torch_operator_is_what_interpolate_does(n_in, n_out, mode):
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4, 5])
 def test_resample_clips_to_each_channels_range_as_skimage_does(order):
     image = np.random.default_rng(0).integers(0, 2, (2, 9, 14, 11)).astype(np.float32) * [[[[1]]], [[[40]]]]
-    grid = Resampling(function="spline", order=order, separate=False).grid_map(
-        (9, 14, 11), (15, 10, 13), (1,) * 3, (1,) * 3
+    grid = grid_map(
+        Resampling(function="spline", order=order, separate=False), (9, 14, 11), (15, 10, 13), (1,) * 3, (1,) * 3
     )
     expected = np.stack([resize(c, (15, 10, 13), order, mode="edge", anti_aliasing=False) for c in image])
     result = resample(torch.from_numpy(image.astype(np.float32)), grid).numpy()
@@ -88,7 +88,7 @@ def test_resample_clips_to_each_channels_range_as_skimage_does(order):
     ],
 )
 def test_the_coarse_axis_is_nnunets(old, new, separate, coarse):
-    grid = Resampling(function="spline", order=3, separate=separate).grid_map((8, 8, 8), (9, 10, 11), old, new)
+    grid = grid_map(Resampling(function="spline", order=3, separate=separate), (8, 8, 8), (9, 10, 11), old, new)
     assert grid.clip == ("volume" if coarse is None else "slice")
     assert grid.last_axis == (coarse or 0)
     selections = [operator.is_selection for operator in grid.operators]
@@ -99,7 +99,7 @@ def test_the_coarse_axis_is_nnunets(old, new, separate, coarse):
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_rows_made_in_parts_are_the_rows_of_the_whole(old, order):
     data = torch.randn(2, 11, 9, 10, generator=torch.Generator().manual_seed(1))
-    grid = Resampling(function="spline", order=order, separate=None).grid_map((11, 9, 10), (17, 7, 12), old, (1, 1, 1))
+    grid = grid_map(Resampling(function="spline", order=order, separate=None), (11, 9, 10), (17, 7, 12), old, (1, 1, 1))
     limits = value_range(data, grid)
     parts = []
     for start, stop in ((0, 5), (5, 6), (6, 17)):
@@ -109,14 +109,14 @@ def test_rows_made_in_parts_are_the_rows_of_the_whole(old, order):
 
 
 def test_equal_shapes_are_left_alone_and_unclipped():
-    grid = Resampling(function="spline", order=3).grid_map((4, 5, 6), (4, 5, 6), (1, 1, 1), (1, 1, 1.0001))
+    grid = grid_map(Resampling(function="spline", order=3), (4, 5, 6), (4, 5, 6), (1, 1, 1), (1, 1, 1.0001))
     data = torch.randn(1, 4, 5, 6)
     assert grid.clip == "none"
     assert torch.equal(resample(data, grid), data)
 
 
 def test_no_resampling_keeps_the_old_shape():
-    grid = parse_resampling("no_resampling_hack", {}).grid_map((4, 5, 6), (7, 8, 9), (1, 1, 1), (2, 2, 2))
+    grid = grid_map(parse_resampling("no_resampling_hack", {}), (4, 5, 6), (7, 8, 9), (1, 1, 1), (2, 2, 2))
     assert grid.shape == (4, 5, 6)
 
 

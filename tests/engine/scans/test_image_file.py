@@ -107,7 +107,7 @@ class TestWholeFiles:
         assert capfd.readouterr() == ("", "")
 
     def test_decompresses_the_usual_file_once(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(image_file, "_check_stored", lambda *arguments: pytest.fail("decompressed a second time"))
+        monkeypatch.setattr(image_file, "check_stored", lambda *arguments: pytest.fail("decompressed a second time"))
         for name in ("v.nii.gz", "v.nrrd", "v.mha"):
             read_volume(write_image(tmp_path / name))
         for name in ("abdomen_ct_0000.nii.gz", "mr_0000.nii.gz"):

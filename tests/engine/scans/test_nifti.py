@@ -11,7 +11,7 @@ import SimpleITK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import OutputError, VolumeError
-from nnturbo.engine.scans.image_file import is_whole
+from nnturbo.engine.scans.label_file import is_whole
 from nnturbo.engine.scans.nifti import NIBABEL_READERS
 from nnturbo.engine.scans.volume import Geometry, read_volume, restore_orientation, write_segmentation
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from nnturbo.engine import Engine
 from nnturbo.engine.errors import BackendUnavailable, OutputError, VolumeError
 from nnturbo.engine.scans import pictures
-from nnturbo.engine.scans.image_file import is_whole
-from nnturbo.engine.scans.label_file import second_file
+from nnturbo.engine.scans.label_file import is_whole, second_file
 from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
 
 from tests.engine.factory import plans_json, write_model

@@ -1,0 +1,27 @@
+"""A network, ready to run: what backends give and the pipeline calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class NetworkOutput(NamedTuple):
+    """What a network says about a batch of tiles.
+
+    Args:
+        seg_logits: (N, K, *patch).
+        class_logits: (N, S), or None for a network without a classification head.
+    """
+
+    seg_logits: Tensor
+    class_logits: Tensor | None = None
+
+
+class Runner(Protocol):
+    """A network, ready to run on its device; averages over the model's folds."""
+
+    def __call__(self, tiles: Tensor) -> NetworkOutput:
+        """Run a batch of tiles, (N, C, *patch) float32 on any device; the output lies on the runner's own."""
+        ...
