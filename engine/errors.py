@@ -1,5 +1,9 @@
 """Every error nnturbo raises on purpose. The text says what must hold, what came, and what to do."""
 
+from __future__ import annotations
+
+import errno
+
 
 class EngineError(Exception):
     """Base of all errors that a caller of nnturbo can expect.
@@ -46,4 +50,25 @@ class DeviceLost(EngineError):
 
 
 class OutputError(EngineError):
-    """A result cannot be written."""
+    """A result cannot be written.
+
+    Attributes:
+        of_one_file: Whether it is about this file alone, such as a name that is too long; else it is about the disk or
+            the folder, and the next result cannot be written either.
+    """
+
+    def __init__(self, *args: object, of_one_file: bool = False) -> None:
+        super().__init__(*args)
+        self.of_one_file = of_one_file
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> OutputError:
+        """Say what the system said of a file."""
+        reason = error.strerror or error
+        return cls(f"{path} cannot be written: {reason}", of_one_file=error.errno in _OF_ONE_FILE)
+
+
+_OF_ONE_FILE = {
+    getattr(errno, name)
+    for name in ("ENAMETOOLONG", "EISDIR", "ENOTDIR", "EPERM", "EACCES", "EEXIST", "ENOTEMPTY", "EINVAL", "EILSEQ")
+}

@@ -67,11 +67,11 @@ def staging_folder(path: Path) -> Iterator[Path]:
     try:
         folder = tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OutputError.of(path, error) from error
     try:
         yield Path(folder)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OutputError.of(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -79,8 +79,9 @@ def staging_folder(path: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Remove what processes that were killed have left there half written, once nobody writes it any more."""
     for left in folder.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process may have ended with it
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > _ABANDONED_S:
+        with contextlib.suppress(OSError):  # another process may have ended with it, or it is another user's
+            changed = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if time.time() - changed > _ABANDONED_S:
                 shutil.rmtree(left)
 
 

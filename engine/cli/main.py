@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .build import add_build
 from .doctor import add_doctor
 from .inspect import add_inspect
-from .output import UNUSABLE, say
+from .output import UNUSABLE, open_missing_streams, say
 from .predict import add_predict
 from .view import add_view
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when every case is done, 1 when some case failed, 2 for wrong usage or a model that cannot be used.
     """
     options = _parser().parse_args(arguments)
+    open_missing_streams()
     logging.raiseExceptions = False  # nothing is lost to a log that cannot be written
     if sys.stdout is not None:
         with contextlib.suppress(AttributeError):
@@ -37,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (EngineError, ValueError) as error:
-        say(f"nnturbo: {error}", sys.stderr)
+        say(f"nnturbo: {error}", error=True)
         return UNUSABLE
     except KeyboardInterrupt:
-        say("nnturbo: interrupted", sys.stderr)
+        say("nnturbo: interrupted", error=True)
         return 130
 
 

@@ -154,7 +154,8 @@ def _predict(options: argparse.Namespace) -> int:
     source = Path(options.i).absolute()
     # Before torch is imported, so that a wrong path is answered at once.
     if not source.exists():
-        raise ValueError(f"-i: {options.i} does not exist")
+        what = f"is a broken link to {os.readlink(source)}" if source.is_symlink() else "does not exist"
+        raise ValueError(f"-i: {options.i} {what}")
 
     from ..errors import EngineError
     from ..jobs.cases import find_cases
@@ -187,26 +188,30 @@ def _predict(options: argparse.Namespace) -> int:
             _check_cascade(crew.about.previous_stage, options.prev_stage_predictions)
             outcome = run_job(crew, cases_of(crew.about.file_ending), job, tell=tell)
         except KeyboardInterrupt:
-            say("nnturbo: interrupted; all results are kept, --continue_prediction does what is missing", sys.stderr)
+            say(
+                "nnturbo: interrupted; all results are kept. --continue_prediction does what is missing, and with "
+                "--redo_outdated what this run would have replaced",
+                error=True,
+            )
             return 128 + stopping.get("signal", signal.SIGINT)
     status = _say_outcome(outcome, options.o)
     if options.report:
         try:
             write_report(job.output, job.output / "report.html")
         except EngineError as error:
-            say(f"nnturbo: no report: {error}", sys.stderr)
+            say(f"nnturbo: no report: {error}", error=True)
             return SOME_FAILED
     return status
 
 
 def _say_outcome(outcome: Outcome, output: str) -> int:
     for name, reason in outcome.failed.items():
-        say(f"nnturbo: {name} failed: {reason}", sys.stderr)
+        say(f"nnturbo: {name} failed: {reason}", error=True)
     if outcome.stopped is not None:
         say(
             f"nnturbo: stopped with {len(outcome.left)} cases left, since {outcome.stopped}; --continue_prediction "
             "goes on with them",
-            sys.stderr,
+            error=True,
         )
     _say_kept(outcome.kept)
     left = f", {len(outcome.left)} left" if outcome.left else ""
@@ -222,7 +227,7 @@ def _say_kept(kept: Mapping[str, str]) -> None:
         names.setdefault(reason, []).append(name)
     for reason, cases in names.items():
         more = f" and {len(cases) - MOST_NAMES} more" if len(cases) > MOST_NAMES else ""
-        say(f"nnturbo: {len(cases)} kept as they are ({reason}): {', '.join(cases[:MOST_NAMES])}{more}", sys.stderr)
+        say(f"nnturbo: {len(cases)} kept as they are ({reason}): {', '.join(cases[:MOST_NAMES])}{more}", error=True)
 
 
 def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,5 +28,5 @@ def _view(options: argparse.Namespace) -> int:
     write_report(Path(options.folder), page, only=options.case)
     say(str(page))
     if options.o is None and not webbrowser.open(page.as_uri()):
-        say("nnturbo: no browser was found; open the page yourself", sys.stderr)
+        say("nnturbo: no browser was found; open the page yourself", error=True)
     return DONE

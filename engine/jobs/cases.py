@@ -41,25 +41,30 @@ def find_cases(source: Path, file_ending: str, output: Path | None = None) -> li
     Raises:
         VolumeError: Where there is nothing to predict.
     """
-    if not source.exists():
-        raise VolumeError(f"{source} does not exist; -i takes a folder of scans, one file, or a folder of DICOM slices")
-    if source.is_file():
-        stem = _without_ending(source.name, file_ending)
-        return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
-    shown = _shown(source)
+    try:
+        if source.is_file():
+            stem = _without_ending(source.name, file_ending)
+            return [CaseFiles(name=CHANNEL.sub("", stem), images=(source,))]
+        shown = _shown(source)
+    except OSError as error:
+        what = f"it is a broken link to {os.readlink(source)}" if source.is_symlink() else error.strerror or error
+        raise VolumeError(
+            f"{source} must be a folder of scans, one file, or a folder of DICOM slices: {what}"
+        ) from error
     files = [name for name, is_folder in shown.items() if name.endswith(file_ending) and not is_folder]
     is_output = output is not None and output.exists() and output.samefile(source)
+    stems = [name.removesuffix(file_ending) for name in files]
+    if is_output:  # results are called by their case, whose name may end as a channel does
+        made = {CHANNEL.sub("", stem) for stem in stems if CHANNEL.search(stem, 1)}
+        made |= {name.removesuffix(".json") for name in _names(source / RECORDS)}
+        stems = [stem for stem in stems if stem not in made]
     cases: dict[str, list[Path]] = {}
     unnumbered = []
-    for name in files:
-        stem = name.removesuffix(file_ending)
+    for stem in stems:
         if CHANNEL.search(stem, 1):
-            cases.setdefault(CHANNEL.sub("", stem), []).append(source / name)
+            cases.setdefault(CHANNEL.sub("", stem), []).append(source / f"{stem}{file_ending}")
         else:
-            unnumbered.append(name)
-    if is_output:
-        made = {*cases, *(name.removesuffix(".json") for name in _names(source / RECORDS))}
-        unnumbered = [name for name in unnumbered if name.removesuffix(file_ending) not in made]
+            unnumbered.append(f"{stem}{file_ending}")
     if unnumbered:
         raise VolumeError(
             f"every file in {source} must end in its channel's number, such as scan_0000{file_ending}; "
@@ -79,19 +84,35 @@ def _find_series(source: Path, shown: Mapping[str, bool], file_ending: str, outp
     # An index beside the folders, as on discs, looks like a slice.
     if any((source / name).is_file() and name != "DICOMDIR" and looks_like_dicom(source / name) for name in files):
         return [CaseFiles(name=source.resolve().name, images=(source,))]
+    strangers = [name for name in files if CHANNEL.search(_without_ending(name, _ending(name)))]
     folders = [source / name for name, is_folder in shown.items() if is_folder]
-    if output is not None and output.exists():
-        folders = [folder for folder in folders if not output.samefile(folder)]
-        if output.samefile(source):
-            folders = [folder for folder in folders if folder.name != RECORDS]
-    if not folders:
-        endings = sorted({_ending(name) for name in files})
-        found = f"{len(files)} file(s) ending with {', '.join(endings[:5])}" if files else "nothing"
+    if output is not None:
+        folders = _without_output(folders, source, output)
+    if not folders or strangers:
+        endings = sorted({_ending(name) for name in strangers or files})
+        found = f"{len(strangers or files)} file(s) ending with {', '.join(endings[:5])}" if files else "nothing"
         raise VolumeError(
             f"{source} must hold scans named NAME_0000{file_ending}, as the model's are, DICOM slices, or folders of "
             f"them; it holds {found}"
         )
     return [CaseFiles(name=folder.name, images=(folder,)) for folder in folders]
+
+
+def _without_output(folders: list[Path], source: Path, output: Path) -> list[Path]:
+    """Leave out where results go, and their records.
+
+    Raises:
+        VolumeError: Where scans lie there.
+    """
+    output, home = output.resolve(), source.resolve()
+    left, own = [], []
+    for folder in folders:
+        is_own = output.is_relative_to(folder.resolve()) or (folder.name == RECORDS and output == home)
+        (own if is_own else left).append(folder)
+    for folder in own:
+        if any(path.is_file() and looks_like_dicom(path) for path in folder.iterdir()):
+            raise VolumeError(f"{folder} holds DICOM slices, and results would go there: choose another output folder")
+    return left
 
 
 def _shown(folder: Path) -> dict[str, bool]:

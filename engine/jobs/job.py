@@ -15,9 +15,10 @@ from ..ensemble import Ensemble
 from ..errors import OutputError
 from ..model.folder import read_model
 from ..scans.label_file import second_file
+from ..scans.volume import files_of
 from .cases import CaseFiles
 from .dicom_seg import import_highdicom
-from .records import PREDICTIONS, RECORDS, SUBTYPES, Journal
+from .records import SUBTYPES, Journal
 
 PLANS, DATASET = "plans.json", "dataset.json"
 """nnU-Net leaves both with its predictions."""
@@ -112,6 +113,11 @@ class About:
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
 
+    @property
+    def reader(self) -> str:
+        """The class of nnU-Net's that reads scans and labels."""
+        return str(self.plans.get("image_reader_writer", "SimpleITKIO"))
+
     @classmethod
     def of(cls, engine: Predictor) -> About:
         """Ask a model."""
@@ -130,14 +136,22 @@ class About:
         """Every file that a finished case has, in the order in which they appear."""
         extra = [*([".npz", ".pkl"] if job.save_probabilities else []), *([".dcm"] if job.dicom_seg else [])]
         segmentation = job.output / f"{name}{self.file_ending}"
-        beside = second_file(segmentation, str(self.plans.get("image_reader_writer")))
+        beside = second_file(segmentation, self.reader)
         return [*(job.output / f"{name}{ending}" for ending in extra), *([beside] if beside else []), segmentation]
 
     def made_of(self, job: Job, case: CaseFiles) -> dict[str, Any]:
         """What a case's results are made of: the models, and the size and time of every file that is read."""
         before = self.labels_before(job, case.name)
         inputs = [*case.images, *([before] if before else [])]
-        return {"models": self.models, "inputs": {str(path.absolute()): _stamp(path) for path in inputs}}
+        return {"models": self.models, "inputs": {str(path.absolute()): self._stamp(path) for path in inputs}}
+
+    def _stamp(self, path: Path) -> list[list[Any]] | None:
+        """Tell the files of a scan from others under the same names; None where there is nothing."""
+        try:
+            files = sorted(files_of(path, self.reader))
+            return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        except OSError:
+            return None
 
     def journal(self, job: Job) -> Journal:
         """Open the records in the output folder."""
@@ -150,15 +164,6 @@ class About:
         return job.previous_stage / f"{name}{self.file_ending}"
 
 
-def _stamp(path: Path) -> list[list[Any]] | None:
-    """Tell a file, or the files of a folder, from others under the same names; None where there is nothing."""
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    except OSError:
-        return None
-
-
 def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> None:
     """Refuse to write where something lies that is to be read, or that somebody else has made.
 
@@ -169,8 +174,10 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
     inputs: dict[tuple[int, int], Path] = {}
     for case in cases:
         for path in (*case.images, about.labels_before(job, case.name)):
-            if path is not None and (identity := _identity(path)) is not None:
-                inputs[identity] = path
+            if path is None:
+                continue
+            files = [path] if path.is_dir() else files_of(path, about.reader)
+            inputs |= {identity: path for file in files if (identity := _identity(file)) is not None}
     for folder in (job.output, *job.output.absolute().parents):
         if (within := inputs.get(_identity(folder) or (0, 0))) is not None:
             raise ValueError(f"the output folder {job.output} lies in {within}, which is read; choose another one")
@@ -179,7 +186,7 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
         for result in about.results(job, case.name):
             if result.name in there and _identity(result) in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
-    if (job.output / RECORDS).exists() or (job.output / PREDICTIONS).exists():
+    if about.journal(job).has_own():
         return
     for name, content in {PLANS: about.plans, DATASET: about.dataset, SUBTYPES: None}.items():
         path = job.output / name

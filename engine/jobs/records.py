@@ -2,12 +2,12 @@
 
 Results appear under their names only when they are complete, and replace what lay there before at that moment. The
 record that names their sizes and SHA-256 is written before, and once more when all are in place. So a job may be killed
-at any moment: what lies under a final name is whole, and what is not recorded as nnturbo's own is left alone.
+at any moment: what lies under a final name is whole (of a format of two files, after a kill between them, when the job
+goes on), and what is not recorded as nnturbo's own is left alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import logging
@@ -27,6 +27,8 @@ RECORDS = "records"
 PREDICTIONS = "predictions.json"
 SUBTYPES = "subtype_results.csv"
 SCHEMA = 1
+
+_TABLE_BEGINS = f'{{"schema": {SCHEMA}, "cases": [\n'
 
 WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
 
@@ -84,6 +86,10 @@ class Record:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None
+
+    def knows(self, file: str, fingerprint: Fingerprint) -> bool:
+        """Whether nnturbo wrote a file, for this result or for the one that it replaces."""
+        return fingerprint in (self.results.get(file), self.replaces.get(file))
 
     def to_json(self) -> dict[str, Any]:
         """Give what has something to say."""
@@ -172,6 +178,10 @@ class Journal:
         except OSError as error:
             raise OutputError(f"the output folder {self.output} cannot be made: {error.strerror or error}") from error
 
+    def has_own(self) -> bool:
+        """Whether a job has written here before."""
+        return (self.output / PREDICTIONS).exists() or next(self.records(), None) is not None
+
     def standing(
         self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], *, redo_outdated: bool = False
     ) -> Standing:
@@ -192,36 +202,31 @@ class Journal:
             return Standing(kept=f"{error.filename} cannot be read ({error.strerror})")
 
     def _judge(self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], redo_outdated: bool) -> Standing:
-        *extra, segmentation = results
-        found = Fingerprint.if_there(segmentation)
-        if found is None:
+        segmentation = results[-1]
+        if segmentation.is_symlink() and not segmentation.exists():
+            return Standing(kept="a link to what is not there")
+        there = {path.name: of for path in results if (of := Fingerprint.if_there(path)) is not None}
+        if segmentation.name not in there:
             return Standing()
         record = self.read(name) or Record(name=name, status=FAILED)
-        if found != record.results.get(segmentation.name):
-            return self._judge_foreign(segmentation, found, record)
-        if record.status == FAILED:
-            return Standing()
-        there = {path.name: Fingerprint.if_there(path) for path in extra}
-        for file, of in there.items():
-            if of is not None and of not in (record.results.get(file), record.replaces.get(file)):
-                return Standing(kept=f"{file} is not what nnturbo wrote")
-        if record.made_of != made_of:
-            reason = (
-                "made with another model, other settings or another version of the scan; redo_outdated makes it again"
-            )
-            return Standing(kept=None if redo_outdated else reason)
-        is_complete = all(of is not None and of == record.results.get(file) for file, of in there.items())
-        return Standing(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
-
-    def _judge_foreign(self, segmentation: Path, found: Fingerprint, record: Record) -> Standing:
-        """Judge labels that are not those that the record names."""
-        if record.status == WRITING and found == record.replaces.get(segmentation.name):
-            return Standing()
-        if not is_whole(segmentation):
+        foreign = [path for path in results if path.name in there and not record.knows(path.name, there[path.name])]
+        if segmentation in foreign and not is_whole(segmentation):
             logger.warning("%s is not whole, and is made again", segmentation)
             return Standing()
-        changed = segmentation.name in record.results
-        return Standing(kept="changed since nnturbo wrote it" if changed else "not written by nnturbo")
+        if segmentation in foreign:
+            is_changed = segmentation.name in record.results
+            return Standing(kept="changed since nnturbo wrote it" if is_changed else "not written by nnturbo")
+        if foreign:
+            return Standing(kept=f"its {foreign[0].suffix} file is not what nnturbo wrote")
+        is_complete = all(there.get(path.name) == record.results.get(path.name) for path in results)
+        if record.status == FAILED or there[segmentation.name] != record.results.get(segmentation.name):
+            return Standing()
+        if record.made_of != made_of:
+            reason = (
+                "made with another model, other settings or another version of the scan; --redo_outdated replaces it"
+            )
+            return Standing(kept=None if redo_outdated else reason)
+        return Standing(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
 
     def settle(self, name: str, images: Iterable[Path], standing: Standing) -> None:
         """Record that a case is done, or why its labels are kept."""
@@ -247,31 +252,34 @@ class Journal:
         Raises:
             OutputError: Where they cannot be put in place.
         """
+        before, target = self._known(record.name), folder
         try:
             results = {file: Fingerprint.of(folder / file) for file in files}
-            before = {file: of for file in files if (of := Fingerprint.if_there(self.output / file)) is not None}
             record = replace(record, results=results)
             self.write(replace(record, status=WRITING, replaces=before))
             for file in files:
-                (folder / file).replace(self.output / file)
+                target = self.output / file
+                (folder / file).replace(target)
+            for file in before.keys() - results.keys():  # of the labels that were replaced
+                target = self.output / file
+                target.unlink()
         except OSError as error:
-            path = error.filename2 or error.filename
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise OutputError.of(target, error) from error
         self.write(record)
         return record
 
     def fail(self, record: Record) -> None:
         """Record that a case failed; results of an earlier job stay, and stay known."""
-        before = self.read(record.name)
-        if before is not None:
-            there = {file: Fingerprint.if_there(self.output / file) for file in {*before.results, *before.replaces}}
-            known = {
-                file: of
-                for file, of in there.items()
-                if of is not None and of in (before.results.get(file), before.replaces.get(file))
-            }
-            record = replace(record, results=known)
-        self.write(record)
+        self.write(replace(record, results=self._known(record.name)))
+
+    def _known(self, name: str) -> dict[str, Fingerprint]:
+        """Find the files of a case that are there as nnturbo wrote them."""
+        record = self.read(name)
+        if record is None:
+            return {}
+        files = {file for file in {*record.results, *record.replaces} if Path(file).name == file}
+        there = {file: of for file in files if (of := Fingerprint.if_there(self.output / file)) is not None}
+        return {file: of for file, of in there.items() if record.knows(file, of)}
 
     def write(self, record: Record) -> None:
         """Keep how a case went, in place of what was known of it."""
@@ -287,9 +295,9 @@ class Journal:
             seen = found
             kept = []
             with written_atomically(self.output / PREDICTIONS) as temporary, temporary.open("w") as file:
-                file.write(f'{{"schema": {SCHEMA}, "cases": [')
+                file.write(_TABLE_BEGINS)
                 for index, record in enumerate(self._ended()):
-                    file.write(",\n" if index else "\n")
+                    file.write(",\n" if index else "")
                     file.write(json.dumps(record.to_json(), indent=1))
                     kept += [record.name] if record.kept is not None else []
                 file.write(f'\n], "kept": {json.dumps({"count": len(kept), "names": kept})}}}\n')
@@ -321,13 +329,20 @@ class Journal:
 
     def stamps(self) -> dict[str, int]:
         """Say when each case's record was written, in nanoseconds, by name."""
-        stamps = {}
         with os.scandir(self.output / RECORDS) as entries:
-            for entry in entries:
-                if entry.name.endswith(".json"):
-                    with contextlib.suppress(FileNotFoundError):
-                        stamps[entry.name.removesuffix(".json")] = entry.stat().st_mtime_ns
-        return stamps
+            names = [entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json")]
+        return {name: stamp for name in names if (stamp := self.stamp(name)) is not None}
+
+    def stamp(self, name: str) -> int | None:
+        """Say when a case's record was written, in nanoseconds."""
+        try:
+            return self._path(name).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def has_tables(self) -> bool:
+        """Whether all tables are there."""
+        return all((self.output / name).exists() for name in (PREDICTIONS, *([SUBTYPES] if self.class_names else [])))
 
     def _write_subtypes(self) -> None:
         rows = ((f"{record.name}{self.file_ending}", self._subtype(record)) for record in self._ended())
@@ -359,6 +374,9 @@ class Journal:
 def _check_ours(path: Path) -> None:
     """Refuse to replace a file of somebody else's."""
     try:
+        with path.open("rb") as file:
+            if file.read(len(_TABLE_BEGINS)) == _TABLE_BEGINS.encode():  # a table of thousands takes a second to parse
+                return
         content = json.loads(path.read_text())
         if content["schema"] == SCHEMA and isinstance(content["cases"], list):
             return

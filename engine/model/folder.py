@@ -119,7 +119,7 @@ def read_model(
         if not folder.is_dir():
             found = "is a file, and no whole zip" if path.is_file() else "does not exist"
             if path.suffix == ".pth":
-                found = f"is a checkpoint; its model folder is {path.absolute().parent.parent}"
+                found = "is a checkpoint: give the folder with plans.json, two above it"
             raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} {found}")
         plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
         names = _find_folds(folder, folds, checkpoint)
@@ -186,9 +186,7 @@ def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> N
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ModelError(
-            f"a model folder must have {path.name}; {path.parent} has none. Is it the folder that holds fold_0?"
-        )
+        raise ModelError(f"a model folder must have {path.name} beside its folders fold_0, ...; {path.parent} has none")
     if path.stat().st_size > LARGEST_JSON_BYTES:
         raise ModelError(f"{path} must be at most {LARGEST_JSON_BYTES} bytes, it has {path.stat().st_size}")
     try:

@@ -238,6 +238,7 @@ _META_SEVERAL = r"LIST|.*%"  # MetaIO takes every name with % for a pattern
 
 def _locate_metaimage(path: Path) -> VoxelData:
     lines, end = _header_lines(path, lambda line: line.startswith("ElementDataFile"))
+    _check_end(lines, "ObjectType", lines[-1:] != [] and lines[-1].startswith("ElementDataFile"))
     fields: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch(r"\s*(\S+)\s*[=:]\s*(.*?)\s*", line)
@@ -281,6 +282,8 @@ _NRRD_SEVERAL = r"LIST|.*%\d*d"
 
 def _locate_nrrd(path: Path) -> VoxelData:
     lines, end = _header_lines(path, lambda line: not line)
+    names_data = any(re.match(r"data ?file:", line) for line in lines)  # behind which a header may just end
+    _check_end(lines, "NRRD000", lines[-1:] == [""] or names_data)
     if not lines or re.fullmatch(r"NRRD000[1-5]", lines[0]) is None:
         raise VolumeError(f"this is not an NRRD file: it does not begin with NRRD0001 to NRRD0005; {_EXPORT_AGAIN}")
     pairs = (line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line))  # no comments, no user's keys
@@ -313,6 +316,18 @@ def _header_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str]
         return lines, file.tell()
 
 
+def _check_end(lines: list[str], mark: str, has_end: bool) -> None:
+    """Tell a text header that is cut off from a file of another kind.
+
+    Raises:
+        IncompleteFile: If the lines begin as the format does, or a file that is cut off within its first word, and do
+            not come to the header's end.
+    """
+    begins_so = bool(lines) and bool(lines[0]) and mark.startswith(lines[0][: len(mark)])
+    if begins_so and not has_end:
+        raise IncompleteFile(f"the header has no end: the file is cut off; {_EXPORT_AGAIN}")
+
+
 def _text_format_data(path: Path, offset: int, is_compressed: bool) -> VoxelData:
     """Describe the voxels from a place in a file on."""
     compression = "none"
@@ -329,6 +344,8 @@ def _text_format_data(path: Path, offset: int, is_compressed: bool) -> VoxelData
 def _locate_gipl(path: Path) -> VoxelData:
     with path.open("rb") as file:
         header = file.read(256)
+    if len(header) < 256:
+        raise IncompleteFile(f"a GIPL header has 256 bytes, got {len(header)}: the file is cut off; {_EXPORT_AGAIN}")
     if header[252:] not in (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8"):
         raise VolumeError(f"this is not a GIPL file: its header lacks the format's mark; {_EXPORT_AGAIN}")
     size = struct.unpack_from(">3H", header)

@@ -190,6 +190,11 @@ class _FirstRead:
 _FIRST_READ = _FirstRead()
 
 
+def itk_alone(what: str) -> contextlib.AbstractContextManager[None]:
+    """Let the first thread that uses ITK for something else than reading be alone, until it is done."""
+    return _FIRST_READ.alone(what, ends=True)
+
+
 def _itk_reason(error: BaseException) -> str:
     """Shorten ITK's exception text to the line that says why, without addresses."""
     reason = re.split(r"ERROR:", str(error))[-1].split("Reason:")[0]

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import EngineError, IncompleteFile
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, naming, read_nifti
+from .itk import itk_alone
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS, write_nifti_labels
 from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, read_picture, write_picture, write_stack
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LABEL_ENDINGS = (*IMAGE_ENDINGS, *PICTURE_ENDINGS)
 
+_LOOKED_AT_BYTES = 512
 _MOST_SHEAR = 1e-3  # cosine between axes; ITK's NIfTI writer moves them apart without a word
 
 
@@ -98,13 +100,18 @@ def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
     image.SetSpacing(placed["spacing"])
     image.SetOrigin(placed["origin"])
     image.SetDirection(placed["direction"])
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    with itk_alone("write"):
+        SimpleITK.WriteImage(image, str(path), useCompression=True)
     check_stored_voxels(path, voxels)
 
 
 def is_whole(path: Path) -> bool:
     """Whether a label file was written to its end; what cannot be read for another reason counts as whole."""
     try:
+        with path.open("rb") as file:
+            start = file.read(_LOOKED_AT_BYTES)
+        if not any(start):  # empty, or what a file system gives back after a crash
+            return False
         if path.name.lower().endswith(PICTURE_ENDINGS):
             read_picture(path)
         elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses

@@ -174,10 +174,15 @@ def _with_channels_last(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
+def side_files(path: Path) -> tuple[Path, Path]:
+    """Name the files that may hold a stack's spacing: that of the case, and else that of this file."""
+    return path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json"), path.with_suffix(".json")
+
+
 def _side_spacing(path: Path) -> tuple[tuple[float, float, float], tuple[str, ...]]:
     """Read the spacing (z, y, x) from the file beside a stack: case.json for case_0000.tif, or for labels case.tif."""
-    of_case = path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
-    side = of_case if of_case.is_file() else path.with_suffix(".json")
+    of_case, of_file = side_files(path)
+    side = of_case if of_case.is_file() else of_file
     if not side.is_file():
         return (1.0, 1.0, 1.0), (f"there is no {of_case.name} with its spacing: 1 mm along each axis is assumed",)
     try:

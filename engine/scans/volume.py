@@ -3,6 +3,7 @@
 Which files are trusted is decided in `image_file` (one file) and `dicom` (a folder of slices).
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from ..errors import OutputError, VolumeError
 from ..files import written_atomically
 from .dicom import open_series
 from .image_file import NOT_FINITE, ImageSource, open_image_file
-from .image_header import naming
+from .image_header import DETACHED_ENDINGS, locate_voxels, naming
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
 from .nifti_file import open_as_nibabel
 from .orientation import LPS_TO_RAS, canonical_axes
-from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture
+from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_files
 
 Triple: TypeAlias = tuple[float, float, float]
 
@@ -288,6 +289,23 @@ def _open(path: Path, reader: str) -> ImageSource:
     if path.is_symlink():
         raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which is not there: mend the link")
     raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
+
+
+def files_of(image: Path, reader: str) -> list[Path]:
+    """Name every file that a scan is read from: slices, the data file of a header, the spacing beside a TIFF stack.
+
+    Args:
+        image: File or folder, as `read_volume` takes it.
+        reader: As for `read_volume`.
+    """
+    if image.is_dir():
+        return [path for path in image.iterdir() if path.is_file()]
+    if reader in PICTURE_READERS:
+        return [image, *(side for side in side_files(image) if reader == "Tiff3DIO" and side.is_file())]
+    if image.name.lower().endswith(DETACHED_ENDINGS):
+        with contextlib.suppress(VolumeError, OSError):  # reading it says what is wrong
+            return [image, locate_voxels(image).path]
+    return [image]
 
 
 def _check_channel_count(name: str, count: int, expected: int | None) -> None:
