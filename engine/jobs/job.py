@@ -14,7 +14,9 @@ from ..engine import Engine
 from ..ensemble import Ensemble
 from ..errors import OutputError
 from ..model.folder import read_model
+from ..scans.image_header import DETACHED_ENDINGS
 from ..scans.label_file import second_file
+from ..scans.pictures import TIFF_ENDINGS
 from ..scans.volume import files_of
 from .cases import CaseFiles
 from .dicom_seg import import_highdicom
@@ -176,13 +178,15 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
         for path in (*case.images, about.labels_before(job, case.name)):
             if path is None:
                 continue
-            files = [path] if path.is_dir() else files_of(path, about.reader)
-            inputs |= {identity: path for file in files if (identity := _identity(file)) is not None}
+            of_several = path.name.lower().endswith((*DETACHED_ENDINGS, *TIFF_ENDINGS))
+            for file in files_of(path, about.reader) if of_several else (path,):
+                if (identity := _identity(file)) is not None:
+                    inputs[identity] = path
     for folder in (job.output, *job.output.absolute().parents):
         if (within := inputs.get(_identity(folder) or (0, 0))) is not None:
-            raise ValueError(f"the output folder {job.output} lies in {within}, which is read; choose another one")
+            raise ValueError(f"the output folder {job.output} lies in {within}, which is an input; choose another one")
     there = set(os.listdir(job.output)) if job.output.is_dir() else set()
-    for case in cases:
+    for case in cases if there else ():
         for result in about.results(job, case.name):
             if result.name in there and _identity(result) in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
@@ -205,7 +209,7 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
 def _identity(path: Path) -> tuple[int, int] | None:
     """Tell files and folders apart, whatever they are called; None where there is nothing."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino

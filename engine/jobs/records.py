@@ -218,7 +218,7 @@ class Journal:
             return Standing(kept="changed since nnturbo wrote it" if is_changed else "not written by nnturbo")
         if foreign:
             return Standing(kept=f"its {foreign[0].suffix} file is not what nnturbo wrote")
-        is_complete = all(there.get(path.name) == record.results.get(path.name) for path in results)
+        is_complete = all(path.name in there and there[path.name] == record.results.get(path.name) for path in results)
         if record.status == FAILED or there[segmentation.name] != record.results.get(segmentation.name):
             return Standing()
         if record.made_of != made_of:

@@ -76,9 +76,9 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
 
     template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
     before, after = template.split("<!-- cases -->")
-    counts = Counter(record.status for record in known)
+    counts = Counter(KEPT if record.kept is not None else record.status for record in known)
     summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
-    summary += f", {counts[KEPT]} kept as they were" if counts[KEPT] else ""
+    summary += f", labels of {kept} left as they were" if (kept := counts[KEPT]) else ""
     title = html.escape(f"nnturbo: {output.resolve().name}")
     before = before.replace("<!-- title -->", title)
     before = before.replace("<!-- summary -->", summary)

@@ -24,7 +24,7 @@ from ..pipeline.prediction import Prediction
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
 from .job import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
-from .records import DONE, FAILED, Journal, Record, Standing
+from .records import DONE, FAILED, KEPT, Journal, Record, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,11 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
     before = journal.stamps()
 
     def is_done_now(case: CaseFiles) -> bool:
-        return journal.stamps().get(case.name) != before.get(case.name) and standing(case).is_done
+        return journal.stamp(case.name) != before.get(case.name) and standing(case).is_done
 
     tell({"event": "started", "cases": len(pending), "skipped": len(outcome.skipped), "kept": len(outcome.kept)})
-    journal.collect()
+    if not journal.has_tables():
+        journal.collect()
     try:
         for last in (False, True):
             again = {}
@@ -167,14 +168,26 @@ def _note(journal: Journal, record: Record, outcome: Outcome, tell: Tell) -> Non
     name = record.name
     if record.status == FAILED:
         if not record.results:
-            journal.fail(record)
+            _record_failure(journal, record)
         outcome.failed[name] = str(record.error)
         logger.info("%s failed: %s", name, record.error)
         tell({"event": "failed", "name": name, "error": record.error})
         return
+    if record.status == KEPT:
+        outcome.kept[name] = str(record.kept)
+        return
     outcome.done.append(name)
     logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record.timings_ms.items()))
     tell({"event": "done", "name": name, "timings_ms": record.timings_ms, "warnings": list(record.warnings)})
+
+
+def _record_failure(journal: Journal, record: Record) -> None:
+    try:
+        journal.fail(record)
+    except OutputError as error:
+        if not error.of_one_file:  # a name that is too long for a record too
+            raise
+        logger.warning("%s", error)
 
 
 class Here:
@@ -258,8 +271,12 @@ class Here:
                 return self._write_results(job, case, prediction, Record(
                     name=case.name, status=DONE, images=images, made_of=made_of, **_answers(prediction)
                 ))  # fmt: skip
-            except (OutputError, DeviceLost):
+            except DeviceLost:
                 raise
+            except OutputError as error:
+                if not error.of_one_file:
+                    raise
+                prediction = error
             except MemoryError:
                 prediction = PredictionError("out of memory while its results were written", transient=True)
             except EngineError as error:
@@ -275,27 +292,42 @@ class Here:
 
     def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction, record: Record) -> Record:
         """Write what a case has, its labels first, and put all of it in place, its labels last."""
-        *extra, segmentation = self.about.results(job, case.name)
+        results = self.about.results(job, case.name)
+        *extra, segmentation = results
+        journal = self.about.journal(job)
         with staging_folder(segmentation) as folder:
             prediction.save(folder / segmentation.name)
             for path in (folder / each.name for each in extra):
                 if path.exists():  # written with the labels, in a format of two files
                     continue
-                if path.suffix == ".dcm":
-                    try:
-                        odd = write_dicom_seg(path, prediction, case.images[0])
-                        record = replace(record, warnings=(*record.warnings, *odd))
-                    except EngineError as error:  # a series to which a DICOM segmentation cannot refer
-                        error = f"its labels are written, but no DICOM segmentation: {error}"
-                        record = replace(record, status=FAILED, error=error)
-                    continue
-                with written_atomically(path) as temporary:
-                    if path.suffix == ".npz":
-                        np.savez_compressed(temporary, probabilities=prediction.reader_probabilities)  # type: ignore[arg-type]
-                    else:
-                        temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
-            written = [path.name for path in (*extra, segmentation) if (folder / path.name).exists()]
-            return self.about.journal(job).publish(record, folder, written)
+                try:
+                    odd = self._write_beside(path, prediction, case)
+                    record = replace(record, warnings=(*record.warnings, *odd))
+                except (EngineError, MemoryError) as error:
+                    if isinstance(error, OutputError):
+                        raise
+                    what = "DICOM segmentation" if path.suffix == ".dcm" else f"{path.suffix} file"
+                    error = f"its labels are written, but no {what}: {str(error) or 'out of memory'}"
+                    record = replace(record, status=FAILED, error=error)
+            if job.skip_existing:  # somebody may have put labels there meanwhile
+                made_of = record.made_of or {}
+                found = journal.standing(case.name, results, made_of, redo_outdated=job.redo_outdated)
+                if found.kept is not None:
+                    journal.settle(case.name, case.images, found)
+                    return Record(name=case.name, status=KEPT, kept=found.kept)
+            written = [path.name for path in results if (folder / path.name).exists()]
+            return journal.publish(record, folder, written)
+
+    def _write_beside(self, path: Path, prediction: Prediction, case: CaseFiles) -> tuple[str, ...]:
+        """Write a file beside labels; gives what is odd about it."""
+        if path.suffix == ".dcm":
+            return write_dicom_seg(path, prediction, case.images[0])
+        with written_atomically(path) as temporary:
+            if path.suffix == ".npz":
+                np.savez_compressed(temporary, probabilities=prediction.reader_probabilities)  # type: ignore[arg-type]
+            else:
+                temporary.write_bytes(pickle.dumps(dict(prediction.properties)))
+        return ()
 
     def _check_devices(self) -> None:
         """Find out whether a GPU still works after a failure; errors in kernels end all that a process can do there."""

@@ -32,7 +32,7 @@ FLAT_ENDINGS = (".png", ".bmp")
 """Of formats that hold no stack."""
 PICTURE_SPACING = (float(SLICE_SPACINGS), 1.0, 1.0)
 
-_TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
+TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
 _MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and deflate's most
 _CUT_OFF = re.compile(r"truncat|broken|corrupt|incomplete|failed to read|bad_data", re.IGNORECASE)
 _DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -99,7 +99,7 @@ def _header(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     told: tuple[str, ...] = ()
     if path.is_file() and path.stat().st_size == 0:
         raise IncompleteFile("the file is empty: export or copy it again")
-    if path.name.lower().endswith(_TIFF_ENDINGS):
+    if path.name.lower().endswith(TIFF_ENDINGS):
         shape, dtype, told = _tiff_header(path)
     else:
         imageio = _library("imageio.v3")
@@ -131,7 +131,7 @@ def _tiff_header(path: Path) -> tuple[tuple[int, ...], np.dtype | None, tuple[st
 def _pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Decode a file of known shape."""
     with naming(path.name), _readable():
-        if path.name.lower().endswith(_TIFF_ENDINGS):
+        if path.name.lower().endswith(TIFF_ENDINGS):
             with _COMPLAINTS.collected() as complaints:
                 pixels = np.asarray(_library("tifffile").imread(path))
             _without_errors(complaints)
@@ -206,7 +206,7 @@ def write_picture(path: Path, segmentation: np.ndarray) -> None:
         OSError: If the disk is full, or the format has no 16 bits.
         BackendUnavailable: If the libraries are not installed.
     """
-    if path.suffix in _TIFF_ENDINGS:
+    if path.suffix in TIFF_ENDINGS:
         _library("tifffile").imwrite(path, segmentation, photometric="minisblack")
         return
     if path.suffix == ".bmp" and segmentation.max() < 256:  # 16 bits that labels of this picture do not need

@@ -85,7 +85,7 @@ def test_a_failed_case_gives_status_1_and_is_named(model, scans, tmp_path, capsy
         ("-m {model} -part_id 2 -num_parts 2", "-part_id must be"),
         ("-m {model} -step_size 2", "tile_step_size"),
         ("-m {model} -npp -1", "-npp must be 0 or more"),
-        ("-m {model}/fold_0/checkpoint_final.pth", "is a checkpoint; its model folder is"),
+        ("-m {model}/fold_0/checkpoint_final.pth", "is a checkpoint: give the folder with plans.json"),
         ("-m {model} --backend magic", "backend must be"),
         ("-m {model} -device cuda:77", "is not there"),
     ],
@@ -124,7 +124,7 @@ def test_what_is_kept_is_said_and_outdated_results_are_made_again_where_asked(mo
     said = capsys.readouterr()
     assert "0 done, 4 already there" in said.out
     assert "nnturbo: 1 kept as they are (changed since nnturbo wrote it): b" in said.err
-    assert "redo_outdated makes it again): a, c, d" in said.err
+    assert "--redo_outdated replaces it): a, c, d" in said.err
     assert main([*arguments, "--continue_prediction", "--redo_outdated"]) == 0
     assert "3 done, 1 already there" in capsys.readouterr().out
     assert main([*arguments, "--redo_outdated"]) == 2

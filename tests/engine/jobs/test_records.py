@@ -109,7 +109,7 @@ def test_results_asked_for_and_not_there_are_made_and_changed_ones_kept(journal)
     assert journal.standing("a", [extra, path], MADE_OF) == Standing()
     assert "another model" in journal.standing("a", [extra, path], OTHER).kept
     extra.write_bytes(b"of somebody else")
-    assert journal.standing("a", [extra, path], MADE_OF).kept == "a.npz is not what nnturbo wrote"
+    assert journal.standing("a", [extra, path], MADE_OF).kept == "its .npz file is not what nnturbo wrote"
 
 
 def test_a_case_that_failed_is_tried_again_and_what_it_had_before_stays_known(journal):

@@ -266,7 +266,7 @@ def test_files_of_others_in_the_output_folder_are_not_replaced(engine, scans, tm
 def test_nothing_is_written_into_a_folder_of_slices(engine, tmp_path):
     (tmp_path / "ct").mkdir()
     for output in (tmp_path / "ct", tmp_path / "ct" / "deeper"):
-        with pytest.raises(ValueError, match="lies in .*ct, which is read"):
+        with pytest.raises(ValueError, match="lies in .*ct, which is an input"):
             predict_cases(engine, [CaseFiles(name="ct", images=(tmp_path / "ct",))], Job(output=output))
 
 
