@@ -88,6 +88,21 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
     return network
 
 
+def with_exact_norms(network: InferenceNetwork) -> InferenceNetwork:
+    """Turn instance norms into `ExactInstanceNorm`; changes a network in place.
+
+    For OpenVINO in float32, whose own norm adds up a whole plane in one float32 (docs/parity.md has what that does).
+    """
+    norms = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+    replace_modules(
+        network,
+        lambda module: (
+            ExactInstanceNorm(module) if isinstance(module, norms) and not module.track_running_stats else None
+        ),
+    )
+    return network
+
+
 def replace_modules(network: nn.Module, choose: Any) -> None:
     """Put another module in the place of each for which `choose` gives one, under every name that it has."""
     chosen: dict[int, nn.Module | None] = {}
@@ -110,6 +125,40 @@ class LowConvolution(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Convolve."""
         return self.convolution(values.to(self.dtype)).float()
+
+
+class ExactInstanceNorm(nn.Module):
+    """An instance norm whose mean and variance are as exact in float32 as torch's, which adds up in float64.
+
+    Note:
+        A float32 that adds up n numbers one by one is off by up to n / 2 of its last digits: for a tile that is blank,
+        whose features are constant but for a rim, more than their deviation. Means of means of few numbers are not.
+    """
+
+    MOST = 128
+    """Numbers that are added up one by one."""
+
+    def __init__(self, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Normalise (N, C, *grid)."""
+        centred = values - self._mean(values)
+        normalised = centred * torch.rsqrt(self._mean(centred * centred) + self.eps)
+        if self.weight is None or self.bias is None:
+            return normalised
+        shape = (1, -1, *[1] * (values.ndim - 2))
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """(N, C, 1, 1, 1)."""
+        samples, channels = values.shape[:2]
+        means = values.flatten(2)
+        while (left := means[0].numel() // channels) > 1:
+            together = next((n for n in range(self.MOST, 1, -1) if left % n == 0), left)
+            means = means.reshape(samples, -1, together).mean(-1)
+        return means.reshape(samples, channels, *[1] * (values.ndim - 2))
 
 
 def only_spreads(module: nn.Module) -> bool:

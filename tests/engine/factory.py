@@ -82,9 +82,9 @@ def multi_task(plans: Mapping[str, Any], **head: Any) -> dict[str, Any]:
     return plans
 
 
-def plans_2d() -> dict[str, Any]:
+def plans_2d(*patch_size: int) -> dict[str, Any]:
     """A plan for slices; the configuration is still called 3d_fullres, as everywhere here."""
-    plans = plans_json(patch_size=[12, 16], spacing=[1.5, 1.5])
+    plans = plans_json(patch_size=list(patch_size or (12, 16)), spacing=[1.5, 1.5])
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
         "conv_op": "torch.nn.modules.conv.Conv2d",
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",

@@ -11,6 +11,15 @@ FLAT_KERNELS = NetworkKind(kernel_sizes=((1, 3, 3), (3, 3, 3), (3, 3, 3)), strid
 TWO_DIMENSIONAL = NetworkKind(kernel_sizes=((3, 3), (3, 3), (3, 3)), strides=((1, 1), (2, 2), (2, 2)))
 ONE_STRIDE = NetworkKind(features=(6, 8), kernel_sizes=((3, 3, 3), (3, 1, 3)), strides=((1, 1, 1), (1, 1, 1)))
 
+DEEP = NetworkKind(
+    class_name=RESIDUAL_CLASS,
+    features=(6, 8, 12, 12, 12, 12, 12, 12),
+    kernel_sizes=((3, 3),) * 8,
+    strides=((1, 1), *((2, 2),) * 7),
+    blocks=2,
+)
+"""Eight stages, as nnU-Net plans them for slices of 512 x 512: the coarsest grid has 4 x 4 voxels."""
+
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
 COARSE = {"spacing": (4.0, 1.0, 1.0), "patch_size": (8, 24, 28), "network": FLAT_KERNELS}
 MR = {"channels": ("T1",), "normalization": ("ZScore",)}
@@ -58,12 +67,36 @@ NETWORKS = (
         scans=("small",),
         network=replace(PLAIN, dropout=True, nonlin="torch.nn.modules.activation.ReLU"),
     ),
+    ModelKind(name="norm_without_affine", scans=("small",), weights="random", network=replace(PLAIN, affine=False)),
+    ModelKind(name="another_activation", scans=("small",), network=replace(PLAIN, nonlin="torch.nn.SiLU")),
+    ModelKind(
+        name="nonlin_not_there",
+        scans=("small",),
+        network=replace(PLAIN, nonlin="torch.nn.modules.activations.LeakyReLU"),
+    ),
+    ModelKind(
+        name="nonlin_not_there_residual", scans=("small",), network=replace(RESIDUAL, nonlin="torch.nn.LeakyRelu")
+    ),
+    ModelKind(
+        name="norm_not_there",
+        scans=("small",),
+        network=replace(PLAIN, norm="torch.nn.modules.batchnorm.InstanceNorm3d", affine=False),
+    ),
     ModelKind(name="lowres", scans=("isotropic", "coarse_first"), configuration="3d_lowres", spacing=(3.0, 2.6, 2.6)),
     PLAIN_2D,
     replace(
         PLAIN_2D, name="2d_residual", scans=("small",), network=replace(TWO_DIMENSIONAL, class_name=RESIDUAL_CLASS)
     ),
     replace(PLAIN_2D, name="2d_mirrored", scans=("coarse_first",), mirror_axes=(0, 1)),
+    replace(
+        PLAIN_2D,
+        name="2d_deep",
+        scans=("flat", "bordered_coarse"),
+        network=DEEP,
+        patch_size=(512, 512),
+        spacing=(1.0, 1.0),
+        weights="random",
+    ),
     replace(PLAIN_2D, name="2d_transposed", scans=("isotropic", "coarse_last"), transpose_forward=(2, 0, 1)),
 )
 INTENSITIES = (
@@ -91,11 +124,22 @@ INTENSITIES = (
         normalization=("CT", "ZScore", "ZScore"),
         masked=(False, False, True),
     ),
+    ModelKind(name="more_normalizations", scans=("small",), more_normalizations=("ZScore", "CT")),
+    ModelKind(name="listed_channels", scans=("small",), listed_channels=True),
 )
 LABELS = (
     REGION_KIND,
     replace(REGION_KIND, name="regions_reordered", scans=("small",), regions_class_order=(2, 3, 1)),
     replace(REGION_KIND, name="regions_ignore", scans=("small",), labels=REGIONS | {"ignore": 4}),
+    ModelKind(name="labels_as_strings", scans=("small",), labels={"background": "0", "organ": "1", "lesion": "2"}),
+    ModelKind(name="labels_as_floats", scans=("small",), labels={"background": 0.0, "organ": 1.0, "lesion": 2.0}),
+    replace(
+        REGION_KIND,
+        name="regions_as_floats",
+        scans=("small",),
+        labels={"background": 0.0, "whole": [1.0, 2.0, 3.0], "core": [2.0, 3.0], "enhancing": 3.0},
+        regions_class_order=(1.0, 2.0, 3.0),
+    ),
     ModelKind(name="ignore", scans=("small",), labels={"background": 0, "organ": 1, "ignore": 2}),
     ModelKind(
         name="254_labels",
@@ -114,6 +158,24 @@ CASCADES = (
     CASCADE,
     replace(CASCADE, name="cascade_transposed", scans=("coarse_last",), transpose_forward=(2, 0, 1)),
     replace(CASCADE, name="cascade_torch", scans=("isotropic", "coarse_first"), resampling=torch_linear()),
+    replace(CASCADE, name="cascade_linear_z", scans=("coarse_first", "coarse_last"), resampling=spline(order_z=1)),
+    replace(CASCADE, name="cascade_cubic", scans=("isotropic", "coarse_first"), resampling=spline(segmentation=3)),
+    replace(
+        CASCADE, name="cascade_majority", scans=("isotropic", "coarse_first"), resampling=torch_linear(majority=True)
+    ),
+    replace(
+        CASCADE,
+        name="cascade_deep",
+        scans=("isotropic", "coarse_first"),
+        weights="random",
+        network=NetworkKind(
+            features=(6, 8, 12, 12, 12),
+            kernel_sizes=((3, 3, 3),) * 5,
+            strides=((1, 1, 1), *((2, 2, 2),) * 4),
+            blocks=2,
+        ),
+        patch_size=(32, 32, 32),
+    ),
     replace(CASCADE, name="cascade_regions", scans=("small",), labels=REGIONS, regions_class_order=(1, 2, 3)),
     replace(CASCADE, name="cascade_masked", scans=("bordered",), masked=(True,), **MR),
 )
@@ -136,6 +198,10 @@ RESAMPLINGS = (
     ModelKind(name="linear_z", scans=("coarse_first", "coarse_last"), resampling=spline(order_z=1)),
     ModelKind(name="nearest", scans=("isotropic", "coarse_first"), resampling=spline(data=0, probabilities=0)),
     ModelKind(name="cubic_logits", scans=("isotropic", "coarse_first"), resampling=spline(probabilities=3, order_z=3)),
+    ModelKind(name="square", scans=("isotropic", "coarse_first"), resampling=spline(data=2)),
+    ModelKind(name="quartic", scans=("isotropic", "coarse_first"), resampling=spline(data=4, order_z=2)),
+    ModelKind(name="quintic", scans=("isotropic", "coarse_last"), resampling=spline(data=5, order_z=5)),
+    ModelKind(name="cubic_logits_of_order_5", scans=("coarse_first",), resampling=spline(probabilities=5, order_z=4)),
     ModelKind(name="torch", scans=("isotropic", "coarse_first", "plan_spacing"), resampling=torch_linear()),
     ModelKind(name="torch_separate_z", scans=("isotropic", "coarse_last"), resampling=torch_linear(True)),
     ModelKind(name="torch_never_separate_z", scans=("coarse_first",), resampling=torch_linear(False)),
@@ -183,6 +249,11 @@ FORMATS = (
         network=replace(
             RESIDUAL, class_name="dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet"
         ),
+    ),
+    ModelKind(
+        name="class_of_a_fork",
+        scans=("small",),
+        network=replace(RESIDUAL, class_name="nnunetv2.training.nnUNetTrainer.variants.ResidualEncoderUNet"),
     ),
     ModelKind(name="inherited_plans", scans=("small",), plans="inherited"),
     ModelKind(

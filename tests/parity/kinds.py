@@ -24,7 +24,12 @@ class Resampling:
 
 
 def spline(
-    *, data: int = 3, probabilities: int = 1, order_z: int = 0, force_separate_z: bool | None = None
+    *,
+    data: int = 3,
+    segmentation: int = 1,
+    probabilities: int = 1,
+    order_z: int = 0,
+    force_separate_z: bool | None = None,
 ) -> Resampling:
     """Resample by nnU-Net's default function, with these spline orders; the arguments' defaults are nnU-Net's."""
 
@@ -34,15 +39,17 @@ def spline(
         )
 
     return Resampling(
-        data=resampler(False, data), segmentation=resampler(True, 1), probabilities=resampler(False, probabilities)
+        data=resampler(False, data),
+        segmentation=resampler(True, segmentation),
+        probabilities=resampler(False, probabilities),
     )
 
 
-def torch_linear(force_separate_z: bool | None = None) -> Resampling:
+def torch_linear(force_separate_z: bool | None = None, majority: bool = False) -> Resampling:
     """Resample by torch's linear interpolation."""
 
     def resampler(is_seg: bool) -> Resampler:
-        kwargs = {"is_seg": is_seg, "force_separate_z": force_separate_z, "memefficient_seg_resampling": False}
+        kwargs = {"is_seg": is_seg, "force_separate_z": force_separate_z, "memefficient_seg_resampling": majority}
         return Resampler(function="resample_torch_fornnunet", kwargs=kwargs)
 
     return Resampling(data=resampler(False), segmentation=resampler(True), probabilities=resampler(False))
@@ -64,6 +71,9 @@ class NetworkKind:
         features: Channels per stage.
         kernel_sizes: Kernel per stage.
         strides: Stride per stage.
+        norm: Path of the norm's class, where it is not that of `batch_norm` or an instance norm.
+        affine: Scale and shift in norms.
+        blocks: Convolutions or residual blocks per stage of the encoder.
         batch_norm: BatchNorm with running statistics in place of InstanceNorm.
         dropout: Dropout in every block; inactive when predicting.
         nonlin: Path of the activation's class.
@@ -74,6 +84,9 @@ class NetworkKind:
     features: tuple[int, ...] = (6, 8, 12)
     kernel_sizes: tuple[Axes, ...] = ((3, 3, 3), (3, 3, 3), (3, 3, 3))
     strides: tuple[Axes, ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+    norm: str | None = None
+    affine: bool = True
+    blocks: int = 1
     batch_norm: bool = False
     dropout: bool = False
     nonlin: str = "torch.nn.LeakyReLU"
@@ -100,6 +113,8 @@ class ModelKind:
         spacing: Target spacing in mm, as long as `patch_size`, in transposed order.
         normalization: Scheme of each channel, without the ending `Normalization`.
         masked: Channels normalised inside the non-zero mask.
+        more_normalizations: Schemes that the plan names beyond its channels.
+        listed_channels: Whether dataset.json holds the names of channels as a list.
         labels: Entry `labels` of dataset.json.
         regions_class_order: Entry of dataset.json, or None.
         transpose_forward: Order of axes that the network sees.
@@ -128,8 +143,10 @@ class ModelKind:
     spacing: tuple[float, ...] = (1.5, 1.0, 1.0)
     normalization: tuple[str, ...] = ("CT",)
     masked: tuple[bool, ...] = (False,)
-    labels: dict[str, int | list[int]] = field(default_factory=lambda: {"background": 0, "organ": 1, "lesion": 2})
-    regions_class_order: tuple[int, ...] | None = None
+    more_normalizations: tuple[str, ...] = ()
+    listed_channels: bool = False
+    labels: dict[str, Any] = field(default_factory=lambda: {"background": 0, "organ": 1, "lesion": 2})
+    regions_class_order: tuple[Any, ...] | None = None
     transpose_forward: tuple[int, int, int] = (0, 1, 2)
     resampling: Resampling = field(default_factory=spline)
     folds: tuple[int | str, ...] = (0,)

@@ -108,6 +108,8 @@ def _perturb(network: nn.Module) -> None:
     """Move biases and norms away from 0 and 1, where a wrong or missing one would not show."""
     with torch.no_grad():
         for module in network.modules():
+            if isinstance(module, _InstanceNorm | _BatchNorm) and not module.affine:
+                continue
             if isinstance(module, _InstanceNorm | _BatchNorm):
                 module.weight.copy_(1 + 0.3 * torch.randn_like(module.weight))
                 module.bias.copy_(0.3 * torch.randn_like(module.bias))

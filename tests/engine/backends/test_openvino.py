@@ -305,10 +305,24 @@ def test_it_is_among_the_backends():
 
 
 @pytest.mark.parametrize("plans", [plans_json(), plans_2d()], ids=["3d", "2d"])
-def test_a_norm_is_one_operation(tmp_path, plans):
+def test_below_fp32_a_norm_is_one_operation(tmp_path, plans):
     model = read_model(write_model(tmp_path / "m", plans=plans))
-    runner_of(model, tmp_path)
+    runner_of(model, tmp_path, "bf16")
     compiled = openvino.Core().compile_model(tmp_path / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
     assert kinds.count("MVN") == 3
     assert not {"Reduce", "Subgraph", "Eltwise"} & set(kinds)  # scale, shift and activation are part of it
+
+
+@pytest.mark.parametrize("plans", [plans_json(patch_size=[48, 64, 64]), plans_2d(512, 512)], ids=["3d", "2d"])
+@pytest.mark.parametrize("content", ["blank", "boxed"])
+def test_norms_over_many_equal_voxels_are_as_exact_as_torchs(tmp_path, plans, content):
+    model = read_model(write_model(tmp_path / "m", plans=plans))
+    tile = torch.zeros(1, 1, *model.plan.patch_size)
+    if content == "boxed":
+        middle = tile[..., 20:40, 20:40]
+        middle += torch.randn(middle.shape, generator=torch.Generator().manual_seed(0))
+    exact = inference_network(model).double()(tile.double())[0]
+    of_torch = (inference_network(model)(tile)[0] - exact).abs().max()
+    of_openvino = (runner_of(model, tmp_path)(tile).seg_logits - exact).abs().max()
+    assert of_openvino <= 5 * of_torch + 1e-5 * exact.abs().max()

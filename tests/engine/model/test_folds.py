@@ -4,6 +4,7 @@ import pytest
 import torch
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import (
+    ExactInstanceNorm,
     InferenceNetwork,
     LowConvolution,
     Upsampling,
@@ -150,3 +151,15 @@ class TestLowConvolutions:
         for one, other in zip(low, exact, strict=True):
             assert one.dtype == torch.float32
             assert 0 < (one - other).abs().max() < 0.05 * other.abs().max()
+
+
+@pytest.mark.parametrize("grid", [(7, 13, 5), (8, 256), (131, 1), (2, 1, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_exact_norms_are_instance_norms(grid, affine):
+    torch.manual_seed(0)
+    norm = (nn.InstanceNorm2d if len(grid) == 2 else nn.InstanceNorm3d)(3, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    values = 5 + torch.randn(2, 3, *grid)
+    assert torch.allclose(ExactInstanceNorm(norm)(values), norm(values), atol=1e-5)
