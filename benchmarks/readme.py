@@ -125,6 +125,17 @@ def parity_rows() -> str:
     return markdown(header, rows)
 
 
+def rounding() -> str:
+    """How far each backend's float32 is from float64 on deep networks."""
+    rows = [
+        [row["network"], row["tile"], row["backend"], f"{row['error']:.0e}", f"{row['labels']} of {row['voxels']}",
+         f"{row['margin']:.0e}" if row["labels"] else "-"]
+        for row in load("rounding")["rows"]
+    ]  # fmt: skip
+    header = ["network", "tile", "backend", "greatest error of a logit", "other labels", "greatest margin among them"]
+    return markdown(header, rows)
+
+
 def heads() -> str:
     """Classification heads on one encoder, and their controls."""
     result = load("heads")
@@ -319,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "parity": parity,
     "parity_rows": parity_rows,
+    "rounding": rounding,
     "heads": heads,
     "demo": demo,
     "backends": backends,

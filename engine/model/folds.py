@@ -128,7 +128,7 @@ class LowConvolution(nn.Module):
 
 
 class ExactInstanceNorm(nn.Module):
-    """An instance norm whose mean and variance are as exact in float32 as torch's, which adds up in float64.
+    """An instance norm whose mean and variance are nearly as exact in float32 as torch's, which adds up in float64.
 
     Note:
         A float32 that adds up n numbers one by one is off by up to n / 2 of its last digits: for a tile that is blank,
