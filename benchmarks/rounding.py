@@ -17,10 +17,10 @@ import torch
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.backends.openvino import OpenVinoRunner, _compiled, _convert
 from nnturbo.engine.errors import EngineError
-from nnturbo.engine.inference import inference_network
-from nnturbo.engine.model import Model
-from nnturbo.engine.network import make_network
-from nnturbo.engine.plans import parse_plan
+from nnturbo.engine.model.folder import Model
+from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.model.network import make_network
+from nnturbo.engine.model.plans import parse_plan
 from torch import Tensor, nn
 
 from .report import write_report
