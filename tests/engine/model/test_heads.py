@@ -318,7 +318,7 @@ def test_a_head_on_a_stage_that_is_not_there_or_a_foreign_backbone_is_refused():
     with pytest.raises(ModelError, match=r"reads stages \[0, 2\], the encoder has 2, from 0"):
         build_network(plan, {})
     plans = multi_task(plans_json())
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["backbone"] = "evil.PlainConvUNet"
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["backbone"] = "evil.OtherUNet"
     with pytest.raises(ModelError, match="never imported"):
         build_network(parse_plan(plans, dataset_json(), "3d_fullres"), {})
 
