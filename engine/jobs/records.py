@@ -8,6 +8,7 @@ goes on), and what is not recorded as nnturbo's own is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -278,8 +279,12 @@ class Journal:
         if record is None:
             return {}
         files = {file for file in {*record.results, *record.replaces} if Path(file).name == file}
-        there = {file: of for file in files if (of := Fingerprint.if_there(self.output / file)) is not None}
-        return {file: of for file, of in there.items() if record.knows(file, of)}
+        known = {}
+        for file in files:
+            with contextlib.suppress(OSError):
+                if record.knows(file, found := Fingerprint.of(self.output / file)):
+                    known[file] = found
+        return known
 
     def write(self, record: Record) -> None:
         """Keep how a case went, in place of what was known of it."""

@@ -1,6 +1,7 @@
 """Which scans a folder holds."""
 
 import logging
+import os
 
 import pytest
 from nnturbo.engine import ModelError, VolumeError
@@ -61,7 +62,49 @@ def test_a_name_of_nothing_but_a_number_is_none(tmp_path):
         find_cases(tmp_path, ".nii.gz")
 
 
+def test_scans_with_another_ending_are_named_whatever_lies_beside_them(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "a_0000.nrrd").write_bytes(b"x")
+    with pytest.raises(VolumeError, match=r"it holds 1 file\(s\) ending with \.nrrd"):
+        find_cases(tmp_path, ".nii.gz")
+
+
+@pytest.mark.parametrize("source", ["loop", "gone", "pipe"])
+def test_what_cannot_be_a_folder_of_scans_is_called_what_it_is(tmp_path, source):
+    path = tmp_path / source
+    if source == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if source == "loop" else tmp_path / "nowhere")
+    with pytest.raises(VolumeError, match="must be a folder of scans, one file, or a folder of DICOM"):
+        find_cases(path, ".nii.gz")
+
+
 class TestOutputIsInput:
+    def test_names_that_end_as_a_channel_does(self, tmp_path):
+        for case in ("BraTS_0001", "BraTS_0002"):
+            write_scan(tmp_path / f"{case}_0000.nii.gz")
+        before = find_cases(tmp_path, ".nii.gz", tmp_path)
+        write_scan(tmp_path / "BraTS_0001.nii.gz")  # the first one's result
+        assert find_cases(tmp_path, ".nii.gz", tmp_path) == before
+        (tmp_path / "BraTS_0001_0000.nii.gz").unlink()
+        (tmp_path / "records").mkdir()
+        (tmp_path / "records" / "BraTS_0001.json").write_text("{}")
+        assert [case.name for case in find_cases(tmp_path, ".nii.gz", tmp_path)] == ["BraTS_0002"]
+
+    @pytest.mark.parametrize(("source", "output"), [("p", "p/s1"), ("p", "p")])
+    def test_results_do_not_go_where_slices_are(self, tmp_path, source, output):
+        (tmp_path / "p").mkdir()
+        write_series(tmp_path / "p" / "s1")
+        write_series(tmp_path / "p" / ("s2" if output == "p/s1" else "records"))
+        with pytest.raises(VolumeError, match="holds DICOM slices, and results would go there"):
+            find_cases(tmp_path / source, ".nii.gz", tmp_path / output)
+
+    def test_folders_around_the_output_are_no_series(self, tmp_path):
+        write_series(tmp_path / "one")
+        (tmp_path / "results" / "labels").mkdir(parents=True)
+        assert [case.name for case in find_cases(tmp_path, ".nii.gz", tmp_path / "results" / "labels")] == ["one"]
+
     def test_own_results_are_no_scans(self, scans):
         write_scan(scans / "a.nii.gz")  # of a case that is there
         (scans / "records").mkdir()

@@ -120,12 +120,12 @@ def test_a_bad_scan_and_a_good_one(scans, tmp_path, pool):
     assert len(outcome.done) == 7
 
 
-def test_results_that_cannot_be_written_end_the_job(scans, tmp_path, pool):
+def test_a_result_that_cannot_be_written_fails_its_case(scans, tmp_path, pool):
     (tmp_path / "out" / "c2.nii.gz").mkdir(parents=True)
     outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
-    assert "c2.nii.gz cannot be written" in outcome.stopped
-    assert "c2" in outcome.left
-    assert sorted([*outcome.done, *outcome.left]) == [f"c{index}" for index in range(8)]
+    assert list(outcome.failed) == ["c2"]
+    assert "c2.nii.gz cannot be written" in outcome.failed["c2"]
+    assert len(outcome.done) == 7
 
 
 def test_arguments_that_no_process_can_use_are_said(model, tmp_path):

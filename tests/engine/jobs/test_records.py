@@ -122,6 +122,41 @@ def test_a_case_that_failed_is_tried_again_and_what_it_had_before_stays_known(jo
     assert journal.standing("a", [path], MADE_OF).kept == "changed since nnturbo wrote it"
 
 
+def test_a_correction_that_leaves_one_of_two_files_as_it_was_is_kept(journal):
+    """A header is the same byte for byte when its voxels are corrected."""
+    results = finish(journal, extra=[".zraw"])
+    results[0].write_bytes(b"corrected")
+    for status in (DONE, FAILED):
+        journal.write(replace(journal.read("a"), status=status, error="why"))
+        assert journal.standing("a", results, MADE_OF).kept == "its .zraw file is not what nnturbo wrote"
+
+
+def test_a_result_that_is_a_link_to_nothing_is_kept(journal):
+    path = journal.output / "a.nii.gz"
+    path.symlink_to(journal.output / "unmounted" / "a.nii.gz")
+    assert journal.standing("a", [path], MADE_OF).kept == "a link to what is not there"
+
+
+def test_what_nnturbo_wrote_beside_replaced_labels_goes_with_them(journal):
+    extra, path = finish(journal, extra=[".npz"])
+    foreign = journal.output / "a.pkl"
+    foreign.write_bytes(b"of somebody else")
+    finish(journal)
+    assert path.exists()
+    assert not extra.exists()
+    assert foreign.exists()
+
+
+def test_results_are_known_to_be_ones_own(tmp_path):
+    journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "c0.json").write_text('{"patient": "data"}')
+    assert not journal.has_own()
+    journal.begin()
+    finish(journal)
+    assert journal.has_own()
+
+
 class TestInterrupted:
     """A job is killed after each step of putting two results in place of earlier ones."""
 
@@ -163,6 +198,16 @@ class TestInterrupted:
         results = interrupted(1)
         labels(results[-1], 3)
         assert journal.standing("a", results, MADE_OF).kept == "changed since nnturbo wrote it"
+
+    def test_labels_of_others_that_were_about_to_be_replaced_are_kept(self, journal, monkeypatch):
+        path = labels(journal.output / "a.nii.gz", 2)  # as nnU-Net leaves them
+        with monkeypatch.context() as patch:
+            patch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                finish(journal)
+        assert journal.standing("a", [path], MADE_OF).kept
+        journal.fail(Record(name="a", status=FAILED, error="why"))
+        assert journal.standing("a", [path], MADE_OF).kept == "not written by nnturbo"
 
     def test_what_is_all_in_place_is_done(self, journal, monkeypatch):
         write = Journal.write
@@ -252,6 +297,23 @@ def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
     journal.begin()
     assert not old.exists()
     assert new.exists()
+
+
+def test_what_another_process_writes_slowly_stays(journal):
+    folder = journal.output / ".writing-file-slow"
+    (folder / ".writing-file-inner").mkdir(parents=True)
+    (folder / ".writing-file-inner" / "new.npz").write_bytes(b"half")
+    for path in (folder, folder / ".writing-file-inner"):
+        os.utime(path, (time.time() - 3600,) * 2)
+    journal.begin()
+    assert folder.exists()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_what_another_user_writes_is_no_obstacle(journal):
+    folder = journal.output / ".writing-file-theirs"
+    folder.mkdir(mode=0)
+    journal.begin()
 
 
 def test_tables_hold_all_records_by_name(tmp_path):

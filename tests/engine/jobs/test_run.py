@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from nnturbo.engine import Engine, OutputError
 from nnturbo.engine.files import written_atomically
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.job import About, Job
+from nnturbo.engine.jobs.records import Record
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline import prediction
 
-from tests.engine.factory import smooth_scan, write_model
+from tests.engine.factory import dataset_json, smooth_scan, write_model
 
 
 def write_scan(path, seed=0, shape=(8, 14, 16)):
@@ -312,6 +314,101 @@ def test_the_output_must_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="must be a folder for the segmentations, .*file is a file"):
         Job(output=tmp_path / "file")
+
+
+@pytest.fixture(scope="module")
+def of_detached(tmp_path_factory):
+    """A model whose scans and labels have their voxels in a second file."""
+    folder = tmp_path_factory.mktemp("detached") / "m"
+    return Engine.load(write_model(folder, dataset=dataset_json(file_ending=".nhdr")), device="cpu", mirror=False)
+
+
+def test_the_voxels_of_a_scan_are_not_replaced_by_those_of_its_labels(of_detached, tmp_path):
+    write_scan(tmp_path / "a.nhdr").rename(tmp_path / "a_0000.nhdr")
+    before = (tmp_path / "a.raw.gz").read_bytes()
+    with pytest.raises(ValueError, match=r"a\.raw\.gz would replace a file that is read"):
+        predict_cases(of_detached, find_cases(tmp_path, ".nhdr", tmp_path), Job(output=tmp_path))
+    assert (tmp_path / "a.raw.gz").read_bytes() == before
+
+
+def test_a_scan_whose_voxels_change_in_their_own_file_is_another_one(of_detached, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_scan(tmp_path / "in" / "a_0000.nhdr")
+    cases = find_cases(tmp_path / "in", ".nhdr")
+    assert predict_cases(of_detached, cases, Job(output=tmp_path / "out")).done == ["a"]
+    header = (tmp_path / "in" / "a_0000.nhdr").stat()
+    write_scan(tmp_path / "in" / "a_0000.nhdr", 5)
+    os.utime(tmp_path / "in" / "a_0000.nhdr", ns=(header.st_atime_ns, header.st_mtime_ns))
+    outcome = predict_cases(of_detached, cases, Job(output=tmp_path / "out", skip_existing=True))
+    assert list(outcome.kept) == ["a"]
+
+
+@pytest.mark.parametrize("obstacle", ["a folder", "a long name"])
+def test_one_name_that_cannot_be_written_fails_its_case_only(engine, scans, tmp_path, obstacle):
+    out = tmp_path / "out"
+    name = "b" if obstacle == "a folder" else "b" * 252
+    if obstacle == "a folder":
+        (out / "b.nii.gz").mkdir(parents=True)
+    cases = [replace(case, name=name) if case.name == "b" else case for case in find_cases(scans, ".nii.gz")]
+    outcome = predict_cases(engine, cases, Job(output=out))
+    assert outcome.stopped is None
+    assert sorted(outcome.done) == ["a", "c"]
+    assert "cannot be written" in outcome.failed[name]
+
+
+def test_labels_that_appear_while_a_job_goes_on_are_kept(engine, scans, tmp_path):
+    out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
+
+    def meanwhile(event):
+        if event["event"] == "started":
+            write_scan(out / "b.nii.gz", 5)
+
+    outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True), tell=meanwhile)
+    assert (sorted(outcome.done), outcome.kept) == (["a", "c"], {"b": "not written by nnturbo"})
+    assert read_records(out)["b"]["status"] == "kept"
+
+
+def test_labels_are_there_where_memory_is_not_enough_for_the_rest(engine, scans, tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", full)
+        outcome = predict_cases(engine, find_cases(scans, ".nii.gz")[:1], Job(output=tmp_path, save_probabilities=True))
+    assert outcome.failed == {"a": "its labels are written, but no .npz file: out of memory"}
+    assert (tmp_path / "a.nii.gz").exists()
+    again = predict_cases(
+        engine, find_cases(scans, ".nii.gz")[:1], Job(output=tmp_path, save_probabilities=True, skip_existing=True)
+    )
+    assert again.done == ["a"]
+
+
+def test_a_stop_looks_at_the_record_of_each_case_alone(tmp_path):
+    class Full:
+        about = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+
+        def __call__(self, cases, *, tell, alone):
+            raise OutputError("the disk is full")
+            yield
+
+    cases = [CaseFiles(name=f"c{index}", images=(tmp_path / "x",)) for index in range(2000)]
+    journal = Full.about.journal(Job(output=tmp_path / "out"))
+    journal.begin()
+    for case in cases:
+        journal.write(Record(name=case.name, status="failed", error="why"))
+    steps = 0
+
+    def count(frame, event, argument):
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        outcome = run_job(Full(), cases, Job(output=tmp_path / "out"))
+    finally:
+        sys.setprofile(None)
+    assert len(outcome.left) == 2000
+    assert steps < 2500 * len(cases)
 
 
 def test_a_job_of_many_cases_begins_at_once(tmp_path):

@@ -240,6 +240,21 @@ class TestDetachedHeaders:
         assert len(moved) == 3
 
 
+@pytest.mark.parametrize("ending", [".mha", ".mhd", ".nrrd", ".nhdr", ".gipl", ".nii", ".nii.gz"])
+def test_labels_that_are_cut_off_anywhere_are_not_whole(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    write_segmentation(path, np.ones((3, 4, 5), np.uint8), Geometry(spacing=(1, 1, 1), **PLAIN))
+    content = path.read_bytes()
+    assert is_whole(path)
+    for length in {0, 1, 5, 11, 40, len(content) // 2, len(content) - 2}:
+        path.write_bytes(content[:length])
+        assert not is_whole(path), length
+    path.write_bytes(bytes(len(content)))
+    assert not is_whole(path)
+    path.write_bytes(b"these are no labels, but somebody's own file\n" * 20)
+    assert is_whole(path)
+
+
 class TestEndings:
     @pytest.mark.parametrize(
         "ending",
