@@ -324,7 +324,10 @@ def of_detached(tmp_path_factory):
 
 
 def test_the_voxels_of_a_scan_are_not_replaced_by_those_of_its_labels(of_detached, tmp_path):
-    write_scan(tmp_path / "a.nhdr").rename(tmp_path / "a_0000.nhdr")
+    write_scan(tmp_path / "scan.nrrd")
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "scan.nrrd")), str(tmp_path / "a.nhdr"), useCompression=True)
+    (tmp_path / "scan.nrrd").unlink()
+    (tmp_path / "a.nhdr").rename(tmp_path / "a_0000.nhdr")
     before = (tmp_path / "a.raw.gz").read_bytes()
     with pytest.raises(ValueError, match=r"a\.raw\.gz would replace a file that is read"):
         predict_cases(of_detached, find_cases(tmp_path, ".nhdr", tmp_path), Job(output=tmp_path))
