@@ -86,8 +86,8 @@ def overlapped(
             # A thread that waits for the next item holds on to nothing.
             del taken, item, slot
 
-    crew = [threading.Thread(target=work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
-    for thread in crew:
+    workers = [threading.Thread(target=work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+    for thread in workers:
         thread.start()
     try:
         while (slot := slots.get()) is not None:
@@ -100,9 +100,9 @@ def overlapped(
         stopped.set()
         if leave is not None:
             leave()
-        for _ in crew:
+        for _ in workers:
             places.release()
-        for thread in crew:
+        for thread in workers:
             thread.join()
         close()
 

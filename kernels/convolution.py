@@ -78,7 +78,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Finer:
+class PendingUpsampling:
     """A transposed convolution whose kernel is as large as its stride, that is yet to be done.
 
     Args:
@@ -134,7 +134,7 @@ class Kernels:
 
     def convolve(
         self,
-        inputs: Sequence[Tensor | Finer],
+        inputs: Sequence[Tensor | PendingUpsampling],
         taps: int,
         weights: Tensor,
         bias: Tensor,
@@ -155,7 +155,7 @@ class Kernels:
         if overwrite and not (isinstance(last, Tensor) and last.shape[1] == len(bias)):
             raise ValueError(f"{len(bias)} channels cannot overwrite {last.shape[1]}, or what is yet to be done")
         out = last if overwrite and isinstance(last, Tensor) else _empty(len(bias), one.shape[2:])
-        coarse = one if isinstance(one, Finer) else None
+        coarse = one if isinstance(one, PendingUpsampling) else None
         self.library.nnturbo_convolve(
             *(ctypes.c_int64(n) for n in (taps, *one.shape[2:])),
             *(argument for values in (one, *others) for argument in _input(values)),
@@ -202,7 +202,7 @@ class Kernels:
         """Split the last axis, of outputs, into panels, the last one filled up with zeros."""
         return F.pad(weight, (0, -weight.shape[-1] % self.columns)).unflatten(-1, (-1, self.columns))
 
-    def spread(self, finer: Finer) -> Tensor:
+    def spread(self, finer: PendingUpsampling) -> Tensor:
         """Make it as a whole."""
         out = _empty(finer.shape[1], finer.shape[2:])
         self.library.nnturbo_spread(
@@ -259,7 +259,7 @@ def _empty(channels: int, size: Sequence[int]) -> Tensor:
     return torch.empty((1, channels, *size), memory_format=torch.channels_last_3d)
 
 
-def _input(values: Tensor | Finer) -> tuple[Any, ctypes.c_int64]:
+def _input(values: Tensor | PendingUpsampling) -> tuple[Any, ctypes.c_int64]:
     return _at(values) if isinstance(values, Tensor) else None, ctypes.c_int64(values.shape[1])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.convolution import Finer, Kernels, channels_last, compile_library, compiler
+from ...kernels.convolution import Kernels, PendingUpsampling, channels_last, compile_library, compiler
 from ..errors import BackendUnavailable
 from ..files import cache_root
 from ..model.folder import Model
@@ -45,7 +45,7 @@ class Convolve(nn.Module):
         self._prepared: Tensor | None = None
         self.may_overwrite = False  # see `plan_overwriting`
 
-    def forward(self, *inputs: Tensor | Finer) -> Tensor:
+    def forward(self, *inputs: Tensor | PendingUpsampling) -> Tensor:
         """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...)."""
         given = [channels_last(values) if isinstance(values, Tensor) else values for values in inputs]
         if self._prepared is None:
@@ -58,7 +58,7 @@ class Convolve(nn.Module):
         values = channels_last(torch.cat(there, 1)) if len(there) > 1 else there[0]
         return kernels.convolve_directly(values, self._taps, self._stride, self._prepared, self._bias)
 
-    def _prepare(self, given: Sequence[Tensor | Finer]) -> Tensor:
+    def _prepare(self, given: Sequence[Tensor | PendingUpsampling]) -> Tensor:
         """Choose by the size of the first tile, which all others have too, and keep one form of the weights."""
         assert self._weight is not None  # it is the first tile
         whole = all(values.shape[1] % self._kernels.lanes == 0 for values in given)
@@ -77,9 +77,9 @@ class Spread(nn.Module):
         self._stride = tuple(convolution.stride)
         self._bias, self._packed = _bias(convolution), kernels.pack_spread(convolution.weight)
 
-    def forward(self, coarse: Tensor) -> Finer:
+    def forward(self, coarse: Tensor) -> PendingUpsampling:
         """From (1, in, *grid) to (1, out, *finer grid)."""
-        return Finer(channels_last(coarse), self._stride, self._packed, self._bias)
+        return PendingUpsampling(channels_last(coarse), self._stride, self._packed, self._bias)
 
 
 class Project(nn.Module):
@@ -103,7 +103,7 @@ class Block(nn.Module):
         super().__init__()
         self.convolve, self.norm, self.slope = convolve, norm, slope
 
-    def forward(self, *inputs: Tensor | Finer, residual: Tensor | None = None) -> Tensor:
+    def forward(self, *inputs: Tensor | PendingUpsampling, residual: Tensor | None = None) -> Tensor:
         """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...); a residual is added before the activation."""
         norm, kernels = self.norm, self.convolve._kernels
         return kernels.normalise(self.convolve(*inputs), norm.weight, norm.bias, norm.eps, self.slope, residual)

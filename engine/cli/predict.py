@@ -179,14 +179,14 @@ def _predict(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stopping())
         try:
-            tell = _listeners(options, stack)
+            on_event = _listeners(options, stack)
 
             def cases_of(file_ending: str) -> list[CaseFiles]:
                 return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
 
-            crew = stack.enter_context(contextlib.closing(_crew(options, models, job, cases_of)))
-            _check_cascade(crew.about.previous_stage, options.prev_stage_predictions)
-            outcome = run_job(crew, cases_of(crew.about.file_ending), job, tell=tell)
+            workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
+            _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
+            outcome = run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
         except KeyboardInterrupt:
             say(
                 "nnturbo: interrupted; all results are kept. --continue_prediction does what is missing, and with "
@@ -230,12 +230,12 @@ def _say_kept(kept: Mapping[str, str]) -> None:
         say(f"nnturbo: {len(cases)} kept as they are ({reason}): {', '.join(cases[:MOST_NAMES])}{more}", error=True)
 
 
-def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
+def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
     """Load the models here, in several processes, or on a cluster."""
-    from ..jobs.worker import Loading, local_places
+    from ..jobs.worker import ModelArguments, local_places
     from ..options import EngineOptions
 
-    loading = Loading(
+    model_arguments = ModelArguments(
         models=tuple(models),
         arguments={
             "folds": options.f,
@@ -254,26 +254,28 @@ def _crew(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of
         },
     )
     if options.ray is not None:
-        from ..jobs.ray_workers import Cluster
+        from ..jobs.ray_workers import RayWorkers
 
         _check_loader(options)
-        return Cluster(options.ray, loading, job, device=options.device, workers=options.workers, cores=options.cores)
+        return RayWorkers(
+            options.ray, model_arguments, job, device=options.device, workers=options.workers, cores=options.cores
+        )
     places = local_places(options.device, options.workers)
     if len(places) > 1:
         from ..jobs.job import file_ending_of
 
         # No more processes than cases.
-        model = {name: loading.arguments[name] for name in ("folds", "checkpoint", "configuration")}
+        model = {name: model_arguments.arguments[name] for name in ("folds", "checkpoint", "configuration")}
         places = places[: max(1, len(cases_of(file_ending_of(models[0], **model))))]
     if len(places) > 1:
-        from ..jobs.local_workers import Pool
+        from ..jobs.local_workers import LocalWorkers
 
         _check_loader(options)
-        return Pool(loading, job, places)
+        return LocalWorkers(model_arguments, job, places)
     from ..jobs.job import load_predictor
-    from ..jobs.run import Here
+    from ..jobs.run import InProcess
 
-    return Here(load_predictor(loading.models, device=places[0].device, **loading.arguments), job)
+    return InProcess(load_predictor(model_arguments.models, device=places[0].device, **model_arguments.arguments), job)
 
 
 def _check_loader(options: argparse.Namespace) -> None:
@@ -317,11 +319,11 @@ def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Call
         except OSError as error:
             raise ValueError(f"--log: {options.log} cannot be written: {error.strerror or error}") from error
 
-    def tell(event: Mapping[str, Any]) -> None:
+    def on_event(event: Mapping[str, Any]) -> None:
         for listener in listeners:
             listener(event)
 
-    return tell
+    return on_event
 
 
 def _check_cascade(wanted: str | None, given: str | None) -> None:

@@ -20,7 +20,7 @@ from ..scans.pictures import TIFF_ENDINGS
 from ..scans.volume import files_of
 from .cases import CaseFiles
 from .dicom_seg import import_highdicom
-from .records import SUBTYPES, Journal
+from .records import SUBTYPES, RecordFolder
 
 PLANS, DATASET = "plans.json", "dataset.json"
 """nnU-Net leaves both with its predictions."""
@@ -96,7 +96,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class About:
+class ModelInfo:
     """What a job has to know of its model, wherever that is loaded.
 
     Args:
@@ -121,7 +121,7 @@ class About:
         return str(self.plans.get("image_reader_writer", "SimpleITKIO"))
 
     @classmethod
-    def of(cls, engine: Predictor) -> About:
+    def of(cls, engine: Predictor) -> ModelInfo:
         """Ask a model."""
         model = engine.model
         provenance = engine.provenance
@@ -155,9 +155,9 @@ class About:
         except OSError:
             return None
 
-    def journal(self, job: Job) -> Journal:
+    def record_folder(self, job: Job) -> RecordFolder:
         """Open the records in the output folder."""
-        return Journal(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
+        return RecordFolder(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
 
     def labels_before(self, job: Job, name: str) -> Path | None:
         """Name the file with a case's labels of a cascade's previous stage."""
@@ -166,7 +166,7 @@ class About:
         return job.previous_stage / f"{name}{self.file_ending}"
 
 
-def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> None:
+def check_overwriting(info: ModelInfo, cases: Sequence[CaseFiles], job: Job) -> None:
     """Refuse to write where something lies that is to be read, or that somebody else has made.
 
     Raises:
@@ -175,11 +175,11 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
     """
     inputs: dict[tuple[int, int], Path] = {}
     for case in cases:
-        for path in (*case.images, about.labels_before(job, case.name)):
+        for path in (*case.images, info.labels_before(job, case.name)):
             if path is None:
                 continue
             of_several = path.name.lower().endswith((*DETACHED_ENDINGS, *TIFF_ENDINGS))
-            for file in files_of(path, about.reader) if of_several else (path,):
+            for file in files_of(path, info.reader) if of_several else (path,):
                 if (identity := _identity(file)) is not None:
                     inputs[identity] = path
     for folder in (job.output, *job.output.absolute().parents):
@@ -187,12 +187,12 @@ def check_overwriting(about: About, cases: Sequence[CaseFiles], job: Job) -> Non
             raise ValueError(f"the output folder {job.output} lies in {within}, which is an input; choose another one")
     there = set(os.listdir(job.output)) if job.output.is_dir() else set()
     for case in cases if there else ():
-        for result in about.results(job, case.name):
+        for result in info.results(job, case.name):
             if result.name in there and _identity(result) in inputs:
                 raise ValueError(f"the result {result} would replace a file that is read; choose another output folder")
-    if about.journal(job).has_own():
+    if info.record_folder(job).has_own():
         return
-    for name, content in {PLANS: about.plans, DATASET: about.dataset, SUBTYPES: None}.items():
+    for name, content in {PLANS: info.plans, DATASET: info.dataset, SUBTYPES: None}.items():
         path = job.output / name
         try:
             if json.loads(path.read_text()) == content:

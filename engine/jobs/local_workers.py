@@ -12,8 +12,8 @@ from typing import Any
 
 from .cases import CaseFiles
 from .job import Job
-from .worker import Loading, Place, serve
-from .worker_pool import Hand, News, SharedCrew
+from .worker import ModelArguments, Place, serve
+from .worker_pool import Worker, WorkerMessage, WorkerPool
 
 _SPAWN = get_context("spawn")
 _WAIT_S = 1.0
@@ -21,11 +21,11 @@ _END_S = 60
 """How long a process may take to end: the file that is being written, the tile that is being computed."""
 
 
-class Pool(SharedCrew[Place]):
-    """A process for each place; see `batch.Crew`.
+class LocalWorkers(WorkerPool[Place]):
+    """A process for each place; see `run.Workers`.
 
     Args:
-        loading: What each loads.
+        model_arguments: What each loads.
         job: Where to and how.
         places: Where they work.
 
@@ -33,41 +33,41 @@ class Pool(SharedCrew[Place]):
         EngineError: Where none can load its model.
     """
 
-    def __init__(self, loading: Loading, job: Job, places: Sequence[Place]) -> None:
-        self._loading, self._job = loading, job
-        # One is computed and one is read; more readers and writers have more in hand.
+    def __init__(self, model_arguments: ModelArguments, job: Job, places: Sequence[Place]) -> None:
+        self._model_arguments, self._job = model_arguments, job
+        # One is computed and one is read; more readers and writers have more in work.
         super().__init__(places, ahead=2 + job.readers + job.writers)
 
-    def _hire(self, place: Place) -> Hand[Place]:
+    def _start(self, place: Place) -> Worker[Place]:
         ours, theirs = _SPAWN.Pipe()
-        arguments = (theirs, self._loading, self._job, place, logging.getLogger().level)
+        arguments = (theirs, self._model_arguments, self._job, place, logging.getLogger().level)
         process = _SPAWN.Process(target=serve, args=arguments, name=f"nnturbo-{place.device}", daemon=True)
         process.start()
         theirs.close()  # so that the connection ends with the process
-        return Hand(place=place, handle=(process, ours))
+        return Worker(place=place, handle=(process, ours))
 
-    def _give(self, hand: Hand[Place], case: CaseFiles) -> None:
-        with contextlib.suppress(OSError):  # it is lost, and the next news says so
-            hand.handle[1].send(case)
+    def _send(self, worker: Worker[Place], case: CaseFiles) -> None:
+        with contextlib.suppress(OSError):  # it is lost, and the next message says so
+            worker.handle[1].send(case)
 
-    def _news(self) -> Iterable[News[Place]]:
-        by_connection = {hand.handle[1]: hand for hand in self._hands}
-        news: list[News[Place]] = []
+    def _messages(self) -> Iterable[WorkerMessage[Place]]:
+        by_connection = {worker.handle[1]: worker for worker in self._running}
+        messages: list[WorkerMessage[Place]] = []
         for connection in wait(list(by_connection), timeout=_WAIT_S):
-            hand = by_connection[connection]
+            worker = by_connection[connection]
             try:
-                what, content = hand.handle[1].recv()
+                what, content = worker.handle[1].recv()
             except (EOFError, OSError):
-                what, content = "lost", _ending(hand.handle[0])
-            news.append((hand, what, content))
-        return news
+                what, content = "lost", _ending(worker.handle[0])
+            messages.append((worker, what, content))
+        return messages
 
-    def _dismiss(self, hands: Sequence[Hand[Place]]) -> None:
-        for hand in hands:
-            hand.handle[1].close()
+    def _end(self, workers: Sequence[Worker[Place]]) -> None:
+        for worker in workers:
+            worker.handle[1].close()
         until = time.monotonic() + _END_S
-        for hand in hands:
-            process = hand.handle[0]
+        for worker in workers:
+            process = worker.handle[0]
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()

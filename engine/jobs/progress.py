@@ -33,7 +33,7 @@ class ProgressLine:
         self._began = self._said = clock()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take notice; see `batch.Tell`."""
+        """Take notice; see `run.OnEvent`."""
         what, name = event["event"], event.get("name", "")
         if what == "started":
             self._cases, self._began = event["cases"], self._clock()

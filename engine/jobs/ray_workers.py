@@ -12,10 +12,10 @@ from typing import Any
 
 from ..errors import BackendUnavailable, EngineError, OutputError
 from .cases import CaseFiles
-from .job import About, Job, load_predictor
+from .job import Job, ModelInfo, load_predictor
 from .records import Record
-from .worker import Loading
-from .worker_pool import Hand, News, Resident, SharedCrew
+from .worker import ModelArguments
+from .worker_pool import QueuedEngine, Worker, WorkerMessage, WorkerPool
 
 _WAIT_S = 1.0
 _CONNECT_S = 5.0
@@ -25,36 +25,36 @@ class Actor:
     """A loaded model on some machine of the cluster.
 
     Args:
-        loading: What to load.
+        model_arguments: What to load.
         job: Where to and how; on storage that all machines share.
         device: As for `Engine.load`.
         cores: CPU cores to use.
     """
 
-    def __init__(self, loading: Loading, job: Job, device: str, cores: int) -> None:
-        self._loading, self._job, self._device, self._cores = loading, job, device, cores
+    def __init__(self, model_arguments: ModelArguments, job: Job, device: str, cores: int) -> None:
+        self._model_arguments, self._job, self._device, self._cores = model_arguments, job, device, cores
 
-    def load(self) -> About:
+    def load(self) -> ModelInfo:
         """Load the model; not earlier, since Ray tells what a method raises, but not what a constructor does."""
         import torch
 
         torch.set_num_threads(self._cores)
-        engine = load_predictor(self._loading.models, device=self._device, **self._loading.arguments)
-        self._resident = Resident(engine, self._job, lambda event: None)
-        return self._resident.about
+        engine = load_predictor(self._model_arguments.models, device=self._device, **self._model_arguments.arguments)
+        self._resident = QueuedEngine(engine, self._job, lambda event: None)
+        return self._resident.info
 
     def predict(self, case: CaseFiles) -> Record:
         """Do a case; several calls at a time overlap reading, computing and writing."""
         return self._resident.submit(case).result()
 
 
-class Cluster(SharedCrew[int]):
-    """An actor on each GPU, or on each so many CPU cores, of a Ray cluster; see `batch.Crew`.
+class RayWorkers(WorkerPool[int]):
+    """An actor on each GPU, or on each so many CPU cores, of a Ray cluster; see `run.Workers`.
 
     Args:
         address: Of the cluster, "auto" for the one this machine is part of, or "local" for one of this machine alone,
             which ends with the job.
-        loading: What each loads; files are looked for on every machine.
+        model_arguments: What each loads; files are looked for on every machine.
         job: Where to and how.
         device: "cuda" for an actor per GPU, "cpu", or "auto": the former where the cluster has GPUs.
         workers: How many actors; by default as many as the cluster has room for.
@@ -68,7 +68,7 @@ class Cluster(SharedCrew[int]):
     def __init__(
         self,
         address: str,
-        loading: Loading,
+        model_arguments: ModelArguments,
         job: Job,
         *,
         device: str = "auto",
@@ -77,7 +77,9 @@ class Cluster(SharedCrew[int]):
     ) -> None:
         self._ray = _connected(address)
         # Other machines have other working directories.
-        self._loading = replace(loading, models=tuple(os.path.abspath(model) for model in loading.models))
+        self._model_arguments = replace(
+            model_arguments, models=tuple(os.path.abspath(model) for model in model_arguments.models)
+        )
         before = None if job.previous_stage is None else job.previous_stage.absolute()
         self._job, self._cores = replace(job, output=job.output.absolute(), previous_stage=before), cores
         try:
@@ -93,7 +95,7 @@ class Cluster(SharedCrew[int]):
                     f"the cluster has room for {most} processes ({gpus} GPUs, {room.get('CPU', 0):.0f} CPU cores, "
                     f"{cores} cores for each), not for {count}"
                 )
-            self._calls: dict[Any, tuple[Hand[int], CaseFiles | None]] = {}
+            self._calls: dict[Any, tuple[Worker[int], CaseFiles | None]] = {}
             super().__init__(range(count), ahead=2 + job.readers + job.writers)
         except BaseException:
             self._ray.shutdown()
@@ -104,27 +106,27 @@ class Cluster(SharedCrew[int]):
         super().close()
         self._ray.shutdown()
 
-    def _hire(self, place: int) -> Hand[int]:
+    def _start(self, place: int) -> Worker[int]:
         gpus = 1 if self._device == "cuda" else 0
         remote = self._ray.remote(
             num_cpus=self._cores, num_gpus=gpus, max_concurrency=self._ahead + 1, max_restarts=0, max_task_retries=0
         )(Actor)
-        actor = remote.remote(self._loading, self._job, self._device, self._cores)
-        hand = Hand(place=place, handle=actor)
-        self._calls[actor.load.remote()] = (hand, None)
-        return hand
+        actor = remote.remote(self._model_arguments, self._job, self._device, self._cores)
+        worker = Worker(place=place, handle=actor)
+        self._calls[actor.load.remote()] = (worker, None)
+        return worker
 
-    def _give(self, hand: Hand[int], case: CaseFiles) -> None:
+    def _send(self, worker: Worker[int], case: CaseFiles) -> None:
         there = replace(case, images=tuple(path.absolute() for path in case.images))
-        self._calls[hand.handle.predict.remote(there)] = (hand, case)
+        self._calls[worker.handle.predict.remote(there)] = (worker, case)
 
-    def _news(self) -> Iterable[News[int]]:
+    def _messages(self) -> Iterable[WorkerMessage[int]]:
         finished, _ = self._ray.wait(list(self._calls), timeout=_WAIT_S)
         for call in finished:
             if call not in self._calls:  # of an actor that was dropped meanwhile
                 continue
-            hand, case = self._calls.pop(call)
-            yield (hand, *self._answer(call, case))
+            worker, case = self._calls.pop(call)
+            yield (worker, *self._answer(call, case))
 
     def _answer(self, call: Any, case: CaseFiles | None) -> tuple[str, Any]:
         errors = self._ray.exceptions
@@ -140,11 +142,11 @@ class Cluster(SharedCrew[int]):
             return "lost", str(error).strip().partition("\n")[0]
         return ("ready" if case is None else "record"), answer
 
-    def _dismiss(self, hands: Sequence[Hand[int]]) -> None:
-        for hand in hands:
-            self._calls = {call: of for call, of in self._calls.items() if of[0] is not hand}
+    def _end(self, workers: Sequence[Worker[int]]) -> None:
+        for worker in workers:
+            self._calls = {call: of for call, of in self._calls.items() if of[0] is not worker}
             with contextlib.suppress(self._ray.exceptions.RayError):
-                self._ray.kill(hand.handle)
+                self._ray.kill(worker.handle)
 
 
 def _connected(address: str) -> Any:

@@ -139,7 +139,7 @@ _ALWAYS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CaseState:
     """What there is of a case: nothing that counts, its results, or labels that are to be left as they are.
 
     Args:
@@ -152,7 +152,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Journal:
+class RecordFolder:
     """The records in an output folder; several jobs may share it, each with cases of its own.
 
     Args:
@@ -183,9 +183,9 @@ class Journal:
         """Whether a job has written here before."""
         return (self.output / PREDICTIONS).exists() or next(self.records(), None) is not None
 
-    def standing(
+    def state(
         self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], *, redo_outdated: bool = False
-    ) -> Standing:
+    ) -> CaseState:
         """Say what there is of a case.
 
         Labels that nnturbo did not write, or that were changed since, are kept if the file is whole. So are those of
@@ -200,42 +200,42 @@ class Journal:
         try:
             return self._judge(name, results, made_of, redo_outdated)
         except OSError as error:
-            return Standing(kept=f"{error.filename} cannot be read ({error.strerror})")
+            return CaseState(kept=f"{error.filename} cannot be read ({error.strerror})")
 
-    def _judge(self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], redo_outdated: bool) -> Standing:
+    def _judge(self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], redo_outdated: bool) -> CaseState:
         segmentation = results[-1]
         if segmentation.is_symlink() and not segmentation.exists():
-            return Standing(kept="a link to what is not there")
+            return CaseState(kept="a link to what is not there")
         there = {path.name: of for path in results if (of := Fingerprint.if_there(path)) is not None}
         if segmentation.name not in there:
-            return Standing()
+            return CaseState()
         record = self.read(name) or Record(name=name, status=FAILED)
         foreign = [path for path in results if path.name in there and not record.knows(path.name, there[path.name])]
         if segmentation in foreign and not is_whole(segmentation):
             logger.warning("%s is not whole, and is made again", segmentation)
-            return Standing()
+            return CaseState()
         if segmentation in foreign:
             is_changed = segmentation.name in record.results
-            return Standing(kept="changed since nnturbo wrote it" if is_changed else "not written by nnturbo")
+            return CaseState(kept="changed since nnturbo wrote it" if is_changed else "not written by nnturbo")
         if foreign:
-            return Standing(kept=f"its {foreign[0].suffix} file is not what nnturbo wrote")
+            return CaseState(kept=f"its {foreign[0].suffix} file is not what nnturbo wrote")
         is_complete = all(path.name in there and there[path.name] == record.results.get(path.name) for path in results)
         if record.status == FAILED or there[segmentation.name] != record.results.get(segmentation.name):
-            return Standing()
+            return CaseState()
         if record.made_of != made_of:
             reason = (
                 "made with another model, other settings or another version of the scan; --redo_outdated replaces it"
             )
-            return Standing(kept=None if redo_outdated else reason)
-        return Standing(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
+            return CaseState(kept=None if redo_outdated else reason)
+        return CaseState(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
 
-    def settle(self, name: str, images: Iterable[Path], standing: Standing) -> None:
+    def settle(self, name: str, images: Iterable[Path], state: CaseState) -> None:
         """Record that a case is done, or why its labels are kept."""
         before = self.read(name)
-        if before is not None and (standing.is_done or before.status == DONE):
-            record = replace(before, status=DONE, replaces={}, kept=standing.kept)
+        if before is not None and (state.is_done or before.status == DONE):
+            record = replace(before, status=DONE, replaces={}, kept=state.kept)
         else:
-            record = Record(name=name, status=KEPT, images=tuple(map(os.fspath, images)), kept=standing.kept)
+            record = Record(name=name, status=KEPT, images=tuple(map(os.fspath, images)), kept=state.kept)
         if record != before:
             self.write(record)
 

@@ -21,7 +21,7 @@ from ..files import written_atomically
 from ..model.plans import LabelScheme, parse_labels, read_channel_names
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
-from .records import DONE, FAILED, KEPT, WRITING, Journal, Record
+from .records import DONE, FAILED, KEPT, WRITING, Record, RecordFolder
 
 CT_WINDOW_HU = (-160.0, 240.0)
 MOST_SLICES = 24
@@ -60,8 +60,8 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         raise VolumeError(
             f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
         ) from error
-    journal = Journal(output=output, file_ending=file_ending, class_names=None)
-    known = [record for record in journal.records() if only in (None, record.name) and record.status != WRITING]
+    record_folder = RecordFolder(output=output, file_ending=file_ending, class_names=None)
+    known = [record for record in record_folder.records() if only in (None, record.name) and record.status != WRITING]
     if only is not None and not known:
         raise VolumeError(f"{output} has no record of {only}")
 

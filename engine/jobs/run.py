@@ -23,30 +23,30 @@ from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
-from .job import DATASET, PLANS, About, Job, Predictor, check_dicom, check_overwriting
-from .records import DONE, FAILED, KEPT, Journal, Record, Standing
+from .job import DATASET, PLANS, Job, ModelInfo, Predictor, check_dicom, check_overwriting
+from .records import DONE, FAILED, KEPT, CaseState, Record, RecordFolder
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[Mapping[str, Any]], None]
-"""Is told what happens, as a mapping with `event`: started, tiles, done, failed, retried, lost, finished."""
+OnEvent = Callable[[Mapping[str, Any]], None]
+"""Is called with what happens, as a mapping with `event`: started, tiles, done, failed, retried, lost, finished."""
 
 
-class Crew(Protocol):
+class Workers(Protocol):
     """Who predicts: this process, several, or a cluster."""
 
-    about: About
+    info: ModelInfo
 
     def close(self) -> None:
         """End what it has started."""
         ...
 
-    def __call__(self, cases: Sequence[CaseFiles], *, tell: Tell, alone: bool) -> Generator[Record, None, None]:
+    def __call__(self, cases: Sequence[CaseFiles], *, on_event: OnEvent, alone: bool) -> Generator[Record, None, None]:
         """Predict cases, write results and records of those that are done, and give the records of all.
 
         Args:
             cases: What to predict.
-            tell: Is told of tiles and of losses.
+            on_event: Called with tiles and losses.
             alone: Whether each process has one case at a time, so that it is clear which one ended it.
 
         Raises:
@@ -76,78 +76,80 @@ class Outcome:
     left: list[str] = field(default_factory=list)
 
 
-def predict_cases(engine: Predictor, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | None = None) -> Outcome:
+def predict_cases(
+    engine: Predictor, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None
+) -> Outcome:
     """Do a job in this process; see `run_job`."""
-    return run_job(Here(engine, job), cases, job, tell=tell)
+    return run_job(InProcess(engine, job), cases, job, on_event=on_event)
 
 
-def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | None = None) -> Outcome:
+def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None) -> Outcome:
     """Predict cases and write what comes out, with a record of each and `predictions.json` of all.
 
     A case that failed by what may pass (`EngineError.transient`), or whose process was lost, is tried once more when
     the others are done.
 
     Args:
-        crew: Who does it.
+        workers: Who does it.
         cases: What to predict.
         job: Where to and how.
-        tell: Is told what happens.
+        on_event: Called with what happens.
 
     Raises:
         OutputError: Where the output folder cannot be used.
         ValueError: Where two cases have the same name, or a result would replace what is read.
     """
-    about, tell = crew.about, tell or (lambda event: None)
+    info, on_event = workers.info, on_event or (lambda event: None)
     if twice := sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1):
         raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
-    check_overwriting(about, cases, job)
+    check_overwriting(info, cases, job)
     if job.dicom_seg:
         check_dicom(cases)
-    journal = about.journal(job)
-    journal.begin()
-    write_json(job.output / PLANS, about.plans)
-    write_json(job.output / DATASET, about.dataset)
+    record_folder = info.record_folder(job)
+    record_folder.begin()
+    write_json(job.output / PLANS, info.plans)
+    write_json(job.output / DATASET, info.dataset)
 
-    def standing(case: CaseFiles) -> Standing:
-        results = about.results(job, case.name)
-        return journal.standing(case.name, results, about.made_of(job, case), redo_outdated=job.redo_outdated)
+    def state(case: CaseFiles) -> CaseState:
+        results = info.results(job, case.name)
+        return record_folder.state(case.name, results, info.made_of(job, case), redo_outdated=job.redo_outdated)
 
     outcome = Outcome()
     if job.skip_existing:
         for case in cases:
-            found = standing(case)
+            found = state(case)
             if found.is_done:
                 outcome.skipped.append(case.name)
             elif found.kept is not None:
                 outcome.kept[case.name] = found.kept
-            if found != Standing():
-                journal.settle(case.name, case.images, found)
+            if found != CaseState():
+                record_folder.settle(case.name, case.images, found)
     left = {*outcome.skipped, *outcome.kept}
     pending = {case.name: case for case in cases if case.name not in left}
-    before = journal.stamps()
+    before = record_folder.stamps()
 
     def is_done_now(case: CaseFiles) -> bool:
-        return journal.stamp(case.name) != before.get(case.name) and standing(case).is_done
+        return record_folder.stamp(case.name) != before.get(case.name) and state(case).is_done
 
-    tell({"event": "started", "cases": len(pending), "skipped": len(outcome.skipped), "kept": len(outcome.kept)})
-    if not journal.has_tables():
-        journal.collect()
+    on_event({"event": "started", "cases": len(pending), "skipped": len(outcome.skipped), "kept": len(outcome.kept)})
+    if not record_folder.has_tables():
+        record_folder.collect()
     try:
         for last in (False, True):
             again = {}
-            records = crew(list(pending.values()), tell=tell, alone=last)
+            records = workers(list(pending.values()), on_event=on_event, alone=last)
             with contextlib.closing(records):
                 for record in records:
                     name = record.name
                     if record.status == FAILED and record.transient and not last:
                         logger.warning("%s failed, and is tried again at the end: %s", name, record.error)
-                        tell({"event": "retried", "name": name, "error": record.error})
+                        on_event({"event": "retried", "name": name, "error": record.error})
                         again[name] = pending[name]
                         continue
                     if record.status == FAILED and not record.results and is_done_now(pending[name]):
                         # Its process was lost between writing the record and sending it.
-                        record = journal.read(name) or record
-                    _note(journal, record, outcome, tell)
+                        record = record_folder.read(name) or record
+                    _note(record_folder, record, outcome, on_event)
             pending = again
     except (OutputError, DeviceLost) as error:
         # What stops one case stops the next one too; some may have been finished meanwhile.
@@ -157,40 +159,40 @@ def run_job(crew: Crew, cases: Sequence[CaseFiles], job: Job, *, tell: Tell | No
             if case.name not in ended:
                 (outcome.done if is_done_now(case) else outcome.left).append(case.name)
     finally:
-        tell({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
+        on_event({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
         with contextlib.suppress(OutputError):  # a full disk does not take tables either
-            journal.collect()
+            record_folder.collect()
     return outcome
 
 
-def _note(journal: Journal, record: Record, outcome: Outcome, tell: Tell) -> None:
+def _note(record_folder: RecordFolder, record: Record, outcome: Outcome, on_event: OnEvent) -> None:
     """Count a case; those whose results were written have their records already."""
     name = record.name
     if record.status == FAILED:
         if not record.results:
-            _record_failure(journal, record)
+            _record_failure(record_folder, record)
         outcome.failed[name] = str(record.error)
         logger.info("%s failed: %s", name, record.error)
-        tell({"event": "failed", "name": name, "error": record.error})
+        on_event({"event": "failed", "name": name, "error": record.error})
         return
     if record.status == KEPT:
         outcome.kept[name] = str(record.kept)
         return
     outcome.done.append(name)
     logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record.timings_ms.items()))
-    tell({"event": "done", "name": name, "timings_ms": record.timings_ms, "warnings": list(record.warnings)})
+    on_event({"event": "done", "name": name, "timings_ms": record.timings_ms, "warnings": list(record.warnings)})
 
 
-def _record_failure(journal: Journal, record: Record) -> None:
+def _record_failure(record_folder: RecordFolder, record: Record) -> None:
     try:
-        journal.fail(record)
+        record_folder.fail(record)
     except OutputError as error:
         if not error.of_one_file:  # a name that is too long for a record too
             raise
         logger.warning("%s", error)
 
 
-class Here:
+class InProcess:
     """Does a job in this process.
 
     Args:
@@ -199,7 +201,7 @@ class Here:
     """
 
     def __init__(self, engine: Predictor, job: Job) -> None:
-        self.about = About.of(engine)
+        self.info = ModelInfo.of(engine)
         self._engine, self._job = engine, job
 
     def close(self) -> None:
@@ -209,11 +211,11 @@ class Here:
         self,
         cases: Iterable[CaseFiles],
         *,
-        tell: Tell,
+        on_event: OnEvent,
         alone: bool = False,
         leave: Callable[[], None] = lambda: None,
     ) -> Generator[Record, None, None]:
-        """See `Crew`; cases may come one at a time, and `leave` is called when no more of them are taken."""
+        """See `Workers`; cases may come one at a time, and `leave` is called when no more of them are taken."""
         job = self._job
         names: list[str] = []
         taken: deque[tuple[CaseFiles, dict[str, Any]]] = deque()
@@ -223,19 +225,19 @@ class Here:
         def images() -> Generator[Any, None, None]:
             for case in cases:
                 names.append(case.name)
-                taken.append((case, self.about.made_of(job, case)))
+                taken.append((case, self.info.made_of(job, case)))
                 latest[:] = [case]
                 yield case.images if len(case.images) != 1 else case.images[0]
             latest.clear()
 
         def stages() -> Generator[Path | None, None, None]:
             while latest:
-                yield self.about.labels_before(job, latest[0].name)
+                yield self.info.labels_before(job, latest[0].name)
 
         def tiles_done(index: int, done: int, total: int) -> None:
             if left.is_set():
                 raise PredictionError("abandoned")
-            tell({"event": "tiles", "name": names[index], "done": done, "total": total})
+            on_event({"event": "tiles", "name": names[index], "done": done, "total": total})
 
         def answers() -> Generator[tuple[CaseFiles, dict[str, Any], Prediction | EngineError], None, None]:
             predictions = self._engine.predict_many(
@@ -292,9 +294,9 @@ class Here:
 
     def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction, record: Record) -> Record:
         """Write what a case has, its labels first, and put all of it in place, its labels last."""
-        results = self.about.results(job, case.name)
+        results = self.info.results(job, case.name)
         *extra, segmentation = results
-        journal = self.about.journal(job)
+        record_folder = self.info.record_folder(job)
         with staging_folder(segmentation) as folder:
             prediction.save(folder / segmentation.name)
             for path in (folder / each.name for each in extra):
@@ -311,12 +313,12 @@ class Here:
                     record = replace(record, status=FAILED, error=error)
             if job.skip_existing:  # somebody may have put labels there meanwhile
                 made_of = record.made_of or {}
-                found = journal.standing(case.name, results, made_of, redo_outdated=job.redo_outdated)
+                found = record_folder.state(case.name, results, made_of, redo_outdated=job.redo_outdated)
                 if found.kept is not None:
-                    journal.settle(case.name, case.images, found)
+                    record_folder.settle(case.name, case.images, found)
                     return Record(name=case.name, status=KEPT, kept=found.kept)
             written = [path.name for path in results if (folder / path.name).exists()]
-            return journal.publish(record, folder, written)
+            return record_folder.publish(record, folder, written)
 
     def _write_beside(self, path: Path, prediction: Prediction, case: CaseFiles) -> tuple[str, ...]:
         """Write a file beside labels; gives what is odd about it."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # No torch here: a process that begins sets its cores before that counts them.
 
-_TELL_EVERY_S = 0.2
+_TILES_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
-    """What each process loads: arguments of `batch.load_predictor`, but for the device."""
+class ModelArguments:
+    """What each process loads: arguments of `job.load_predictor`, but for the device."""
 
     models: tuple[str, ...]
     arguments: Mapping[str, Any]
@@ -69,7 +69,7 @@ def local_places(device: str, workers: int | None) -> list[Place]:
     return [Place(device, tuple(cores[index::count])) for index in range(count)]
 
 
-def serve(connection: Connection, loading: Loading, job: Job, place: Place, level: int) -> None:
+def serve(connection: Connection, model_arguments: ModelArguments, job: Job, place: Place, level: int) -> None:
     """Work on what comes through a connection until it is closed; the body of a process."""
     # Signals to the whole group are for the process that gives cases out; it closes the connection then.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -79,14 +79,14 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
         os.sched_setaffinity(0, place.cores)
     from ..errors import EngineError, OutputError, PredictionError
     from .job import load_predictor
-    from .worker_pool import Resident, throttled
+    from .worker_pool import QueuedEngine, throttled
 
     if place.cores:
         import torch
 
         torch.set_num_threads(len(place.cores))
     try:
-        engine = load_predictor(loading.models, device=place.device, **loading.arguments)
+        engine = load_predictor(model_arguments.models, device=place.device, **model_arguments.arguments)
     except (EngineError, ValueError) as error:
         connection.send(("unusable", error))
         return
@@ -98,7 +98,7 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
         with saying, contextlib.suppress(OSError):
             connection.send((what, content))
 
-    def tell(event: Mapping[str, Any]) -> None:
+    def on_event(event: Mapping[str, Any]) -> None:
         if left:
             raise PredictionError("abandoned")
         send_tiles(event)
@@ -115,9 +115,9 @@ def serve(connection: Connection, loading: Loading, job: Job, place: Place, leve
             logging.getLogger(__name__).exception("a process ends by an unexpected error")
             os._exit(1)
 
-    send_tiles = throttled(lambda event: say("tiles", event), _TELL_EVERY_S, time.monotonic)
-    resident = Resident(engine, job, tell)
-    say("ready", resident.about)
+    send_tiles = throttled(lambda event: say("tiles", event), _TILES_EVERY_S, time.monotonic)
+    resident = QueuedEngine(engine, job, on_event)
+    say("ready", resident.info)
     with contextlib.suppress(EOFError, OSError):
         while True:
             resident.submit(connection.recv()).add_done_callback(ended)

@@ -17,9 +17,9 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
 from .cases import CaseFiles
-from .job import About, Job, Predictor
+from .job import Job, ModelInfo, Predictor
 from .records import FAILED, Record
-from .run import Here, Tell
+from .run import InProcess, OnEvent
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _PATIENCE_S = 60.0
 
 
 @dataclass(eq=False, kw_only=True)
-class Hand(Generic[_Place]):
+class Worker(Generic[_Place]):
     """A process that works.
 
     Args:
@@ -46,13 +46,13 @@ class Hand(Generic[_Place]):
     given: dict[str, CaseFiles] = field(default_factory=dict)
 
 
-News = tuple[Hand[_Place], str, Any]
-"""A process, what happened, and what to know of it: "ready" (`About`), "tiles" (an event), "record" (a `Record`),
+WorkerMessage = tuple[Worker[_Place], str, Any]
+"""A process, what happened, and what to know of it: "ready" (`ModelInfo`), "tiles" (an event), "record" (a `Record`),
 "stop" (the error that ends the job), "unusable" (why it cannot load), "lost" (how it ended)."""
 
 
-class SharedCrew(ABC, Generic[_Place]):
-    """Gives cases out to processes as they get free, and takes those of lost ones back; see `batch.Crew`.
+class WorkerPool(ABC, Generic[_Place]):
+    """Gives cases out to processes as they get free, and takes those of lost ones back; see `run.Workers`.
 
     Args:
         places: Where to have a process each.
@@ -64,110 +64,110 @@ class SharedCrew(ABC, Generic[_Place]):
 
     def __init__(self, places: Sequence[_Place], ahead: int) -> None:
         self._places, self._ahead = list(places), ahead
-        self._hands: list[Hand[_Place]] = []
+        self._running: list[Worker[_Place]] = []
         self._working_at = time.monotonic()
         try:
             for place in self._places:
-                self._hands.append(self._hire(place))
-            self.about = self._first_ready()
+                self._running.append(self._start(place))
+            self.info = self._first_ready()
         except BaseException:
             self.close()
             raise
 
     @abstractmethod
-    def _hire(self, place: _Place) -> Hand[_Place]:
+    def _start(self, place: _Place) -> Worker[_Place]:
         """Start a process."""
 
     @abstractmethod
-    def _give(self, hand: Hand[_Place], case: CaseFiles) -> None:
+    def _send(self, worker: Worker[_Place], case: CaseFiles) -> None:
         """Let a process do a case."""
 
     @abstractmethod
-    def _news(self) -> Iterable[News[_Place]]:
+    def _messages(self) -> Iterable[WorkerMessage[_Place]]:
         """Wait for what happens, for a second or so."""
 
     @abstractmethod
-    def _dismiss(self, hands: Sequence[Hand[_Place]]) -> None:
+    def _end(self, workers: Sequence[Worker[_Place]]) -> None:
         """End processes; what they have not finished is abandoned."""
 
-    def _listen(self) -> Iterator[News[_Place]]:
-        """Pass news on, and say so where the job only waits, such as for room on a cluster."""
+    def _wait_for_messages(self) -> Iterator[WorkerMessage[_Place]]:
+        """Pass messages on, and say so where the job only waits, such as for room on a cluster."""
         now = time.monotonic()
-        if any(hand.ready for hand in self._hands):
+        if any(worker.ready for worker in self._running):
             self._working_at = now
         elif now - self._working_at > _PATIENCE_S:
             self._working_at = now
-            logger.warning("no process is ready: waiting for %d to load their model", len(self._hands))
-        yield from self._news()
+            logger.warning("no process is ready: waiting for %d to load their model", len(self._running))
+        yield from self._messages()
 
     def close(self) -> None:
         """End all processes."""
-        self._dismiss(self._hands)
-        self._hands = []
+        self._end(self._running)
+        self._running = []
 
-    def _first_ready(self) -> About:
+    def _first_ready(self) -> ModelInfo:
         """Wait until one process has its model; the others go on loading."""
         reason: Exception = DeviceLost("there is no place to work at")
-        while self._hands:
-            for hand, what, content in self._listen():
+        while self._running:
+            for worker, what, content in self._wait_for_messages():
                 if what == "ready":
-                    hand.ready = True
+                    worker.ready = True
                     return content
                 reason = content if what == "unusable" else DeviceLost(f"a process ended while it loaded: {content}")
-                self._drop(hand)
+                self._drop(worker)
         raise reason
 
-    def __call__(self, cases: Sequence[CaseFiles], *, tell: Tell, alone: bool) -> Generator[Record, None, None]:
-        """See `batch.Crew`."""
+    def __call__(self, cases: Sequence[CaseFiles], *, on_event: OnEvent, alone: bool) -> Generator[Record, None, None]:
+        """See `run.Workers`."""
         pending = deque(cases)
         try:
-            while pending or any(hand.given for hand in self._hands):
+            while pending or any(worker.given for worker in self._running):
                 self._refill(len(pending))
-                self._share(pending, alone)
-                for hand, what, content in self._listen():
+                self._distribute(pending, alone)
+                for worker, what, content in self._wait_for_messages():
                     if what == "ready":
-                        hand.ready = True
+                        worker.ready = True
                     elif what == "tiles":
-                        tell(content)
+                        on_event(content)
                     elif what == "record":
-                        del hand.given[content.name]
+                        del worker.given[content.name]
                         yield content
                     elif what == "stop":
                         raise content
                     else:
-                        yield from self._lost(hand, str(content), tell)
+                        yield from self._lost(worker, str(content), on_event)
         finally:
             # Whoever left before the end wants no more of it.
-            self._dismiss([hand for hand in self._hands if hand.given])
-            self._hands = [hand for hand in self._hands if not hand.given]
+            self._end([worker for worker in self._running if worker.given])
+            self._running = [worker for worker in self._running if not worker.given]
 
     def _refill(self, pending: int) -> None:
         """Start new processes in place of those that are gone, as far as there is work."""
         missing = list(self._places)
-        for hand in self._hands:
-            missing.remove(hand.place)
-        for place in missing[: max(0, pending - len(self._hands))]:
-            self._hands.append(self._hire(place))
-        if not self._hands:
+        for worker in self._running:
+            missing.remove(worker.place)
+        for place in missing[: max(0, pending - len(self._running))]:
+            self._running.append(self._start(place))
+        if not self._running:
             raise DeviceLost("no process is left that could load the model")
 
-    def _share(self, pending: deque[CaseFiles], alone: bool) -> None:
+    def _distribute(self, pending: deque[CaseFiles], alone: bool) -> None:
         """Give cases out, fewer at once towards the end, so that all processes end at the same time."""
-        for hand in self._hands:
-            while hand.ready and pending:
-                fair = math.ceil(len(pending) / (2 * len(self._hands)))
-                if len(hand.given) >= (1 if alone else max(2, min(self._ahead, fair))):
+        for worker in self._running:
+            while worker.ready and pending:
+                fair = math.ceil(len(pending) / (2 * len(self._running)))
+                if len(worker.given) >= (1 if alone else max(2, min(self._ahead, fair))):
                     break
                 case = pending.popleft()
-                hand.given[case.name] = case
-                self._give(hand, case)
+                worker.given[case.name] = case
+                self._send(worker, case)
 
-    def _lost(self, hand: Hand[_Place], how: str, tell: Tell) -> Generator[Record, None, None]:
+    def _lost(self, worker: Worker[_Place], how: str, on_event: OnEvent) -> Generator[Record, None, None]:
         """Take back the cases of a process that has ended."""
-        logger.warning("a process is lost (%s), with %s", how, ", ".join(hand.given) or "no case")
-        tell({"event": "lost", "how": how, "cases": list(hand.given)})
-        self._drop(hand)
-        for case in hand.given.values():
+        logger.warning("a process is lost (%s), with %s", how, ", ".join(worker.given) or "no case")
+        on_event({"event": "lost", "how": how, "cases": list(worker.given)})
+        self._drop(worker)
+        for case in worker.given.values():
             yield Record(
                 name=case.name,
                 status=FAILED,
@@ -176,27 +176,27 @@ class SharedCrew(ABC, Generic[_Place]):
                 transient=True,
             )
 
-    def _drop(self, hand: Hand[_Place]) -> None:
+    def _drop(self, worker: Worker[_Place]) -> None:
         """Forget a process; where it could not load, there will not be another one."""
-        self._hands.remove(hand)
-        self._dismiss([hand])
-        if not hand.ready:
-            self._places.remove(hand.place)
+        self._running.remove(worker)
+        self._end([worker])
+        if not worker.ready:
+            self._places.remove(worker.place)
 
 
-class Resident:
+class QueuedEngine:
     """A loaded model that takes cases one at a time, and works on several steps of them at once.
 
     Args:
         engine: The model, or several.
         job: Where to and how.
-        tell: Is told of tiles; what it raises ends the case at hand.
+        on_event: Called with tiles; what it raises ends the case in work.
     """
 
-    def __init__(self, engine: Predictor, job: Job, tell: Tell) -> None:
-        self._here = Here(engine, job)
-        self.about = self._here.about
-        self._tell = tell
+    def __init__(self, engine: Predictor, job: Job, on_event: OnEvent) -> None:
+        self._in_process = InProcess(engine, job)
+        self.info = self._in_process.info
+        self._on_event = on_event
         self._feed: queue.SimpleQueue[CaseFiles | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Record]] = {}
         self._failure: BaseException | None = None
@@ -230,7 +230,7 @@ class Resident:
         try:
             # A reader may wait for the next case when the first result cannot be written.
             leave = functools.partial(self._feed.put, None)
-            for record in self._here(self._cases(), tell=self._tell, leave=leave):
+            for record in self._in_process(self._cases(), on_event=self._on_event, leave=leave):
                 with self._lock:
                     future = self._waiting.pop(record.name)
                 future.set_result(record)
@@ -242,7 +242,7 @@ class Resident:
                 future.set_exception(error)
 
 
-def throttled(tell: Tell, every_s: float, clock: Callable[[], float]) -> Tell:
+def throttled(on_event: OnEvent, every_s: float, clock: Callable[[], float]) -> OnEvent:
     """Pass events on no more often than that, but always the last tile of a case."""
     last = -math.inf
 
@@ -250,6 +250,6 @@ def throttled(tell: Tell, every_s: float, clock: Callable[[], float]) -> Tell:
         nonlocal last
         if event["done"] == event["total"] or clock() - last >= every_s:
             last = clock()
-            tell(event)
+            on_event(event)
 
     return passed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nnturbo.engine.files import cache_root
 from nnturbo.kernels import convolution
-from nnturbo.kernels.convolution import Finer, Kernels, channels_last, compile_library, compiler
+from nnturbo.kernels.convolution import Kernels, PendingUpsampling, channels_last, compile_library, compiler
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
@@ -68,7 +68,7 @@ def test_convolutions_by_fewer_products(kernels, size, taps):
 def test_what_is_spread_as_needed_and_overwritten_is_the_same(kernels, size, stride, taps, threads):
     kernels.set_threads(threads)
     outputs, fine = kernels.columns, tuple(n * s for n, s in zip(size, stride, strict=True))
-    coarse = Finer(
+    coarse = PendingUpsampling(
         channels_last(values(24, *size)),
         stride,
         kernels.pack_spread(values(24, kernels.lanes, *stride, seed=1)[0]),
@@ -119,7 +119,7 @@ def test_transposed_convolutions(kernels, stride):
     given, weight = values(24, 5, 6, 7), values(24, 3 * kernels.lanes, *stride, seed=1)[0]
     bias = values(3 * kernels.lanes, seed=2)[0]
     expected = F.conv_transpose3d(given.double(), weight.double(), bias.double(), stride=stride)
-    got = kernels.spread(Finer(channels_last(given), stride, kernels.pack_spread(weight), bias))
+    got = kernels.spread(PendingUpsampling(channels_last(given), stride, kernels.pack_spread(weight), bias))
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
 
 

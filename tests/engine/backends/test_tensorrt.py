@@ -22,7 +22,7 @@ from nnturbo.engine.backends import tensorrt, tensorrt_library
 from nnturbo.engine.backends.choose import choose_backend
 from nnturbo.engine.backends.onnx import export_onnx
 from nnturbo.engine.backends.tensorrt import TensorRtBackend, TensorRtRunner
-from nnturbo.engine.backends.tensorrt_library import MOST_TILES, Library, keep, mirror_views_of, profile
+from nnturbo.engine.backends.tensorrt_library import MOST_TILES, Library, keep, profile
 from nnturbo.engine.model.folder import read_model, with_classifier
 from nnturbo.engine.model.folds import LowConvolution, inference_network, with_low_convolutions, with_shuffles
 from torch import nn
@@ -148,8 +148,8 @@ class TestNetworks:
         builder, network = rtx.parse(half.onnx)
         shapes = [tuple(shape) for shape in profile(builder, network, 4).get_shape("tiles")]
         assert shapes == [(1, 1, 8, 12, 16), (4, 1, 8, 12, 16), (8, 1, 8, 12, 16)]
-        assert mirror_views_of(half.model) == MOST_TILES == 8
-        assert mirror_views_of(single.model) == 4
+        assert len(half.model.views) == MOST_TILES == 8
+        assert len(single.model.views) == 4
 
     def test_every_weight_of_a_fold_can_be_filled_in_by_its_name(self, half, rtx):
         import onnx

@@ -43,7 +43,7 @@ model, scan, out, count = sys.argv[1:]
 engine = load_predictor([model], device="cpu", mirror=False, backend="torch")
 seen = []
 
-def tell(event):
+def on_event(event):
     if event["event"] != "done":
         return
     seen.append(event["name"])
@@ -53,7 +53,7 @@ def tell(event):
         print(len(seen), kib, len(os.listdir("/proc/self/fd")), flush=True)
 
 cases = [CaseFiles(name=f"c{index:04d}", images=(Path(scan),)) for index in range(int(count))]
-outcome = predict_cases(engine, cases, Job(output=Path(out), readers=3, writers=3), tell=tell)
+outcome = predict_cases(engine, cases, Job(output=Path(out), readers=3, writers=3), on_event=on_event)
 assert len(outcome.done) == int(count)
 """
 

@@ -14,9 +14,9 @@ from nnturbo.engine import engine as engine_module
 from nnturbo.engine.jobs import local_workers as pool_module
 from nnturbo.engine.jobs.cases import find_cases
 from nnturbo.engine.jobs.job import Job, load_predictor
-from nnturbo.engine.jobs.local_workers import Pool
+from nnturbo.engine.jobs.local_workers import LocalWorkers
 from nnturbo.engine.jobs.run import predict_cases, run_job
-from nnturbo.engine.jobs.worker import Loading, Place, local_places, serve
+from nnturbo.engine.jobs.worker import ModelArguments, Place, local_places, serve
 
 from tests.engine.factory import write_model
 from tests.engine.jobs.test_run import write_scan
@@ -53,7 +53,9 @@ def scans(tmp_path):
 
 @pytest.fixture
 def pool(model, tmp_path):
-    made = Pool(Loading(models=(str(model),), arguments=ARGUMENTS), Job(output=tmp_path / "out"), PLACES[:2])
+    made = LocalWorkers(
+        ModelArguments(models=(str(model),), arguments=ARGUMENTS), Job(output=tmp_path / "out"), PLACES[:2]
+    )
     yield made
     made.close()
 
@@ -63,7 +65,7 @@ def labels(folder):
 
 
 def processes(pool):
-    return [hand.handle[0] for hand in pool._hands]
+    return [worker.handle[0] for worker in pool._running]
 
 
 def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_path, pool):
@@ -80,20 +82,20 @@ def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_p
         torch.set_num_threads(before)
     assert labels(tmp_path / "out") == labels(tmp_path / "alone")
     assert len(labels(tmp_path / "out")) == 8
-    crew = processes(pool)
+    workers = processes(pool)
     pool.close()
-    assert [process.exitcode for process in crew] == [0, 0]
+    assert [process.exitcode for process in workers] == [0, 0]
 
 
 def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
     events = []
 
-    def tell(event):
+    def on_event(event):
         if event["event"] == "done" and not any(each["event"] == "done" for each in events):
             os.kill(processes(pool)[0].pid, signal.SIGKILL)
         events.append(event)
 
-    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+    outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
     assert [event["how"] for event in events if event["event"] == "lost"] == ["signal 9"]
     assert len(labels(tmp_path / "out")) == 8
@@ -103,11 +105,11 @@ def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkey
     monkeypatch.setattr(pool_module, "serve", serve_with_poison)
     write_scan(scans / "poison_0000.nii.gz")
     job = Job(output=tmp_path / "out")
-    crew = Pool(Loading(models=(str(model),), arguments=ARGUMENTS), job, PLACES[:2])
+    workers = LocalWorkers(ModelArguments(models=(str(model),), arguments=ARGUMENTS), job, PLACES[:2])
     try:
-        outcome = run_job(crew, find_cases(scans, ".nii.gz"), job)
+        outcome = run_job(workers, find_cases(scans, ".nii.gz"), job)
     finally:
-        crew.close()
+        workers.close()
     assert outcome.failed == {"poison": "the process that worked on it ended (signal 9)"}
     assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
 
@@ -129,14 +131,16 @@ def test_a_result_that_cannot_be_written_fails_its_case(scans, tmp_path, pool):
 
 
 def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
-    wrong = Loading(models=(str(model),), arguments={**ARGUMENTS, "tile_step_size": 2})
+    wrong = ModelArguments(models=(str(model),), arguments={**ARGUMENTS, "tile_step_size": 2})
     with pytest.raises(ValueError, match="tile_step_size must be in"):
-        Pool(wrong, Job(output=tmp_path), PLACES[:2])
+        LocalWorkers(wrong, Job(output=tmp_path), PLACES[:2])
 
 
 def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
-        Pool(Loading(models=(str(tmp_path / "nowhere"),), arguments=ARGUMENTS), Job(output=tmp_path), PLACES[:2])
+        LocalWorkers(
+            ModelArguments(models=(str(tmp_path / "nowhere"),), arguments=ARGUMENTS), Job(output=tmp_path), PLACES[:2]
+        )
 
 
 def test_places():

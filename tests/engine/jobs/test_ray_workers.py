@@ -11,7 +11,7 @@ from nnturbo.engine.cli import main
 from nnturbo.engine.jobs.cases import find_cases
 from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import run_job
-from nnturbo.engine.jobs.worker import Loading
+from nnturbo.engine.jobs.worker import ModelArguments
 
 from tests.engine.factory import write_model
 from tests.engine.jobs.test_local_workers import labels
@@ -55,26 +55,26 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
-def crew(address, model, out, **more):
-    from nnturbo.engine.jobs.ray_workers import Cluster
+def workers(address, model, out, **more):
+    from nnturbo.engine.jobs.ray_workers import RayWorkers
 
-    loading = Loading(models=(str(model),), arguments=ARGUMENTS)
-    return Cluster(address, loading, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})
+    model_arguments = ModelArguments(models=(str(model),), arguments=ARGUMENTS)
+    return RayWorkers(address, model_arguments, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})
 
 
 def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
-    made = crew(cluster, model, tmp_path / "out")
+    made = workers(cluster, model, tmp_path / "out")
     pids, events = [], []
 
-    def tell(event):
+    def on_event(event):
         if event["event"] == "done" and not pids:
-            hand = next(hand for hand in made._hands if hand.given)
-            pids.append(ray.get(hand.handle.__ray_call__.remote(lambda actor: os.getpid())))
+            worker = next(worker for worker in made._running if worker.given)
+            pids.append(ray.get(worker.handle.__ray_call__.remote(lambda actor: os.getpid())))
             os.kill(pids[0], signal.SIGKILL)
         events.append(event)
 
     try:
-        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     finally:
         made.close()
     assert sorted(outcome.done) == [f"c{index}" for index in range(10)]
@@ -98,13 +98,13 @@ def test_the_command_gives_what_it_gives_without_a_cluster(cluster, model, scans
 
 def test_what_is_wrong_is_said(cluster, model, tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
-        crew(cluster, tmp_path / "nowhere", tmp_path / "out")
+        workers(cluster, tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(BackendUnavailable, match=r"room for 2 processes .* not for 3"):
-        crew(cluster, model, tmp_path / "out", workers=3)
+        workers(cluster, model, tmp_path / "out", workers=3)
     with pytest.raises(ValueError, match="auto, cpu or cuda"):
-        crew(cluster, model, tmp_path / "out", device="mps")
+        workers(cluster, model, tmp_path / "out", device="mps")
     with pytest.raises(BackendUnavailable, match="no Ray cluster answers"):
-        crew("127.0.0.1:1", model, tmp_path / "out")
+        workers("127.0.0.1:1", model, tmp_path / "out")
 
 
 def test_without_ray_the_extra_is_named(model, tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_without_ray_the_extra_is_named(model, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BackendUnavailable, match=r"nnturbo\[ray\]"):
-        crew("auto", model, tmp_path / "out")
+        workers("auto", model, tmp_path / "out")
 
 
 def children(process):
@@ -122,10 +122,10 @@ def children(process):
 
 def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     machine = machines.add_node(num_cpus=1, object_store_memory=10**8)
-    made = crew(machines.address, model, tmp_path / "out", workers=3)
+    made = workers(machines.address, model, tmp_path / "out", workers=3)
     done, events = [], []
 
-    def tell(event):
+    def on_event(event):
         if event["event"] == "done":
             done.append(event["name"])
             if len(done) == 5:
@@ -138,11 +138,11 @@ def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
 
     for index in range(10, 40):
         write_scan(scans / f"c{index}_0000.nii.gz", index)
-    while not all(hand.ready for hand in made._hands):
-        for hand, what, _ in made._news():
-            hand.ready = what == "ready"
+    while not all(worker.ready for worker in made._running):
+        for worker, what, _ in made._messages():
+            worker.ready = what == "ready"
     try:
-        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), tell=tell)
+        outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     finally:
         made.close()
     assert len(outcome.done) == 40

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nnturbo.engine import OutputError
-from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, Fingerprint, Journal, Record, Standing
+from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, CaseState, Fingerprint, Record, RecordFolder
 from nnturbo.engine.scans.volume import Geometry, write_segmentation
 
 MADE_OF = {"models": [{"source": {"fold_0": "hash"}}], "inputs": {"a": [["a", 1, 2]]}}
@@ -20,8 +20,8 @@ GEOMETRY = Geometry(spacing=(1, 1, 1), origin=(0, 0, 0), direction=(1, 0, 0, 0, 
 
 
 @pytest.fixture
-def journal(tmp_path):
-    made = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
+def record_folder(tmp_path):
+    made = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=None)
     made.begin()
     return made
 
@@ -31,47 +31,47 @@ def labels(path, value=1):
     return path
 
 
-def finish(journal, name="a", extra=(), **more):
+def finish(record_folder, name="a", extra=(), **more):
     """Do what a job does when a case is done; `extra` are endings of further files."""
-    folder = journal.output / "staged"
+    folder = record_folder.output / "staged"
     folder.mkdir()
     labels(folder / f"{name}.nii.gz")
     for ending in extra:
         (folder / f"{name}{ending}").write_bytes(b"extra")
     files = [*(f"{name}{ending}" for ending in extra), f"{name}.nii.gz"]
-    journal.publish(Record(name=name, status=DONE, made_of=MADE_OF, **more), folder, files)
+    record_folder.publish(Record(name=name, status=DONE, made_of=MADE_OF, **more), folder, files)
     folder.rmdir()
-    return [journal.output / file for file in files]
+    return [record_folder.output / file for file in files]
 
 
-def cases(journal):
-    return json.loads((journal.output / "predictions.json").read_text())["cases"]
+def cases(record_folder):
+    return json.loads((record_folder.output / "predictions.json").read_text())["cases"]
 
 
-def test_a_case_is_done_when_its_record_and_its_results_say_so(journal):
-    path = journal.output / "a.nii.gz"
-    assert journal.standing("a", [path], MADE_OF) == Standing()
-    assert finish(journal) == [path]
-    assert journal.standing("a", [path], MADE_OF) == Standing(is_done=True)
-    assert journal.standing("b", [journal.output / "b.nii.gz"], MADE_OF) == Standing()
+def test_a_case_is_done_when_its_record_and_its_results_say_so(record_folder):
+    path = record_folder.output / "a.nii.gz"
+    assert record_folder.state("a", [path], MADE_OF) == CaseState()
+    assert finish(record_folder) == [path]
+    assert record_folder.state("a", [path], MADE_OF) == CaseState(is_done=True)
+    assert record_folder.state("b", [record_folder.output / "b.nii.gz"], MADE_OF) == CaseState()
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda path: path.unlink(), Standing()),
-        (lambda path: path.write_bytes(path.read_bytes()[:-9]), Standing()),
-        (lambda path: path.write_bytes(b""), Standing()),
-        (lambda path: labels(path, 2), Standing(kept="changed since nnturbo wrote it")),
-        (lambda path: path.write_bytes(b"no image at all" * 99), Standing(kept="changed since nnturbo wrote it")),
+        (lambda path: path.unlink(), CaseState()),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), CaseState()),
+        (lambda path: path.write_bytes(b""), CaseState()),
+        (lambda path: labels(path, 2), CaseState(kept="changed since nnturbo wrote it")),
+        (lambda path: path.write_bytes(b"no image at all" * 99), CaseState(kept="changed since nnturbo wrote it")),
         (lambda path: (path.unlink(), path.mkdir()), None),
     ],
     ids=["gone", "cut off", "empty", "corrected", "something else", "a folder"],
 )
-def test_labels_that_are_not_those_of_the_record_are_kept_if_they_are_whole(journal, change, expected):
-    (path,) = finish(journal)
+def test_labels_that_are_not_those_of_the_record_are_kept_if_they_are_whole(record_folder, change, expected):
+    (path,) = finish(record_folder)
     change(path)
-    found = journal.standing("a", [path], MADE_OF, redo_outdated=True)
+    found = record_folder.state("a", [path], MADE_OF, redo_outdated=True)
     if expected is None:
         assert "cannot be read" in found.kept
     else:
@@ -80,91 +80,91 @@ def test_labels_that_are_not_those_of_the_record_are_kept_if_they_are_whole(jour
 
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("record", ["none", "failed", "damaged", "kept"])
-def test_labels_without_a_record_are_kept_if_they_are_whole(journal, record, is_whole):
-    path = labels(journal.output / "a.nii.gz")
+def test_labels_without_a_record_are_kept_if_they_are_whole(record_folder, record, is_whole):
+    path = labels(record_folder.output / "a.nii.gz")
     if record == "failed":
-        journal.write(Record(name="a", status=FAILED, error="why"))
+        record_folder.write(Record(name="a", status=FAILED, error="why"))
     elif record == "kept":
-        journal.write(Record(name="a", status=KEPT, kept="not written by nnturbo"))
+        record_folder.write(Record(name="a", status=KEPT, kept="not written by nnturbo"))
     elif record == "damaged":
-        (journal.output / "records" / "a.json").write_text("{")
+        (record_folder.output / "records" / "a.json").write_text("{")
     if not is_whole:
         path.write_bytes(path.read_bytes()[:-5])
-    expected = Standing(kept="not written by nnturbo") if is_whole else Standing()
-    assert journal.standing("a", [path], MADE_OF) == expected
+    expected = CaseState(kept="not written by nnturbo") if is_whole else CaseState()
+    assert record_folder.state("a", [path], MADE_OF) == expected
 
 
-def test_results_of_something_else_are_kept_unless_they_are_to_be_made_again(journal):
-    (path,) = finish(journal)
-    found = journal.standing("a", [path], OTHER)
+def test_results_of_something_else_are_kept_unless_they_are_to_be_made_again(record_folder):
+    (path,) = finish(record_folder)
+    found = record_folder.state("a", [path], OTHER)
     assert "another model, other settings or another version" in found.kept
-    assert journal.standing("a", [path], OTHER, redo_outdated=True) == Standing()
+    assert record_folder.state("a", [path], OTHER, redo_outdated=True) == CaseState()
     labels(path, 2)
-    assert journal.standing("a", [path], OTHER, redo_outdated=True).kept == "changed since nnturbo wrote it"
+    assert record_folder.state("a", [path], OTHER, redo_outdated=True).kept == "changed since nnturbo wrote it"
 
 
-def test_results_asked_for_and_not_there_are_made_and_changed_ones_kept(journal):
-    (path,) = finish(journal)
-    extra = journal.output / "a.npz"
-    assert journal.standing("a", [extra, path], MADE_OF) == Standing()
-    assert "another model" in journal.standing("a", [extra, path], OTHER).kept
+def test_results_asked_for_and_not_there_are_made_and_changed_ones_kept(record_folder):
+    (path,) = finish(record_folder)
+    extra = record_folder.output / "a.npz"
+    assert record_folder.state("a", [extra, path], MADE_OF) == CaseState()
+    assert "another model" in record_folder.state("a", [extra, path], OTHER).kept
     extra.write_bytes(b"of somebody else")
-    assert journal.standing("a", [extra, path], MADE_OF).kept == "its .npz file is not what nnturbo wrote"
+    assert record_folder.state("a", [extra, path], MADE_OF).kept == "its .npz file is not what nnturbo wrote"
 
 
-def test_a_case_that_failed_is_tried_again_and_what_it_had_before_stays_known(journal):
-    (path,) = finish(journal)
-    journal.fail(Record(name="a", status=FAILED, error="out of memory"))
+def test_a_case_that_failed_is_tried_again_and_what_it_had_before_stays_known(record_folder):
+    (path,) = finish(record_folder)
+    record_folder.fail(Record(name="a", status=FAILED, error="out of memory"))
     assert path.exists()
-    assert journal.read("a").results == {"a.nii.gz": Fingerprint.of(path)}
-    assert journal.standing("a", [path], MADE_OF) == Standing()
+    assert record_folder.read("a").results == {"a.nii.gz": Fingerprint.of(path)}
+    assert record_folder.state("a", [path], MADE_OF) == CaseState()
     labels(path, 2)
-    assert journal.standing("a", [path], MADE_OF).kept == "changed since nnturbo wrote it"
+    assert record_folder.state("a", [path], MADE_OF).kept == "changed since nnturbo wrote it"
 
 
-def test_a_correction_that_leaves_one_of_two_files_as_it_was_is_kept(journal):
+def test_a_correction_that_leaves_one_of_two_files_as_it_was_is_kept(record_folder):
     """A header is the same byte for byte when its voxels are corrected."""
-    results = finish(journal, extra=[".zraw"])
+    results = finish(record_folder, extra=[".zraw"])
     results[0].write_bytes(b"corrected")
     for status in (DONE, FAILED):
-        journal.write(replace(journal.read("a"), status=status, error="why"))
-        assert journal.standing("a", results, MADE_OF).kept == "its .zraw file is not what nnturbo wrote"
+        record_folder.write(replace(record_folder.read("a"), status=status, error="why"))
+        assert record_folder.state("a", results, MADE_OF).kept == "its .zraw file is not what nnturbo wrote"
 
 
-def test_a_result_that_is_a_link_to_nothing_is_kept(journal):
-    path = journal.output / "a.nii.gz"
-    path.symlink_to(journal.output / "unmounted" / "a.nii.gz")
-    assert journal.standing("a", [path], MADE_OF).kept == "a link to what is not there"
+def test_a_result_that_is_a_link_to_nothing_is_kept(record_folder):
+    path = record_folder.output / "a.nii.gz"
+    path.symlink_to(record_folder.output / "unmounted" / "a.nii.gz")
+    assert record_folder.state("a", [path], MADE_OF).kept == "a link to what is not there"
 
 
-def test_what_nnturbo_wrote_beside_replaced_labels_goes_with_them(journal):
-    extra, path = finish(journal, extra=[".npz"])
-    foreign = journal.output / "a.pkl"
+def test_what_nnturbo_wrote_beside_replaced_labels_goes_with_them(record_folder):
+    extra, path = finish(record_folder, extra=[".npz"])
+    foreign = record_folder.output / "a.pkl"
     foreign.write_bytes(b"of somebody else")
-    finish(journal)
+    finish(record_folder)
     assert path.exists()
     assert not extra.exists()
     assert foreign.exists()
 
 
 def test_results_are_known_to_be_ones_own(tmp_path):
-    journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
+    record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=None)
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "c0.json").write_text('{"patient": "data"}')
-    assert not journal.has_own()
-    journal.begin()
-    finish(journal)
-    assert journal.has_own()
+    assert not record_folder.has_own()
+    record_folder.begin()
+    finish(record_folder)
+    assert record_folder.has_own()
 
 
 class TestInterrupted:
     """A job is killed after each step of putting two results in place of earlier ones."""
 
     @pytest.fixture
-    def interrupted(self, journal, monkeypatch):
+    def interrupted(self, record_folder, monkeypatch):
         def interrupt(steps):
-            results = finish(journal, extra=[".npz"])
-            folder = journal.output / "staged"
+            results = finish(record_folder, extra=[".npz"])
+            folder = record_folder.output / "staged"
             folder.mkdir()
             labels(folder / "a.nii.gz", 2)
             (folder / "a.npz").write_bytes(b"new extra")
@@ -179,38 +179,38 @@ class TestInterrupted:
             with monkeypatch.context() as patch:
                 patch.setattr(type(folder), "replace", maybe)
                 with pytest.raises(KeyboardInterrupt):
-                    journal.publish(Record(name="a", status=DONE, made_of=MADE_OF), folder, ["a.npz", "a.nii.gz"])
+                    record_folder.publish(Record(name="a", status=DONE, made_of=MADE_OF), folder, ["a.npz", "a.nii.gz"])
             return results
 
         return interrupt
 
     @pytest.mark.parametrize("steps", [0, 1])
-    def test_what_is_half_replaced_is_made_again(self, journal, interrupted, steps):
+    def test_what_is_half_replaced_is_made_again(self, record_folder, interrupted, steps):
         results = interrupted(steps)
-        assert journal.read("a").status == WRITING
-        assert journal.standing("a", results, MADE_OF) == Standing()
-        journal.collect()
-        assert cases(journal) == []
-        journal.fail(Record(name="a", status=FAILED, error="why"))
-        assert journal.standing("a", results, MADE_OF) == Standing()
+        assert record_folder.read("a").status == WRITING
+        assert record_folder.state("a", results, MADE_OF) == CaseState()
+        record_folder.collect()
+        assert cases(record_folder) == []
+        record_folder.fail(Record(name="a", status=FAILED, error="why"))
+        assert record_folder.state("a", results, MADE_OF) == CaseState()
 
-    def test_what_somebody_changes_then_is_kept(self, journal, interrupted):
+    def test_what_somebody_changes_then_is_kept(self, record_folder, interrupted):
         results = interrupted(1)
         labels(results[-1], 3)
-        assert journal.standing("a", results, MADE_OF).kept == "changed since nnturbo wrote it"
+        assert record_folder.state("a", results, MADE_OF).kept == "changed since nnturbo wrote it"
 
-    def test_labels_of_others_that_were_about_to_be_replaced_are_kept(self, journal, monkeypatch):
-        path = labels(journal.output / "a.nii.gz", 2)  # as nnU-Net leaves them
+    def test_labels_of_others_that_were_about_to_be_replaced_are_kept(self, record_folder, monkeypatch):
+        path = labels(record_folder.output / "a.nii.gz", 2)  # as nnU-Net leaves them
         with monkeypatch.context() as patch:
             patch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                finish(journal)
-        assert journal.standing("a", [path], MADE_OF).kept
-        journal.fail(Record(name="a", status=FAILED, error="why"))
-        assert journal.standing("a", [path], MADE_OF).kept == "not written by nnturbo"
+                finish(record_folder)
+        assert record_folder.state("a", [path], MADE_OF).kept
+        record_folder.fail(Record(name="a", status=FAILED, error="why"))
+        assert record_folder.state("a", [path], MADE_OF).kept == "not written by nnturbo"
 
-    def test_what_is_all_in_place_is_done(self, journal, monkeypatch):
-        write = Journal.write
+    def test_what_is_all_in_place_is_done(self, record_folder, monkeypatch):
+        write = RecordFolder.write
 
         def killed(self, record):
             if record.status == DONE:
@@ -218,42 +218,42 @@ class TestInterrupted:
             write(self, record)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "write", killed)
+            patch.setattr(RecordFolder, "write", killed)
             with pytest.raises(KeyboardInterrupt):
-                finish(journal, warnings=("odd",))
-        found = journal.standing("a", [journal.output / "a.nii.gz"], MADE_OF)
-        assert found == Standing(is_done=True)
-        journal.settle("a", [], found)
-        record = journal.read("a")
+                finish(record_folder, warnings=("odd",))
+        found = record_folder.state("a", [record_folder.output / "a.nii.gz"], MADE_OF)
+        assert found == CaseState(is_done=True)
+        record_folder.settle("a", [], found)
+        record = record_folder.read("a")
         assert (record.status, record.replaces, record.warnings) == (DONE, {}, ("odd",))
 
 
-def test_what_is_kept_is_recorded_and_counted(journal):
-    (path,) = finish(journal)
-    labels(journal.output / "b.nii.gz")
+def test_what_is_kept_is_recorded_and_counted(record_folder):
+    (path,) = finish(record_folder)
+    labels(record_folder.output / "b.nii.gz")
     labels(path, 2)
     for name in "ab":
-        found = journal.standing(name, [journal.output / f"{name}.nii.gz"], MADE_OF)
-        journal.settle(name, [journal.output / f"{name}_0000.nii.gz"], found)
-    journal.collect()
-    table = json.loads((journal.output / "predictions.json").read_text())
+        found = record_folder.state(name, [record_folder.output / f"{name}.nii.gz"], MADE_OF)
+        record_folder.settle(name, [record_folder.output / f"{name}_0000.nii.gz"], found)
+    record_folder.collect()
+    table = json.loads((record_folder.output / "predictions.json").read_text())
     assert table["kept"] == {"count": 2, "names": ["a", "b"]}
     changed, foreign = table["cases"]
     assert (changed["status"], changed["kept"]) == ("done", "changed since nnturbo wrote it")
     assert (foreign["status"], foreign["kept"]) == ("kept", "not written by nnturbo")
-    journal.settle("a", [], Standing(is_done=True))
-    assert journal.read("a").kept is None
+    record_folder.settle("a", [], CaseState(is_done=True))
+    assert record_folder.read("a").kept is None
 
 
 @pytest.mark.parametrize(
     "content", ["", '{"name": "a", "sta', "[]", "3", '{"name": "b"}', '{"status": "done"}', "null", '{"name": "a"}']
 )
-def test_a_torn_record_counts_as_none_and_says_so(journal, caplog, content):
-    finish(journal)
-    (journal.output / "records" / "a.json").write_text(content)
-    assert journal.read("a") is None
-    journal.collect()
-    assert cases(journal) == []
+def test_a_torn_record_counts_as_none_and_says_so(record_folder, caplog, content):
+    finish(record_folder)
+    (record_folder.output / "records" / "a.json").write_text(content)
+    assert record_folder.read("a") is None
+    record_folder.collect()
+    assert cases(record_folder) == []
     assert "a.json is damaged" in caplog.text
 
 
@@ -287,64 +287,64 @@ def test_a_record_keeps_no_note_of_what_matters_only_while_the_job_runs():
     assert Record.from_json(record.to_json()) == replace(record, transient=False)
 
 
-def test_files_that_were_left_half_written_go_when_nobody_writes_them(journal):
-    old, new = journal.output / ".writing-file-old", journal.output / "records" / ".writing-file-new"
+def test_files_that_were_left_half_written_go_when_nobody_writes_them(record_folder):
+    old, new = record_folder.output / ".writing-file-old", record_folder.output / "records" / ".writing-file-new"
     for path in (old, new):
         path.mkdir()
         (path / "new.nii.gz").write_bytes(b"half")
         os.utime(path, (time.time() - 3600,) * 2)
     os.utime(old / "new.nii.gz", (time.time() - 3600,) * 2)
-    journal.begin()
+    record_folder.begin()
     assert not old.exists()
     assert new.exists()
 
 
-def test_what_another_process_writes_slowly_stays(journal):
-    folder = journal.output / ".writing-file-slow"
+def test_what_another_process_writes_slowly_stays(record_folder):
+    folder = record_folder.output / ".writing-file-slow"
     (folder / ".writing-file-inner").mkdir(parents=True)
     (folder / ".writing-file-inner" / "new.npz").write_bytes(b"half")
     for path in (folder, folder / ".writing-file-inner"):
         os.utime(path, (time.time() - 3600,) * 2)
-    journal.begin()
+    record_folder.begin()
     assert folder.exists()
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_what_another_user_writes_is_no_obstacle(journal):
-    folder = journal.output / ".writing-file-theirs"
+def test_what_another_user_writes_is_no_obstacle(record_folder):
+    folder = record_folder.output / ".writing-file-theirs"
     folder.mkdir(mode=0)
-    journal.begin()
+    record_folder.begin()
 
 
 def test_tables_hold_all_records_by_name(tmp_path):
-    journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
-    journal.begin()
+    record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
+    record_folder.begin()
     for name, label in (("b", 1), ("a", 0)):
-        finish(journal, name, classification={"label": label, "probabilities": {"low": 0.5, "high": 0.5}})
-    journal.write(Record(name="c", status=FAILED, error="why"))
-    journal.write(Record(name="d", status=WRITING))
-    journal.collect()
-    assert [case["name"] for case in cases(journal)] == ["a", "b", "c"]
+        finish(record_folder, name, classification={"label": label, "probabilities": {"low": 0.5, "high": 0.5}})
+    record_folder.write(Record(name="c", status=FAILED, error="why"))
+    record_folder.write(Record(name="d", status=WRITING))
+    record_folder.collect()
+    assert [case["name"] for case in cases(record_folder)] == ["a", "b", "c"]
     assert (tmp_path / "subtype_results.csv").read_text() == "Names,Subtype\na.nii.gz,0\nb.nii.gz,1\n"
 
 
 def test_names_that_are_no_text_cost_no_table(tmp_path):
-    journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
-    journal.begin()
+    record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
+    record_folder.begin()
     name = "m\udcfcller"
-    finish(journal, name, classification={"label": 1, "probabilities": {"low": 0.5, "high": 0.5}})
-    journal.collect()
-    assert cases(journal)[0]["name"] == name
+    finish(record_folder, name, classification={"label": 1, "probabilities": {"low": 0.5, "high": 0.5}})
+    record_folder.collect()
+    assert cases(record_folder)[0]["name"] == name
     assert (tmp_path / "subtype_results.csv").read_text() == "Names,Subtype\nm\\udcfcller.nii.gz,1\n"
 
 
 def test_jobs_that_end_together_leave_the_records_of_all(tmp_path):
     def part(index):
-        journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
-        journal.begin()
+        record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=None)
+        record_folder.begin()
         for case in range(10):
-            journal.write(Record(name=f"{index}-{case}", status=DONE))
-        journal.collect()
+            record_folder.write(Record(name=f"{index}-{case}", status=DONE))
+        record_folder.collect()
 
     for _ in range(5):
         threads = [threading.Thread(target=part, args=(index,)) for index in range(4)]
@@ -352,8 +352,8 @@ def test_jobs_that_end_together_leave_the_records_of_all(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        journal = Journal(output=tmp_path, file_ending=".nii.gz", class_names=None)
-        assert len(cases(journal)) == 40
+        record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=None)
+        assert len(cases(record_folder)) == 40
         for path in (tmp_path / "records").iterdir():
             path.unlink()
 
@@ -362,5 +362,5 @@ def test_jobs_that_end_together_leave_the_records_of_all(tmp_path):
 def test_a_table_of_somebody_else_is_not_replaced(tmp_path, content):
     (tmp_path / "predictions.json").write_text(content)
     with pytest.raises(OutputError, match="Move it away"):
-        Journal(output=tmp_path, file_ending=".nii.gz", class_names=None).begin()
+        RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=None).begin()
     assert (tmp_path / "predictions.json").read_text() == content

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from nnturbo.engine import VolumeError
 from nnturbo.engine.cli import main
 from nnturbo.engine.files import write_json
-from nnturbo.engine.jobs.records import DONE, FAILED, Journal, Record
+from nnturbo.engine.jobs.records import DONE, FAILED, Record, RecordFolder
 from nnturbo.engine.jobs.report import write_report
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
@@ -28,8 +28,8 @@ def output(tmp_path):
     out.mkdir()
     write_json(out / "dataset.json", dataset_json())
     write_json(out / "plans.json", {"image_reader_writer": "SimpleITKIO"})
-    journal = Journal(output=out, file_ending=".nii.gz", class_names=("low", "high"))
-    journal.begin()
+    record_folder = RecordFolder(output=out, file_ending=".nii.gz", class_names=("low", "high"))
+    record_folder.begin()
     labels = np.zeros((40, 60, 70), np.uint8)
     labels[5:30, 20:40, 20:50] = 1
     labels[7:12, 22:30, 24:34] = 2
@@ -42,13 +42,13 @@ def output(tmp_path):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing((1.5, 1.5, 3.0))
             sitk.WriteImage(image, str(path))
-        journal.write(Record(
+        record_folder.write(Record(
             name=name, status=DONE, images=(str(tmp_path / f"{name}_0000.nii.gz"),),
             volumes_ml={"pancreas": volume, "lesion": 20 - volume}, timings_ms={"read": 100.0, "network": 900.0},
             warnings=("a <b>slice</b> is missing",) if name == "a" else (),
             classification={"label": 1, "name": "high", "probabilities": {"low": 0.25, "high": 0.75}},
         ))  # fmt: skip
-    journal.write(Record(name="c", status=FAILED, error="c_0000.nii.gz: cut off </script>"))
+    record_folder.write(Record(name="c", status=FAILED, error="c_0000.nii.gz: cut off </script>"))
     return out
 
 

@@ -15,7 +15,7 @@ import torch
 from nnturbo.engine import Engine, OutputError
 from nnturbo.engine.files import written_atomically
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
-from nnturbo.engine.jobs.job import About, Job
+from nnturbo.engine.jobs.job import Job, ModelInfo
 from nnturbo.engine.jobs.records import Record
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.model.runner import NetworkOutput
@@ -192,7 +192,7 @@ def test_results_are_replaced_only_by_their_successors(engine, scans, tmp_path, 
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            predict_cases(other, cases, Job(output=out, save_probabilities=True, readers=0, writers=0), tell=stop)
+            predict_cases(other, cases, Job(output=out, save_probabilities=True, readers=0, writers=0), on_event=stop)
         replaced = "" if damage == "stopped at once" else "a"
     after = {path.name: path.read_bytes() for path in out.glob("[abc].*")}
     assert after.keys() == before.keys()
@@ -366,7 +366,7 @@ def test_labels_that_appear_while_a_job_goes_on_are_kept(engine, scans, tmp_path
         if event["event"] == "started":
             write_scan(out / "b.nii.gz", 5)
 
-    outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True), tell=meanwhile)
+    outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True), on_event=meanwhile)
     assert (sorted(outcome.done), outcome.kept) == (["a", "c"], {"b": "not written by nnturbo"})
     assert read_records(out)["b"]["status"] == "kept"
 
@@ -388,17 +388,17 @@ def test_labels_are_there_where_memory_is_not_enough_for_the_rest(engine, scans,
 
 def test_a_stop_looks_at_the_record_of_each_case_alone(tmp_path):
     class Full:
-        about = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
-        def __call__(self, cases, *, tell, alone):
+        def __call__(self, cases, *, on_event, alone):
             raise OutputError("the disk is full")
             yield
 
     cases = [CaseFiles(name=f"c{index}", images=(tmp_path / "x",)) for index in range(2000)]
-    journal = Full.about.journal(Job(output=tmp_path / "out"))
-    journal.begin()
+    record_folder = Full.info.record_folder(Job(output=tmp_path / "out"))
+    record_folder.begin()
     for case in cases:
-        journal.write(Record(name=case.name, status="failed", error="why"))
+        record_folder.write(Record(name=case.name, status="failed", error="why"))
     steps = 0
 
     def count(frame, event, argument):
@@ -419,9 +419,9 @@ def test_a_job_of_many_cases_begins_at_once(tmp_path):
         pass
 
     class Nobody:
-        about = About(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
-        def __call__(self, cases, *, tell, alone):
+        def __call__(self, cases, *, on_event, alone):
             raise Stopped
 
     cases = [CaseFiles(name=f"c{index}", images=(tmp_path / f"c{index}_0000.nii.gz",)) for index in range(20_000)]

@@ -137,13 +137,12 @@ class TestSubtypes:
 
     def test_the_table_is_there_from_the_start(self, classifier, scans, tmp_path):
         out, seen = tmp_path / "out", []
-        predict_cases(
-            classifier,
-            find_cases(scans, ".nii.gz"),
-            Job(output=out),
-            tell=lambda event: seen.append((event["event"], len(self.rows(out)))) if seen or event["event"] == "tiles"
-            else None,
-        )  # fmt: skip
+
+        def on_event(event):
+            if seen or event["event"] == "tiles":
+                seen.append((event["event"], len(self.rows(out))))
+
+        predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=out), on_event=on_event)
         assert seen[0] == ("tiles", 0)
         assert len(self.rows(out)) == 3
 
