@@ -18,11 +18,12 @@ from .task_models import DATASET
 
 DOCUMENTS = (
     "README.md",
-    "docs/parity.md",
-    "docs/training.md",
+    "docs/backends.md",
     "docs/deployment.md",
     "docs/gpu.md",
+    "docs/parity.md",
     "docs/performance.md",
+    "docs/training.md",
 )
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -44,49 +45,93 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
+def times(ratio: float) -> str:
+    """Write how many times less time or memory it takes."""
+    return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:.1f} x"
+
+
 def gains() -> str:
-    """What nnturbo gains over nnU-Net besides whole commands, with conditions."""
-    stages, memory, startup, folder = (load(name) for name in ("stages", "memory", "startup", "throughput"))
+    """What nnturbo gains over nnU-Net, in five rows."""
+    memory, folder = load("memory"), load("throughput")
+    peaks = {(row["side"], row["depth"]): row for row in memory["rows"]}
+    depth = max(depth for _, depth in peaks)
+    stock, ours = peaks["stock", depth], peaks["nnturbo", depth]
+    rows = [
+        _whole_command("benchmark_abdomen_avx2", "a small trained model on a real CT, without mirroring"),
+        _whole_command("benchmark_plain_avx2", "a PlainConvUNet of usual size on one tile, mirrored, fp32"),
+        _whole_command("benchmark_task_int8", "the same network and tile, with a bundle in int8"),
+        [
+            f"a folder of {folder['cases']} generated CT, a grid of 6 mm, without mirroring",
+            instructions(folder),
+            f"{folder['median_s']['nnU-Net']:.1f} s",
+            f"{folder['median_s']['nnturbo predict']:.1f} s",
+            times(folder["median_s"]["nnU-Net"] / folder["median_s"]["nnturbo predict"]),
+            differing(folder["voxels_differing_from_one_by_one"]["nnU-Net"], folder["voxels"]),
+        ],
+        [
+            f"peak memory, a scan of {depth} x 512 x 512 voxels, {memory['classes']} classes",
+            instructions(memory),
+            f"{stock['peak_bytes'] / 2**30:.1f} GiB",
+            f"{ours['peak_bytes'] / 2**30:.1f} GiB",
+            times(stock["peak_bytes"] / ours["peak_bytes"]),
+            differing(stock["voxels_differing"], depth * 512 * 512),
+        ],
+    ]
+    header = ["what runs, on two CPU cores", "processor", "nnU-Net 2.8.1", "nnturbo", "nnU-Net / nnturbo",
+              "voxels with another label"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _whole_command(name: str, what: str) -> list[str]:
+    """Make the row of one measured command."""
+    stored = load(name)
+    (result,) = stored["results"]
+    return [
+        what,
+        instructions(stored),
+        f"{result['median_s']['stock']:.1f} s",
+        f"{result['median_s']['nnturbo']:.1f} s",
+        times(result["ratio"]),
+        differing(result["voxels_differing"], result["voxels"]),
+    ]
+
+
+def differing(count: int, voxels: int) -> str:
+    """Write a number of voxels as a share of all."""
+    return f"{100 * count / voxels:.2g} % ({count} of {voxels})"
+
+
+def around() -> str:
+    """What surrounds the network: preprocessing, labels, and imports."""
+    stages, startup = load("stages"), load("startup")
     stock_s = sum(stages["stock_s"].values())
     ours_s = stages["nnturbo_s"]["preprocess"] + stages["nnturbo_s"]["labels"]
-    differing = stages["agreement"]["labels_differing"] / stages["agreement"]["voxels"]
-    peaks = {(row["side"], row["depth"]): row.get("peak_bytes") for row in memory["rows"]}
-    depth = max(depth for _, depth in peaks)
-    stock_peak, our_peak, shorter = (
-        peaks[key] for key in (("stock", depth), ("nnturbo", depth), ("nnturbo", depth // 2))
-    )
-    medians = startup["median_s"]
-    shape = " x ".join(map(str, stages["shape"]))
+    medians, shape = startup["median_s"], " x ".join(map(str, stages["shape"]))
     return markdown(
-        ["what, on two CPU cores", "nnU-Net 2.8.1", "nnturbo", "", "agreement"],
+        [
+            "what runs, on two CPU cores",
+            "processor",
+            "time of nnU-Net 2.8.1",
+            "time of nnturbo",
+            "nnU-Net / nnturbo",
+            "voxels with another label",
+        ],
         [
             [
                 f"scan to network and logits to labels, CT of {shape} voxels, {stages['classes']} classes",
+                instructions(stages),
                 f"{stock_s:.1f} s",
                 f"{ours_s:.2f} s",
-                f"{stages['ratio']:.0f} x faster",
-                f"labels: {differing:.0e} of voxels, as nnU-Net keeps fp16",
+                times(stages["ratio"]),
+                differing(stages["agreement"]["labels_differing"], stages["agreement"]["voxels"]),
             ],
             [
-                f"a folder of {folder['cases']} CT, a grid of 6 mm, no mirroring",
-                f"{folder['median_s']['nnU-Net']:.1f} s",
-                f"{folder['median_s']['nnturbo predict']:.1f} s",
-                f"{folder['median_s']['nnU-Net'] / folder['median_s']['nnturbo predict']:.1f} x faster",
-                f"{folder['voxels_differing_from_one_by_one']['nnU-Net']} of {folder['voxels']} voxels",
-            ],
-            [
-                f"peak memory, 512 x 512 x {depth} voxels, {memory['classes']} classes",
-                f"{stock_peak / 2**30:.1f} GiB" if stock_peak else "more than the machine has",
-                f"{our_peak / 2**30:.1f} GiB",
-                f"{stock_peak / our_peak:.1f} x less" if stock_peak else "",
-                f"half the scan takes {shorter / 2**30:.1f} GiB",
-            ],
-            [
-                "importing the predictor",
+                f"importing the predictor (importing torch alone takes {medians['import torch']:.1f} s)",
+                instructions(startup),
                 f"{medians[STOCK_IMPORT]:.1f} s",
                 f"{medians[OUR_IMPORT]:.1f} s",
-                "",
-                f"importing torch alone: {medians['import torch']:.1f} s",
+                times(medians[STOCK_IMPORT] / medians[OUR_IMPORT]),
+                "-",
             ],
         ],
     )
@@ -103,7 +148,7 @@ def parity() -> str:
         return f"{count} of {voxels} ({count / voxels:.0e})"
 
     kinds = len({row["name"].rpartition("-")[0] for row in tasks})
-    table = [[f"{row['name']}: a trained model on a real CT, against the labels stock wrote",
+    table = [[f"{row['name']}: a trained model on a real CT, against the labels that nnU-Net wrote",
               total("differ_from_stock", [row]), "-"] for row in real]  # fmt: skip
     table.append(
         [
@@ -112,7 +157,8 @@ def parity() -> str:
             total("differ_from_fp32_stock", tasks),
         ]
     )
-    return markdown(["voxels with another label", "than stock", "than stock with fp32 sums"], table)
+    header = ["models and scans", "voxels with another label than nnU-Net", "than nnU-Net with fp32 sums"]
+    return markdown(header, table)
 
 
 def parity_rows() -> str:
@@ -121,7 +167,8 @@ def parity_rows() -> str:
     for row in load("parity")["rows"]:
         counts = (row["differ_from_stock"], row["differ_from_fp32_stock"], row["stock_differs_from_fp32_stock"])
         rows.append([row["name"], str(row["voxels"]), *("-" if count is None else str(count) for count in counts)])
-    header = ["model kind and scan", "voxels", "not as stock", "not as stock with fp32 sums", "stock not as fp32 stock"]
+    header = ["model kind and scan", "voxels", "other labels than nnU-Net", "other labels than nnU-Net with fp32 sums",
+              "nnU-Net: other labels than with fp32 sums"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -158,7 +205,7 @@ def demo() -> str:
     subtypes, control = result["subtypes"], result["control"]
     whole, lesion = ("{low:.3f} to {high:.3f}".format(**result[f"{part}_dsc_interval"]) for part in ("whole", "lesion"))
     return markdown(
-        [f"over {result['cases']} phantoms", "measured", "95 % interval"],
+        [f"measure, over {result['cases']} phantoms", "value", "95 % interval"],
         [
             ["whole-pancreas DSC", f"{result['whole']['dsc']:.3f}", whole],
             ["lesion DSC", f"{result['lesion']['dsc']:.3f}", lesion],
@@ -190,15 +237,17 @@ def backends() -> str:
                     f"{row['build_s']:.0f} s",
                     f"{row['load_s']:.1f} s",
                     f"{row['file_bytes'] / 2**20:.0f} MiB",
-                    f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "",
+                    f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "-",
                 ]
                 if "build_s" in row
-                else [""] * 4
+                else ["-"] * 4
             ),
         ]
         for row in load("backends")["rows"]
     ]
-    header = ["network", "backend", "one tile", "", "voxels with another label", "build", "load", "files", "memory"]
+    header = ["network", "backend and precision", "time of one tile", "speed (nnU-Net = 1)",
+              "share of voxels with another label", "time to build", "time to load", "size of files",
+              "peak memory"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -208,7 +257,7 @@ def commands() -> str:
     for path in sorted(RESULTS.glob("benchmark_*.json")):
         stored = load(path.stem)
         for result in stored["results"]:
-            seconds, peaks = result["median_s"], result["median_peak_bytes"]
+            seconds, peaks, cpu_s = result["median_s"], result["median_peak_bytes"], result["median_cpu_s"]
             random_weights = result["dataset"] == DATASET
             dice = [of for of in result["dice"].values() if of is not None]
             classes = [f"{result['classes_differing']} of {result['classes']} classes"] if "classes" in result else []
@@ -220,14 +269,16 @@ def commands() -> str:
                     f"{seconds['stock']:.1f} s",
                     f"{seconds['nnturbo']:.1f} s",
                     f"{result['ratio']:.1f} x",
+                    " and ".join(f"{cpu_s[side] / seconds[side]:.1f}" for side in ("stock", "nnturbo")),
                     f"{peaks['stock'] / 2**30:.1f} GiB",
                     f"{peaks['nnturbo'] / 2**30:.1f} GiB",
                     "; ".join([f"{result['voxels_differing']} of {result['voxels']} voxels", *classes]),
                     "random weights" if random_weights else f"{min(dice):.4f}" if dice else "-",
                 ]
             )
-    header = ["whole command, two CPU cores", "with", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's",
-              "differing", "Dice of the worst label"]  # fmt: skip
+    header = ["whole command, on two CPU cores", "processor", "time of nnU-Net 2.8.1", "time of nnturbo",
+              "nnU-Net / nnturbo", "cores at work (nnU-Net and nnturbo)", "peak memory of nnU-Net",
+              "peak memory of nnturbo", "what differs", "Dice of the worst label"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -239,9 +290,17 @@ def agreement() -> str:
         for row in result["rows"]:
             classes = "-" if row["same_class"] is None else f"{row['same_class']} of {row['scans']}"
             lowest = "-" if row["lowest_dice"] is None else f"{row['lowest_dice']:.4f}"
-            scans = f"{result['model']}, {row['scans']} {row['what']}"
-            rows.append([scans, row["way"], f"{row['different']} of {row['voxels']}", lowest, classes])
-    return markdown(["model and scans", "backend", "voxels that differ", "Dice of the worst label", "same class"], rows)
+            rows.append(
+                [_model_and_scans(result, row), row["way"], f"{row['different']} of {row['voxels']}", lowest, classes]
+            )
+    header = ["model and scans", "backend and precision", "voxels that differ", "Dice of the worst label",
+              "scans with the same class"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _model_and_scans(result: dict[str, Any], row: dict[str, Any]) -> str:
+    what = row["what"].removesuffix("s") if row["scans"] == 1 else row["what"]
+    return f"{result['model']}, {row['scans']} {what}"
 
 
 def kernels() -> str:
@@ -253,7 +312,7 @@ def kernels() -> str:
         name = row["kernel"] + {True: " along x", False: " along y, z", None: ""}[row["lines"]]
         registers.setdefault(f"{name}, {row['type']}", {})[row["sm"]] = row["registers"]
     return markdown(
-        ["registers", *(f"sm_{sm}" for sm in architectures)],
+        ["kernel and number type", *(f"registers on sm_{sm}" for sm in architectures)],
         [[name, *(str(of[sm]) for sm in architectures)] for name, of in registers.items()],
     )
 
@@ -265,12 +324,13 @@ def loaders() -> str:
         result = load(path.stem)
         rows += [
             [
-                f"{result['model']}, {row['scans']} {row['what']}", row["loader"], f"{row['waiting_s']:.2f} s",
+                _model_and_scans(result, row),
+                row["loader"], f"{row['waiting_s']:.2f} s",
                 f"{row['different']} of {row['voxels']}", f"{row['lowest_dice']:.4f}",
             ]
             for row in result["rows"]
         ]  # fmt: skip
-    header = ["model and scans", "loader", "the network waits, on two CPU cores", "voxels that differ",
+    header = ["model and scans", "loader", "time the network waits, on two CPU cores", "voxels that differ",
               "Dice of the worst label"]  # fmt: skip
     return markdown(header, rows)
 
@@ -283,12 +343,13 @@ def waterfall() -> str:
         stages = row["stages_s"]
         table.append([
             row["step"], f"{row['median_s']:.1f} s", f"{row['ratio']:.2f} x", f"{row['peak_bytes'] / 2**30:.1f} GiB",
-            *(f"{stages[stage]:.2f} s" if stage in stages else "" for stage in STAGE_COLOURS),
+            *(f"{stages[stage]:.2f} s" if stage in stages else "-" for stage in STAGE_COLOURS),
             f"{row['voxels_differing']} of {row['voxels']}",
         ])  # fmt: skip
     floor = {"network": f"{result['floor']['network_s']:.2f} s"}
-    table.append(["floor", "", "", "", *(floor.get(stage, "") for stage in STAGE_COLOURS), ""])
-    return markdown(["step", "one scan", "", "memory", *STAGE_COLOURS, "voxels with another label"], table)
+    table.append(["floor", *"---", *(floor.get(stage, "-") for stage in STAGE_COLOURS), "-"])
+    header = ["step", "time of one scan", "speed (nnU-Net = 1)", "peak memory"]
+    return markdown([*header, *(f"time: {stage}" for stage in STAGE_COLOURS), "voxels with another label"], table)
 
 
 def peers() -> str:
@@ -304,7 +365,9 @@ def peers() -> str:
         ]
         for row in result["rows"]
     ]
-    return markdown(["scan on the network's grid to logits", "", "", "voxels with another label than nnU-Net"], rows)
+    header = ["from the scan on the network's grid to logits", "time", "speed (nnU-Net = 1)",
+              "voxels with another label than nnU-Net"]  # fmt: skip
+    return markdown(header, rows)
 
 
 def growth() -> str:
@@ -318,16 +381,18 @@ def growth() -> str:
         )
         least_r2 = min(of["seconds"]["r2"] for of in sides.values())
         table.append([
-            f"one more of {what}, {rows[0][what]} to {rows[-1][what]}",
+            f"{what}, {rows[0][what]} to {rows[-1][what]}",
             f"{stock_s:.3f} s", f"{our_s:.3f} s", f"{stock_s / our_s:.1f} x",
             f"{stock_bytes / 2**20:.1f} MiB", f"{our_bytes / 2**20:.1f} MiB", f"{least_r2:.3f}",
         ])  # fmt: skip
-    header = ["", "nnU-Net 2.8.1", "nnturbo", "", "nnU-Net's memory", "nnturbo's", "least r2 of the times"]
+    header = ["one more of", "time of nnU-Net 2.8.1", "time of nnturbo", "nnU-Net / nnturbo", "memory of nnU-Net",
+              "memory of nnturbo", "least r2 of the times"]  # fmt: skip
     return markdown(header, table)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
+    "around": around,
     "parity": parity,
     "parity_rows": parity_rows,
     "rounding": rounding,

@@ -15,7 +15,7 @@ def test_tables_are_what_the_stored_results_say(name):
 def test_a_table_is_replaced_and_the_text_around_it_kept():
     document = "before\n<!-- table parity -->\nold\n<!-- end -->\nafter\n"
     result = filled(document)
-    assert result.startswith("before\n<!-- table parity -->\n| voxels with another label |")
+    assert result.startswith("before\n<!-- table parity -->\n| models and scans |")
     assert result.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in result
 
