@@ -1,8 +1,6 @@
 """The commands of the training side: end to end on phantoms, and one line for whatever is wrong."""
 
 import json
-import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -14,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nnturbo.engine.cli import main
-from nnturbo.engine.cli import main as engine_cli
 from nnturbo.training import cli, phantom, planning, recipe
 
 from tests.training import test_prepare as prepared
 from tests.training.test_prepare import CASES, image_of, labels, mask_of, scan, write_image
 
 nnunet, in_threads, source = prepared.nnunet, prepared.in_threads, prepared.source  # fixtures
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -386,15 +381,3 @@ def test_importing_is_light():
     heavy = ("torch", "numpy", "nnunetv2", "scipy", "SimpleITK", "matplotlib", "tqdm")
     program = f"import sys, nnturbo.training.cli; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/real_data.md", "docs/phantoms.md"])
-def test_documented_commands_exist(page):
-    text = (REPOSITORY / page).read_text().replace("\\\n", " ")
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
-    lines = [line.split("#")[0] for line in re.findall(r"^nnturbo .*$", blocks, flags=re.MULTILINE)]
-    assert lines
-    parser = engine_cli._parser()
-    for line in lines:
-        _, *words = shlex.split(os.path.expandvars(line))
-        assert callable(parser.parse_args(words).run)
