@@ -7,7 +7,6 @@ import subprocess
 import sys
 import types
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
