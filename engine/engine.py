@@ -30,7 +30,7 @@ from .pipeline.prediction import Prediction
 from .pipeline.preprocessing import Case, preprocess
 from .pipeline.properties import nnunet_properties
 from .pipeline.sliding_window import SlidingWindow, predict_logits
-from .pipeline.steps import Computed, Placement, Prepared, caught, paired
+from .pipeline.steps import Computed, Placement, Prepared, caught, engine_errors, paired
 from .pipeline.timing import Timings
 from .pipeline.transfers import Transfers
 from .pipeline.voting import Votes
@@ -187,11 +187,12 @@ class Engine:
             VolumeError: Where the scan cannot be read or does not suit the model.
             PredictionError: Where the network fails or gives numbers that mean nothing.
         """
-        if self._loader is None:
-            prepared = self._prepare(image, previous_stage)
-            return self._finish(self._compute(prepared, save_probabilities, progress))
-        with contextlib.closing(self._loader([image])) as loaded:  # the planes are there as long as it is open
-            return self._finish(self._compute(next(loaded), save_probabilities, progress))
+        with engine_errors():
+            if self._loader is None:
+                prepared = self._prepare(image, previous_stage)
+                return self._finish(self._compute(prepared, save_probabilities, progress))
+            with contextlib.closing(self._loader([image])) as loaded:  # the planes are there as long as it is open
+                return self._finish(self._compute(next(loaded), save_probabilities, progress))
 
     def predict_many(
         self,

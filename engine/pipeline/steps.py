@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,16 +97,27 @@ def paired(
     return zip(images, itertools.repeat(None)) if stages is None else zip(images, stages, strict=True)
 
 
-def caught(run: Callable[[], _Result]) -> _Result | EngineError:
-    """Turn what a bad scan raises into a value."""
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn what libraries raise while a scan is predicted into a `PredictionError`; what is known to pass is transient.
+
+    Raises:
+        PredictionError: In place of a `MemoryError` or `RuntimeError` from inside.
+    """
     try:
-        return run()
-    except EngineError as error:
-        return error
-    except MemoryError:
-        return PredictionError("out of memory: the scan needs more than there is", transient=True)
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise PredictionError("out of memory: the scan needs more than there is", transient=True) from error
     except RuntimeError as error:
-        # Not least a GPU's, which reports what went wrong whenever it is asked next.
         logger.warning("unexpected error", exc_info=True)
         reason = str(error).strip().partition("\n")[0]
-        return PredictionError(f"{reason:.300}", transient=True)
+        raise PredictionError(f"{reason:.300}") from error
+
+
+def caught(run: Callable[[], _Result]) -> _Result | EngineError:
+    """Give what a function raises for a bad scan as a value."""
+    try:
+        with engine_errors():
+            return run()
+    except EngineError as error:
+        return error

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import Engine, EngineOptions, Ensemble, PredictionError, Volume, VolumeError
+from nnturbo.engine import Engine, EngineError, EngineOptions, Ensemble, PredictionError, Volume, VolumeError
+from nnturbo.engine import engine as engine_module
 from nnturbo.engine.backends.torch import TorchRunner
 from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline.steps import Placement, caught
@@ -258,3 +259,28 @@ class TestOnAGpu:
         one = Engine.load(model, device="cuda", precision="fp32").predict(scans[0])
         other = Engine.load(model, device="cuda", precision="fp32", options=options).predict(scans[0])
         assert np.count_nonzero(one.segmentation != other.segmentation) <= 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "transient"),
+    [
+        (RuntimeError("a kernel is broken"), False),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (VolumeError("cut off"), False),
+        (VolumeError("the disk did not answer", transient=True), True),
+    ],
+)
+def test_predict_raises_what_predict_many_yields(model, monkeypatch, failure, transient):
+    engine = Engine.load(model, device="cpu", mirror=False)
+
+    def fails(*arguments, **named):
+        raise failure
+
+    monkeypatch.setattr(engine_module, "read_volume", fails)
+    with pytest.raises(EngineError) as raised:
+        engine.predict("scan.nii.gz")
+    (yielded,) = engine.predict_many(["scan.nii.gz"])
+    assert type(yielded) is type(raised.value)
+    assert str(yielded) == str(raised.value)
+    assert yielded.transient == raised.value.transient == transient
