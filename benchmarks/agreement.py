@@ -19,7 +19,7 @@ from nnturbo.engine import Engine, Prediction, build
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.errors import BackendUnavailable, BundleError
 from nnturbo.engine.export.agreement import measure_agreement
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from .report import write_report
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from nnturbo.training.phantom import write_dataset
+from nnturbo.training.phantoms.phantom import write_dataset
 
 from .report import run_measured, write_report
 from .task_models import DEMO_MODEL

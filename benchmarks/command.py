@@ -24,7 +24,7 @@ from nnturbo.engine import Engine
 from nnturbo.engine.bundles.manifest import read_manifest
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.model.folder import read_model
-from nnturbo.training.phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, PhantomSettings, write_dataset
+from nnturbo.training.phantoms.phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, PhantomSettings, write_dataset
 
 from .report import Run, run_measured
 from .task_models import (

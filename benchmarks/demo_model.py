@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from nnturbo.training.demo import DEMO_SEED, demonstrate
-from nnturbo.training.evaluate import comparison_table, write_evaluation
-from nnturbo.training.metrics import bootstrap_macro_f1, classification_metrics
+from nnturbo.training.evaluation.evaluate import comparison_table, write_evaluation
+from nnturbo.training.evaluation.metrics import bootstrap_macro_f1, classification_metrics
 
 from .report import write_report
 

@@ -26,11 +26,11 @@ from nnturbo.engine.model.classification import HEADS
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.heads import FocusPooling, Head, focus_map, make_head
 from nnturbo.engine.model.network import MultiTaskUNet, build_network
-from nnturbo.training.metrics import bootstrap_macro_f1, classification_metrics
-from nnturbo.training.planning import nnunet_environment
+from nnturbo.training.data.planning import nnunet_environment
+from nnturbo.training.data.tables import read_subtype_results
+from nnturbo.training.evaluation.metrics import bootstrap_macro_f1, classification_metrics
 from nnturbo.training.pooled_classifier import ClassifiedScan, case_outputs, fit_discriminant, training_scans
 from nnturbo.training.recipe import PRESETS
-from nnturbo.training.tables import read_subtype_results
 from torch import Tensor, nn
 
 from .report import write_report

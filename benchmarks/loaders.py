@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from nnturbo.engine import Engine, EngineError, EngineOptions, Prediction
 from nnturbo.engine.options import LOADERS
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from .agreement import SEED
 from .report import write_report

@@ -33,7 +33,7 @@ from nnturbo.engine.pipeline.preprocessing import Case, preprocess
 from nnturbo.engine.pipeline.sliding_window import SlidingWindow, gaussian, predict_logits, tile_positions
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.scans.volume import read_volume
-from nnturbo.training.phantom import DEFAULT_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import DEFAULT_SETTINGS, write_dataset
 from torch import Tensor
 
 from .report import write_report

@@ -19,7 +19,7 @@ import torch
 from nnturbo.engine.files import write_json
 from nnturbo.engine.model.network import make_network
 from nnturbo.engine.model.plans import parse_plan
-from nnturbo.training.phantom_settings import DEFAULT_SETTINGS
+from nnturbo.training.phantoms.phantom_settings import DEFAULT_SETTINGS
 
 from .stages import dataset_json, smooth_field
 

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from .task_models import DEMO_MODEL, ordinary_model
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from nnturbo.engine import Engine
-from nnturbo.training.phantom import write_dataset
+from nnturbo.training.phantoms.phantom import write_dataset
 
 from .report import Run, run_measured, write_report
 from .task_models import ABDOMEN_SETTINGS, DEMO_MODEL, ordinary_model

@@ -93,7 +93,7 @@ def _add_phantom(commands: Any) -> None:
 
 
 def _phantom(options: argparse.Namespace) -> int:
-    from .phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, write_dataset
+    from .phantoms.phantom import DEFAULT_SETTINGS, SMALL_SETTINGS, write_dataset
 
     counts = {split: getattr(options, split) for split in PHANTOM_COUNTS}
     with _progress_line("phantoms") as progress:
@@ -156,10 +156,10 @@ def _prepare(options: argparse.Namespace) -> int:
         preprocessed = _nnunet_folder(options.preprocessed, "nnUNet_preprocessed", "--preprocessed")
         if options.processes < 1:
             raise ValueError(f"--processes must be at least 1, got {options.processes}")
-        from .planning import require_nnunet
+        from .data.planning import require_nnunet
 
         require_nnunet()
-    from .prepare import plan_and_preprocess, prepare_dataset
+    from .data.prepare import plan_and_preprocess, prepare_dataset
 
     with _progress_line("checking") as progress:
         dataset = prepare_dataset(
@@ -306,8 +306,8 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate import comparison_table, evaluate
-    from .references import holds_splits
+    from .data.references import holds_splits
+    from .evaluation.evaluate import comparison_table, evaluate
 
     split = options.split or ("validation" if holds_splits(options.r) else "all")
     out = options.o or os.path.join(options.p, "evaluation")
@@ -339,7 +339,7 @@ def _add_submit(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from .submission import write_submission
+    from .evaluation.submission import write_submission
 
     done = write_submission(
         options.p, options.o, images_folder=options.images, subtypes=options.subtypes, overwrite=options.overwrite

@@ -18,8 +18,8 @@ from ..engine.jobs.cases import find_cases
 from ..engine.jobs.job import Job
 from ..engine.jobs.run import predict_cases
 from ..engine.scans.volume import read_volume
-from .evaluate import CaseEvaluation, Evaluation, evaluate
-from .phantom import SMALL_SETTINGS, write_dataset
+from .evaluation.evaluate import CaseEvaluation, Evaluation, evaluate
+from .phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +109,7 @@ def demo_table(demo: Demo) -> str:
 
 
 def _read_answers(path: Path) -> dict[str, int]:
-    from .tables import read_subtype_results
+    from .data.tables import read_subtype_results
 
     return {name.removesuffix(".nii.gz"): subtype for name, subtype in read_subtype_results(path).items()}
 

@@ -29,10 +29,10 @@ from ..engine.pipeline.sliding_window import SlidingWindow, predict_logits
 from ..engine.pipeline.timing import Timings
 from ..engine.pipeline.voting import Votes
 from ..engine.scans.volume import read_volume
-from .cases import LABELS_FILE, SPLITS_FILE
-from .metrics import classification_metrics
-from .multi_task_plans import read_classes
-from .tables import DatasetError
+from .data.cases import LABELS_FILE, SPLITS_FILE
+from .data.multi_task_plans import read_classes
+from .data.tables import DatasetError
+from .evaluation.metrics import classification_metrics
 from .whole_cases import find_labelled_cases
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from typing import Any
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
 from ..engine.model.folder import read_checkpoint
-from .cases import SPLITS_FILE
-from .multi_task_plans import RECIPE_KEY
-from .planning import nnunet_environment
+from .data.cases import SPLITS_FILE
+from .data.multi_task_plans import RECIPE_KEY
+from .data.planning import nnunet_environment
+from .data.tables import DatasetError
 from .recipe import Recipe
-from .tables import DatasetError
 
 logger = logging.getLogger(__name__)
 

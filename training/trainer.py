@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..engine.errors import EngineError
 from ..engine.files import written_atomically
 from ..engine.model.folder import read_checkpoint
-from .cases import LABELS_FILE
 from .class_loss import class_loss, class_weights, content_weights, shown_content
+from .data.cases import LABELS_FILE
+from .data.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
+from .data.tables import DatasetError
 from .history import write_history
-from .multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
 from .random_state import random_state, restore_random_state
 from .recipe import PRESETS, EpochScheduler, Recipe, Schedule
-from .tables import DatasetError
 from .whole_cases import LabelledCase, find_labelled_cases, network_engine, validate
 
 

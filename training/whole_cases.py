@@ -21,8 +21,8 @@ from ..engine.model.folds import InferenceNetwork
 from ..engine.model.plans import parse_plan
 from ..engine.pipeline.sliding_window import SlidingWindow
 from ..engine.scans.volume import read_volume
-from .metrics import classification_metrics, dice
-from .tables import DatasetError
+from .data.tables import DatasetError
+from .evaluation.metrics import classification_metrics, dice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

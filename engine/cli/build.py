@@ -113,7 +113,7 @@ def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tu
         )
     import tempfile
 
-    from ...training.phantom import SMALL_SETTINGS, write_dataset
+    from ...training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nnturbo-"))
     phantoms = write_dataset(folder, counts={"test": PHANTOMS}, seed=PHANTOM_SEED, settings=SMALL_SETTINGS)

@@ -8,7 +8,7 @@ import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, build, read_volume
 from nnturbo.engine.export.build import build_whole_path
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from tests.cpp.conftest import SOURCE
 

@@ -7,7 +7,7 @@ import pytest
 from nnturbo.engine import Engine
 from nnturbo.engine.model.folder import read_model
 from nnturbo.training.demo import DEMO_SEED
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from tests.parity.report import ParityRow
 

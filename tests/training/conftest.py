@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nnturbo.training.phantom import SMALL_SETTINGS, write_dataset
-from nnturbo.training.planning import nnunet_environment, plan_and_preprocess
-from nnturbo.training.prepare import prepare_dataset
+from nnturbo.training.data.planning import nnunet_environment, plan_and_preprocess
+from nnturbo.training.data.prepare import prepare_dataset
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.recipe import Recipe
 from nnturbo.training.train import train
 

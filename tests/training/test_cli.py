@@ -11,10 +11,12 @@ import zipfile
 import numpy as np
 import pytest
 from nnturbo.engine.cli import main
-from nnturbo.training import cli, phantom, planning, recipe
+from nnturbo.training import cli, recipe
+from nnturbo.training.data import planning
+from nnturbo.training.phantoms import phantom
 
-from tests.training import test_prepare as prepared
-from tests.training.test_prepare import CASES, image_of, labels, mask_of, scan, write_image
+from tests.training.data import test_prepare as prepared
+from tests.training.data.test_prepare import CASES, image_of, labels, mask_of, scan, write_image
 
 nnunet, in_threads, source = prepared.nnunet, prepared.in_threads, prepared.source  # fixtures
 

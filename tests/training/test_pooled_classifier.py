@@ -8,8 +8,8 @@ import pytest
 import torch
 from nnturbo.engine import Engine, EngineOptions, ModelError
 from nnturbo.engine.model.folder import read_model
+from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.pooled_classifier import fit_discriminant, fit_pooled_classifier, training_scans
-from nnturbo.training.tables import DatasetError
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 STAGES = (0, 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, EngineError
 from nnturbo.engine.errors import ModelError
-from nnturbo.training.tables import DatasetError
+from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.train import train
 
 from tests.training.conftest import TINY, import_nnunet, make_trainer

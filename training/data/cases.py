@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..engine.scans.volume import Volume, read_volume
+from ...engine.scans.volume import Volume, read_volume
 from .tables import SUBTYPES, DatasetError, TableRow, parse_subtype, read_table
 
 SPLITS = ("train", "validation", "test")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.model.classification import ClassificationScheme
-from ..engine.model.plans import MULTI_TASK_NETWORK, parse_labels
-from .recipe import Recipe
+from ...engine.model.classification import ClassificationScheme
+from ...engine.model.plans import MULTI_TASK_NETWORK, parse_labels
+from ..recipe import Recipe
 from .tables import DatasetError, read_table
 
 RECIPE_KEY = "nnturbo_recipe"

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engine.errors import EngineError, OutputError
-from ..engine.files import write_json
+from ...engine.errors import EngineError, OutputError
+from ...engine.files import write_json
 from .cases import ENDING, LABELS_FILE, SPLITS_FILE
 from .tables import DatasetError
 

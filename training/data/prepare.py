@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.errors import OutputError, VolumeError
-from ..engine.files import write_json, written_atomically
-from ..engine.scans.volume import Volume, read_volume, write_segmentation
+from ...engine.errors import OutputError, VolumeError
+from ...engine.files import write_json, written_atomically
+from ...engine.scans.volume import Volume, read_volume, write_segmentation
 from .cases import (
     ENDING,
     IMAGE_ENDING,

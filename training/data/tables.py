@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engine.errors import EngineError
+from ...engine.errors import EngineError
 
 SUBTYPES = (0, 1, 2)
 RESULTS_HEADER = ("Names", "Subtype")

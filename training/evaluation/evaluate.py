@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.errors import VolumeError
-from .cases import LABELS, grid_difference, read_mask
+from ...engine.errors import VolumeError
+from ..data.cases import LABELS, grid_difference, read_mask
+from ..data.references import RESULTS_FILE, References, find_references, masks_in, missing
+from ..data.tables import SUBTYPES, DatasetError, raise_problems, read_subtype_results
 from .evaluation_report import comparison_table, write_evaluation
 from .metrics import (
     ClassificationMetrics,
@@ -25,8 +27,6 @@ from .metrics import (
     classification_metrics,
     compare_structure,
 )
-from .references import RESULTS_FILE, References, find_references, masks_in, missing
-from .tables import SUBTYPES, DatasetError, raise_problems, read_subtype_results
 
 __all__ = [
     "RESULTS_FILE",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.errors import EngineError, OutputError
-from ..engine.files import write_json, written_atomically
+from ...engine.errors import EngineError, OutputError
+from ...engine.files import write_json, written_atomically
 from .metrics import Interval, StructureMetrics
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.errors import OutputError, VolumeError
-from ..engine.files import written_atomically
-from ..engine.scans.volume import read_volume
-from .cases import ENDING, IMAGE_ENDING, LABELS, case_name, grid_difference, images_below
-from .references import RESULTS_FILE, masks_in, missing
-from .tables import RESULTS_HEADER, DatasetError, raise_problems, read_subtype_results
+from ...engine.errors import OutputError, VolumeError
+from ...engine.files import written_atomically
+from ...engine.scans.volume import read_volume
+from ..data.cases import ENDING, IMAGE_ENDING, LABELS, case_name, grid_difference, images_below
+from ..data.references import RESULTS_FILE, masks_in, missing
+from ..data.tables import RESULTS_HEADER, DatasetError, raise_problems, read_subtype_results
 
 _TEST_NAME = re.compile(r"quiz_\d+")
 _EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip; the same predictions then give the same bytes

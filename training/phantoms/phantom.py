@@ -22,8 +22,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ..engine.errors import OutputError
-from ..engine.files import written_atomically
+from ...engine.errors import OutputError
+from ...engine.files import written_atomically
 from .acquisition import AcquisitionParameters, acquire, average_layers, draw_acquisition
 from .anatomy import AnatomyParameters, draw_anatomy, draw_pancreas
 from .lesions import LesionParameters, draw_lesion, outline, paint_pancreas

@@ -6,9 +6,9 @@ import pytest
 from nnturbo.engine.errors import ModelError
 from nnturbo.engine.model.classification import ClassificationScheme
 from nnturbo.engine.model.plans import MULTI_TASK_NETWORK, parse_plan
-from nnturbo.training.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
+from nnturbo.training.data.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
+from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.recipe import Recipe
-from nnturbo.training.tables import DatasetError
 
 from tests.engine.factory import dataset_json, plans_json
 

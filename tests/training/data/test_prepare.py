@@ -16,11 +16,11 @@ import pytest
 import SimpleITK
 from nnturbo.engine.errors import EngineError, OutputError
 from nnturbo.engine.scans.volume import read_volume
-from nnturbo.training import planning
-from nnturbo.training import prepare as prepare_module
-from nnturbo.training.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset
-from nnturbo.training.prepare import DatasetError, plan_and_preprocess, prepare_dataset
-from nnturbo.training.tables import read_table
+from nnturbo.training.data import planning
+from nnturbo.training.data import prepare as prepare_module
+from nnturbo.training.data.prepare import DatasetError, plan_and_preprocess, prepare_dataset
+from nnturbo.training.data.tables import read_table
+from nnturbo.training.phantoms.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset
 
 SHAPE = (4, 6, 8)
 CASES = {

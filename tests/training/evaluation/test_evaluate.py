@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK
 from nnturbo.engine.errors import EngineError, OutputError
-from nnturbo.training.evaluate import DatasetError, comparison_table, evaluate, write_evaluation
-from nnturbo.training.metrics import Interval, normalised_surface_dice
-from nnturbo.training.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset
+from nnturbo.training.evaluation.evaluate import DatasetError, comparison_table, evaluate, write_evaluation
+from nnturbo.training.evaluation.metrics import Interval, normalised_surface_dice
+from nnturbo.training.phantoms.phantom import SCALED_ONE, SMALL_SETTINGS, write_dataset
 
 SPACING = (5.0, 2.0, 1.0)  # 10 microlitres a voxel
 NAMES = ("quiz_0_001", "quiz_1_002", "quiz_2_003")

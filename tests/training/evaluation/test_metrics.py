@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnturbo.training.metrics import (
+from nnturbo.training.evaluation.metrics import (
     bootstrap_macro_f1,
     bootstrap_mean,
     classification_metrics,

@@ -6,10 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 from nnturbo.engine.errors import OutputError
-from nnturbo.training.submission import write_submission
-from nnturbo.training.tables import DatasetError
+from nnturbo.training.data.tables import DatasetError
+from nnturbo.training.evaluation.submission import write_submission
 
-from tests.training.test_evaluate import labels, write_mask, write_results
+from tests.training.evaluation.test_evaluate import labels, write_mask, write_results
 
 NAMES = ("quiz_003", "quiz_041")
 

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnturbo.engine.errors import OutputError
-from nnturbo.training import phantom as module
-from nnturbo.training.anatomy import draw_anatomy, draw_pancreas
-from nnturbo.training.lesions import TENDENCIES, TRAITS, draw_lesion, outline
-from nnturbo.training.painting import Ellipsoid, Grid, Structure, coverage, draw_noise, paint, smooth_noise, tube
-from nnturbo.training.phantom import (
+from nnturbo.training.phantoms import phantom as module
+from nnturbo.training.phantoms.anatomy import draw_anatomy, draw_pancreas
+from nnturbo.training.phantoms.lesions import TENDENCIES, TRAITS, draw_lesion, outline
+from nnturbo.training.phantoms.painting import (
+    Ellipsoid,
+    Grid,
+    Structure,
+    coverage,
+    draw_noise,
+    paint,
+    smooth_noise,
+    tube,
+)
+from nnturbo.training.phantoms.phantom import (
     DEFAULT_SETTINGS,
     PANCREAS_COUNTS,
     SMALL_SETTINGS,
@@ -563,5 +572,5 @@ def test_exports_exist():
 
 
 def test_starts_without_torch():
-    program = "import sys, nnturbo.training.phantom; sys.exit('torch' in sys.modules)"
+    program = "import sys, nnturbo.training.phantoms.phantom; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""Evaluation: predictions compared with the truth, and packed for submission."""

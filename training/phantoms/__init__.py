@@ -1,0 +1,1 @@
+"""Phantoms: CT-like scans with a pancreas and one lesion, made from a seed."""
