@@ -18,7 +18,8 @@ from ..engine.jobs.cases import find_cases
 from ..engine.jobs.job import Job
 from ..engine.jobs.run import predict_cases
 from ..engine.scans.volume import read_volume
-from .evaluation.evaluate import CaseEvaluation, Evaluation, evaluate
+from .evaluation.evaluate import evaluate
+from .evaluation.results import CaseEvaluation, Evaluation
 from .phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 if TYPE_CHECKING:

@@ -350,7 +350,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         if state is None:
             raise EngineError(
                 f"a multi-task training goes on from a checkpoint of its own, this one is of "
-                f"{checkpoint.get('trainer_name', 'an unknown trainer')}: start anew in another folder"
+                f"{checkpoint.get('trainer_name', 'an unknown trainer')}: start again in another folder"
             )
         if not self.was_initialized:
             self.initialize()

@@ -70,7 +70,7 @@ def find_labelled_cases(
         DatasetError: Where there are no cases, or scans or labels are missing.
     """
     if not names:
-        raise DatasetError(f"{folder}: the split must have cases, it has none: prepare the data set anew")
+        raise DatasetError(f"{folder}: the split must have cases, it has none: prepare the data set again")
     ending = dataset["file_ending"]
     channels = range(len(dataset["modality" if "modality" in dataset else "channel_names"]))
     listed = dataset.get("dataset", {})  # nnU-Net's way to leave scans where they are

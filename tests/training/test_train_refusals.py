@@ -127,7 +127,7 @@ class TestScans:
     def test_no_validation_cases(self, tiny, copied):
         folder, arguments = copied
         (folder / "splits_final.json").write_text(json.dumps([{"train": tiny.training_cases, "val": []}]))
-        refused(DatasetError, "the split must have cases, it has none: prepare the data set anew", arguments)
+        refused(DatasetError, "the split must have cases, it has none: prepare the data set again", arguments)
 
     def test_without_validation_they_are_not_needed(self, tiny, environment, monkeypatch):
         with monkeypatch.context() as patch:

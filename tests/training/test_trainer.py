@@ -210,7 +210,7 @@ class TestPretrained:
         assert held == {id(parameter) for parameter in trainer.network.parameters()}
         assert trainer.current_epoch == 0
 
-    def test_another_head_begins_anew(self, tiny, trained, environment):
+    def test_another_head_begins_untrained(self, tiny, trained, environment):
         weights = read_checkpoint(trained / "fold_0" / "checkpoint_final.pth").weights
         got, _ = self.begin(tiny, weights, head_hidden=16)
         assert all(torch.equal(got[name], weights[name]) for name in got if not name.startswith("head."))

@@ -72,7 +72,7 @@ def multi_task_plans(
     if described is None:
         raise ValueError(
             f"configuration {configuration!r} must have its own 'architecture' in the plans, as nnU-Net's planners "
-            f"write it; train the one it inherits from, or plan anew"
+            f"write it; train the one it inherits from, or plan again"
         )
     scheme = parse_labels(dataset)
     regions = scheme.regions_class_order is not None

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from ...engine.errors import EngineError, OutputError
 from ...engine.files import write_json, written_atomically
 from .metrics import Interval, StructureMetrics
+from .results import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .evaluate import Evaluation
 
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation_cases.csv"
