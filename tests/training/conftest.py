@@ -21,6 +21,8 @@ from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.recipe import Recipe
 from nnturbo.training.train import train
 
+from tests.training.task_files import CASES, image_of, labels, mask_of, scan, write_image
+
 PHANTOMS = replace(
     SMALL_SETTINGS,
     slice_spacings_mm=((3.0, 1),),
@@ -177,3 +179,38 @@ def trained(tiny, tmp_path_factory):
         patch.setenv("nnUNet_n_proc_DA", "0")
         seed_everything(0)
         return train(**tiny.arguments(results))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A data set of eight small files in the task's folders, and a test scan."""
+    folder = tmp_path / "source"
+    for seed, name in enumerate(CASES):
+        write_image(image_of(folder, name), scan(seed))
+        write_image(mask_of(folder, name), labels())
+    write_image(folder / "test" / "quiz_005_0000.nii.gz", scan(99))
+    return folder
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return tmp_path / "raw"
+
+
+@pytest.fixture(scope="session")
+def nnunet():
+    """The module that extracts fingerprints; nnU-Net's imports warn about what is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor")
+        pytest.importorskip("nnunetv2.preprocessing.preprocessors.default_preprocessor")
+    return module
+
+
+@pytest.fixture
+def in_threads(nnunet, monkeypatch):
+    """Let nnU-Net work in threads, which start at once, and sample fewer than a hundred million voxels."""
+    work_in_threads(monkeypatch)
+    collect = nnunet.DatasetFingerprintExtractor.collect_foreground_intensities
+    few = staticmethod(lambda segmentation, images, num_samples: collect(segmentation, images, num_samples=500))
+    monkeypatch.setattr(nnunet.DatasetFingerprintExtractor, "collect_foreground_intensities", few)

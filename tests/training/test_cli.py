@@ -15,10 +15,7 @@ from nnturbo.training import cli, recipe
 from nnturbo.training.data import planning
 from nnturbo.training.phantoms import phantom
 
-from tests.training.data import test_prepare as prepared
-from tests.training.data.test_prepare import CASES, image_of, labels, mask_of, scan, write_image
-
-nnunet, in_threads, source = prepared.nnunet, prepared.in_threads, prepared.source  # fixtures
+from tests.training.task_files import CASES, image_of, labels, mask_of, scan, write_image
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +24,6 @@ def phantoms(tmp_path_factory):
     counts = ["--train", "3", "--validation", "2", "--test", "2"]
     assert main(["phantom", "-o", str(folder), *counts, "--seed", "3", "--small", "--answers"]) == 0
     return folder
-
-
-@pytest.fixture
-def raw(tmp_path):
-    return tmp_path / "raw"
 
 
 @pytest.fixture
