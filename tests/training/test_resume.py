@@ -69,9 +69,8 @@ def kill_after_first_epoch(arguments, folder):
     command = [sys.executable, "-c", SCRIPT, str(job)]
     log = arguments["results"].parent / "log.txt"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=Path(__file__).parents[2], stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": "."}
-        )
+        same_modules = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=same_modules)
         try:
             wanted = folder / "fold_0" / "checkpoint_latest.pth"
             until = time.monotonic() + 120
