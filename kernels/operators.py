@@ -1,4 +1,8 @@
-"""A linear map along one axis of a volume, stored as a band: the form every resampling takes here."""
+"""A linear map along one axis of a volume, stored as a band: the form every resampling takes here.
+
+`band_of_entries`, `band_matrix` and `cut_blocks` are in the part of Python that torch.jit.script compiles; compiled
+functions see no globals, so constants reach them as default values of their arguments.
+"""
 
 from __future__ import annotations
 
@@ -86,44 +90,69 @@ class AxisOperator:
 
     @classmethod
     def from_entries(cls, n_in: int, columns: Tensor, weights: Tensor, *, drop_below: float = 0.0) -> AxisOperator:
-        """Build the narrowest band that holds the given entries.
+        """Build the narrowest band that holds the given entries; see `band_of_entries`."""
+        return cls(n_in, *band_of_entries(n_in, columns, weights, drop_below))
 
-        Args:
-            n_in: Length of the axis before.
-            columns: (n_out, m) int64, input index of each entry; may repeat within a row, and is clamped to the axis.
-            weights: (n_out, m) float64.
-            drop_below: Entries smaller than this, after adding up repeats, are left out of the band.
-        """
-        n_out = len(columns)
-        rows = torch.arange(n_out)[:, None].expand_as(columns)
-        low, high = int(columns.min().clamp(0, n_in - 1)), int(columns.max().clamp(0, n_in - 1))
-        dense = torch.zeros(n_out, high - low + 1, dtype=torch.float64)
-        dense.index_put_((rows, columns.clamp(0, n_in - 1) - low), weights, accumulate=True)
-        kept = dense.abs() > drop_below
-        first = kept.to(torch.uint8).argmax(1)
-        first = first.flip(0).cummin(0).values.flip(0)  # ascending, also where rounding dropped a tap more
-        last = dense.shape[1] - 1 - kept.flip(1).to(torch.uint8).argmax(1)
-        taps = int((last - first).max()) + 1
-        first = first.clamp(max=dense.shape[1] - taps)
-        band = dense.gather(1, first[:, None] + torch.arange(taps)).to(torch.float32)
-        return cls(n_in, first + low, band)
+
+def band_of_entries(n_in: int, columns: Tensor, weights: Tensor, drop_below: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Find the narrowest band that holds the given entries.
+
+    Args:
+        n_in: Length of the axis before.
+        columns: (n_out, m) int64, input index of each entry; may repeat within a row, and is clamped to the axis.
+        weights: (n_out, m) float64.
+        drop_below: Entries smaller than this, after adding up repeats, are left out of the band.
+
+    Returns:
+        `first` and `weights` of an `AxisOperator`.
+    """
+    columns = columns.clamp(0, n_in - 1)
+    low, high = int(columns.min()), int(columns.max())
+    dense = torch.zeros(columns.shape[0], high - low + 1, dtype=torch.float64)
+    dense.scatter_add_(1, columns - low, weights)
+    kept = dense.abs() > drop_below
+    first = kept.to(torch.uint8).argmax(1)
+    first = first.flip(0).cummin(0)[0].flip(0)  # ascending, also where rounding dropped a tap more
+    last = dense.shape[1] - 1 - kept.flip(1).to(torch.uint8).argmax(1)
+    taps = int((last - first).max()) + 1
+    first = first.clamp(max=dense.shape[1] - taps)
+    return first + low, dense.gather(1, first[:, None] + torch.arange(taps)).to(torch.float32)
+
+
+def band_matrix(n_in: int, first: Tensor, weights: Tensor) -> Tensor:
+    """Write a band, (n_out,) and (n_out, taps), as a dense matrix, (n_out, n_in)."""
+    columns = first[:, None] + torch.arange(weights.shape[1])
+    return torch.zeros(first.shape[0], n_in).scatter_(1, columns, weights)
+
+
+def cut_blocks(
+    matrix: Tensor, first: Tensor, taps: int, start: int, stop: int, block_rows: int = BLOCK_ROWS
+) -> list[tuple[int, int, int, int, Tensor]]:
+    """Cut the outputs [start, stop) of a band's matrix into blocks of rows, each a small dense matrix.
+
+    Args:
+        matrix: (n_out, n_in), of any device.
+        first: (n_out,) int64, the first input of each output.
+        taps: Inputs per output.
+        start: The first output.
+        stop: The one after the last.
+        block_rows: Outputs of a block.
+
+    Returns:
+        Blocks (first output, last output + 1, first input, last input + 1, matrix (outputs, inputs)).
+    """
+    blocks: list[tuple[int, int, int, int, Tensor]] = []
+    for first_out in range(start, stop, block_rows):
+        last_out = min(first_out + block_rows, stop)
+        low, high = int(first[first_out]), int(first[last_out - 1]) + taps
+        blocks.append((first_out, last_out, low, high, matrix[first_out:last_out, low:high].contiguous()))
+    return blocks
 
 
 @lru_cache(maxsize=512)
 def matrix_blocks(
     operator: AxisOperator, start: int, stop: int, device: torch.device
-) -> tuple[tuple[int, int, int, int, Tensor], ...]:
-    """Cut the outputs [start, stop) into blocks of rows, each a small dense matrix.
-
-    Returns:
-        Blocks (first output, last output + 1, first input, last input + 1, matrix (outputs, inputs)).
-    """
-    blocks = []
-    for first_out in range(start, stop, BLOCK_ROWS):
-        last_out = min(first_out + BLOCK_ROWS, stop)
-        low, high = operator.inputs_of(first_out, last_out)
-        matrix = torch.zeros(last_out - first_out, high - low)
-        columns = operator.first[first_out:last_out, None] - low + torch.arange(operator.taps)
-        matrix.scatter_(1, columns, operator.weights[first_out:last_out])
-        blocks.append((first_out, last_out, low, high, matrix.to(device)))
-    return tuple(blocks)
+) -> list[tuple[int, int, int, int, Tensor]]:
+    """Cut the outputs [start, stop) of an operator into blocks on a device: see `cut_blocks`."""
+    matrix = band_matrix(operator.n_in, operator.first, operator.weights).to(device)
+    return cut_blocks(matrix, operator.first, operator.taps, start, stop)

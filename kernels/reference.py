@@ -1,10 +1,12 @@
 """Plain torch version of every operation: readable, runs anywhere, and the oracle for the fast ones.
 
-Axes are (C, Z, Y, X), batched (N, C, Z, Y, X); spatial axes are counted from the end, -3 for z.
+Axes are (C, Z, Y, X), batched (N, C, Z, Y, X); spatial axes are counted from the end, -3 for z. Functions that take
+lists where any sequence would do are in the part of Python that torch.jit.script compiles.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,19 +27,19 @@ Normalization = Sequence[tuple[float, float, float, float]]
 """For each channel least, greatest, shift and scale of `(clamp(x, least, greatest) - shift) / scale`."""
 
 
-def normalize(data: Tensor, normalization: Normalization) -> Tensor:
+def normalize(data: Tensor, normalization: list[tuple[float, float, float, float]]) -> Tensor:
     """Normalise each channel; what would change nothing is left out.
 
     Args:
         data: (C, Z, Y, X), any number type and strides.
-        normalization: One per channel.
+        normalization: One per channel, as `Normalization` says.
 
     Returns:
         As `data`, float32 and contiguous, never `data` itself.
     """
     out = torch.empty(data.shape, dtype=torch.float32, device=data.device).copy_(data)
-    for channel, (least, greatest, shift, scale) in zip(out, normalization, strict=True):
-        if least > -torch.inf or greatest < torch.inf:
+    for channel, (least, greatest, shift, scale) in zip(out, normalization):  # noqa: B905  # TorchScript knows no strict
+        if least > -math.inf or greatest < math.inf:
             channel.clamp_(least, greatest)
         if shift != 0:
             channel.sub_(shift)
@@ -73,7 +75,7 @@ def resample_axis(
     start, stop = rows or (0, operator.n_out)
     operator.require_inputs((start, stop), offset, data.shape[axis])
     if normalization is not None:
-        data = normalize(data, normalization)
+        data = normalize(data, list(normalization))
     out = _applied(data, operator, axis, start, stop, offset)
     return out if limits is None else torch.clamp(out, *limits)
 
@@ -83,32 +85,54 @@ def _applied(data: Tensor, operator: AxisOperator, axis: int, start: int, stop: 
         return data.narrow(axis, start - offset, stop - start)
     if operator.is_selection:
         return data.index_select(axis, (operator.first[start:stop] - offset).to(data.device))
+    return multiply_blocks(data, matrix_blocks(operator, start, stop, data.device), axis, offset)
+
+
+def multiply_blocks(
+    data: Tensor,
+    blocks: list[tuple[int, int, int, int, Tensor]],
+    axis: int,
+    offset: int,
+    line_voxels: int = LINE_VOXELS,
+) -> Tensor:
+    """Apply an operator along one spatial axis, as small matrix products.
+
+    Args:
+        data: (C, Z, Y, X) float32.
+        blocks: What `operators.cut_blocks` gives for the outputs to compute, at least one.
+        axis: -3, -2 or -1.
+        offset: Index, on the operator's input axis, of the first element of `data` along `axis`.
+        line_voxels: Columns per matrix product of a z step.
+    """
+    start, stop = blocks[0][0], blocks[-1][1]
     shape = list(data.shape)
     shape[axis] = stop - start
     out = torch.empty(shape, dtype=data.dtype, device=data.device)
     # A z step is a y step on planes flattened to lines, a stretch of line at a time.
     source, target = (data.flatten(-2), out.flatten(-2)) if axis == -3 else (data, out)
-    for first_out, last_out, low, high, matrix in matrix_blocks(operator, start, stop, data.device):
-        rows_out, rows_in = slice(first_out - start, last_out - start), slice(low - offset, high - offset)
+    for first_out, last_out, low, high, matrix in blocks:
+        first, last = first_out - start, last_out - start
         if axis == -1:
-            target[..., rows_out] = source[..., rows_in] @ matrix.T
-            continue
-        for column in range(0, source.shape[-1], LINE_VOXELS):
-            stretch = slice(column, column + LINE_VOXELS)
-            target[..., rows_out, stretch] = matrix @ source[..., rows_in, stretch]
+            target[..., first:last] = source[..., low - offset : high - offset] @ matrix.t()
+        else:
+            for column in range(0, source.shape[-1], line_voxels):
+                stretch = source[..., low - offset : high - offset, column : column + line_voxels]
+                target[..., first:last, column : column + line_voxels] = matrix @ stretch
     return out
 
 
+def planes_at_once(shape: list[int], voxels_out: int, working_bytes: int = WORKING_BYTES) -> int:
+    """How many planes of a (C, Z, Y, X) array make `working_bytes`, before or after resampling them in plane."""
+    return max(1, working_bytes // (4 * shape[0] * max(shape[2] * shape[3], voxels_out)))
+
+
 def plane_groups(shape: Sequence[int], voxels_out: int) -> Iterator[slice]:
-    """Cut the planes of a (C, Z, Y, X) array so that one group, before or after resampling, is `WORKING_BYTES`."""
-    channels, planes, *plane = shape
-    step = max(1, WORKING_BYTES // (4 * channels * max(plane[0] * plane[1], voxels_out)))
-    return (slice(start, min(start + step, planes)) for start in range(0, planes, step))
+    """Cut the planes of a (C, Z, Y, X) array into groups of `planes_at_once`."""
+    step = planes_at_once(list(shape), voxels_out)
+    return (slice(start, min(start + step, shape[1])) for start in range(0, shape[1], step))
 
 
-def gather_tiles(
-    volume: Tensor, corner: Sequence[int], size: Sequence[int], views: Sequence[tuple[int, ...]], out: Tensor
-) -> Tensor:
+def gather_tiles(volume: Tensor, corner: list[int], size: list[int], views: list[list[int]], out: Tensor) -> Tensor:
     """Copy one tile of a volume, mirrored in several ways, into a batch; zero where it leaves the volume.
 
     Args:
@@ -118,21 +142,21 @@ def gather_tiles(
         views: For each view the spatial axes to flip, counted 0, 1, 2 for z, y, x.
         out: (len(views), C, *size), any floating dtype; written and returned.
     """
-    spans = [
-        (max(start, 0), min(start + length, n)) for start, length, n in zip(corner, size, volume.shape[1:], strict=True)
-    ]
-    tile = volume[(slice(None), *(slice(low, high) for low, high in spans))]
-    if tuple(tile.shape[1:]) != tuple(size):
-        outside = [(low - start, start + length - high)
-                   for (low, high), start, length in zip(spans, corner, size, strict=True)]  # fmt: skip
-        tile = F.pad(tile, [margin for margins in reversed(outside) for margin in margins])
-    for target, axes in zip(out, views, strict=True):
-        target.copy_(tile.flip([axis + 1 for axis in axes]) if axes else tile)
+    tile = volume
+    margins: list[int] = []
+    for axis in (2, 1, 0):
+        low, high = max(corner[axis], 0), min(corner[axis] + size[axis], volume.shape[axis + 1])
+        tile = tile.narrow(axis + 1, low, high - low)
+        margins += [low - corner[axis], corner[axis] + size[axis] - high]
+    if any(margins):
+        tile = F.pad(tile, margins)
+    for target, axes in zip(out, views):  # noqa: B905  # TorchScript knows no strict
+        target.copy_(tile.flip([axis + 1 for axis in axes]) if len(axes) > 0 else tile)
     return out
 
 
 def accumulate_views(
-    logits: Tensor, views: Sequence[tuple[int, ...]], weights: tuple[Tensor, Tensor, Tensor], out: Tensor
+    logits: Tensor, views: list[list[int]], weights: tuple[Tensor, Tensor, Tensor], out: Tensor
 ) -> None:
     """Add the weighted sum of mirrored views of a tile to the volume they were cut from.
 
@@ -145,10 +169,10 @@ def accumulate_views(
         out: (K, z, y, x) float32; the tile's place in the accumulator.
     """
     total = logits[0].float()
-    if views[0]:
+    if len(views[0]) > 0:
         total = total.flip([axis + 1 for axis in views[0]])
-    for view, axes in zip(logits[1:], views[1:], strict=True):
-        total = total + (view.flip([axis + 1 for axis in axes]) if axes else view)
+    for view, axes in zip(logits[1:], views[1:]):  # noqa: B905  # TorchScript knows no strict
+        total = total + (view.flip([axis + 1 for axis in axes]) if len(axes) > 0 else view)
     wz, wy, wx = weights
     out.addcmul_(total, wz[:, None, None] * (wy[:, None] * wx))
 
@@ -167,16 +191,16 @@ def argmax_labels(logits: Tensor) -> Tensor:
     dtype = torch.uint8 if len(logits) <= 256 else torch.int32
     labels = torch.zeros(logits.shape[1:], dtype=dtype, device=logits.device)
     best = logits[0]
-    for index, logit in enumerate(logits[1:], start=1):
-        greater = (logit > best).view(torch.uint8).to(dtype)
+    for index in range(1, len(logits)):
+        greater = (logits[index] > best).to(dtype)
         # A later class wins over all earlier ones, and has the greater index: the maximum is the label.
         torch.maximum(labels, greater.mul_(index), out=labels)
         if index + 1 < len(logits):
-            best = torch.maximum(best, logit)
+            best = torch.maximum(best, logits[index])
     return labels
 
 
-def region_labels(logits: Tensor, values: Sequence[int]) -> Tensor:
+def region_labels(logits: Tensor, values: list[int]) -> Tensor:
     """Paint regions over each other: region i takes its value wherever its probability exceeds one half.
 
     Args:
@@ -187,7 +211,7 @@ def region_labels(logits: Tensor, values: Sequence[int]) -> Tensor:
         (...) int32.
     """
     labels = torch.zeros(logits.shape[1:], dtype=torch.int32, device=logits.device)
-    for logit, value in zip(logits, values, strict=True):
+    for logit, value in zip(logits, values):  # noqa: B905  # TorchScript knows no strict
         labels = torch.where(logit > 0, value, labels)
     return labels
 
@@ -225,19 +249,19 @@ def resample_labels(
         while row < rows[1] and int(z.first[row]) + z.taps <= low + part.stop:
             taps = range(int(z.first[row]), int(z.first[row]) + z.taps)
             mixed = weighted_sum([held[index] for index in taps], z.weights[row].tolist())
-            out[row - rows[0]] = argmax_labels(mixed) if values is None else region_labels(mixed, values)
+            out[row - rows[0]] = argmax_labels(mixed) if values is None else region_labels(mixed, list(values))
             if confidence is not None:
                 confidence[row - rows[0]] = _confidence(mixed, of_regions=values is not None)
             row += 1
         held = {index: plane for index, plane in held.items() if row < rows[1] and index >= int(z.first[row])}
 
 
-def weighted_sum(planes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_sum(planes: list[Tensor], weights: list[float]) -> Tensor:
     """Add neighbouring planes; may be one of them."""
     if weights[0] == 1 and not any(weights[1:]):
         return planes[0]
     result = planes[0] * weights[0]
-    for plane, weight in zip(planes[1:], weights[1:], strict=True):
+    for plane, weight in zip(planes[1:], weights[1:]):  # noqa: B905  # TorchScript knows no strict
         result.add_(plane, alpha=weight)
     return result
 

@@ -26,10 +26,15 @@ def focus_map(seg_logits: Tensor, scheme: ClassificationScheme) -> Tensor:
         seg_logits: (N, K, *patch) float32.
         scheme: Names the channels; probabilities of labels are added, of overlapping regions the greatest is taken.
     """
-    values = torch.sigmoid(seg_logits) if scheme.regions else torch.softmax(seg_logits, 1)
+    return focus_of_channels(seg_logits, list(scheme.focus_channels), scheme.regions)
+
+
+def focus_of_channels(seg_logits: Tensor, channels: list[int], regions: bool) -> Tensor:
+    """Compute `focus_map` from the channels of a scheme, and whether they are regions; TorchScript can compile this."""
+    values = torch.sigmoid(seg_logits) if regions else torch.softmax(seg_logits, 1)
     # Indexing by a list would copy it to a GPU each time, and wait for that.
-    shown = torch.stack([values[:, channel] for channel in scheme.focus_channels], 1)
-    return shown.amax(1, keepdim=True) if scheme.regions else shown.sum(1, keepdim=True)
+    shown = torch.stack([values[:, channel] for channel in channels], 1)
+    return shown.amax(1, keepdim=True) if regions else shown.sum(1, keepdim=True)
 
 
 def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:

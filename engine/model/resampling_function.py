@@ -1,10 +1,7 @@
 """Which of nnU-Net's resampling functions a plan names, with which arguments; `pipeline.resampling` does it."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ..errors import ModelError
 
@@ -12,11 +9,10 @@ ANISOTROPY_THRESHOLD = 3.0
 """nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resampling:
+class Resampling(NamedTuple):
     """One of nnU-Net's resampling functions with the arguments a plan gives it.
 
-    Args:
+    Attributes:
         function: "spline" (resample_data_or_seg_to_shape), "torch" (resample_torch_fornnunet),
             "torch_simple" (resample_torch_simple) or "none" (no_resampling_hack).
         order: Spline order in plane.
@@ -27,6 +23,9 @@ class Resampling:
         mode_coarse: torch's mode along the coarse axis.
         majority: Whether torch's functions give a voxel the label whose share is above one half, and 0 where none is
             (memefficient_seg_resampling), instead of the label with the greatest share.
+
+    Note:
+        A NamedTuple, whose fields have types and not their text, is what torch.jit.script can hold (`export.scripted`).
     """
 
     function: str
@@ -38,16 +37,21 @@ class Resampling:
     mode_coarse: str = "nearest-exact"
     majority: bool = False
 
-    def coarse_axis(self, old_spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-        """Find the axis to resample on its own, if any (nnU-Net: determine_do_sep_z_and_axis)."""
-        if self.separate is False or self.function in ("torch_simple", "none"):
-            return None
-        for spacing in (old_spacing, new_spacing):
-            if self.separate or max(spacing) / min(spacing) > self.threshold:
-                # Where two or three axes share the coarse spacing, nnU-Net does not separate.
-                coarsest = [axis for axis, value in enumerate(spacing) if max(spacing) / value == 1]
-                return coarsest[0] if len(coarsest) == 1 else None
-        return None
+
+def coarse_axis(resampling: Resampling, old_spacing: list[float], new_spacing: list[float]) -> int:
+    """Find the axis to resample on its own (nnU-Net: determine_do_sep_z_and_axis), -1 for none."""
+    separate = resampling.separate
+    if resampling.function in ("torch_simple", "none") or (separate is not None and not separate):
+        return -1
+    for spacing in (old_spacing, new_spacing):
+        if separate is not None or max(spacing) / min(spacing) > resampling.threshold:
+            # Where two or three axes share the coarse spacing, nnU-Net does not separate.
+            coarsest = -1
+            for axis in range(3):
+                if max(spacing) / spacing[axis] == 1:
+                    coarsest = axis if coarsest < 0 else 3
+            return coarsest if coarsest < 3 else -1
+    return -1
 
 
 FUNCTIONS = {

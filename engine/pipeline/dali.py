@@ -18,7 +18,8 @@ import torch
 from ..errors import BackendUnavailable, EngineError
 from ..model.plans import Plan
 from ..scans.volume import read_volume
-from .preprocessing import Normalization, preprocess
+from .normalization import Normalization
+from .preprocessing import preprocess
 from .properties import nnunet_properties
 from .resampling import GridMap
 from .steps import Prepared

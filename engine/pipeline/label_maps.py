@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import AxisOperator
-from ..model.resampling_function import Resampling
+from ..model.resampling_function import Resampling, coarse_axis
 from .resampling import GridMap, grid_map, resample, spline_operator
 
 NEAR_TIE = 1e-5
@@ -43,15 +43,15 @@ def resample_label_map(
     """
     grid = grid_map(resampling, labels.shape, new_shape, old_spacing, new_spacing)
     values = torch.from_numpy(labels.astype(np.float32))
-    coarse = resampling.coarse_axis(old_spacing, new_spacing)
-    if coarse is None:
+    coarse = coarse_axis(resampling, list(old_spacing), list(new_spacing))
+    if coarse < 0:
         return _resampled(values, grid, resampling, (0, 1, 2)).to(torch.int32)
     others = tuple(axis for axis in range(3) if axis != coarse)
     in_plane, along = list(grid.operators), list(GridMap.identity(grid.shape).operators)
     in_plane[coarse] = AxisOperator.identity(labels.shape[coarse])
     along[coarse] = grid.operators[coarse]
     values = _resampled(values, _with_operators(grid, in_plane), resampling, others)
-    rule = replace(resampling, majority=resampling.majority or resampling.function == "spline")
+    rule = resampling._replace(majority=resampling.majority or resampling.function == "spline")
     return _resampled(values, _with_operators(replace(grid, clip="none"), along), rule, (coarse,)).to(torch.int32)
 
 

@@ -54,7 +54,7 @@ def segment(
             target[index] = (
                 argmax_labels(logits)
                 if labels.regions_class_order is None
-                else region_labels(logits, labels.regions_class_order)
+                else region_labels(logits, list(labels.regions_class_order))
             )
             if cropped_probabilities is not None:
                 nonlinearity = torch.sigmoid(logits) if labels.regions_class_order else torch.softmax(logits, 0)
@@ -117,7 +117,7 @@ def segment_probabilities(probabilities: np.ndarray, labels: LabelScheme) -> np.
         segmentation[z] = (
             argmax_labels(plane)
             if labels.regions_class_order is None
-            else region_labels(plane - 0.5, labels.regions_class_order)
+            else region_labels(plane - 0.5, list(labels.regions_class_order))
         ).numpy()
     return segmentation
 

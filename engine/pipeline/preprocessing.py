@@ -5,7 +5,6 @@ Planes are made when the sliding window asks for them, so the resampled scan nev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,38 +14,14 @@ from torch import Tensor
 
 from ...kernels import normalize
 from ..errors import VolumeError
-from ..model.plans import ChannelNormalization, Plan
+from ..model.plans import Plan
 from ..scans.volume import Volume
 from .label_maps import resample_label_map
+from .normalization import Normalization, choose_normalization, normalize_within
 from .resampling import GridMap, grid_map, resample_rows
-
-STATISTICS_PLANES = 16
-"""Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
 
 LARGEST_GROWTH = 1000
 """Voxels that resampling may make of one; more means that a spacing is wrong, and would take for ever."""
-
-EPSILON = 1e-8
-"""Least standard deviation or range that nnU-Net divides by."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Normalization:
-    """`(clamp(x, low, high) - shift) / scale`; zero outside the mask of a masked channel.
-
-    Every scheme of nnU-Net is this with its own numbers; the order and the float32 rounding are nnU-Net's too.
-    """
-
-    low: float = -np.inf
-    high: float = np.inf
-    shift: float = 0.0
-    scale: float = 1.0
-    masked: bool = False
-
-    @property
-    def numbers(self) -> tuple[float, float, float, float]:
-        """What `kernels.normalize` takes for a channel."""
-        return self.low, self.high, self.shift, self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +88,8 @@ class Case:
             image, normalization = self.image[:, low:high], tuple(channel.numbers for channel in self.normalizations)
             if self.mask is not None:
                 mask = torch.from_numpy(self.mask[low:high]).to(self.device)
-                image, normalization = normalize_within(image, self.normalizations, mask), None
+                masked = [channel.masked for channel in self.normalizations]
+                image, normalization = normalize_within(image, list(normalization), masked, mask), None
             image = resample_rows(
                 image, self.grid, rows=(start, stop), offset=low, limits=self.limits, normalization=normalization
             )
@@ -121,15 +97,6 @@ class Case:
                 labels = self.previous[start:stop]
                 image = torch.cat([image, *((labels == label)[None].float() for label in self.previous_labels)])
             yield image
-
-
-def normalize_within(image: Tensor, normalizations: Sequence[Normalization], mask: Tensor) -> Tensor:
-    """Normalise planes (C, Z, Y, X), with zero outside a mask (Z, Y, X) in masked channels."""
-    image = normalize(image, [channel.numbers for channel in normalizations])
-    for channel, of_channel in zip(image, normalizations, strict=True):
-        if of_channel.masked:
-            channel.masked_fill_(~mask, 0.0)
-    return image
 
 
 def to_device(image: np.ndarray, device: torch.device) -> Tensor:
@@ -181,52 +148,6 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.BinaryFillhole(mask, fullyConnected=False, foregroundValue=1)).astype(bool)
 
 
-def _steps(length: int) -> Iterator[slice]:
-    return (slice(start, min(start + STATISTICS_PLANES, length)) for start in range(0, length, STATISTICS_PLANES))
-
-
-def choose_normalization(
-    channel: ChannelNormalization, image: np.ndarray, mask: np.ndarray | None, name: str
-) -> Normalization:
-    """Turn a plan's scheme into numbers for this scan.
-
-    Args:
-        channel: What the plan says.
-        image: (Z, Y, X), one cropped channel.
-        mask: (Z, Y, X) bool, the non-zero region, or None.
-        name: Of the scan, for messages.
-
-    Raises:
-        VolumeError: For values an RGB channel cannot have.
-    """
-    if channel.scheme == "CTNormalization":
-        return Normalization(low=channel.low, high=channel.high, shift=channel.mean, scale=max(channel.std, EPSILON))
-    if channel.scheme == "ZScoreNormalization":
-        region = mask if channel.use_mask else None
-        count, total = 0, 0.0
-        for step in _steps(len(image)):
-            values = image[step] if region is None else image[step][region[step]]
-            count += values.size
-            total += float(values.sum(dtype=np.float64))
-        mean = total / max(count, 1)
-        squares = 0.0
-        for step in _steps(len(image)):
-            values = image[step] if region is None else image[step][region[step]]
-            squares += float(np.square(values.astype(np.float32) - np.float32(mean)).sum(dtype=np.float64))
-        return Normalization(shift=mean, scale=max((squares / max(count, 1)) ** 0.5, EPSILON), masked=channel.use_mask)
-    if channel.scheme == "NoNormalization":
-        return Normalization()
-    low, high = float(image.min()), float(image.max())
-    if channel.scheme == "RescaleTo01Normalization":
-        return Normalization(shift=low, scale=max(high - low, EPSILON))
-    if low < 0 or high > 255:
-        raise VolumeError(
-            f"{name}: an RGB channel must hold values from 0 to 255, got {low:g} to {high:g}; "
-            f"this model was trained on colour images"
-        )
-    return Normalization(scale=255.0)
-
-
 def _limits(
     image: np.ndarray, normalizations: Sequence[Normalization], mask: np.ndarray | None, grid: GridMap
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -252,6 +173,35 @@ def _limits(
         lows.append(low)
         highs.append(high)
     return np.stack(lows), np.stack(highs)
+
+
+def shape_at_spacing(
+    shape: list[int], spacing: list[float], new_spacing: list[float], most: int = LARGEST_GROWTH
+) -> list[int]:
+    """Compute the size of a scan at another spacing (nnU-Net: compute_new_shape); TorchScript can compile this.
+
+    Args:
+        shape: (z, y, x) voxels.
+        spacing: mm.
+        new_spacing: mm, of the model.
+        most: Times that the scan may grow.
+
+    Raises:
+        ValueError: Where nothing is left of an axis, or the scan becomes too large.
+    """
+    # Python's round is half to even, as in nnU-Net; TorchScript's is too, and gives a float.
+    new_shape = [int(round(spacing[axis] / new_spacing[axis] * shape[axis])) for axis in range(3)]  # noqa: RUF046
+    if min(new_shape) < 1:
+        raise ValueError(
+            f"at the model's spacing of {new_spacing} mm the scan must have at least one voxel along each axis; "
+            f"{shape} voxels of {spacing} mm become {new_shape}"
+        )
+    if 1.0 * new_shape[0] * new_shape[1] * new_shape[2] > 1.0 * most * shape[0] * shape[1] * shape[2]:
+        raise ValueError(
+            f"at the model's spacing of {new_spacing} mm a scan must grow at most {most} times; {shape} voxels of "
+            f"{spacing} mm become {new_shape}: check the spacing"
+        )
+    return new_shape
 
 
 def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.ndarray | None = None) -> Case:
@@ -281,18 +231,10 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     shape = image.shape[1:]
 
     new_spacing = plan.spacing_3d(spacing[0])
-    # Python's round, half to even, as in nnU-Net's compute_new_shape.
-    new_shape = tuple(round(old / new * n) for old, new, n in zip(spacing, new_spacing, shape, strict=True))
-    if min(new_shape) < 1:
-        raise VolumeError(
-            f"{volume.name}: at the model's spacing of {new_spacing} mm the scan must have at least one "
-            f"voxel along each axis; {shape} voxels of {spacing} mm become {new_shape}"
-        )
-    if math.prod(new_shape) > LARGEST_GROWTH * math.prod(shape):
-        raise VolumeError(
-            f"{volume.name}: at the model's spacing of {new_spacing} mm a scan must grow at most "
-            f"{LARGEST_GROWTH} times; {shape} voxels of {spacing} mm become {new_shape}: check the spacing"
-        )
+    try:
+        new_shape = shape_at_spacing(list(shape), list(spacing), list(new_spacing))
+    except ValueError as error:
+        raise VolumeError(f"{volume.name}: {error}") from error
     grid = grid_map(plan.resampling_data, shape, new_shape, spacing, new_spacing)
 
     masked = previous is not None or any(channel.use_mask for channel in plan.channels)

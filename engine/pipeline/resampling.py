@@ -6,115 +6,18 @@ per (length before, length after) and applied as small matrix products.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import AxisOperator, plane_groups, resample_axis
 from ...kernels.reference import Normalization
-from ..model.resampling_function import Resampling
-
-SPLINE_POLES = {
-    2: (8**0.5 - 3,),
-    3: (3**0.5 - 2,),
-    4: (
-        (664 - 438976**0.5) ** 0.5 + 304**0.5 - 19,
-        (664 + 438976**0.5) ** 0.5 - 304**0.5 - 19,
-    ),
-    5: (
-        (67.5 - 4436.25**0.5) ** 0.5 + 26.25**0.5 - 6.5,
-        (67.5 + 4436.25**0.5) ** 0.5 - 26.25**0.5 - 6.5,
-    ),
-}
-"""Poles of the B-splines' prefilters, by order (Unser, Aldroubi, Eden: B-spline signal processing, part II, 1993)."""
-
-SPLINE_DENOMINATORS = {2: 8, 3: 6, 4: 384, 5: 120}
-"""One over the least value that a B-spline has at whole numbers, by order."""
-
-SPLINE_PADDING = 12
-"""scipy.ndimage repeats the edge this often before filtering with mode "nearest"."""
-
-SPLINE_ROUNDING = 3e-9
-"""What is left of a pole's powers where they are cut off; below float32 rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilter:
-    """How the coefficients of a B-spline follow from samples: the response to an impulse is sum of gain * pole^|n|.
-
-    Args:
-        poles: One, or two.
-        gains: Of each.
-        reach: Samples on each side that a coefficient depends on.
-    """
-
-    poles: list[float]
-    gains: list[float]
-    reach: int
-
-
-def prefilter(order: int) -> Prefilter:
-    """Split the prefilter of a B-spline into its poles.
-
-    Note:
-        The filter is `d * z^m / product over j of (z - p_j) * (z - 1 / p_j)` with m poles of absolute value below 1;
-        its residue at p_i is the gain.
-    """
-    poles = SPLINE_POLES[order]
-    gains = []
-    for pole in poles:
-        others = [(pole - other) * (pole - 1 / other) for other in poles if other != pole]
-        gains.append(SPLINE_DENOMINATORS[order] * pole ** (len(poles) - 1) / (pole - 1 / pole) / math.prod(others))
-    reach = int(math.log(SPLINE_ROUNDING) / math.log(max(map(abs, poles))))
-    return Prefilter(list(poles), gains, reach)
-
-
-def b_spline(order: int, x: Tensor) -> Tensor:
-    """Evaluate the centred B-spline of an order at x, float64.
-
-    Note:
-        `sum over k of (-1)^k * binomial(n + 1, k) * max(0, (n + 1) / 2 - |x| - k)^n / n!`
-    """
-    total = torch.zeros_like(x)
-    binomial, factorial = 1.0, 1.0
-    for k in range(order + 1):
-        total = total + binomial * ((order + 1) / 2 - x.abs() - k).clamp(min=0.0) ** order
-        binomial = -binomial * (order + 1 - k) / (k + 1)
-        factorial = factorial * max(k, 1)
-    return total / factorial
-
-
-def spline_entries(
-    n_in: int, x: Tensor, order: int, poles: list[float], gains: list[float], reach: int, padding: int
-) -> tuple[Tensor, Tensor]:
-    """Find what a spline of order 2 to 5 reads of a signal at the coordinates x, (n_out,) float64.
-
-    Returns:
-        Index of each sample, (n_out, m), which may lie outside the signal or repeat; and its weight.
-
-    Note:
-        `c[k] = sum over poles p with gains g, and j, of g * (p^|k-j| + p^(k+j+1) + p^(2N-k-j-1)) * s[j]` over the
-        signal s whose edges are repeated 12 times (length N) and then reflected; the value at x adds order + 1 of these
-        coefficients with the weights of the B-spline (scipy ndimage.zoom with grid_mode, skimage.transform.resize).
-    """
-    length = n_in + 2 * padding
-    nearest = torch.floor(x + 0.5) if order % 2 == 0 else torch.floor(x)
-    at = (nearest.long() - order // 2)[:, None] + torch.arange(order + 1)
-    spline = b_spline(order, x[:, None] - at)
-    k = (at + padding)[:, :, None]
-    j = k + torch.arange(-reach, reach + 1)
-    total = torch.zeros(j.shape, dtype=torch.float64)
-    for pole, gain in zip(poles, gains):  # noqa: B905  # TorchScript knows no strict
-        p = torch.tensor(pole, dtype=torch.float64)
-        total = total + gain * (p ** (k - j).abs() + p ** (k + j + 1).abs() + p ** (2 * length - k - j - 1).abs())
-    weights = spline[:, :, None] * torch.where((j >= 0) & (j < length), total, 0.0)
-    return (j - padding).flatten(1), weights.flatten(1)
+from ..model.resampling_function import Resampling, coarse_axis
+from .interpolation import PREFILTERS, clip_of, extremes, method_along, spline_band, torch_band
 
 
 @lru_cache(maxsize=128)
@@ -127,21 +30,9 @@ def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
         order: 0 nearest, 1 linear, 2 to 5 B-spline.
 
     Note:
-        Coordinates are `(i + 0.5) * n_in / n_out - 0.5`; `spline_entries` has the formula for orders above 1.
+        Coordinates are `(i + 0.5) * n_in / n_out - 0.5`; `interpolation.spline_entries` has the formula above order 1.
     """
-    if n_in == n_out:
-        return AxisOperator.identity(n_in)
-    x = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-    if order == 0:
-        return AxisOperator(n_in, torch.floor(x + 0.5).long().clamp(0, n_in - 1), torch.ones(n_out, 1))
-    if order == 1:
-        x = x.clamp(0, n_in - 1)
-        left = x.floor().long().clamp(max=max(n_in - 2, 0))
-        right = (x - left)[:, None]
-        return AxisOperator.from_entries(n_in, left[:, None] + torch.arange(2), torch.cat([1 - right, right], dim=1))
-    by = prefilter(order)
-    columns, weights = spline_entries(n_in, x, order, by.poles, by.gains, by.reach, SPLINE_PADDING)
-    return AxisOperator.from_entries(n_in, columns, weights, drop_below=1e-8)
+    return AxisOperator(n_in, *spline_band(n_in, n_out, order, PREFILTERS))
 
 
 @lru_cache(maxsize=128)
@@ -153,14 +44,7 @@ def torch_operator(n_in: int, n_out: int, mode: str) -> AxisOperator:
         n_out: Length after.
         mode: "linear", "nearest" or "nearest-exact".
     """
-    if n_in == n_out:
-        return AxisOperator.identity(n_in)
-    if mode != "linear":
-        index = F.interpolate(torch.arange(n_in, dtype=torch.float32)[None, None], size=n_out, mode=mode)[0, 0]
-        return AxisOperator(n_in, index.long(), torch.ones(n_out, 1))
-    response = F.interpolate(torch.eye(n_in)[None], size=n_out, mode="linear", align_corners=False)[0].T
-    columns = torch.arange(n_in).expand(n_out, n_in)
-    return AxisOperator.from_entries(n_in, columns, response.double())
+    return AxisOperator(n_in, *torch_band(n_in, n_out, mode))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,21 +85,17 @@ def grid_map(
     """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
     if resampling.function == "none" or tuple(old_shape) == tuple(new_shape):
         return GridMap.identity(old_shape)
-    coarse = resampling.coarse_axis(old_spacing, new_spacing)
+    coarse = coarse_axis(resampling, list(old_spacing), list(new_spacing))
 
     def operator(axis: int) -> AxisOperator:
+        order, mode = method_along(resampling, axis, coarse)
         n_in, n_out = old_shape[axis], new_shape[axis]
-        if resampling.function == "spline":
-            return spline_operator(n_in, n_out, resampling.order_coarse if axis == coarse else resampling.order)
-        # resample_torch_fornnunet hands its mode on only where it separates an axis.
-        in_plane = "linear" if coarse is None and resampling.function == "torch" else resampling.mode
-        return torch_operator(n_in, n_out, resampling.mode_coarse if axis == coarse else in_plane)
+        return torch_operator(n_in, n_out, mode) if mode else spline_operator(n_in, n_out, order)
 
-    clips = resampling.function == "spline" and resampling.order > 1
     return GridMap(
         operators=(operator(0), operator(1), operator(2)),
-        last_axis=0 if coarse is None else coarse,
-        clip="none" if not clips else "volume" if coarse is None else "slice",
+        last_axis=max(coarse, 0),
+        clip=clip_of(resampling, coarse),
     )
 
 
@@ -234,8 +114,7 @@ def value_range(data: Tensor, grid: GridMap) -> tuple[Tensor | None, Tensor | No
     """Least and greatest values that a grid map clips to, shaped to broadcast; (None, None) where it does not."""
     if grid.clip == "none":
         return None, None
-    axes = [axis for axis in (1, 2, 3) if grid.clip == "volume" or axis != grid.last_axis + 1]
-    return data.amin(axes, keepdim=True), data.amax(axes, keepdim=True)
+    return extremes(data, grid.clip, grid.last_axis)
 
 
 def resample_rows(

@@ -73,7 +73,7 @@ def tile_positions(length: int, patch: int, step: float) -> list[int]:
     if count == 1:
         return [0]
     actual_step = (length - patch) / (count - 1)
-    return [round(actual_step * i) for i in range(count)]
+    return [int(round(actual_step * i)) for i in range(count)]  # noqa: RUF046  # TorchScript's round gives a float
 
 
 def gaussian(patch: int) -> Tensor:
@@ -87,7 +87,7 @@ def gaussian(patch: int) -> Tensor:
     return torch.exp(-0.5 * (distance / (patch / 8)) ** 2)
 
 
-def axis_weights(length: int, patch: int, positions: Sequence[int]) -> list[Tensor]:
+def axis_weights(length: int, patch: int, positions: list[int]) -> list[Tensor]:
     """Gaussian weights of each tile along one axis, divided by their sum over all tiles at each voxel.
 
     The sum of weights over a product grid of tiles is the product of these sums, so no count map is needed.
@@ -165,7 +165,7 @@ def predict_logits(
         if first < last:
             yield sums[:, first:last, before[1] : before[1] + case.shape[1], before[2] : before[2] + case.shape[2]]
         with timings("stitch"):
-            _shift(sums, finished)
+            shift_planes(sums, finished)
     _require(all_finite)
 
 
@@ -220,12 +220,12 @@ def _require(all_finite: Tensor) -> None:
         )
 
 
-def _shift(sums: Tensor, planes: int) -> None:
-    """Move the unfinished planes to the top of the buffer and clear the rest."""
-    depth = sums.shape[1]
+def shift_planes(buffer: Tensor, planes: int) -> None:
+    """Drop the first planes of (C, Z, Y, X), move the others up and clear the rest."""
+    depth = buffer.shape[1]
     for plane in range(depth - planes):
-        sums[:, plane] = sums[:, plane + planes]
-    sums[:, depth - planes :] = 0
+        buffer[:, plane] = buffer[:, plane + planes]
+    buffer[:, depth - planes :] = 0
 
 
 class _Rows:
@@ -250,7 +250,7 @@ class _Rows:
     def advance(self) -> Tensor:
         """Return the next row's input, (C, depth, Y, X)."""
         start, stop = next(self._next)
-        _shift(self._buffer, stop - start)
+        shift_planes(self._buffer, stop - start)
         first, last = self._in_case(start, stop)
         if first < last:
             added = self._buffer[:, -(stop - start) :]

@@ -11,6 +11,22 @@ from ..model.heads import focus_map
 from ..model.runner import NetworkOutput
 
 
+def mean_vote(logits: Tensor, shown: Tensor) -> Tensor:
+    """Weigh tiles by what they show, as `Votes` says; TorchScript can compile this.
+
+    Args:
+        logits: (tiles, views, S).
+        shown: (tiles, views), what each view counts.
+
+    Returns:
+        (S,) float64 on the CPU.
+    """
+    weights = shown.cpu().double().mean(1)
+    if bool(weights.sum() == 0):
+        weights = torch.ones_like(weights)
+    return (weights @ logits.cpu().double().mean(1)) / weights.sum()
+
+
 class Votes:
     """Collects the class logits of all tiles of one case while they run, and weighs them at the end.
 
@@ -49,13 +65,9 @@ class Votes:
         Raises:
             PredictionError: Where class logits are not finite.
         """
-        logits = torch.cat(self._logits).cpu().double()
-        logits = logits.reshape(-1, self._views, logits.shape[1]).mean(1)
-        weights = torch.ones(len(logits), dtype=torch.float64)
-        if self._by_foreground:
-            shown = torch.cat(self._weights).cpu().double().reshape(-1, self._views).mean(1)
-            weights = shown if shown.sum() != 0 else weights
-        mean = (weights @ logits) / weights.sum()
+        logits = torch.cat(self._logits).unflatten(0, (-1, self._views))
+        shown = torch.cat(self._weights) if self._by_foreground else torch.ones(logits.shape[:2])
+        mean = mean_vote(logits, shown.reshape(-1, self._views))
         if not torch.isfinite(mean).all():
             raise PredictionError(
                 "the network's class logits must be finite, got NaN or infinity: its weights are damaged, or the "

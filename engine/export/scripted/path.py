@@ -1,48 +1,26 @@
 """The whole path from a scan to its labels as TorchScript, for C++ and for programs with nothing but torch.
 
-`ScanPath` is `Engine.predict` without the network: `preprocessing`, `sliding_window`, `labels` and `voting` in the part
-of Python that torch.jit.script compiles. What its stages share is a dictionary of tensors, which C++ can hold too.
+`ScanPath` is `Engine.predict` without the network, in the part of Python that torch.jit.script compiles. It computes
+with the engine's own functions. What is apart: its caller runs the loop over tiles, so what lies between two tiles is a
+dictionary of tensors, which C++ can hold too.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ....kernels.reference import accumulate_views, gather_tiles
 from ...errors import ModelError
+from ...model.heads import focus_of_channels
 from ...model.mirroring import mirror_views
 from ...model.plans import Plan
 from ...options import AGGREGATIONS
-from ...pipeline.sliding_window import gaussian
+from ...pipeline.sliding_window import axis_weights, shift_planes, tile_positions
+from ...pipeline.voting import mean_vote
 from .labels import ScriptLabels
 from .preprocessing import ScriptPreprocessing
-
-
-def tile_starts(length: int, patch: int, step: float) -> Tensor:
-    """First voxels of the tiles along one axis, (n,) int64 (`sliding_window.tile_positions`)."""
-    count = math.ceil((length - patch) / (patch * step)) + 1
-    distance = (length - patch) / max(count - 1, 1)
-    return torch.round(torch.arange(count, dtype=torch.float64) * distance).long()
-
-
-def tile_weights(length: int, patch: int, starts: Tensor) -> Tensor:
-    """Weights of each tile along one axis, (n, patch) float32 (`sliding_window.axis_weights`)."""
-    weight = gaussian(patch)
-    total = torch.zeros(length, dtype=torch.float64)
-    places = [int(start) for start in starts]
-    for start in places:
-        total[start : start + patch] += weight
-    return torch.stack([(weight / total[start : start + patch]).float() for start in places])
-
-
-def move_up(buffer: Tensor, planes: int) -> None:
-    """Drop the first planes of (C, Z, Y, X), move the others up and clear the rest."""
-    kept = buffer.shape[1] - planes
-    for plane in range(kept):
-        buffer[:, plane] = buffer[:, plane + planes]
-    buffer[:, kept:] = 0
 
 
 class ScanPath(nn.Module):
@@ -130,8 +108,11 @@ class ScanPath(nn.Module):
         """Make the network's input for a tile: (V, C, *patch) float32, itself first, then its mirror images."""
         row, _, _ = self._place(state, tile)
         self._advance(state, row)
-        patch = self._at(state, tile, state["buffer"])
-        views = torch.stack([patch.flip([axis + 1 for axis in axes]) for axes in self._flips(state)])
+        buffer, flips, size = state["buffer"], self._flips(state), self.patch_size
+        before: list[int] = state["before"].tolist()
+        corner = [0, int(state["tiles"][tile, 1]) - before[1], int(state["tiles"][tile, 2]) - before[2]]
+        views = torch.empty(len(flips), self.channels, size[0], size[1], size[2], device=buffer.device)
+        gather_tiles(buffer, corner, size, flips, views)
         return views[:, :, 0] if self.slicewise else views
 
     @torch.jit.export
@@ -155,11 +136,8 @@ class ScanPath(nn.Module):
         logits = self._checked_logits(state, seg_logits)
         if len(self.class_names) > 0:
             self._vote(state, tile, logits, class_logits)
-        wz, wy, wx = state["weights.0"][row] / logits.shape[0], state["weights.1"][y], state["weights.2"][x]
-        weights = wz[:, None, None] * (wy[:, None] * wx)
-        sums = self._at(state, tile, state["sums"])
-        for view, axes in enumerate(self._flips(state)):
-            sums.addcmul_(logits[view].flip([axis + 1 for axis in axes]), weights)
+        weights = (state["weights.0"][row], state["weights.1"][y], state["weights.2"][x])
+        accumulate_views(logits, self._flips(state), weights, self._at(state, tile, state["sums"]))
         state["done"].fill_(tile + 1)
         if y + 1 == state["weights.1"].shape[0] and x + 1 == state["weights.2"].shape[0]:
             self._finish_row(state, row)
@@ -178,9 +156,7 @@ class ScanPath(nn.Module):
             raise ValueError(f"all {tiles} tiles must be added before the case is finished, got {done}")
         if len(self.class_names) == 0:
             return state["labels"], torch.empty(0)
-        logits, weights = state["votes.logits"].cpu().double().mean(1), state["votes.weights"].cpu().double().mean(1)
-        weights = weights if bool(weights.sum() != 0) else torch.ones_like(weights)
-        mean = (weights @ logits) / weights.sum()
+        mean = mean_vote(state["votes.logits"], state["votes.weights"])
         if not bool(torch.isfinite(mean).all()):
             raise ValueError("the network's class logits must be finite, got NaN or infinity: its weights are damaged")
         return state["labels"], torch.softmax(mean, 0).float()
@@ -197,12 +173,14 @@ class ScanPath(nn.Module):
         for axis in range(3):
             # The patch of a 2d configuration is one plane deep: each plane is a row of tiles of its own.
             step = 1.0 if self.slicewise and axis == 0 else tile_step_size
-            starts.append(tile_starts(padded[axis], patch[axis], step))
-            state[f"weights.{axis}"] = tile_weights(padded[axis], patch[axis], starts[axis]).to(device)
+            positions = tile_positions(padded[axis], patch[axis], step)
+            starts.append(torch.tensor(positions))
+            state[f"weights.{axis}"] = torch.stack(axis_weights(padded[axis], patch[axis], positions)).to(device)
+        state["weights.0"].div_(num_views)
         state["tiles"] = torch.cartesian_prod(starts[0], starts[1], starts[2])
         state["starts"] = starts[0]
         state["num_views"], state["row"], state["done"] = torch.tensor(num_views), torch.tensor(-1), torch.tensor(0)
-        state["buffer"] = torch.zeros(self.channels, patch[0], padded[1], padded[2], device=device)
+        state["buffer"] = torch.zeros(self.channels, patch[0], shape[1], shape[2], device=device)
         state["sums"] = torch.zeros(self.num_outputs, patch[0], padded[1], padded[2], device=device)
         tiles = state["tiles"].shape[0]
         state["votes.logits"] = torch.zeros(tiles, num_views, len(self.class_names), device=device)
@@ -223,25 +201,18 @@ class ScanPath(nn.Module):
         y, x = int(state["tiles"][tile, 1]), int(state["tiles"][tile, 2])
         return row[:, :, y : y + self.patch_size[1], x : x + self.patch_size[2]]
 
-    def _inside(self, state: dict[str, Tensor], row: Tensor) -> Tensor:
-        """View what is no padding, in y and x, of (C, planes, Y, X)."""
-        before: list[int] = state["before"].tolist()
-        shape: list[int] = state["shape"].tolist()
-        return row[:, :, before[1] : before[1] + shape[1], before[2] : before[2] + shape[2]]
-
     def _advance(self, state: dict[str, Tensor], row: int) -> None:
-        """Make the buffer hold the padded input of a row of tiles; planes that rows share are kept."""
+        """Make the buffer hold the input of a row of tiles, padded along z; planes that rows share are kept."""
         held = int(state["row"])
         if held == row:
             return
         depth, top, before = self.patch_size[0], int(state["starts"][row]), int(state["before"][0])
         kept = max(int(state["starts"][held]) + depth - top, 0) if 0 <= held < row else 0
         buffer = state["buffer"]
-        move_up(buffer, depth - kept)
+        shift_planes(buffer, depth - kept)
         first, last = max(top + kept - before, 0), min(top + depth - before, int(state["shape"][0]))
         if first < last:
-            inside = self._inside(state, buffer)[:, first + before - top : last + before - top]
-            inside.copy_(self.preprocessing.planes(state, first, last))
+            buffer[:, first + before - top : last + before - top] = self.preprocessing.planes(state, first, last)
         state["row"].fill_(row)
 
     def _checked_logits(self, state: dict[str, Tensor], seg_logits: Tensor) -> Tensor:
@@ -262,22 +233,20 @@ class ScanPath(nn.Module):
         state["votes.logits"][tile] = class_logits.detach().to(torch.float32)
         if not self.by_foreground:
             return
-        focus = torch.tensor(self.focus_channels, device=logits.device)
         for view in range(logits.shape[0]):
             # View by view: for many labels, what the softmax needs is large.
-            if self.has_regions:
-                shown = torch.sigmoid(logits[view].index_select(0, focus)).amax(0)
-            else:
-                shown = torch.softmax(logits[view], 0).index_select(0, focus).sum(0)
+            shown = focus_of_channels(logits[view : view + 1], self.focus_channels, self.has_regions)
             state["votes.weights"][tile, view] = shown.mean()
 
     def _finish_row(self, state: dict[str, Tensor], row: int) -> None:
         """Hand on the planes that no later row of tiles adds to (`sliding_window.predict_logits`)."""
-        starts, before, sums = state["starts"], int(state["before"][0]), state["sums"]
+        starts, sums = state["starts"], state["sums"]
+        before: list[int] = state["before"].tolist()
+        shape: list[int] = state["shape"].tolist()
         top = int(starts[row])
         bottom = int(starts[row + 1]) if row + 1 < starts.shape[0] else int(state["padded"][0])
         # The planes of this row that lie in the grid proper, not in its padding.
-        first, last = max(before - top, 0), min(before + int(state["shape"][0]), bottom) - top
+        first, last = max(before[0] - top, 0), min(before[0] + shape[0], bottom) - top
         if first < last:
             logits = sums[:, first:last]
             if not bool(torch.isfinite(torch.stack(torch.aminmax(logits))).all()):
@@ -285,8 +254,9 @@ class ScanPath(nn.Module):
                     "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
                     "precision is too low for this model"
                 )
-            self.labels.add(state, self._inside(state, logits))
-        move_up(sums, bottom - top)
+            y, x = before[1], before[2]
+            self.labels.add(state, logits[:, :, y : y + shape[1], x : x + shape[2]])
+        shift_planes(sums, bottom - top)
 
 
 class _OneAnswer(nn.Module):

@@ -9,11 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import Engine, EngineOptions, ModelError, Volume, read_volume
-from nnturbo.engine.export.scripted.path import scan_path, tile_starts, tile_weights, whole_path
+from nnturbo.engine.export.scripted.path import scan_path, whole_path
 from nnturbo.engine.export.scripted.preprocessing import filled, occupied_box
-from nnturbo.engine.export.scripted.resampling import ScriptResampling, resample_rows
-from nnturbo.engine.export.scripted.resampling import spline_operator as script_spline_operator
-from nnturbo.engine.export.scripted.resampling import torch_operator as script_torch_operator
+from nnturbo.engine.export.scripted.resampling import ScriptResampling, inputs_of, resample_rows
 from nnturbo.engine.export.scripted.resampling import value_range as script_value_range
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
@@ -21,11 +19,11 @@ from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.model.resampling_function import Resampling
 from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.options import AGGREGATIONS
-from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box
+from nnturbo.engine.pipeline.interpolation import PREFILTERS, spline_band, torch_band
+from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box, shape_at_spacing
 from nnturbo.engine.pipeline.resampling import (
     GridMap,
     grid_map,
-    prefilter,
     resample,
     spline_operator,
     torch_operator,
@@ -33,6 +31,7 @@ from nnturbo.engine.pipeline.resampling import (
 )
 from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
 from nnturbo.engine.pipeline.voting import Votes
+from nnturbo.kernels import argmax_labels, region_labels
 
 from tests.engine.factory import SPLINE, dataset_json, multi_task, plans_2d, plans_json, smooth_scan, write_model
 
@@ -472,27 +471,28 @@ def test_what_a_path_cannot_do_is_refused(model):
         whole_path(traced(read_model(model[0])), plan, ())
 
 
-def dense(operator):
-    """A plain operator as a matrix."""
-    matrix = torch.zeros(operator.n_out, operator.n_in)
-    return matrix.scatter_(1, operator.first[:, None] + torch.arange(operator.taps), operator.weights)
+def script(function):
+    """Compile one of the functions that the engine and the path share."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that torch.jit is deprecated
+        return torch.jit.script(function)
 
 
 LENGTHS = [(n_in, n_out) for n_in in (1, 2, 5, 24, 61) for n_out in (1, 2, 7, 24, 90)]
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, "linear", "nearest", "nearest-exact"])
-def test_operators_are_the_engines(kind):
-    ours, theirs, more = script_torch_operator, torch_operator, ()
-    if isinstance(kind, int):
-        by = prefilter(max(kind, 2))
-        ours, theirs, more = script_spline_operator, spline_operator, (by.poles, by.gains, by.reach)
+def test_compiled_operators_are_the_engines(kind):
+    is_spline = isinstance(kind, int)
+    compiled_band, operator_of = (
+        (script(spline_band), spline_operator) if is_spline else (script(torch_band), torch_operator)
+    )
     for n_in, n_out in LENGTHS:
-        operator, expected = ours(n_in, n_out, kind, *more), theirs(n_in, n_out, kind)
-        assert torch.equal(operator.reads[:, 0], expected.first)
-        assert torch.equal(operator.reads[:, 1], expected.first + expected.taps)
-        matrix = torch.eye(n_in) if n_in == n_out else operator.matrix
-        assert torch.equal(matrix, dense(expected))
+        first, weights = compiled_band(n_in, n_out, kind, *([PREFILTERS] if is_spline else []))
+        operator = operator_of(n_in, n_out, kind)
+        assert torch.equal(first, operator.first)
+        # A reciprocal may round its last digit otherwise where it is compiled.
+        assert torch.allclose(weights, operator.weights, atol=2e-7, rtol=0)
 
 
 @pytest.mark.parametrize("old", [(1, 1, 1), (5, 1, 1), (1, 5, 1), (1, 1, 5), (5, 5, 1)])
@@ -510,9 +510,8 @@ def test_resampled_planes_are_the_engines(old, separate, order):
             for limit, wanted in zip((low, high), value_range(data, expected), strict=True):
                 assert torch.equal(limit, wanted)
         start, stop = 1, shape[0] - 1
-        reads = grid.operators[0].reads
-        first = int(reads[start, 0])
-        rows = resample_rows(data[:, first : int(reads[stop - 1, 1])], grid, start, stop, first, low, high)
+        first, last = inputs_of(grid.operators[0], start, stop)
+        rows = resample_rows(data[:, first:last], grid, start, stop, first, low, high)
         assert torch.allclose(rows, resample(data, expected)[:, start:stop], atol=1e-6)
 
 
@@ -538,15 +537,40 @@ def test_a_winding_way_out_is_no_hole():
     assert torch.equal(filled(solid), solid)
 
 
+@pytest.fixture(scope="module")
+def shared_functions():
+    """What rounds, or has loops that Python and TorchScript could run differently, compiled."""
+    functions = (tile_positions, axis_weights, shape_at_spacing, argmax_labels, region_labels)
+    return {function: script(function) for function in functions}
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 200), st.integers(0, 300), st.floats(0.05, 1))
-def test_tiles_are_the_engines(patch, more, step):
-    length = patch + more
-    starts = tile_starts(length, patch, step)
-    expected = tile_positions(length, patch, step)
-    assert starts.tolist() == expected
-    weights = tile_weights(length, patch, starts)
-    assert all(torch.equal(*pair) for pair in zip(weights, axis_weights(length, patch, expected), strict=True))
+def test_compiled_tiles_are_the_engines(shared_functions, patch, more, step):
+    positions = tile_positions(patch + more, patch, step)
+    assert shared_functions[tile_positions](patch + more, patch, step) == positions
+    weights = shared_functions[axis_weights](patch + more, patch, positions)
+    expected = axis_weights(patch + more, patch, positions)
+    assert all(torch.equal(*pair) for pair in zip(weights, expected, strict=True))
+
+
+@pytest.mark.parametrize("voxels", [1, 3, 5, 25, 27, 30, 99])
+def test_compiled_shapes_are_rounded_half_to_even(shared_functions, voxels):
+    shape, spacing = [voxels] * 3, [1.5, 2.5, 0.7]
+    expected = [round(voxels * each) for each in spacing]
+    assert shape_at_spacing(shape, spacing, [1.0] * 3) == expected
+    assert shared_functions[shape_at_spacing](shape, spacing, [1.0] * 3) == expected
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 256, 257])
+def test_compiled_labels_are_the_engines(shared_functions, classes):
+    logits = torch.randn(classes, 6, 7, generator=torch.Generator().manual_seed(0))
+    logits[-1] = logits[0]  # equal logits: the first wins
+    labels = shared_functions[argmax_labels](logits)
+    assert labels.dtype == argmax_labels(logits).dtype
+    assert torch.equal(labels.int(), logits.argmax(0).int())
+    values = list(range(classes, 0, -1))
+    assert torch.equal(shared_functions[region_labels](logits, values), region_labels(logits, values))
 
 
 @pytest.mark.slow  # 150 tiles, twice: a minute on two cores

@@ -3,13 +3,8 @@ import pytest
 import torch
 from nnturbo.engine import Volume, VolumeError
 from nnturbo.engine.model.plans import ChannelNormalization, parse_plan
-from nnturbo.engine.pipeline.preprocessing import (
-    choose_normalization,
-    filled_mask,
-    nonzero_box,
-    normalize_within,
-    preprocess,
-)
+from nnturbo.engine.pipeline.normalization import choose_normalization, normalize_within
+from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box, preprocess
 from nnturbo.kernels import normalize
 from scipy.ndimage import binary_fill_holes
 
@@ -43,7 +38,9 @@ def test_z_score_uses_the_region_it_is_told(length):
     inside = choose_normalization(ChannelNormalization(scheme="ZScoreNormalization", use_mask=True), image, mask, "")
     assert (whole.shift, whole.scale) == pytest.approx((image.mean(), image.std()), rel=1e-5)
     assert (inside.shift, inside.scale) == pytest.approx((image[mask].mean(), image[mask].std()), rel=1e-5)
-    result = normalize_within(torch.from_numpy(image)[None], [inside], torch.from_numpy(mask))[0].numpy()
+    result = normalize_within(torch.from_numpy(image)[None], [inside.numbers], [True], torch.from_numpy(mask))[
+        0
+    ].numpy()
     assert (result[~mask] == 0).all()
     assert result[mask].std() == pytest.approx(1, rel=1e-4)
 

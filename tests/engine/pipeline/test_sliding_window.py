@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline.preprocessing import Case, Normalization
+from nnturbo.engine.pipeline.normalization import Normalization
+from nnturbo.engine.pipeline.preprocessing import Case
 from nnturbo.engine.pipeline.resampling import GridMap
 from nnturbo.engine.pipeline.sliding_window import SlidingWindow, axis_weights, gaussian, predict_logits, tile_positions
 from nnturbo.engine.pipeline.timing import Timings
