@@ -109,7 +109,7 @@ def spline_entries(
     j = k + torch.arange(-by.reach, by.reach + 1)
     total = torch.zeros(j.shape, dtype=torch.float64)
     for pole, gain in zip(by.poles, by.gains):  # noqa: B905  # TorchScript knows no strict
-        p = torch.tensor(pole, dtype=torch.float64)
+        p = torch.full([], pole, dtype=torch.float64)  # TorchScript's torch.tensor rounds to float32
         total = total + gain * (p ** (k - j).abs() + p ** (k + j + 1).abs() + p ** (2 * length - k - j - 1).abs())
     weights = spline[:, :, None] * torch.where((j >= 0) & (j < length), total, 0.0)
     return (j - padding).flatten(1), weights.flatten(1)

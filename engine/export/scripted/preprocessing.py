@@ -180,5 +180,5 @@ class ScriptPreprocessing(nn.Module):
             numbers.append([chosen[0], chosen[1], chosen[2], chosen[3]])
             lows.append(low)
             highs.append(high)
-        state["normalizations"] = torch.tensor(numbers, dtype=torch.float64)
+        state["normalizations"] = torch.tensor(numbers)  # float32, as voxels are when they are normalised
         state["low"], state["high"] = torch.cat(lows), torch.cat(highs)
