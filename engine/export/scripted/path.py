@@ -29,6 +29,16 @@ class ScanPath(nn.Module):
     A case is `state = start(...)`; for each tile in ascending order `views`, the network, and `state = add(...)`; then
     `finish(state)`. It computes on the scan's device, and reads the scan's memory until the last tile.
 
+    The state is a dictionary of tensors with these keys; callers read "tiles" alone:
+
+    - of the scan, by `ScriptPreprocessing.begin`: "image", "box", "mask", "normalizations", "low", "high", "shape", and
+      the grid maps "grid.*" and "logits_grid.*" (`resampling.store_grid`);
+    - of the tiles, by `start`: "tiles", "starts" (along z), "weights.0" to "weights.2", "padded" (shape with padding),
+      "before" (padding before the grid), "num_views", "row" (that the buffer holds), "done" (tiles added), "buffer"
+      (input of a row), "sums" (logits of a row), "votes.logits" and "votes.weights" (`voting.mean_vote`);
+    - of the labels, by `ScriptLabels.begin`: "labels", "held" (planes that wait), "held_from" (index of the first),
+      "made" (planes of the scan that have labels).
+
     Attributes:
         channels: Of the scan.
         class_names: What a case may be; empty without a classification head.
