@@ -130,78 +130,147 @@ def predict_logits(
         (K, planes, Y, X) float32 on the case's device: averaged over views and tiles, without padding. Each is a view
         of a buffer that the next step overwrites.
     """
-    padded = tuple(max(n, patch) for n, patch in zip(case.shape, window.patch_size, strict=True))
-    before = tuple((new - old) // 2 for new, old in zip(padded, case.shape, strict=True))
-    starts = window.positions(padded)
-    weights = [
-        [weight.to(case.device) for weight in axis_weights(*of_axis)]
-        for of_axis in zip(padded, window.patch_size, starts, strict=True)
-    ]
-    weights[0] = [weight / len(window.views) for weight in weights[0]]
-    depth = window.patch_size[0]
-    rows = _Rows(case, before[0], starts[0], depth)
-    sums = torch.zeros(num_outputs, depth, *padded[1:], device=case.device)
-    tiles = [(y, x) for y in range(len(starts[1])) for x in range(len(starts[2]))]
-    total, done = len(starts[0]) * len(tiles), 0
-    all_finite = torch.ones((), dtype=torch.bool)
-
-    for row, top in enumerate(starts[0]):
+    sums = _RowSums(case, window, num_outputs)
+    rows = _RowInputs(case, sums.before[0], sums.starts[0], window.patch_size[0])
+    network = _TileNetwork(runner, window, num_outputs, case.device, timings, votes)
+    done, all_finite = 0, torch.ones((), dtype=torch.bool)
+    for row in range(len(sums.starts[0])):
         with timings("preprocess"):
             volume = rows.advance()
-        for y, x in tiles:
-            corner, of_tile = (0, starts[1][y], starts[2][x]), (weights[0][row], weights[1][y], weights[2][x])
-            read_from = (0, corner[1] - before[1], corner[2] - before[2])
-            _add_tile(volume, read_from, corner, runner, window, of_tile, sums, votes, timings)
+        for tile in sums.tiles:
+            for views, logits in network(volume, sums.read_from(tile)):
+                with timings("stitch"):
+                    sums.add(row, tile, views, logits)
             done += 1
             if progress is not None:
-                progress(done, total)
-        finished = (starts[0][row + 1] if row + 1 < len(starts[0]) else padded[0]) - top
-        # The planes of this row that lie in the grid proper, not in its padding.
-        first, last = max(before[0] - top, 0), min(before[0] + case.shape[0] - top, finished)
+                progress(done, len(sums.starts[0]) * len(sums.tiles))
         with timings("stitch"):
+            finished = sums.finished(row)
             # Of the row before: a GPU has this one to go on with, and need not wait for the answer.
             _require(all_finite)
-            all_finite = _finite(sums[:, first:last])
-        if first < last:
-            yield sums[:, first:last, before[1] : before[1] + case.shape[1], before[2] : before[2] + case.shape[2]]
+            all_finite = _finite(finished)
+        if finished.shape[1]:
+            yield sums.without_padding(finished)
         with timings("stitch"):
-            shift_planes(sums, finished)
+            sums.leave(row)
     _require(all_finite)
 
 
-def _add_tile(
-    volume: Tensor,
-    read_from: tuple[int, int, int],
-    corner: tuple[int, int, int],
-    runner: Runner,
-    window: SlidingWindow,
-    weights: tuple[Tensor, Tensor, Tensor],
-    sums: Tensor,
-    votes: Votes | None,
-    timings: Timings,
-) -> None:
-    """Run all views of one tile and add them to the sums, and to the votes."""
-    size = window.patch_size
-    device = volume.device
-    place = sums[(slice(None), *(slice(c, c + s) for c, s in zip(corner, size, strict=True)))]
-    for first in range(0, len(window.views), window.views_per_call):
-        views = window.views[first : first + window.views_per_call]
-        with timings("stitch"):
-            batch = torch.empty(len(views), len(volume), *size, device=device)
-            gather_tiles(volume, read_from, size, views, batch)
-        with timings("network"):
-            try:
-                output = runner(batch[:, :, 0] if window.slicewise else batch)
-                logits = output.seg_logits.to(device).reshape(len(views), len(sums), *size)
-                if votes is not None:
-                    votes.add(output)
-            except torch.OutOfMemoryError:
-                raise  # there are ways to do with less
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
-        with timings("stitch"):
-            accumulate_views(logits, views, weights, place)
+Tile = tuple[int, int]
+"""Which tile of a row this is, along y and x."""
+
+
+class _RowSums:
+    """Weighted sums of the logits of one row of tiles, over the padded grid; planes that rows share are kept.
+
+    Args:
+        case: Whose grid is covered.
+        window: How.
+        num_outputs: K.
+
+    Attributes:
+        starts: First voxels of the tiles along z, y and x of the padded grid.
+        before: Voxels of padding before the grid, along z, y and x.
+        tiles: Of every row.
+    """
+
+    def __init__(self, case: Case, window: SlidingWindow, num_outputs: int) -> None:
+        self._shape, self._patch = case.shape, window.patch_size
+        self._padded = tuple(max(n, patch) for n, patch in zip(case.shape, window.patch_size, strict=True))
+        self.before = tuple((new - old) // 2 for new, old in zip(self._padded, case.shape, strict=True))
+        self.starts = window.positions(self._padded)
+        self.tiles: list[Tile] = [(y, x) for y in range(len(self.starts[1])) for x in range(len(self.starts[2]))]
+        self._weights = [
+            [weight.to(case.device) for weight in axis_weights(*of_axis)]
+            for of_axis in zip(self._padded, window.patch_size, self.starts, strict=True)
+        ]
+        self._weights[0] = [weight / len(window.views) for weight in self._weights[0]]
+        self._sums = torch.zeros(num_outputs, window.patch_size[0], *self._padded[1:], device=case.device)
+
+    def read_from(self, tile: Tile) -> tuple[int, int, int]:
+        """First voxel of a tile in the rows of the grid, which has no padding along y and x."""
+        y, x = tile
+        return 0, self.starts[1][y] - self.before[1], self.starts[2][x] - self.before[2]
+
+    def add(self, row: int, tile: Tile, views: Sequence[View], logits: Tensor) -> None:
+        """Add the logits of some views of a tile, (V, K, *patch)."""
+        (y, x), (_, height, width) = tile, self._patch
+        top, left = self.starts[1][y], self.starts[2][x]
+        place = self._sums[:, :, top : top + height, left : left + width]
+        accumulate_views(logits, views, (self._weights[0][row], self._weights[1][y], self._weights[2][x]), place)
+
+    def finished(self, row: int) -> Tensor:
+        """View the planes of a row that no later one adds to, padding along y and x included, along z not."""
+        top, before = self.starts[0][row], self.before[0]
+        return self._sums[:, max(before - top, 0) : min(before + self._shape[0] - top, self._planes_ended(row))]
+
+    def without_padding(self, planes: Tensor) -> Tensor:
+        """View what is no padding along y and x, of (K, planes, Y, X)."""
+        (_, top, left), (_, height, width) = self.before, self._shape
+        return planes[:, :, top : top + height, left : left + width]
+
+    def leave(self, row: int) -> None:
+        """Make room for the next row."""
+        shift_planes(self._sums, self._planes_ended(row))
+
+    def _planes_ended(self, row: int) -> int:
+        next_top = self.starts[0][row + 1] if row + 1 < len(self.starts[0]) else self._padded[0]
+        return next_top - self.starts[0][row]
+
+
+class _TileNetwork:
+    """Runs the network on all views of a tile.
+
+    Args:
+        runner: The network.
+        window: Size and views of tiles.
+        num_outputs: K.
+        device: Where tiles are cut, and logits are wanted.
+        timings: Receives "network" and "stitch".
+        votes: Receives what a multi-task network says.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        window: SlidingWindow,
+        num_outputs: int,
+        device: torch.device,
+        timings: Timings,
+        votes: Votes | None,
+    ) -> None:
+        self._runner, self._window, self._num_outputs = runner, window, num_outputs
+        self._device, self._timings, self._votes = device, timings, votes
+
+    def __call__(self, volume: Tensor, start: tuple[int, int, int]) -> Iterator[tuple[Sequence[View], Tensor]]:
+        """Run the tile that begins at a voxel of (C, Z, Y, X), some views at a time.
+
+        Yields:
+            Views, and their logits (V, K, *patch).
+        """
+        size, window = self._window.patch_size, self._window
+        for first in range(0, len(window.views), window.views_per_call):
+            views = window.views[first : first + window.views_per_call]
+            with self._timings("stitch"):
+                batch = torch.empty(len(views), len(volume), *size, device=self._device)
+                gather_tiles(volume, start, size, views, batch)
+            with self._timings("network"):
+                logits = self._run(batch[:, :, 0] if window.slicewise else batch)
+            yield views, logits
+
+    def _run(self, tiles: Tensor) -> Tensor:
+        size = self._window.patch_size
+        try:
+            output = self._runner(tiles)
+            logits = output.seg_logits.to(self._device).reshape(len(tiles), self._num_outputs, *size)
+            if self._votes is not None:
+                self._votes.add(output)
+            return logits
+        except torch.OutOfMemoryError:
+            raise  # there are ways to do with less
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -228,7 +297,7 @@ def shift_planes(buffer: Tensor, planes: int) -> None:
     buffer[:, depth - planes :] = 0
 
 
-class _Rows:
+class _RowInputs:
     """The input of one row of tiles after another, padded along z; planes that rows share are kept."""
 
     def __init__(self, case: Case, before: int, starts: Sequence[int], depth: int) -> None:
