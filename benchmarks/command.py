@@ -105,7 +105,7 @@ def compare(
             run = run_measured(command, environment=folders, watch_gpu=device != "cpu")
             runs[side].append(run)
             print(f"{side:8} {run}", flush=True)
-        audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.labels, ending)
+        audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.written, ending)
         if multi_task:
             audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
         ran = json.loads((outputs["nnturbo"] / "predictions.json").read_text())["cases"][0]["provenance"]
@@ -134,9 +134,7 @@ def compare(
     }
 
 
-def compare_labels(
-    stock: Path, nnturbo: Path, labels: Mapping[str, int | tuple[int, ...]], ending: str
-) -> dict[str, Any]:
+def compare_labels(stock: Path, nnturbo: Path, labels: Mapping[str, tuple[int, ...]], ending: str) -> dict[str, Any]:
     """Compare the segmentations of two folders.
 
     Returns:
@@ -150,7 +148,7 @@ def compare_labels(
     if names[0] != names[1] or not names[0]:
         raise RuntimeError(f"both sides must give the same segmentations, got {names[0]} and {names[1]}")
     voxels = differing = 0
-    sizes = {name: [0, 0] for name, value in labels.items() if value != 0}  # in both together, and common to both
+    sizes = {name: [0, 0] for name in labels}  # in both together, and common to both
     for name in names[0]:
         images = [sitk.ReadImage(str(folder / name)) for folder in (stock, nnturbo)]
         one, other = (sitk.GetArrayFromImage(image) for image in images)

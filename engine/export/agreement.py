@@ -88,8 +88,9 @@ def measure_agreement(reference: Engine, engine: Engine, scans: Iterable[Image],
     Raises:
         EngineError: Where a scan cannot be read or predicted.
     """
-    names = {value: name for name, value in reference.model.plan.labels.labels.items() if isinstance(value, int)}
-    sizes = dict.fromkeys(reference.model.plan.labels.foreground, 0)
+    written = reference.model.plan.labels.written
+    names = {values[0]: name for name, values in written.items() if len(values) == 1}
+    sizes = dict.fromkeys(sorted({value for values in written.values() for value in values}), 0)
     common = dict(sizes)
     count = voxels = different = 0
     same_class = 0 if reference.class_names is not None else None

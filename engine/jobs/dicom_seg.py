@@ -84,12 +84,13 @@ def write_dicom_seg(
 def _make(prediction: Prediction, images: list[Any]) -> Any:
     """Make the object."""
     highdicom = import_highdicom()
-    names = [name for name, value in prediction.labels.labels.items() if value != 0]
     return highdicom.seg.Segmentation(
         source_images=images,
         pixel_array=_segments(prediction),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(number, name, prediction) for number, name in enumerate(names, 1)],
+        segment_descriptions=[
+            _describe(number, name, prediction) for number, name in enumerate(prediction.labels.written, 1)
+        ],
         series_instance_uid=highdicom.UID(),
         series_number=_series_number(images[0]),
         sop_instance_uid=highdicom.UID(),
@@ -117,14 +118,14 @@ def _long_string(text: str) -> str:
 
 
 def _segments(prediction: Prediction) -> np.ndarray:
-    """Number the segments: (Z, Y, X) of numbers, or (Z, Y, X, segments) of booleans for regions, which overlap."""
-    segmentation, labels = prediction.segmentation, prediction.labels
-    values = [value for value in labels.labels.values() if value != 0]
-    if labels.regions_class_order is not None:
-        return np.stack([np.isin(segmentation, value) for value in values], axis=-1)
-    numbers = np.zeros(max(labels.foreground) + 1, segmentation.dtype)
+    """Number the segments: (Z, Y, X) of numbers, or (Z, Y, X, segments) of booleans where labels share values."""
+    segments = list(prediction.labels.written.values())
+    values = [value for segment in segments for value in segment]
+    if len(values) != len(segments) or len(set(values)) != len(values):
+        return np.stack([np.isin(prediction.segmentation, segment) for segment in segments], axis=-1)
+    numbers = np.zeros(max(values) + 1, prediction.segmentation.dtype)
     numbers[values] = np.arange(1, len(values) + 1)
-    return numbers[segmentation]
+    return numbers[prediction.segmentation]
 
 
 def _describe(number: int, name: str, prediction: Prediction) -> Any:

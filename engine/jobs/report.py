@@ -113,7 +113,8 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str,
         )
     values = np.rint(segmentation.array[0]).astype(np.int64)
     spacing = scan.geometry.spacing
-    present = [value for value in labels.foreground if (values == value).any()]
+    written = sorted({value for each in labels.written.values() for value in each})
+    present = [value for value in written if (values == value).any()]
     centre, box = _centre(values, present, labels), _box(values, spacing)
     low, high = _window(scan.array[0], box, channel)
     names = {value: _name(labels, value) for value in present}
@@ -159,11 +160,7 @@ def _for_display(volume: Volume) -> Volume:
 
 def _name(labels: LabelScheme, value: int) -> str:
     """Name a label; of regions, the smallest that has it."""
-    holds = {
-        name: len(values) if isinstance(values, tuple) else 1
-        for name, values in labels.labels.items()
-        if value in (values if isinstance(values, tuple) else (values,))
-    }
+    holds = {name: len(values) for name, values in labels.written.items() if value in values}
     return min(holds, key=lambda name: holds[name])
 
 

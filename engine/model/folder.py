@@ -130,6 +130,11 @@ def read_model(
         plan = parse_plan(plans, dataset, first.configuration)
         for remark in remarks_on(plan.architecture):
             logger.warning("%s: %s", path, remark)
+        if renumbered := plan.labels.renumbered:
+            listed = ", ".join(f"{name} as {' or '.join(map(str, values))}" for name, values in renumbered.items())
+            logger.warning(
+                "%s: as nnU-Net does, labels are written by other values than dataset.json's: %s", path, listed
+            )
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
         return Model(

@@ -52,7 +52,7 @@ class LabelScheme:
     """What the network's outputs mean.
 
     Args:
-        labels: Name -> value, or values for a region; without "ignore".
+        labels: Name -> value in dataset.json, or values for a region; without "ignore". What is written: `written`.
         regions_class_order: The label each region paints, in painting order; None for plain labels.
     """
 
@@ -62,10 +62,34 @@ class LabelScheme:
     @property
     def foreground(self) -> tuple[int, ...]:
         """Every label value but background, ascending."""
-        values: set[int] = set()
-        for label in self.labels.values():
-            values.update(label if isinstance(label, tuple) else (label,))
-        return tuple(sorted(values - {0}))
+        return tuple(sorted({value for label in self.labels.values() for value in _values(label)} - {0}))
+
+    @property
+    def written(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the values that mean it in what is predicted, ascending; without background.
+
+        Note:
+            nnU-Net: LabelManager.convert_probabilities_to_segmentation. Plain labels are numbered from the least value
+            on, without gaps. A region is where it was painted, or a region inside it.
+        """
+        if self.regions_class_order is None:
+            numbers = {value: (number,) for number, value in enumerate(self.foreground, 1)}
+            return {name: numbers[value] for name, value in self.labels.items() if isinstance(value, int) and value}
+        regions = {name: _values(value) for name, value in self.labels.items() if any(_values(value))}
+        painted = list(zip(regions.values(), self.regions_class_order, strict=True))
+        return {
+            name: tuple(sorted({value for part, value in painted if set(part) <= set(region)} - {0}))
+            for name, region in regions.items()
+        }
+
+    @property
+    def renumbered(self) -> dict[str, tuple[int, ...]]:
+        """Those of `written` whose values are not the ones of dataset.json."""
+        written = self.written
+        present = {value for values in written.values() for value in values}
+        return {
+            name: values for name, values in written.items() if set(values) != present & set(_values(self.labels[name]))
+        }
 
     @property
     def num_outputs(self) -> int:
@@ -76,6 +100,11 @@ class LabelScheme:
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
         """Data type of a segmentation (nnU-Net: uint16 from 255 foreground labels on)."""
         return np.uint8 if len(self.foreground) < 255 else np.uint16
+
+
+def _values(label: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Give the values of a label or a region."""
+    return label if isinstance(label, tuple) else (label,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,12 +267,19 @@ def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
         return LabelScheme(
             labels={n: v[0] if isinstance(v, tuple) else v for n, v in labels.items()}, regions_class_order=None
         )
-    return LabelScheme(labels=labels, regions_class_order=_regions_class_order(dataset, raw, labels))
+    scheme = LabelScheme(labels=labels, regions_class_order=_regions_class_order(dataset, raw, labels))
+    highest = np.iinfo(scheme.dtype).max
+    if max(scheme.regions_class_order or ()) > highest:
+        raise ModelError(
+            f"dataset.json: regions_class_order must hold values up to {highest}, which nnU-Net writes with so few "
+            f"labels, got {list(scheme.regions_class_order or ())!r:.200}: train with smaller values"
+        )
+    return scheme
 
 
 def _check_ignore(ignore: Any, labels: Mapping[str, int | tuple[int, ...]]) -> None:
     """Refuse what nnU-Net refuses of the label that training passed over."""
-    highest = max(max(value) if isinstance(value, tuple) else value for value in labels.values())
+    highest = max(max(_values(value)) for value in labels.values())
     if ignore is not None and not (type(ignore) is int and ignore == highest + 1):
         raise ModelError(
             f"dataset.json: label 'ignore' must be the integer after the highest other label, {highest + 1}, got "
@@ -257,7 +293,7 @@ def _regions_class_order(
     """Read the label that each region paints; `raw` is what `labels` were read from."""
     given = _get(dataset, "regions_class_order", list, "dataset.json with regions")
     order = tuple(_label_value(value, "regions_class_order", "integers") for value in given)
-    background = [name for name, value in labels.items() if not any(value if isinstance(value, tuple) else (value,))]
+    background = [name for name, value in labels.items() if not any(_values(value))]
     for name in background:
         if any(isinstance(value, str) for value in (raw[name] if isinstance(raw[name], list) else [raw[name]])):
             raise ModelError(

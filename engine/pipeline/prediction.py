@@ -49,13 +49,9 @@ class Prediction:
             return {}
         # Counting takes eight bytes a voxel, and most voxels are background.
         foreground = self.segmentation[self.segmentation != 0]
-        counts = np.bincount(foreground, minlength=max(self.labels.foreground, default=0) + 1)
+        counts = np.bincount(foreground, minlength=np.iinfo(self.labels.dtype).max + 1)
         voxel_ml = self.geometry.voxel_mm3 / 1000
-        return {
-            name: float(counts[list(value) if isinstance(value, tuple) else [value]].sum()) * voxel_ml
-            for name, value in self.labels.labels.items()
-            if value != 0
-        }
+        return {name: float(counts[list(values)].sum()) * voxel_ml for name, values in self.labels.written.items()}
 
     @property
     def reader_probabilities(self) -> np.ndarray | None:

@@ -22,7 +22,7 @@ def write(folder, name, array, origin=(0.0, 0.0, 0.0)):
     sitk.WriteImage(image, str(folder / name))
 
 
-LABELS = {"background": 0, "whole": (1, 2), "core": 2, "absent": 3}
+LABELS = {"whole": (1, 2), "core": (2,), "absent": (3,)}
 
 
 class TestCompareLabels:

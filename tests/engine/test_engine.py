@@ -99,6 +99,21 @@ def test_regions_are_painted_in_their_order(tmp_path, scan):
     assert prediction.volumes_ml["whole"] == pytest.approx(both * np.prod(SPACING) / 1000)
 
 
+@pytest.mark.parametrize(
+    ("labels", "order", "values"),
+    [
+        ({"background": 0, "whole": 3, "core": 7}, None, {"whole": [1], "core": [2]}),
+        ({"background": 0, "whole": [1, 2], "core": 2}, [3, 5], {"whole": [3, 5], "core": [5]}),
+    ],
+)
+def test_volumes_are_those_of_the_values_that_are_written(tmp_path, scan, labels, order, values):
+    dataset = dataset_json(labels=labels, **({} if order is None else {"regions_class_order": order}))
+    prediction = Engine.load(write_model(tmp_path / "m", dataset=dataset), device="cpu").predict(scan)
+    counts = {name: np.isin(prediction.segmentation, value).sum() for name, value in values.items()}
+    assert min(counts.values()) > 0
+    assert prediction.volumes_ml == pytest.approx({n: c * np.prod(SPACING) / 1000 for n, c in counts.items()})
+
+
 @pytest.mark.parametrize("old", [(1, 1, 1), (5, 1, 1), (1, 1, 5)])
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_planes_resampled_as_they_come_are_those_of_the_whole(old, order):

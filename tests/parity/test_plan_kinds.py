@@ -260,6 +260,9 @@ def test_labels_are_read_as_nnunet_reads_them(kind: str):
     assert dataset == unchanged
     assert ours.foreground == tuple(theirs.foreground_labels)
     assert ours.num_outputs == theirs.num_segmentation_heads
+    alone = np.eye(ours.num_outputs, dtype=np.float32)  # voxel n is sure of output n
+    present = set(theirs.convert_probabilities_to_segmentation(alone).tolist()) - {0}
+    assert {value for values in ours.written.values() for value in values} == present
     assert (ours.regions_class_order is not None) == theirs.has_regions
     if ours.regions_class_order is not None:
         assert ours.regions_class_order == tuple(int(label) for label in order)

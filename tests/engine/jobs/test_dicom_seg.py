@@ -141,15 +141,36 @@ def test_regions_may_overlap(tmp_path):
 
 
 def test_label_values_need_not_be_consecutive(tmp_path):
+    """nnU-Net numbers them in their order."""
     folder = write_series(tmp_path / "ct")
-    segmentation = np.zeros(SHAPE, np.uint16)
-    segmentation[1, 2:4], segmentation[2, 5:9] = 300, 7
+    segmentation = np.zeros(SHAPE, np.uint8)
+    segmentation[1, 2:4], segmentation[2, 5:9] = 2, 1
     write_dicom_seg(tmp_path / "seg.dcm", labelled(folder, segmentation, spleen=7, cancer=300), folder)
     segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", read_volume(folder))
-    np.testing.assert_array_equal(segments["spleen"], segmentation == 7)
-    np.testing.assert_array_equal(segments["cancer"], segmentation == 300)
+    np.testing.assert_array_equal(segments["spleen"], segmentation == 1)
+    np.testing.assert_array_equal(segments["cancer"], segmentation == 2)
     codes = [part.SegmentedPropertyTypeCodeSequence[0].CodeValue for part in segments_of(tmp_path / "seg.dcm")]
     assert codes == ["78961009", "108369006"]  # SNOMED CT: spleen, neoplasm
+
+
+@pytest.mark.parametrize(
+    ("order", "labels", "values"),
+    [
+        ((3, 5), {"whole": (1, 2), "core": (2,)}, {"whole": (3, 5), "core": (5,)}),
+        (None, {"spleen": 1, "milt": 1, "cancer": 2}, {"spleen": (1,), "milt": (1,), "cancer": (2,)}),
+    ],
+    ids=["regions painted by other values", "a label named twice"],
+)
+def test_segments_are_those_of_the_values_that_are_written(tmp_path, order, labels, values):
+    folder = write_series(tmp_path / "ct")
+    segmentation = np.zeros(SHAPE, np.uint8)
+    first, second = (1, 2) if order is None else order
+    segmentation[1:4, 2:6], segmentation[2, 3:5] = first, second
+    write_dicom_seg(tmp_path / "seg.dcm", labelled(folder, segmentation, order, **labels), folder)
+    segments = read_with_dcmqi(tmp_path / "seg.dcm", tmp_path / "read", read_volume(folder))
+    assert list(segments) == list(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(segments[name], np.isin(segmentation, value))
 
 
 def segments_of(path):
