@@ -61,20 +61,37 @@ def decompress(
         VolumeError: If they are damaged, or not what the header says.
     """
     precision, has_sign = _compressed_as(data) if syntax != _RLE else (bits_stored, is_signed)
-    if precision < bits_stored and has_sign != is_signed:
+    if (has_sign and not is_signed) or (precision < bits_stored and has_sign != is_signed):
         raise VolumeError(
             f"it is not clear which of the compressed pixels are negative: the header says {bits_stored} bits "
             f"{'with' if is_signed else 'without'} a sign, the pixels have {precision} "
             f"{'with' if has_sign else 'without'}: decompress the series with the program that wrote it"
         )
-    _write_for_gdcm(scratch, data, syntax, (*shape, bits_allocated, max(bits_stored, 8)))  # it takes no fewer
+    bits = min(max(bits_stored, precision, 8), bits_allocated)  # GDCM takes no fewer than 8, and cuts off further ones
+    _write_for_gdcm(scratch, data, syntax, (*shape, bits_allocated, bits))
     stored = read_voxels(str(scratch), "GDCMImageIO")
     if stored.shape != (1, *shape) or stored.dtype.itemsize * 8 != bits_allocated:
         raise VolumeError(
             f"the compressed pixels must be those of the header, {shape[0]} x {shape[1]} of {bits_allocated} bits, got "
             f"{stored.shape[1:]} of {stored.dtype}: export the series again"
         )
-    return stored[0].view(f"u{stored.dtype.itemsize}")
+    stored = stored[0].view(f"u{stored.dtype.itemsize}")
+    if precision > bits_stored and not _fits(stored, bits, bits_stored, is_signed, has_sign):
+        raise VolumeError(
+            f"the compressed pixels must fit in the {bits_stored} bits that the header says, some need more (they have "
+            f"{precision}): decompress the series with the program that wrote it"
+        )
+    return stored
+
+
+def _fits(stored: np.ndarray, bits: int, bits_stored: int, is_signed: bool, has_sign: bool) -> bool:
+    """Whether the lower `bits_stored` of `bits` hold every value: those between are 0, or repeat the sign."""
+    between = (stored >> bits_stored) & ((1 << bits - bits_stored) - 1)
+    if not is_signed:
+        return not between.any()
+    is_negative = (stored >> bits_stored - 1) & 1
+    repeats_sign = between == is_negative * ((1 << bits - bits_stored) - 1)
+    return bool((repeats_sign if has_sign else repeats_sign | (between == 0)).all())
 
 
 def _write_for_gdcm(path: Path, data: bytes, syntax: str, sizes: tuple[int, ...]) -> None:

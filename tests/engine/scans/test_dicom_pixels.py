@@ -184,6 +184,47 @@ def test_signs_that_are_not_clear_are_refused(tmp_path, syntax):
         read_volume(folder)
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_signs_that_the_header_denies_are_refused(tmp_path, bits):
+    """At whatever precision; the other way round, two's complement in pixels without a sign is what the header says."""
+    folder = tmp_path / "scan"
+    pixels = stored_values(bits, True, 8 if bits == 8 else 16)
+    expected = write_pair(folder, pixels, bits)
+    unsigned = pixels.view(f"u{pixels.itemsize}") & np.array((1 << bits) - 1, f"u{pixels.itemsize}")
+    for path in folder.iterdir():
+        compress(path, COMPRESSED["jpeg-2000"], unsigned, bits)
+    assert_read_as(folder, expected)
+    for header_bits in {bits, max(bits - 2, 8)}:
+        write_pair(folder, unsigned, header_bits)
+        for path in folder.iterdir():
+            compress(path, COMPRESSED["jpeg-2000"], pixels, bits)
+        with pytest.raises(VolumeError, match=f"says {header_bits} bits without a sign, the pixels have {bits} with"):
+            read_volume(folder)
+
+
+@pytest.mark.parametrize(
+    "syntax", [COMPRESSED["jpeg-lossless"], COMPRESSED["jpeg-2000"]], ids=["jpeg-lossless", "jpeg-2000"]
+)
+@pytest.mark.parametrize("is_signed", [False, True])
+@pytest.mark.parametrize("precision", [14, 16])
+def test_more_bits_than_the_header_says(tmp_path, syntax, is_signed, precision):
+    """Read where all values fit, as pydicom reads them uncompressed; refused where one does not."""
+    folder = tmp_path / "scan"
+    pixels = stored_values(12, is_signed)
+    expected = write_pair(folder, pixels, 12)
+    for path in folder.iterdir():
+        compress(path, syntax, pixels, precision)
+    assert_read_as(folder, expected)
+    for beyond in (1 << 12 - is_signed, (1 << precision - is_signed) - 1, *((-(1 << 11) - 1,) if is_signed else ())):
+        if beyond == 1 << 11 and syntax == COMPRESSED["jpeg-lossless"]:
+            continue  # without signs in the pixels, it is the lowest value
+        outside = pixels.copy()
+        outside[3, 4] = beyond
+        compress(folder / "1.dcm", syntax, outside, precision)
+        with pytest.raises(VolumeError, match=f"1.dcm: .* must fit in the 12 bits .* have {precision}"):
+            read_volume(folder)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stored=st.integers(2, 16),
