@@ -189,7 +189,23 @@ class Volume:
             A volume of the same voxels at the same places; its array is a view, with negative strides where axes are
             flipped. `restore_orientation` is the way back.
         """
-        source, flipped = canonical_axes(self.geometry.axes)
+        return self._rearranged(*canonical_axes(self.geometry.axes))
+
+    def oriented_as(self, other: Geometry) -> "Volume":
+        """Turn the volume so that its axes run as near to those of another grid as it allows.
+
+        Args:
+            other: As it is read, not reoriented.
+
+        Returns:
+            A volume of the same voxels at the same places; its array is a view.
+        """
+        source, flipped = canonical_axes(other.axes)
+        back = tuple(source.index(axis) for axis in range(3))
+        return self.reoriented()._rearranged(back, tuple(flipped[axis] for axis in back))
+
+    def _rearranged(self, source: tuple[int, ...], flipped: tuple[bool, ...]) -> "Volume":
+        """Take for each axis (z, y, x) the one of that number, and flip it then where asked."""
         array = self.array.transpose(0, *(1 + axis for axis in source))
         array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flipped))]
         spacing, resampling = (
@@ -260,7 +276,12 @@ def read_volume(
             f"{sources[0].name}: models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D "
             "image of one slice"
         )
-    geometry, resampling = _common_geometry(sources), sources[0].resampling_spacing
+    geometries = [_geometry(source) for source in sources]
+    if reader.endswith("WithReorient"):
+        sources = [_turned(*each, geometries[0]) for each in zip(sources, geometries, strict=True)]
+        geometries = [_geometry(source) for source in sources]
+    _check_same_grid(sources, geometries)
+    geometry, resampling = geometries[0], sources[0].resampling_spacing
     volume = Volume(
         array=_read_channels(sources),
         geometry=geometry,
@@ -316,17 +337,39 @@ def _check_channel_count(name: str, count: int, expected: int | None) -> None:
         )
 
 
-def _common_geometry(sources: list[ImageSource]) -> Geometry:
+def _geometry(source: ImageSource) -> Geometry:
+    x_mm, y_mm, z_mm = source.spacing
+    with naming(source.name):
+        return Geometry(
+            spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction, is_2d=source.is_2d
+        )
+
+
+def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSource:
+    """Turn a channel as the first one is turned: nnU-Net's readers that turn scans turn each file by itself."""
+    if geometry.is_2d or canonical_axes(geometry.axes) == canonical_axes(first.axes):
+        return source
+
+    resampling = source.resampling_spacing and cast(Triple, source.resampling_spacing[::-1])
+
+    def turn(array: np.ndarray) -> Volume:
+        return Volume(array=array, geometry=geometry, resampling_spacing=resampling).oriented_as(first)
+
+    turned = turn(np.broadcast_to(np.uint8(0), (1, *source.size[::-1])))  # takes no memory
+    z, y, x = turned.array.shape[1:]
+    return replace(
+        source,
+        size=(x, y, z),
+        spacing=cast(Triple, turned.geometry.spacing[::-1]),
+        origin=turned.geometry.origin,
+        direction=turned.geometry.direction,
+        resampling_spacing=resampling and cast(Triple, turned.spacing[::-1]),
+        voxels=lambda: turn(source.voxels()[None]).array,
+    )
+
+
+def _check_same_grid(sources: list[ImageSource], geometries: list[Geometry]) -> None:
     """Check that all channels lie on the grid of the first."""
-    geometries = []
-    for source in sources:
-        x_mm, y_mm, z_mm = source.spacing
-        with naming(source.name):
-            geometries.append(
-                Geometry(
-                    spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction, is_2d=source.is_2d
-                )
-            )
     first = geometries[0]
     origin_mm = _SAME_ORIGIN * min(first.spacing)
     for source, other in zip(sources, geometries, strict=True):
@@ -343,7 +386,6 @@ def _common_geometry(sources: list[ImageSource]) -> Geometry:
                     f"{source.name}: all channels must have the same {what}, got {mine}, but {sources[0].name} has "
                     f"{expected}: resample the channels to one grid"
                 )
-    return first
 
 
 def _read_channels(sources: list[ImageSource]) -> np.ndarray:

@@ -243,6 +243,33 @@ class TestOrientation:
         np.testing.assert_allclose(volume.geometry.origin, expected.GetOrigin(), atol=1e-9)
         np.testing.assert_allclose(volume.geometry.direction, expected.GetDirection(), atol=1e-12)
 
+    @pytest.mark.parametrize("first", ["RAS", "LPS", "SAR"])
+    @pytest.mark.parametrize("second", ["LPS", "SAR", "IPL"])
+    @pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIOWithReorient"])
+    def test_channels_may_be_stored_in_different_orientations(self, tmp_path, first, second, reader):
+        """Labels go on the axes of the first; each is turned as nnU-Net turns it."""
+        nnunet = pytest.importorskip(
+            "nnunetv2.imageio.reader_writer_registry", reason="compares with nnU-Net's readers"
+        )
+        paths = []
+        for number, orientation in enumerate((first, second)):
+            image = SimpleITK.GetImageFromArray((-1) ** number * ramp())
+            image.SetSpacing((0.7, 0.8, 2.5))
+            image.SetOrigin((1, 2, 3))
+            paths.append(tmp_path / f"v_000{number}.nii.gz")
+            SimpleITK.WriteImage(SimpleITK.DICOMOrient(image, orientation), str(paths[-1]))
+        volume = read_volume(paths, channels=2, reader=reader)
+        alone = read_volume(paths[0], reader=reader)
+        assert volume.geometry == alone.geometry
+        np.testing.assert_array_equal(volume.array[0], alone.array[0])
+        np.testing.assert_array_equal(volume.array[1], -volume.array[0])
+        expected, properties = nnunet.recursive_find_reader_writer_by_name(reader)().read_images([*map(str, paths)])
+        np.testing.assert_array_equal(volume.reoriented().array, expected)
+        np.testing.assert_allclose(volume.reoriented().spacing, properties["spacing"], rtol=1e-6)
+        if first != second:
+            with pytest.raises(VolumeError, match="must have the same"):
+                read_volume(paths, reader=reader.removesuffix("WithReorient"))
+
     def test_a_real_scan(self):
         path = SHARED / "abdomen_ct_0000.nii.gz"
         if not path.exists():
