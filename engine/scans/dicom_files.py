@@ -1,11 +1,12 @@
 """Which files of a folder are the slices of a scan, and which only lie beside them."""
 
 import enum
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import VolumeError
+from ..errors import IncompleteFile, VolumeError
 from .dicom_header import Header, looks_like_dicom, read_header
 from .image_header import naming
 
@@ -16,6 +17,9 @@ _SCAN_CLASSES = {  # CT, MR and PET images, and their forms of many frames in on
 _NAMED_CLASSES = {"1.2.840.10008.1.3.10": "directory", _STORAGE + "7": "secondary capture"}
 _SCAN_MODALITIES = ("CT", "MR", "PT")
 _LOCALIZERS = ("LOCALIZER", "SCOUT")  # values of ImageType
+_SLICE_NAME = re.compile(r"[^.]*|.*\.(dcm|ima|\d+)", re.IGNORECASE)  # without an ending, as UIDs are
+_PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+_LEAST_BYTES = 132  # of a preamble and the mark behind it
 _MOST_NAMES = 5
 
 
@@ -41,6 +45,22 @@ class DicomFile:
     def series(self) -> str:
         """Series instance UID."""
         return self.header.text("SeriesInstanceUID")
+
+    @property
+    def has_one_frame(self) -> bool:
+        """Whether it holds one image."""
+        return self.header.text("NumberOfFrames") in ("", "1")
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it says where in the patient its pixels are."""
+        return all(self.header.text(key) for key in _PLACE)
+
+    @property
+    def is_slice_of_scan(self) -> bool:
+        """Whether it may be a slice: with a place in the patient, and grey."""
+        grey = self.header.text("PhotometricInterpretation") in ("", "MONOCHROME1", "MONOCHROME2")
+        return self.has_one_frame and self.has_place and grey
 
     @property
     def what(self) -> str:
@@ -71,6 +91,7 @@ def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
             if looks_like_dicom(path):
                 files.append(_read_file(path))
             elif not path.name.startswith("."):  # hidden ones are left by systems, such as .DS_Store
+                _refuse_cut_off(path)
                 others[path.name] = "no DICOM"
     kind = min((file.kind for file in files), default=Kind.NO_IMAGE)
     if kind is Kind.NO_IMAGE:
@@ -79,6 +100,9 @@ def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
             "pass the series' own folder, or for .nii.gz and other images the file itself"
         )
     found = [file for file in files if file.kind is kind]
+    no_slices = _of_other_series(found)
+    others |= {file.path.name: f"{file.what}, no slice" for file in no_slices}
+    found = [file for file in found if file not in no_slices]
     _check_one_series(found)
     warnings = []
     if kind is not Kind.SLICE:
@@ -116,9 +140,29 @@ def _read_file(path: Path) -> DicomFile:
         image_type = [value.strip() for value in header.text("ImageType").split("\\")]
         kind = Kind.LOCALIZER if any(value in image_type for value in _LOCALIZERS) else Kind.SLICE
     else:
-        has_place = all(header.text(key) for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
-        kind = Kind.OTHER_IMAGE if has_place and header.text("NumberOfFrames") in ("", "1") else Kind.NO_IMAGE
-    return DicomFile(path=path, header=header, kind=kind)
+        kind = Kind.NO_IMAGE
+    file = DicomFile(path=path, header=header, kind=kind)
+    if header.pixels is not None and not is_scan and file.has_place and file.has_one_frame:
+        return replace(file, kind=Kind.OTHER_IMAGE)
+    return file
+
+
+def _refuse_cut_off(path: Path) -> None:
+    """Refuse a file that is named like a slice and ends before it could say that it is one."""
+    size = path.stat().st_size
+    if size < _LEAST_BYTES and _SLICE_NAME.fullmatch(path.name):
+        raise IncompleteFile(
+            f"a file that is named like a slice must hold one, got {size} bytes: copy it again, or move it out of the "
+            "folder"
+        )
+
+
+def _of_other_series(files: list[DicomFile]) -> list[DicomFile]:
+    """Find dose sheets, protocols and pictures that scanners store as CT images in series of their own."""
+    series = {file.series for file in files if file.is_slice_of_scan}
+    if not series:
+        return []
+    return [file for file in files if file.series not in series and file.has_one_frame and not file.is_slice_of_scan]
 
 
 def _check_one_series(files: list[DicomFile]) -> None:

@@ -161,7 +161,7 @@ class TestSeries:
     def test_other_files_are_skipped(self, tmp_path, capfd):
         folder = write_series(tmp_path / "ct")
         (folder / "README").write_text("A scan. " * 50)
-        (folder / "empty.dcm").touch()
+        (folder / "empty.txt").touch()
         (folder / "preview.png").write_bytes(b"\x89PNG" + bytes(1000))
         write_report(folder / "report.dcm")
         write_report(folder / "DICOMDIR", "1.2.840.10008.1.3.10")

@@ -26,6 +26,7 @@ from tests.engine.scans.test_dicom import (
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 DIRECTORY, CAPTURE = "1.2.840.10008.1.3.10", STORAGE + "7"
 ENHANCED = (STORAGE + "2.1", STORAGE + "4.1", STORAGE + "130")
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 PIXEL_DATA_TAG = b"\xe0\x7f\x10\x00"
 
 
@@ -182,7 +183,7 @@ def test_many_are_counted_and_hidden_ones_passed_over(tmp_path, capfd):
     for number in range(12):
         presentation(folder / f"{number:02d}")
     (folder / ".DS_Store").write_bytes(bytes(100))
-    (folder / "empty.dcm").touch()
+    (folder / "empty.txt").touch()
     (folder / "deeper").mkdir()
     (warning,) = read_volume(folder).warnings
     assert warning == (
@@ -266,6 +267,38 @@ class TestWhatMayBeASlice:
         folder = write_series(tmp_path / "ct")
         (folder / "beside").write_bytes(next(folder.iterdir()).read_bytes()[:150])
         assert "beside: the DICOM slice is cut off or damaged" in refusal(folder)
+
+    @pytest.mark.parametrize("name", ["5.dcm", "5.DCM", "5.IMA", "IM0005", "1.2.840.5"])
+    @pytest.mark.parametrize("kept", [0, 4, 131])
+    def test_a_file_that_ends_before_it_says_that_it_is_dicom(self, tmp_path, name, kept):
+        folder = write_series(tmp_path / "ct")
+        path = sorted(folder.iterdir())[-1]  # the last slice: no gap would show that it is missing
+        content = path.read_bytes()
+        path.rename(folder / name).write_bytes(content[:kept])
+        assert f"{name}: a file that is named like a slice must hold one, got {kept} bytes: copy it" in refusal(folder)
+        (folder / name).rename(folder / "notes.txt")
+        assert "notes.txt (no DICOM)" in read_volume(folder).warnings[0]
+
+    @pytest.mark.parametrize("missing", [*PLACE, "grey"])
+    def test_scans_that_are_no_slices(self, tmp_path, missing):
+        """Dose sheets, protocols, pictures: left out of a series of their own, refused inside the scan's."""
+        folder = write_series(tmp_path / "ct")
+        expected = read_volume(folder)
+        colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 1}
+        tags = colour if missing == "grey" else {missing: None}
+        pixels = np.zeros((3, 5, 6), np.uint8) if missing == "grey" else stored_pixels(0)
+        write_slice(folder / "beside", pixels, (0, 0, 0), SeriesInstanceUID=f"{UID}.2", **tags)
+        volume = read_volume(folder)
+        np.testing.assert_array_equal(volume.array, expected.array)
+        assert volume.warnings == ("ct: 1 file(s) beside the slices are left out: beside (CT, no slice)",)
+        write_slice(folder / "beside", pixels, (0, 0, 0), **tags)
+        assert "beside: " in refusal(folder)
+
+    def test_many_frames_of_another_series_are_a_scan_too(self, tmp_path):
+        folder = write_series(tmp_path / "ct")
+        tags = {"NumberOfFrames": 3, "ImagePositionPatient": None, "SeriesInstanceUID": f"{UID}.2"}
+        write_slice(folder / "beside", np.zeros((3, 5, 6), np.uint16), (0, 0, 0), sop_class=ENHANCED[0], **tags)
+        assert "must hold one DICOM series, got 2: " in refusal(folder)
 
     def test_a_slice_without_pixels(self, tmp_path):
         folder = write_series(tmp_path / "ct")
