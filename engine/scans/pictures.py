@@ -117,6 +117,8 @@ def _tiff_header(path: Path) -> tuple[tuple[int, ...], np.dtype | None, tuple[st
     tifffile = _library("tifffile")
     with _readable(), _COMPLAINTS.collected() as complaints, tifffile.TiffFile(path) as file:
         series = file.series[0]
+        if file.is_ome and any(page is not None and page.parent is not file for page in series.pages):
+            raise VolumeError("the slices must be in this file, but some are in others that it names: save one stack")
         told = _without_errors(complaints)
         needed_bytes = math.prod(series.shape) * int(series.keyframe.bitspersample) // 8
         stored_bytes = path.stat().st_size
@@ -174,17 +176,16 @@ def _with_channels_last(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def side_files(path: Path) -> tuple[Path, Path]:
-    """Name the files that may hold a stack's spacing: that of the case, and else that of this file."""
-    return path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json"), path.with_suffix(".json")
+def side_file(path: Path) -> Path:
+    """Name the file with a stack's spacing: case.json for case_0000.tif, or for labels case.tif."""
+    return path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
 
 
 def _side_spacing(path: Path) -> tuple[tuple[float, float, float], tuple[str, ...]]:
-    """Read the spacing (z, y, x) from the file beside a stack: case.json for case_0000.tif, or for labels case.tif."""
-    of_case, of_file = side_files(path)
-    side = of_case if of_case.is_file() else of_file
+    """Read the spacing (z, y, x) from the file beside a stack."""
+    side = side_file(path)
     if not side.is_file():
-        return (1.0, 1.0, 1.0), (f"there is no {of_case.name} with its spacing: 1 mm along each axis is assumed",)
+        return (1.0, 1.0, 1.0), (f"there is no {side.name} with its spacing: 1 mm along each axis is assumed",)
     try:
         spacing = tuple(float(step) for step in json.loads(side.read_text(encoding="utf-8"))["spacing"])
         z_mm, y_mm, x_mm = spacing
@@ -274,7 +275,7 @@ def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
     """Refuse what tifffile calls an error, and return what it calls a warning."""
     said = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in complaints]
     for record, text in zip(complaints, said, strict=True):
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR or "Missing data are zeroed" in text:
             raise IncompleteFile(f"the TIFF file is damaged or cut off ({text:.200}): export or copy it again")
     return tuple(said)
 

@@ -22,7 +22,7 @@ from .label_file import LABEL_ENDINGS, as_stored, write_label_file
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
 from .nifti_file import open_as_nibabel
 from .orientation import LPS_TO_RAS, canonical_axes
-from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_files
+from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_file
 
 Triple: TypeAlias = tuple[float, float, float]
 
@@ -322,7 +322,8 @@ def files_of(image: Path, reader: str) -> list[Path]:
     if image.is_dir():
         return [path for path in image.iterdir() if path.is_file()]
     if reader in PICTURE_READERS:
-        return [image, *(side for side in side_files(image) if reader == "Tiff3DIO" and side.is_file())]
+        side = side_file(image)
+        return [image, side] if reader == "Tiff3DIO" and side.is_file() else [image]
     if image.name.lower().endswith(DETACHED_ENDINGS):
         with contextlib.suppress(VolumeError, OSError):  # reading it says what is wrong
             return [image, locate_voxels(image).path]

@@ -15,7 +15,7 @@ from nnturbo.engine import Engine
 from nnturbo.engine.errors import BackendUnavailable, OutputError, VolumeError
 from nnturbo.engine.scans import pictures
 from nnturbo.engine.scans.label_file import is_whole, second_file
-from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
+from nnturbo.engine.scans.volume import Geometry, Volume, files_of, read_volume, write_segmentation
 
 from tests.engine.factory import plans_json, write_model
 
@@ -152,9 +152,18 @@ class TestReading:
             read_volume([tmp_path / "a_0000.png", tmp_path / "a_0001.png"], reader="NaturalImage2DIO")
 
     def test_the_side_file_of_labels_has_their_own_name(self, tmp_path):
-        tiff(tmp_path / "case_0001.tif", STACK)
-        (tmp_path / "case_0001.json").write_text('{"spacing": [3, 2, 1]}')
-        assert read_volume(tmp_path / "case_0001.tif", reader="Tiff3DIO").geometry.spacing == (3, 2, 1)
+        tiff(tmp_path / "case.tif", STACK)
+        (tmp_path / "case.json").write_text('{"spacing": [3, 2, 1]}')
+        assert read_volume(tmp_path / "case.tif", reader="Tiff3DIO").geometry.spacing == (3, 2, 1)
+
+    def test_a_channel_has_no_side_file_of_its_own(self, tmp_path):
+        """nnU-Net looks for that of the case alone."""
+        path = tiff(tmp_path / "case_0000.tif", STACK)
+        (tmp_path / "case_0000.json").write_text('{"spacing": [9, 1, 1]}')
+        volume = read_volume(path, reader="Tiff3DIO")
+        assert volume.geometry.spacing == (1, 1, 1)
+        assert "there is no case.json with its spacing" in volume.warnings[0]
+        assert files_of(path, "Tiff3DIO") == [path]
 
     @pytest.mark.parametrize(
         ("content", "text"),
@@ -190,7 +199,29 @@ def png_claiming(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+OME = (
+    '<?xml version="1.0" encoding="UTF-8"?>'
+    '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1">'
+    '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="30" SizeY="20" SizeZ="2" '
+    'SizeC="1" SizeT="1"><TiffData IFD="0" FirstZ="0" PlaneCount="1"><UUID FileName="a_0000.tif">urn:uuid:1</UUID>'
+    '</TiffData><TiffData IFD="0" FirstZ="1" PlaneCount="1"><UUID FileName="b.tif">urn:uuid:2</UUID></TiffData>'
+    "</Pixels></Image></OME>"
+)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_slices_in_other_files(self, tmp_path, is_there, caplog):
+        """Tifffile goes and reads them, or gives zeros for those that it does not find."""
+        path = tiff(tmp_path / "a_0000.tif", STACK[:1], description=OME, metadata=None)
+        if is_there:
+            other = OME.replace('UUID="urn:uuid:1"', 'UUID="urn:uuid:2"')
+            tiff(tmp_path / "b.tif", STACK[:1], description=other, metadata=None)
+        text = "the slices must be in this file, but some are in others" if is_there else "Missing data are zeroed"
+        with pytest.raises(VolumeError, match=text):
+            read_volume(path, reader="Tiff3DIO")
+        assert caplog.records == []
+
     @pytest.mark.parametrize("kept", [0.0001, 0.02, 0.3, 0.9, 0.99, -4, -13, -16])
     @pytest.mark.parametrize("name", ["rgb.png", "rgb.bmp", "grey.tif", "deflated.tif", "lzw.tif", "three_pages.tif"])
     def test_cut_off(self, tmp_path, name, kept, capfd, caplog):
@@ -410,14 +441,14 @@ def test_tifffile_is_heard_by_the_thread_that_reads_alone(caplog):
 
 def test_what_tifffile_warns_of_is_told_with_the_scan(tmp_path):
     description = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels '
-    description += 'DimensionOrder="XYZCT" ID="Pixels:0" SizeC="1" SizeT="1" SizeX="30" SizeY="20" SizeZ="9" '
+    description += 'DimensionOrder="XYZCT" ID="Pixels:0" SizeC="1" SizeT="1" SizeX="30" SizeY="20" SizeZ="5" '
     description += 'Type="uint8"><TiffData/></Pixels></Image></OME>'
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for index, array in enumerate(STACK):
             writer.write(array, contiguous=False, metadata=None, description=description if index == 0 else None)
     volume = read_volume(tmp_path / "a.tif", reader="Tiff3DIO")
-    assert volume.array.shape == (1, 9, 20, 30)
-    assert any("missing" in warning or "expected 9 frames" in warning for warning in volume.warnings)
+    assert volume.array.shape == (1, 5, 20, 30)
+    assert any("expected 5 frames" in warning for warning in volume.warnings)
 
 
 def test_the_engine_predicts_a_stack(tmp_path):
