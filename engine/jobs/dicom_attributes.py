@@ -1,7 +1,7 @@
 """What a DICOM segmentation takes over from the slices it was made of: only what the standard allows.
 
 Headers of real slices hold what it does not: dates such as 00000000 or REMOVED, times with colons, names in a wrong
-character set. Whatever needs not be there is left empty then, by one rule for all.
+character set. What need not be there is left empty then, by one rule for all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _VALUES = {  # that the standard lists; all others are not allowed
 _TEXT = ("LO", "LT", "PN", "SH", "ST", "UC", "UT")  # types whose characters the character set tells
 _BINARY = ("AT", "FD", "FL", "OB", "OD", "OF", "OL", "OV", "OW", "SL", "SS", "SV", "UL", "UN", "US", "UV")
 _GROUPS = (0x08, 0x10, 0x12, 0x18, 0x20, 0x32, 0x38, 0x40)  # of what is not about pixels
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"(?=.{1,64}$)(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 
 
 def read_source_images(folder: Path) -> tuple[list[Dataset], list[str]]:
@@ -89,8 +89,8 @@ def _check_identifiers(identifiers: dict[str, str]) -> None:
     for keyword, uid in identifiers.items():
         if not _UID.fullmatch(uid):
             raise VolumeError(
-                f"{keyword} must be digits and dots, at most 64, got {uid[:80]!r}: export the series with valid "
-                "identifiers, or predict without a DICOM segmentation"
+                f"{keyword} must be a valid UID, such as 1.2.840, got "
+                f"{uid[:80]!r}: export the series with valid identifiers, or predict without a DICOM segmentation"
             )
 
 

@@ -14,7 +14,7 @@ from ..errors import VolumeError
 from .itk import read_voxels
 
 _SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"
-_RLE = "1.2.840.10008.1.2.5"
+RLE = "1.2.840.10008.1.2.5"
 _JPEGS = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(50|51|57|70|80|81|90|91)")  # JPEG, JPEG-LS, JPEG 2000
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 _SIZES = b"\xff\x4f\xff\x51"  # markers of JPEG 2000: start, and the segment that tells sizes
@@ -26,7 +26,7 @@ def check_syntax(syntax: str) -> None:
     Raises:
         VolumeError: If the syntax is not one of them.
     """
-    if syntax != _RLE and not _JPEGS.fullmatch(syntax):
+    if syntax != RLE and not _JPEGS.fullmatch(syntax):
         raise VolumeError(
             f"pixel data must be uncompressed, JPEG, JPEG-LS, JPEG 2000 or RLE, got transfer syntax {syntax}: "
             "decompress the series"
@@ -60,7 +60,7 @@ def decompress(
     Raises:
         VolumeError: If they are damaged, or not what the header says.
     """
-    precision, has_sign = _compressed_as(data) if syntax != _RLE else (bits_stored, is_signed)
+    precision, has_sign = _compressed_as(data) if syntax != RLE else (bits_stored, is_signed)
     if (has_sign and not is_signed) or (precision < bits_stored and has_sign != is_signed):
         raise VolumeError(
             f"it is not clear which of the compressed pixels are negative: the header says {bits_stored} bits "

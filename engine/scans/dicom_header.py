@@ -50,7 +50,7 @@ _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _BIG_ENDIAN, _DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 _GE_PRIVATE = "1.2.840.113619.5.2"  # little-endian with big-endian pixels
 _NOT_COMPRESSED = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _BIG_ENDIAN, _DEFLATED, _GE_PRIVATE)
-_MOST_INFLATED_BYTES = 1 << 30
+_MOST_INFLATED_BYTES = 256 << 20
 _LONGEST_VALUE = 1024  # bytes that are kept
 
 _ByteOrder = Literal["little", "big"]
@@ -220,7 +220,7 @@ def _walk(values: dict[str, bytes], dataset: bytes | mmap.mmap, place: int, orde
                 raise _Damaged
             return PixelData(offset, end - offset, kind, is_in_fragments=length == _UNDEFINED)
         elif length == _UNDEFINED:
-            if not outside and tag in _KEYWORDS:
+            if not outside and tag in _KEYWORDS and _element(dataset, offset, False, order)[0] == _ITEM:
                 values[_KEYWORDS[tag]] = kind or b"SQ"
             outside.append(is_explicit)
             is_explicit = is_explicit and kind != b"UN"  # PS3.5, section 6.2.2

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import VolumeError
-from .dicom_compression import check_syntax, decompress
+from .dicom_compression import RLE, check_syntax, decompress
 from .dicom_header import Header, read_pixel_data
 
+_RLE_RATIO = 64  # it makes at most 128 bytes of two, PS3.5, annex G.3
 _EXPORT_AGAIN = "export the series again"
 
 
@@ -26,7 +27,7 @@ class PixelFormat:
         slope: Of the rescaling to grey values; a whole number is an int.
         intercept: The same.
         is_rescaled: Whether the header gives the two.
-        padding: The stored values from the first to the second are no measurements; None if there are none such.
+        padding: The stored values from the first to the second are no measurements; None if there are none.
     """
 
     rows: int
@@ -158,7 +159,9 @@ def check_pixel_data(header: Header, pixels: PixelFormat) -> None:
     """
     if header.is_compressed:
         check_syntax(header.syntax)
-    least_bytes = 1 if header.is_compressed else pixels.rows * pixels.columns * pixels.bits_allocated // 8
+    least_bytes = pixels.rows * pixels.columns * pixels.bits_allocated // 8
+    if header.is_compressed:
+        least_bytes = max(least_bytes // _RLE_RATIO, 1) if header.syntax == RLE else 1
     if (
         header.pixels is None
         or header.pixels.length < least_bytes

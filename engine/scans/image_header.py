@@ -156,7 +156,7 @@ def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, Voxe
         raise VolumeError(f"voxels must be plain integers or floats, got {kind}: convert the image")
     if not 0 <= header.voxel_offset <= _LONGEST_HEADER_BYTES:
         raise VolumeError(
-            f"voxels must begin within 16 MiB, the header says byte {header.voxel_offset}; {_EXPORT_AGAIN}"
+            f"voxels must begin within 16 MiB, the header says byte {header.voxel_offset}: correct the header"
         )
     offset = max(int(header.voxel_offset), len(content))
     return header, VoxelData(
@@ -254,13 +254,15 @@ def _locate_metaimage(path: Path) -> VoxelData:
     for key in _META_NUMBERS.keys() & fields.keys():
         power, form = _META_NUMBERS[key]
         _check_numbers(key, fields[key], dimension**power, form)
+    compressed = fields.get("CompressedData", "False")[:1] in ("T", "t", "1")
+    is_inside = fields["ElementDataFile"] in ("LOCAL", "Local", "local")
+    if fields.get("HeaderSize") == "-1" and not (compressed or is_inside):
+        del fields["HeaderSize"]  # the voxels are the last bytes of the data file
     for key, only in (("ElementNumberOfChannels", "1"), ("HeaderSize", "0"), ("BinaryData", "True")):
         if fields.get(key, only).lower() != only.lower():
             raise VolumeError(f"{key} must be {only}, got {fields[key][:40]!r}: convert the image")
     if any(int(size) < 1 for size in fields["DimSize"].split()):
         raise VolumeError(f"every axis must have a length of at least 1, got DimSize {fields['DimSize']}")
-    compressed = fields.get("CompressedData", "False")[:1] in ("T", "t", "1")
-    is_inside = fields["ElementDataFile"] in ("LOCAL", "Local", "local")
     data_file = path if is_inside else find_data_file(path, fields["ElementDataFile"], _META_SEVERAL)
     data = _text_format_data(data_file, end if is_inside else 0, compressed)
     if compressed and int(fields.get("CompressedDataSize", 0)) > data.stored_bytes:
@@ -294,10 +296,12 @@ def _locate_nrrd(path: Path) -> VoxelData:
     encoding = fields.get("encoding", "").lower()
     if encoding not in ("raw", "gzip", "gz"):
         raise VolumeError(f"encoding must be raw or gzip, got {encoding[:40]!r}: convert the image")
+    is_inside = "datafile" not in fields
+    if fields.get("byteskip") == "-1" and encoding == "raw" and not is_inside:
+        del fields["byteskip"]  # the voxels are the last bytes of the data file
     for key in ("lineskip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise VolumeError(f"{key} must be 0, got {fields[key][:40]!r}: convert the image")
-    is_inside = "datafile" not in fields
     data_file = path if is_inside else find_data_file(path, fields["datafile"], _NRRD_SEVERAL)
     return _text_format_data(data_file, end if is_inside else 0, encoding != "raw")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EngineError, IncompleteFile
+from ..errors import EngineError, IncompleteFile, VolumeError
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, naming, read_nifti
 from .itk import itk_alone
@@ -75,7 +75,9 @@ def write_label_file(
         BackendUnavailable: If what writes pictures is not installed.
     """
     is_sheared = np.abs(geometry.axes.T @ geometry.axes - np.eye(3)).max() > _MOST_SHEAR
-    if ending in NIFTI_ENDINGS and voxels.ndim == 3 and (reader in NIBABEL_READERS or is_sheared):
+    if ending in NIFTI_ENDINGS and is_sheared and reader not in NIBABEL_READERS:
+        raise VolumeError(f"axes are sheared, which ITK does not read from {ending}: save it as .nrrd")
+    if ending in NIFTI_ENDINGS and voxels.ndim == 3 and reader in NIBABEL_READERS:
         write_nifti_labels(path, voxels, geometry.affine)
         check_stored_voxels(path, voxels)
     elif ending not in PICTURE_ENDINGS:

@@ -45,7 +45,7 @@ _SAME_ANGLE_DEGREES = 0.1
 _SAME_PLACE = 0.01  # part of the smallest spacing
 _SAME_LENGTH = 1e-3  # relative
 _SAME_SPACING = 0.01  # relative
-_LONGEST_AXIS = 2**15 - 1  # of NIfTI-1
+LONGEST_AXIS = 2**15 - 1  # of NIfTI-1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,8 +234,8 @@ def write_nifti_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> No
         OSError: If the file cannot be written.
         VolumeError: If an axis is too long for the format.
     """
-    if max(labels.shape) > _LONGEST_AXIS:
-        raise VolumeError(f"NIfTI-1 holds at most {_LONGEST_AXIS} voxels along an axis, got {labels.shape} (z, y, x)")
+    if max(labels.shape) > LONGEST_AXIS:
+        raise VolumeError(f"NIfTI-1 holds at most {LONGEST_AXIS} voxels along an axis, got {labels.shape} (z, y, x)")
     code = {1: 2, 2: 512}[labels.itemsize]
     header = bytearray(LEAST_OFFSET[1])
     struct.pack_into("<i", header, 0, HEADER_BYTES[1])

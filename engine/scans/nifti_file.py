@@ -12,7 +12,7 @@ from ..errors import IncompleteFile, VolumeError
 from .image_file import ImageSource, check_claim, stored_pieces
 from .image_header import VoxelData, naming, read_nifti
 from .itk import check_memory
-from .nifti import LEAST_OFFSET, NiftiHeader, header_warnings
+from .nifti import LEAST_OFFSET, LONGEST_AXIS, NiftiHeader, header_warnings
 from .orientation import LPS_TO_RAS, canonical_axes
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -52,7 +52,7 @@ def open_as_nibabel(path: Path, reader: str) -> ImageSource:
         direction = LPS_TO_RAS @ (affine[:3, :3] / steps)
         spacing = header.spacing
         if reader == "NibabelIOWithReorient" and canonical_axes(direction) != _UNTURNED:
-            # nibabel writes the header of an image that it turns anew.
+            # nibabel writes a new header for an image that it turns.
             x_mm, y_mm, z_mm = steps.astype(np.float32 if header.version == 1 else np.float64).tolist()
             spacing = (x_mm, y_mm, z_mm)
     return ImageSource(
@@ -75,11 +75,16 @@ def _check(header: NiftiHeader, reader: str) -> None:
         )
     if not all(map(math.isfinite, header.spacing)):
         raise VolumeError(f"spacing must be finite, got {header.pixdim[1:4]} (x, y, z): correct the header")
+    if max(header.dim[1:4]) > LONGEST_AXIS:
+        raise VolumeError(
+            f"every axis must have at most {LONGEST_AXIS} voxels, which nnU-Net's labels in NIfTI-1 can have, got "
+            f"{header.dim[1:4]} (x, y, z): cut the scan into parts"
+        )
     least = LEAST_OFFSET[header.version]
     if header.voxel_offset < least:
         raise VolumeError(
-            f"voxels must begin at byte {least} or behind it, the header says byte {header.voxel_offset:g}; export or "
-            "copy the file again"
+            f"voxels must begin at byte {least} or behind it, the header says byte {header.voxel_offset:g}: correct "
+            "the header"
         )
     slope, intercept = header.scaling
     if _is_slope(slope) and not math.isfinite(intercept):

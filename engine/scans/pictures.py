@@ -266,6 +266,8 @@ def _readable() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if type(error).__name__ == "DecompressionBombError":  # of Pillow, which is imported only where it is used
+            raise VolumeError(f"the picture is larger than Pillow reads ({error}): split it") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         kind = IncompleteFile if _CUT_OFF.search(reason) else VolumeError
         raise kind(f"the file cannot be read: {reason:.200}; export or copy it again") from None

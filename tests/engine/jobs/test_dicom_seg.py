@@ -229,9 +229,19 @@ def test_what_cannot_be_referred_to_is_refused(tmp_path):
         ("StudyInstanceUID", f"{UID}.10", "headers must be those of one series, but StudyInstanceUID is "),
         ("FrameOfReferenceUID", f"{UID}.10", "headers must be those of one series, but FrameOfReferenceUID is "),
         ("SOPInstanceUID", None, "every slice must have a SOPInstanceUID of its own"),
-        ("SOPInstanceUID", "anonymous", "95.dcm: SOPInstanceUID must be digits and dots, at most 64, got 'anonymous'"),
-        ("StudyInstanceUID", "1." * 40, "95.dcm: StudyInstanceUID must be digits and dots, at most 64, got '1.1."),
-        ("StudyInstanceUID", "1.2\\1.3", "95.dcm: StudyInstanceUID must be digits and dots, at most 64, got "),
+        (
+            "SOPInstanceUID",
+            "anonymous",
+            "95.dcm: SOPInstanceUID must be a valid UID, such as 1.2.840, got 'anonymous'",
+        ),
+        ("StudyInstanceUID", "1." * 40, "95.dcm: StudyInstanceUID must be a valid UID, such as 1.2.840, got '1.1."),
+        ("StudyInstanceUID", "1..3", "95.dcm: StudyInstanceUID must be a valid UID, such as 1.2.840, got '1..3'"),
+        (
+            "StudyInstanceUID",
+            "1.02.3",
+            "95.dcm: StudyInstanceUID must be a valid UID, such as 1.2.840, got '1.02.3'",
+        ),
+        ("StudyInstanceUID", "1.2\\1.3", "95.dcm: StudyInstanceUID must be a valid UID, such as 1.2.840, got "),
     ],
 )
 def test_identifiers_that_do_not_fit_are_named(tmp_path, keyword, value, text):

@@ -351,6 +351,34 @@ def replace_value(content, keyword, value):
     return content[:place] + len(value).to_bytes(size, "little") + value + content[behind:]
 
 
+def test_rle_that_cannot_be_so_many_pixels_is_refused_before_memory_is_taken(tmp_path):
+    folder = tmp_path / "scan"
+    write_pair(folder, stored_values(12, False), 12)
+    for path in folder.iterdir():
+        slice_ = pydicom.dcmread(path)
+        slice_.Rows = slice_.Columns = 40000
+        put_frame(slice_, bytes(1000), COMPRESSED["rle"])
+        slice_.save_as(path)
+    with pytest.raises(VolumeError, match="0.dcm: the DICOM slice is cut off or damaged"):
+        read_volume(folder)
+    zeros = np.zeros((256, 256), np.uint16)  # as small as RLE can make them
+    expected = write_pair(folder, zeros, 12)
+    for path in folder.iterdir():
+        compress(path, COMPRESSED["rle"], zeros, 12)
+    assert_read_as(folder, expected)
+
+
+@pytest.mark.parametrize("is_undefined", [False, True])
+def test_an_empty_sequence_is_no_look_up_table(tmp_path, is_undefined):
+    folder = tmp_path / "scan"
+    expected = write_pair(folder, stored_values(12, False), 12, ModalityLUTSequence=[])
+    for path in folder.iterdir():
+        slice_ = pydicom.dcmread(path)
+        slice_["ModalityLUTSequence"].is_undefined_length = is_undefined
+        slice_.save_as(path)
+    assert_read_as(folder, expected)
+
+
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.102", "1.2.3"])
 def test_compression_that_is_not_read_is_named(tmp_path, syntax):
     folder = tmp_path / "scan"

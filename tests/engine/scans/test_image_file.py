@@ -259,6 +259,28 @@ class TestRefusals:
         assert re.search(text, found), found
         assert capfd.readouterr() == ("", "")
 
+    @pytest.mark.parametrize("before", [b"", b"a header"])
+    @pytest.mark.parametrize(("ending", "line"), [(".mhd", "HeaderSize = -1"), (".nhdr", "byte skip: -1")])
+    def test_voxels_may_be_the_last_bytes_of_a_data_file(self, tmp_path, ending, line, before):
+        voxels = np.arange(60, dtype="<i2").reshape(3, 4, 5)
+        data = tmp_path / "v.raw"
+        if ending == ".mhd":
+            lines = ["ObjectType = Image", "NDims = 3", "DimSize = 5 4 3", "ElementType = MET_SHORT", line]
+            lines.append("ElementDataFile = v.raw")
+        else:
+            lines = ["NRRD0004", "type: short", "dimension: 3", "sizes: 5 4 3", "encoding: raw", "endian: little", line]
+            lines.append("data file: v.raw")
+        path = tmp_path / f"v{ending}"
+        path.write_text("\n".join(lines) + "\n")
+        data.write_bytes(before + voxels.tobytes())
+        np.testing.assert_array_equal(read_volume(path).array[0], voxels)
+        np.testing.assert_array_equal(
+            read_volume(path).array[0], SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path))
+        )
+        data.write_bytes(voxels.tobytes()[:-2])
+        with pytest.raises(VolumeError, match="cut off|header cannot be read"):
+            read_volume(path)
+
     def test_metaimage_without_what_it_needs(self, tmp_path, voxels_stay_unread):
         content = write_image(tmp_path / "v.mha").read_bytes()
         assert "incomplete" in refusal(tmp_path / "v.mha", content.replace(b"DimSize", b"Dimsize"))

@@ -292,6 +292,7 @@ class TestRefusals:
             (nifti(dim=[3, 5, 0, 3, 1, 1, 1, 1]), "length of at least 1"),
             (nifti(dim=[3, 5, 4, 30, 1, 1, 1, 1]), "too much for|are there"),
             (nifti(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), "must fit into memory"),
+            (nifti(version=2, voxels=np.zeros((1, 1, 32768), np.int16)), "every axis must have at most 32767 voxels"),
             (nifti(datatype=32), "got complex"),
             (nifti(pixdim=[1, np.nan, 1, 1, 1, 1, 1, 1]), "spacing must be finite"),
             (nifti(vox_offset=0), "voxels must begin at byte 352 or behind it, the header says byte 0"),
@@ -346,9 +347,15 @@ class TestWriting:
         assert not is_whole(path)
 
     def test_a_sheared_grid_is_never_straightened(self, tmp_path):
-        """ITK's NIfTI writer does that, and goes on."""
+        """ITK's NIfTI writer does that, and its reader refuses what others write."""
         geometry = Geometry(spacing=(2, 1, 1), origin=(1, 2, 3), direction=(1, 0.28, 0, 0, 0.96, 0, 0, 0, 1))
-        write_segmentation(tmp_path / "labels.nii.gz", np.ones((3, 4, 5), np.uint8), geometry)
+        labels = np.ones((3, 4, 5), np.uint8)
+        with pytest.raises(OutputError, match=r"axes are sheared, which ITK does not read from \.nii\.gz: save it as"):
+            write_segmentation(tmp_path / "labels.nii.gz", labels, geometry)
+        assert list(tmp_path.iterdir()) == []
+        write_segmentation(tmp_path / "labels.nrrd", labels, geometry)
+        assert read_volume(tmp_path / "labels.nrrd").geometry.matches(geometry)
+        write_segmentation(tmp_path / "labels.nii.gz", labels, geometry, reader="NibabelIO")
         np.testing.assert_allclose(nibabel.load(tmp_path / "labels.nii.gz").affine, geometry.affine, rtol=1e-6)
         assert geometry.voxel_mm3 == pytest.approx(2 * 0.96)
 

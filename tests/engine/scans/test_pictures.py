@@ -210,6 +210,12 @@ OME = (
 
 
 class TestRefusals:
+    def test_pictures_that_are_too_large_are_to_be_split(self, tmp_path, monkeypatch):
+        picture(tmp_path / "a.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(VolumeError, match="a.png: the picture is larger than Pillow reads .*: split it"):
+            read_volume(tmp_path / "a.png", reader="NaturalImage2DIO")
+
     @pytest.mark.parametrize("is_there", [True, False])
     def test_slices_in_other_files(self, tmp_path, is_there, caplog):
         """Tifffile goes and reads them, or gives zeros for those that it does not find."""
