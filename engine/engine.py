@@ -133,7 +133,8 @@ class Engine:
             views=views,
             views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else len(views)),
         )
-        remarks = remarks_on(opened.model.plan.architecture)
+        plan = opened.model.plan
+        remarks = (*remarks_on(plan.architecture), *plan.labels.remarks)
         provenance = {
             "model": str(Path(model).resolve()),
             "dataset": opened.model.plan.dataset_name,

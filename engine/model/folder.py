@@ -128,13 +128,8 @@ def read_model(
         if configuration not in (None, first.configuration):
             raise ModelError(f"{path} must be of configuration {configuration!r}, it is of {first.configuration!r}")
         plan = parse_plan(plans, dataset, first.configuration)
-        for remark in remarks_on(plan.architecture):
+        for remark in (*remarks_on(plan.architecture), *plan.labels.remarks):
             logger.warning("%s: %s", path, remark)
-        if renumbered := plan.labels.renumbered:
-            listed = ", ".join(f"{name} as {' or '.join(map(str, values))}" for name, values in renumbered.items())
-            logger.warning(
-                "%s: as nnU-Net does, labels are written by other values than dataset.json's: %s", path, listed
-            )
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
         return Model(

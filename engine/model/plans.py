@@ -92,6 +92,12 @@ class LabelScheme:
         }
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Say where labels are written by other values than those of dataset.json."""
+        listed = ", ".join(f"{name} as {' or '.join(map(str, values))}" for name, values in self.renumbered.items())
+        return (f"as in nnU-Net, labels are written by other values than dataset.json's: {listed}",) if listed else ()
+
+    @property
     def num_outputs(self) -> int:
         """Channels of the network's segmentation output."""
         return len(self.foreground) + 1 if self.regions_class_order is None else len(self.regions_class_order)
