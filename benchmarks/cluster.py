@@ -65,7 +65,7 @@ def main() -> None:
 def rate(log: Path) -> float:
     """Cases a second between the first and the last that was done."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    times = [datetime.fromisoformat(event["time"]) for event in events if event["event"] == "done"]
+    times = [datetime.fromisoformat(event.time) for event in events if event.kind == "done"]
     return (len(times) - 1) / (times[-1] - times[0]).total_seconds()
 
 

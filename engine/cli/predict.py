@@ -16,6 +16,7 @@ from .output import DONE, SOME_FAILED, say
 
 if TYPE_CHECKING:
     from ..jobs.cases import CaseFiles
+    from ..jobs.events import Event
     from ..jobs.job import Job
     from ..jobs.run import Outcome
 
@@ -306,11 +307,11 @@ def _stopping() -> Iterator[dict[str, int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Mapping[str, Any]], None]:
+def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Event], None]:
     """Open what shows how the job goes."""
     from ..jobs.progress import JsonLog, ProgressLine
 
-    listeners: list[Callable[[Mapping[str, Any]], None]] = []
+    listeners: list[Callable[[Event], None]] = []
     if not options.disable_progress_bar and sys.stderr is not None:
         listeners.append(ProgressLine(sys.stderr))
     if options.log is not None:
@@ -319,7 +320,7 @@ def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Call
         except OSError as error:
             raise ValueError(f"--log: {options.log} cannot be written: {error.strerror or error}") from error
 
-    def on_event(event: Mapping[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         for listener in listeners:
             listener(event)
 

@@ -11,9 +11,10 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from .cases import CaseFiles
+from .events import Ended
 from .job import Job
 from .worker import ModelArguments, Place, serve
-from .worker_pool import Worker, WorkerMessage, WorkerPool
+from .worker_pool import Message, Worker, WorkerPool
 
 _SPAWN = get_context("spawn")
 _WAIT_S = 1.0
@@ -50,16 +51,16 @@ class LocalWorkers(WorkerPool[Place]):
         with contextlib.suppress(OSError):  # it is lost, and the next message says so
             worker.handle[1].send(case)
 
-    def _messages(self) -> Iterable[WorkerMessage[Place]]:
+    def _messages(self) -> Iterable[tuple[Worker[Place], Message]]:
         by_connection = {worker.handle[1]: worker for worker in self._running}
-        messages: list[WorkerMessage[Place]] = []
+        messages: list[tuple[Worker[Place], Message]] = []
         for connection in wait(list(by_connection), timeout=_WAIT_S):
             worker = by_connection[connection]
             try:
-                what, content = worker.handle[1].recv()
+                message = worker.handle[1].recv()
             except (EOFError, OSError):
-                what, content = "lost", _ending(worker.handle[0])
-            messages.append((worker, what, content))
+                message = Ended(_ending(worker.handle[0]))
+            messages.append((worker, message))
         return messages
 
     def _end(self, workers: Sequence[Worker[Place]]) -> None:

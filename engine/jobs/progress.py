@@ -8,9 +8,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any, TextIO
+from typing import TextIO
+
+from .events import Done, Event, Failed, Finished, Lost, Retried, Started, Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +34,24 @@ class ProgressLine:
         self._tiles: dict[str, tuple[int, int]] = {}
         self._began = self._said = clock()
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take notice; see `run.OnEvent`."""
-        what, name = event["event"], event.get("name", "")
-        if what == "started":
-            self._cases, self._began = event["cases"], self._clock()
-        elif what == "tiles":
-            self._tiles[name] = (event["done"], event["total"])
-        elif what == "lost":
-            for each in event["cases"]:
-                self._tiles.pop(each, None)
-        elif what in ("done", "failed", "retried"):
-            self._tiles.pop(name, None)
-            self._done += what == "done"
-            self._failed += what == "failed"
-        elif what == "finished":
-            if self._live:
-                self._show("\r\x1b[K")
-            return
+    def __call__(self, event: Event) -> None:
+        """Take notice."""
+        match event:
+            case Started(cases=cases):
+                self._cases, self._began = cases, self._clock()
+            case Tiles(name=name, done=done, total=total):
+                self._tiles[name] = (done, total)
+            case Lost(cases=cases):
+                for name in cases:
+                    self._tiles.pop(name, None)
+            case Done(name=name) | Failed(name=name) | Retried(name=name):
+                self._tiles.pop(name, None)
+                self._done += isinstance(event, Done)
+                self._failed += isinstance(event, Failed)
+            case Finished():
+                if self._live:
+                    self._show("\r\x1b[K")
+                return
         now = self._clock()
         if now - self._said >= (_ON_TERMINAL_S if self._live else _ELSEWHERE_S):
             self._said = now
@@ -105,11 +107,11 @@ class JsonLog:
         self._path = path
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Add a line in one piece, so that jobs can share a log."""
-        if event["event"] == "tiles" or self._file is None:
+        if isinstance(event, Tiles) or self._file is None:
             return
-        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(), **event}) + "\n"
+        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(), **event.to_json()}) + "\n"
         try:
             os.write(self._file, line.encode())
         except OSError as error:

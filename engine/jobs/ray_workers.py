@@ -12,10 +12,11 @@ from typing import Any
 
 from ..errors import BackendUnavailable, EngineError, OutputError
 from .cases import CaseFiles
+from .events import Ended, Ready, Stop, Unusable
 from .job import Job, ModelInfo, load_predictor
 from .records import Record
 from .worker import ModelArguments
-from .worker_pool import QueuedEngine, Worker, WorkerMessage, WorkerPool
+from .worker_pool import Message, QueuedEngine, Worker, WorkerPool
 
 _WAIT_S = 1.0
 _CONNECT_S = 5.0
@@ -120,27 +121,27 @@ class RayWorkers(WorkerPool[int]):
         there = replace(case, images=tuple(path.absolute() for path in case.images))
         self._calls[worker.handle.predict.remote(there)] = (worker, case)
 
-    def _messages(self) -> Iterable[WorkerMessage[int]]:
+    def _messages(self) -> Iterable[tuple[Worker[int], Message]]:
         finished, _ = self._ray.wait(list(self._calls), timeout=_WAIT_S)
         for call in finished:
             if call not in self._calls:  # of an actor that was dropped meanwhile
                 continue
             worker, case = self._calls.pop(call)
-            yield (worker, *self._answer(call, case))
+            yield worker, self._answer(call, case)
 
-    def _answer(self, call: Any, case: CaseFiles | None) -> tuple[str, Any]:
+    def _answer(self, call: Any, case: CaseFiles | None) -> Message:
         errors = self._ray.exceptions
         try:
             answer = self._ray.get(call)
         except errors.RayTaskError as error:
             if isinstance(error.cause, OutputError):
-                return "stop", error.cause
+                return Stop(error.cause)
             if case is None and isinstance(error.cause, (EngineError, ValueError)):
-                return "unusable", error.cause
-            return "lost", f"{error.cause!r:.200}"
+                return Unusable(error.cause)
+            return Ended(f"{error.cause!r:.200}")
         except errors.RayError as error:  # of the actor, its process or its machine
-            return "lost", str(error).strip().partition("\n")[0]
-        return ("ready" if case is None else "record"), answer
+            return Ended(str(error).strip().partition("\n")[0])
+        return Ready(answer) if case is None else answer
 
     def _end(self, workers: Sequence[Worker[int]]) -> None:
         for worker in workers:

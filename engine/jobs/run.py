@@ -23,13 +23,11 @@ from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
+from .events import Done, Failed, Finished, OnEvent, Retried, Started, Tiles
 from .job import DATASET, PLANS, Job, ModelInfo, Predictor, check_dicom, check_overwriting
 from .records import DONE, FAILED, KEPT, CaseState, Record, RecordFolder
 
 logger = logging.getLogger(__name__)
-
-OnEvent = Callable[[Mapping[str, Any]], None]
-"""Is called with what happens, as a mapping with `event`: started, tiles, done, failed, retried, lost, finished."""
 
 
 class Workers(Protocol):
@@ -131,7 +129,7 @@ def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event:
     def is_done_now(case: CaseFiles) -> bool:
         return record_folder.stamp(case.name) != before.get(case.name) and state(case).is_done
 
-    on_event({"event": "started", "cases": len(pending), "skipped": len(outcome.skipped), "kept": len(outcome.kept)})
+    on_event(Started(cases=len(pending), skipped=len(outcome.skipped), kept=len(outcome.kept)))
     if not record_folder.has_tables():
         record_folder.collect()
     try:
@@ -143,7 +141,7 @@ def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event:
                     name = record.name
                     if record.status == FAILED and record.transient and not last:
                         logger.warning("%s failed, and is tried again at the end: %s", name, record.error)
-                        on_event({"event": "retried", "name": name, "error": record.error})
+                        on_event(Retried(name=name, error=str(record.error)))
                         again[name] = pending[name]
                         continue
                     if record.status == FAILED and not record.results and is_done_now(pending[name]):
@@ -159,7 +157,7 @@ def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event:
             if case.name not in ended:
                 (outcome.done if is_done_now(case) else outcome.left).append(case.name)
     finally:
-        on_event({"event": "finished", "done": len(outcome.done), "failed": len(outcome.failed)})
+        on_event(Finished(done=len(outcome.done), failed=len(outcome.failed)))
         with contextlib.suppress(OutputError):  # a full disk does not take tables either
             record_folder.collect()
     return outcome
@@ -173,14 +171,14 @@ def _note(record_folder: RecordFolder, record: Record, outcome: Outcome, on_even
             _record_failure(record_folder, record)
         outcome.failed[name] = str(record.error)
         logger.info("%s failed: %s", name, record.error)
-        on_event({"event": "failed", "name": name, "error": record.error})
+        on_event(Failed(name=name, error=str(record.error)))
         return
     if record.status == KEPT:
         outcome.kept[name] = str(record.kept)
         return
     outcome.done.append(name)
     logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record.timings_ms.items()))
-    on_event({"event": "done", "name": name, "timings_ms": record.timings_ms, "warnings": list(record.warnings)})
+    on_event(Done(name=name, timings_ms=record.timings_ms, warnings=record.warnings))
 
 
 def _record_failure(record_folder: RecordFolder, record: Record) -> None:
@@ -237,7 +235,7 @@ class InProcess:
         def tiles_done(index: int, done: int, total: int) -> None:
             if left.is_set():
                 raise PredictionError("abandoned")
-            on_event({"event": "tiles", "name": names[index], "done": done, "total": total})
+            on_event(Tiles(name=names[index], done=done, total=total))
 
         def answers() -> Generator[tuple[CaseFiles, dict[str, Any], Prediction | EngineError], None, None]:
             predictions = self._engine.predict_many(

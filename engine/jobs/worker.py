@@ -78,6 +78,7 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
     if place.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, place.cores)
     from ..errors import EngineError, OutputError, PredictionError
+    from .events import Ready, Stop, Unusable
     from .job import load_predictor
     from .worker_pool import QueuedEngine, throttled
 
@@ -88,26 +89,26 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
     try:
         engine = load_predictor(model_arguments.models, device=place.device, **model_arguments.arguments)
     except (EngineError, ValueError) as error:
-        connection.send(("unusable", error))
+        connection.send(Unusable(error))
         return
     left = False
     saying = threading.Lock()
 
-    def say(what: str, content: Any) -> None:
+    def say(message: Any) -> None:
         # Where nobody listens any more, that shows where cases are received.
         with saying, contextlib.suppress(OSError):
-            connection.send((what, content))
+            connection.send(message)
 
-    def on_event(event: Mapping[str, Any]) -> None:
+    def on_event(event: Any) -> None:
         if left:
             raise PredictionError("abandoned")
         send_tiles(event)
 
     def ended(future: Future[Any]) -> None:
         try:
-            say("record", future.result())
+            say(future.result())
         except OutputError as error:
-            say("stop", error)
+            say(Stop(error))
         except EngineError as error:  # a lost device
             logging.getLogger(__name__).warning("%s", error)
             os._exit(1)  # the next process may have better luck
@@ -115,11 +116,11 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
             logging.getLogger(__name__).exception("a process ends by an unexpected error")
             os._exit(1)
 
-    send_tiles = throttled(lambda event: say("tiles", event), _TILES_EVERY_S, time.monotonic)
-    resident = QueuedEngine(engine, job, on_event)
-    say("ready", resident.info)
+    send_tiles = throttled(say, _TILES_EVERY_S, time.monotonic)
+    engine_queue = QueuedEngine(engine, job, on_event)
+    say(Ready(engine_queue.info))
     with contextlib.suppress(EOFError, OSError):
         while True:
-            resident.submit(connection.recv()).add_done_callback(ended)
+            engine_queue.submit(connection.recv()).add_done_callback(ended)
     left = True
-    resident.close()
+    engine_queue.close()

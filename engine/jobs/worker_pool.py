@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
 from .cases import CaseFiles
+from .events import Ended, Lost, OnEvent, Ready, Stop, Tiles, Unusable
 from .job import Job, ModelInfo, Predictor
 from .records import FAILED, Record
-from .run import InProcess, OnEvent
+from .run import InProcess
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,8 @@ class Worker(Generic[_Place]):
     given: dict[str, CaseFiles] = field(default_factory=dict)
 
 
-WorkerMessage = tuple[Worker[_Place], str, Any]
-"""A process, what happened, and what to know of it: "ready" (`ModelInfo`), "tiles" (an event), "record" (a `Record`),
-"stop" (the error that ends the job), "unusable" (why it cannot load), "lost" (how it ended)."""
+Message = Ready | Unusable | Stop | Ended | Tiles | Record
+"""What a worker says: how far it is, or how a case went."""
 
 
 class WorkerPool(ABC, Generic[_Place]):
@@ -83,14 +83,14 @@ class WorkerPool(ABC, Generic[_Place]):
         """Let a process do a case."""
 
     @abstractmethod
-    def _messages(self) -> Iterable[WorkerMessage[_Place]]:
+    def _messages(self) -> Iterable[tuple[Worker[_Place], Message]]:
         """Wait for what happens, for a second or so."""
 
     @abstractmethod
     def _end(self, workers: Sequence[Worker[_Place]]) -> None:
         """End processes; what they have not finished is abandoned."""
 
-    def _wait_for_messages(self) -> Iterator[WorkerMessage[_Place]]:
+    def _wait_for_messages(self) -> Iterator[tuple[Worker[_Place], Message]]:
         """Pass messages on, and say so where the job only waits, such as for room on a cluster."""
         now = time.monotonic()
         if any(worker.ready for worker in self._running):
@@ -109,11 +109,15 @@ class WorkerPool(ABC, Generic[_Place]):
         """Wait until one process has its model; the others go on loading."""
         reason: Exception = DeviceLost("there is no place to work at")
         while self._running:
-            for worker, what, content in self._wait_for_messages():
-                if what == "ready":
-                    worker.ready = True
-                    return content
-                reason = content if what == "unusable" else DeviceLost(f"a process ended while it loaded: {content}")
+            for worker, message in self._wait_for_messages():
+                match message:
+                    case Ready(info):
+                        worker.ready = True
+                        return info
+                    case Unusable(error):
+                        reason = error
+                    case _:
+                        reason = DeviceLost(f"a process ended while it loaded: {_how(message)}")
                 self._drop(worker)
         raise reason
 
@@ -124,18 +128,19 @@ class WorkerPool(ABC, Generic[_Place]):
             while pending or any(worker.given for worker in self._running):
                 self._refill(len(pending))
                 self._distribute(pending, alone)
-                for worker, what, content in self._wait_for_messages():
-                    if what == "ready":
-                        worker.ready = True
-                    elif what == "tiles":
-                        on_event(content)
-                    elif what == "record":
-                        del worker.given[content.name]
-                        yield content
-                    elif what == "stop":
-                        raise content
-                    else:
-                        yield from self._lost(worker, str(content), on_event)
+                for worker, message in self._wait_for_messages():
+                    match message:
+                        case Ready():
+                            worker.ready = True
+                        case Tiles():
+                            on_event(message)
+                        case Record(name=name):
+                            del worker.given[name]
+                            yield message
+                        case Stop(error):
+                            raise error
+                        case _:
+                            yield from self._lost(worker, _how(message), on_event)
         finally:
             # Whoever left before the end wants no more of it.
             self._end([worker for worker in self._running if worker.given])
@@ -165,7 +170,7 @@ class WorkerPool(ABC, Generic[_Place]):
     def _lost(self, worker: Worker[_Place], how: str, on_event: OnEvent) -> Generator[Record, None, None]:
         """Take back the cases of a process that has ended."""
         logger.warning("a process is lost (%s), with %s", how, ", ".join(worker.given) or "no case")
-        on_event({"event": "lost", "how": how, "cases": list(worker.given)})
+        on_event(Lost(how=how, cases=tuple(worker.given)))
         self._drop(worker)
         for case in worker.given.values():
             yield Record(
@@ -182,6 +187,11 @@ class WorkerPool(ABC, Generic[_Place]):
         self._end([worker])
         if not worker.ready:
             self._places.remove(worker.place)
+
+
+def _how(message: Message) -> str:
+    """Say how a worker ended."""
+    return message.how if isinstance(message, Ended) else str(getattr(message, "error", message))
 
 
 class QueuedEngine:
@@ -242,13 +252,13 @@ class QueuedEngine:
                 future.set_exception(error)
 
 
-def throttled(on_event: OnEvent, every_s: float, clock: Callable[[], float]) -> OnEvent:
+def throttled(on_event: Callable[[Tiles], None], every_s: float, clock: Callable[[], float]) -> Callable[[Tiles], None]:
     """Pass events on no more often than that, but always the last tile of a case."""
     last = -math.inf
 
-    def passed(event: Any) -> None:
+    def passed(event: Tiles) -> None:
         nonlocal last
-        if event["done"] == event["total"] or clock() - last >= every_s:
+        if event.done == event.total or clock() - last >= every_s:
             last = clock()
             on_event(event)
 

@@ -44,9 +44,9 @@ engine = load_predictor([model], device="cpu", mirror=False, backend="torch")
 seen = []
 
 def on_event(event):
-    if event["event"] != "done":
+    if event.kind != "done":
         return
-    seen.append(event["name"])
+    seen.append(event.name)
     if len(seen) in (100, int(count)):
         gc.collect()
         kib = next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]

@@ -91,13 +91,13 @@ def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
     events = []
 
     def on_event(event):
-        if event["event"] == "done" and not any(each["event"] == "done" for each in events):
+        if event.kind == "done" and not any(each.kind == "done" for each in events):
             os.kill(processes(pool)[0].pid, signal.SIGKILL)
         events.append(event)
 
     outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
-    assert [event["how"] for event in events if event["event"] == "lost"] == ["signal 9"]
+    assert [event.how for event in events if event.kind == "lost"] == ["signal 9"]
     assert len(labels(tmp_path / "out")) == 8
 
 

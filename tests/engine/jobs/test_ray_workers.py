@@ -9,6 +9,7 @@ import pytest
 from nnturbo.engine import BackendUnavailable, ModelError
 from nnturbo.engine.cli import main
 from nnturbo.engine.jobs.cases import find_cases
+from nnturbo.engine.jobs.events import Ready
 from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker import ModelArguments
@@ -67,7 +68,7 @@ def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
     pids, events = [], []
 
     def on_event(event):
-        if event["event"] == "done" and not pids:
+        if event.kind == "done" and not pids:
             worker = next(worker for worker in made._running if worker.given)
             pids.append(ray.get(worker.handle.__ray_call__.remote(lambda actor: os.getpid())))
             os.kill(pids[0], signal.SIGKILL)
@@ -78,7 +79,7 @@ def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
     finally:
         made.close()
     assert sorted(outcome.done) == [f"c{index}" for index in range(10)]
-    assert len([event for event in events if event["event"] == "lost"]) == 1
+    assert len([event for event in events if event.kind == "lost"]) == 1
     assert len(labels(tmp_path / "out")) == 10
 
 
@@ -126,21 +127,21 @@ def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     done, events = [], []
 
     def on_event(event):
-        if event["event"] == "done":
-            done.append(event["name"])
+        if event.kind == "done":
+            done.append(event.name)
             if len(done) == 5:
                 workers = children(machine.all_processes["raylet"][0].process.pid)
                 machines.remove_node(machine, allow_graceful=False)
                 for worker in workers:  # which would work on for a while without their machine
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker, signal.SIGKILL)
-        events.append(event["event"])
+        events.append(event.kind)
 
     for index in range(10, 40):
         write_scan(scans / f"c{index}_0000.nii.gz", index)
     while not all(worker.ready for worker in made._running):
-        for worker, what, _ in made._messages():
-            worker.ready = what == "ready"
+        for worker, message in made._messages():
+            worker.ready = isinstance(message, Ready)
     try:
         outcome = run_job(made, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     finally:

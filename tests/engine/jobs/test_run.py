@@ -188,7 +188,7 @@ def test_results_are_replaced_only_by_their_successors(engine, scans, tmp_path, 
     else:
 
         def stop(event):
-            if event["event"] == ("tiles" if damage == "stopped at once" else "done"):
+            if event.kind == ("tiles" if damage == "stopped at once" else "done"):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -363,7 +363,7 @@ def test_labels_that_appear_while_a_job_goes_on_are_kept(engine, scans, tmp_path
     out, cases = tmp_path / "out", find_cases(scans, ".nii.gz")
 
     def meanwhile(event):
-        if event["event"] == "started":
+        if event.kind == "started":
             write_scan(out / "b.nii.gz", 5)
 
     outcome = predict_cases(engine, cases, Job(output=out, skip_existing=True), on_event=meanwhile)

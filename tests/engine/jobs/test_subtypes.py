@@ -139,8 +139,8 @@ class TestSubtypes:
         out, seen = tmp_path / "out", []
 
         def on_event(event):
-            if seen or event["event"] == "tiles":
-                seen.append((event["event"], len(self.rows(out))))
+            if seen or event.kind == "tiles":
+                seen.append((event.kind, len(self.rows(out))))
 
         predict_cases(classifier, find_cases(scans, ".nii.gz"), Job(output=out), on_event=on_event)
         assert seen[0] == ("tiles", 0)

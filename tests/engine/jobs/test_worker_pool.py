@@ -6,6 +6,7 @@ import pytest
 from nnturbo.engine import EngineError, ModelError, OutputError, PredictionError
 from nnturbo.engine.errors import DeviceLost
 from nnturbo.engine.jobs.cases import CaseFiles
+from nnturbo.engine.jobs.events import Ended, Ready, Stop, Tiles, Unusable
 from nnturbo.engine.jobs.job import Job, ModelInfo
 from nnturbo.engine.jobs.records import DONE, FAILED, Fingerprint, Record
 from nnturbo.engine.jobs.run import run_job
@@ -35,15 +36,15 @@ class Played(WorkerPool):
         for worker in list(self._running):
             if not worker.ready:
                 error = self.loads(worker.place, self.started[worker.place])
-                yield (worker, "ready", INFO) if error is None else (worker, *error)
+                yield worker, Ready(INFO) if error is None else error
             elif worker.handle:
                 case = worker.handle.pop(0)
                 if case.name in self.poison:
-                    yield worker, "lost", "signal 9"
+                    yield worker, Ended("signal 9")
                 elif case.name == self.stop:
-                    yield worker, "stop", OutputError("the disk is full")
+                    yield worker, Stop(OutputError("the disk is full"))
                 else:
-                    yield worker, "record", self.record(case.name)
+                    yield worker, self.record(case.name)
 
     def record(self, name):
         if self.fails.get(name, 0) > 0:
@@ -81,20 +82,20 @@ def test_a_process_that_is_lost_costs_no_case(tmp_path):
 
     class Once(Played):
         def _messages(self):
-            for worker, what, content in super()._messages():
-                if what == "record" and content.name == "c07" and not lost:
+            for worker, message in super()._messages():
+                if isinstance(message, Record) and message.name == "c07" and not lost:
                     lost.append(sorted(worker.given))
-                    yield worker, "lost", "signal 9"
+                    yield worker, Ended("signal 9")
                 else:
-                    yield worker, what, content
+                    yield worker, message
 
     workers = Once("xy")
     outcome, events = run(workers, 20, tmp_path)
     assert sorted(outcome.done) == [case.name for case in cases(20)]
     assert not outcome.failed
-    (event,) = (event for event in events if event["event"] == "lost")
-    assert sorted(event["cases"]) == lost[0]
-    assert sorted(event["name"] for event in events if event["event"] == "retried") == lost[0]
+    (event,) = (event for event in events if event.kind == "lost")
+    assert sorted(event.cases) == lost[0]
+    assert sorted(event.name for event in events if event.kind == "retried") == lost[0]
     assert sum(workers.started.values()) == 3
 
 
@@ -139,20 +140,20 @@ def test_a_full_disk_ends_it(tmp_path):
 
 def test_a_model_that_cannot_be_used_is_said_at_once():
     with pytest.raises(ModelError, match="no weights"):
-        Played("xy", loads=lambda place, times: ("unusable", ModelError("no weights")))
+        Played("xy", loads=lambda place, times: Unusable(ModelError("no weights")))
     with pytest.raises(DeviceLost, match="ended while it loaded: signal 11"):
-        Played("x", loads=lambda place, times: ("lost", "signal 11"))
+        Played("x", loads=lambda place, times: Ended("signal 11"))
 
 
 def test_a_place_that_never_loads_is_given_up(tmp_path):
-    workers = Played("xy", loads=lambda place, times: ("unusable", ModelError("broken")) if place == "y" else None)
+    workers = Played("xy", loads=lambda place, times: Unusable(ModelError("broken")) if place == "y" else None)
     outcome, _ = run(workers, 10, tmp_path)
     assert len(outcome.done) == 10
     assert workers.started == {"x": 1, "y": 1}
 
 
 def test_when_no_process_loads_again_the_rest_is_left(tmp_path):
-    workers = Played("x", poison=["c03"], loads=lambda place, times: ("lost", "signal 11") if times > 1 else None)
+    workers = Played("x", poison=["c03"], loads=lambda place, times: Ended("signal 11") if times > 1 else None)
     outcome, _ = run(workers, 10, tmp_path)
     assert "no process is left" in outcome.stopped
     assert len(outcome.done) == 3
@@ -165,8 +166,8 @@ def test_whatever_is_lost_every_case_is_accounted_for(tmp_path, seed):
 
     class Unlucky(Played):
         def _messages(self):
-            for worker, what, content in super()._messages():
-                yield (worker, "lost", "signal 9") if luck.random() < 0.1 else (worker, what, content)
+            for worker, message in super()._messages():
+                yield worker, Ended("signal 9") if luck.random() < 0.1 else message
 
     try:
         workers = Unlucky("wxyz", poison={f"c{luck.randrange(30):02d}" for _ in range(3)})
@@ -184,8 +185,8 @@ def test_tiles_are_told_now_and_then_and_the_last_always():
     on_event = throttled(told.append, 1.0, lambda: now[0])
     for done in range(1, 11):
         now[0] += 0.3
-        on_event({"done": done, "total": 10})
-    assert [event["done"] for event in told] == [1, 5, 9, 10]
+        on_event(Tiles(name="a", done=done, total=10))
+    assert [event.done for event in told] == [1, 5, 9, 10]
 
 
 def test_errors_say_whether_they_may_pass():
