@@ -14,7 +14,7 @@ import numpy as np
 from .engine import Engine, Image, Previous
 from .errors import EngineError, ModelError
 from .model.classification import Classification
-from .model.plans import LabelScheme
+from .model.labels import LabelScheme
 from .overlap import overlapped
 from .pipeline.labels import segment_probabilities
 from .pipeline.prediction import Prediction

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..errors import BackendUnavailable, EngineError, VolumeError
 from ..files import written_atomically
-from ..model.plans import LabelScheme, parse_labels, read_channel_names
+from ..model.labels import LabelScheme, parse_labels
+from ..model.plans import read_channel_names
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
 from .records import DONE, FAILED, KEPT, WRITING, Record, RecordFolder

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..errors import ModelError
 from ..scans.image_header import IMAGE_ENDINGS
 from ..scans.pictures import PICTURE_READERS
 from .classification import ClassificationScheme
+from .json_values import take
+from .labels import LabelScheme, parse_labels
 from .resampling_function import Resampling, parse_resampling
 
 NORMALIZATIONS = (
@@ -45,72 +44,6 @@ LARGEST_PATCH_VOXELS = 2**31
 
 MULTI_TASK_NETWORK = "nnturbo.engine.network.MultiTaskUNet"
 """The class that the plans of multi-task models name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelScheme:
-    """What the network's outputs mean.
-
-    Args:
-        labels: Name -> value in dataset.json, or values for a region; without "ignore". What is written: `written`.
-        regions_class_order: The label each region paints, in painting order; None for plain labels.
-    """
-
-    labels: Mapping[str, int | tuple[int, ...]]
-    regions_class_order: tuple[int, ...] | None
-
-    @property
-    def foreground(self) -> tuple[int, ...]:
-        """Every label value but background, ascending."""
-        return tuple(sorted({value for label in self.labels.values() for value in _values(label)} - {0}))
-
-    @property
-    def written(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the values that mean it in what is predicted, ascending; without background.
-
-        Note:
-            nnU-Net: LabelManager.convert_probabilities_to_segmentation. Plain labels are numbered from the least value
-            on, without gaps. A region is where it was painted, or a region inside it.
-        """
-        if self.regions_class_order is None:
-            numbers = {value: (number,) for number, value in enumerate(self.foreground, 1)}
-            return {name: numbers[value] for name, value in self.labels.items() if isinstance(value, int) and value}
-        regions = {name: _values(value) for name, value in self.labels.items() if any(_values(value))}
-        painted = list(zip(regions.values(), self.regions_class_order, strict=True))
-        return {
-            name: tuple(sorted({value for part, value in painted if set(part) <= set(region)} - {0}))
-            for name, region in regions.items()
-        }
-
-    @property
-    def renumbered(self) -> dict[str, tuple[int, ...]]:
-        """Those of `written` whose values are not the ones of dataset.json."""
-        written = self.written
-        present = {value for values in written.values() for value in values}
-        return {
-            name: values for name, values in written.items() if set(values) != present & set(_values(self.labels[name]))
-        }
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Say where labels are written by other values than those of dataset.json."""
-        listed = ", ".join(f"{name} as {' or '.join(map(str, values))}" for name, values in self.renumbered.items())
-        return (f"as in nnU-Net, labels are written by other values than dataset.json's: {listed}",) if listed else ()
-
-    @property
-    def num_outputs(self) -> int:
-        """Channels of the network's segmentation output."""
-        return len(self.foreground) + 1 if self.regions_class_order is None else len(self.regions_class_order)
-
-    @property
-    def dtype(self) -> type[np.uint8] | type[np.uint16]:
-        """Data type of a segmentation (nnU-Net: uint16 from 255 foreground labels on)."""
-        return np.uint8 if len(self.foreground) < 255 else np.uint16
-
-
-def _values(label: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Give the values of a label or a region."""
-    return label if isinstance(label, tuple) else (label,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,19 +127,6 @@ class Plan:
         return (slice_spacing, *self.spacing)[-3:]  # type: ignore[return-value]
 
 
-def _get(source: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """Take a value of a given type from JSON, or say what is wrong with it."""
-    if not isinstance(source, Mapping) or key not in source:
-        has = ", ".join(sorted(map(str, source))) if isinstance(source, Mapping) else repr(source)
-        raise ModelError(f"{where} must have {key!r}; it has {has or 'nothing':.300}")
-    value = source[key]
-    # To Python True is an integer; to a plan it is not.
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ModelError(f"{where}: {key!r} must be a {names}, got {value!r:.80}")
-    return value
-
-
 def _is_number(value: Any) -> bool:
     """Whether JSON holds a finite number here that a float can hold."""
     try:
@@ -217,7 +137,7 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = False) -> tuple:
     """Take a list of positive numbers."""
-    values = _get(source, key, list, where)
+    values = take(source, key, list, where)
     for value in values:
         number = _is_number(value) and value > 0
         if not number or (whole and value != int(value)):
@@ -227,110 +147,23 @@ def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = F
     return tuple(int(value) if whole else float(value) for value in values)
 
 
-def _label_value(value: Any, what: str, kind: str = "an integer") -> int:
-    """Read a label's value, of which nnU-Net takes int(): 1, 1.0 and "1" are the same."""
-    number = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            number = int(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**16 or number % 1:
-        raise ModelError(f"dataset.json: {what} must be {kind} from 0 to 65535, got {value!r:.80}")
-    return int(number)
-
-
-def _by_name(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn labels that are written as value -> name, as nnU-Net v1 wrote them, into name -> value."""
-    if "background" in labels or not all(isinstance(name, str) for name in labels.values()):
-        return dict(labels)
-    if not all(value.isdecimal() for value in labels):
-        return dict(labels)
-    named = {"background" if int(value) == 0 else name: int(value) for value, name in labels.items()}
-    if len(named) != len(labels):
-        raise ModelError(f"dataset.json: labels must have a name of their own each, got {dict(labels)!r:.200}")
-    return named
-
-
-def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
-    """Read the `labels` and `regions_class_order` of a `dataset.json`.
-
-    Note:
-        nnU-Net: LabelManager. It takes int() of each value; fractions, which it cuts off, are refused here. Labels
-        written as value -> name are read here though nnU-Net v2 refuses them: they can mean one thing only.
-    """
-    raw = _by_name(_get(dataset, "labels", dict, "dataset.json"))
-    ignore = raw.pop("ignore", None)
-    labels: dict[str, int | tuple[int, ...]] = {}
-    for name, value in raw.items():
-        what, kind = f"label {name!r:.80}", "an integer or a list of them,"
-        if isinstance(value, list) and value:
-            labels[str(name)] = tuple(_label_value(each, what, kind) for each in value)
-        else:
-            labels[str(name)] = _label_value(value, what, kind)
-    if labels.get("background") != 0:
-        raise ModelError(f"dataset.json: labels must have 'background': 0, got {labels.get('background')!r}")
-    _check_ignore(ignore, labels)
-    if not any(isinstance(value, tuple) and len(value) > 1 for value in labels.values()):
-        return LabelScheme(
-            labels={n: v[0] if isinstance(v, tuple) else v for n, v in labels.items()}, regions_class_order=None
-        )
-    scheme = LabelScheme(labels=labels, regions_class_order=_regions_class_order(dataset, raw, labels))
-    highest = np.iinfo(scheme.dtype).max
-    if max(scheme.regions_class_order or ()) > highest:
-        raise ModelError(
-            f"dataset.json: regions_class_order must hold values up to {highest}, which nnU-Net writes with so few "
-            f"labels, got {list(scheme.regions_class_order or ())!r:.200}: train with smaller values"
-        )
-    return scheme
-
-
-def _check_ignore(ignore: Any, labels: Mapping[str, int | tuple[int, ...]]) -> None:
-    """Refuse what nnU-Net refuses of the label that training passed over."""
-    highest = max(max(_values(value)) for value in labels.values())
-    if ignore is not None and not (type(ignore) is int and ignore == highest + 1):
-        raise ModelError(
-            f"dataset.json: label 'ignore' must be the integer after the highest other label, {highest + 1}, got "
-            f"{ignore!r:.80}"
-        )
-
-
-def _regions_class_order(
-    dataset: Mapping[str, Any], raw: Mapping[str, Any], labels: Mapping[str, int | tuple[int, ...]]
-) -> tuple[int, ...]:
-    """Read the label that each region paints; `raw` is what `labels` were read from."""
-    given = _get(dataset, "regions_class_order", list, "dataset.json with regions")
-    order = tuple(_label_value(value, "regions_class_order", "integers") for value in given)
-    background = [name for name, value in labels.items() if not any(_values(value))]
-    for name in background:
-        if any(isinstance(value, str) for value in (raw[name] if isinstance(raw[name], list) else [raw[name]])):
-            raise ModelError(
-                f"dataset.json: beside regions, label {name!r:.80} must be the number 0, got {raw[name]!r:.80}, which "
-                f"nnU-Net takes for a region"
-            )
-    if len(order) != len(labels) - len(background):
-        raise ModelError(
-            f"dataset.json: regions_class_order must hold one label per region ({len(labels) - len(background)}), "
-            f"got {given!r:.200}"
-        )
-    return order
-
-
 def read_channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
     """Read what `dataset.json` calls the channels, in their order."""
     key = "modality" if "modality" in dataset else "channel_names"
-    names = _get(dataset, key, (dict, list), "dataset.json")
+    names = take(dataset, key, (dict, list), "dataset.json")
     return tuple(str(name) for name in (names.values() if isinstance(names, dict) else names))
 
 
 def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Look a configuration up, with what it inherits from others filled in."""
-    configurations = _get(plans, "configurations", dict, "plans.json")
+    configurations = take(plans, "configurations", dict, "plans.json")
     chain: list[str] = []
     resolved: dict[str, Any] = {}
     while name not in chain:
         if name not in configurations:
             raise ModelError(f"plans.json must have the configuration {name!r}; it has {', '.join(configurations)}")
         chain.append(name)
-        configuration = _get(configurations, name, dict, "plans.json: configurations")
+        configuration = take(configurations, name, dict, "plans.json: configurations")
         resolved = {**configuration, **resolved}
         if "inherits_from" not in configuration:
             return resolved
@@ -342,8 +175,8 @@ def _channel_normalizations(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
 ) -> tuple[ChannelNormalization, ...]:
     """Read how each of the channels is normalised; of more entries than channels nnU-Net takes the first."""
-    schemes = _get(configuration, "normalization_schemes", list, "plans.json")
-    masks = _get(configuration, "use_mask_for_norm", list, "plans.json")
+    schemes = take(configuration, "normalization_schemes", list, "plans.json")
+    masks = take(configuration, "use_mask_for_norm", list, "plans.json")
     if len(schemes) < count or len(masks) < count:
         raise ModelError(
             f"plans.json must name one normalization and one use_mask_for_norm for each of the {count} "
@@ -364,9 +197,9 @@ def _channel_normalizations(
             channels.append(ChannelNormalization(scheme=scheme, use_mask=use_mask))
             continue
         where = f"plans.json: intensity properties of channel {index}"
-        values = _get(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
+        values = take(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
-        numbers = [_get(values, key, (int, float), where) for key in keys]
+        numbers = [take(values, key, (int, float), where) for key in keys]
         if not all(map(_is_number, numbers)) or numbers[-1] < 0:
             raise ModelError(f"{where} must be finite, with a std of at least 0; got {numbers!r:.120}")
         low, high, mean, std = map(float, numbers)
@@ -377,27 +210,27 @@ def _channel_normalizations(
 def _architecture(configuration: Mapping[str, Any]) -> Architecture:
     """Read the network's description; plans from before nnU-Net 2.4 spread it over the configuration."""
     if "architecture" in configuration:
-        described = _get(configuration, "architecture", dict, "plans.json")
+        described = take(configuration, "architecture", dict, "plans.json")
         where = "plans.json: architecture"
         return Architecture(
-            class_name=_get(described, "network_class_name", str, where),
-            arguments=_get(described, "arch_kwargs", dict, where),
-            class_arguments=tuple(map(str, _get(described, "_kw_requires_import", list, where))),
+            class_name=take(described, "network_class_name", str, where),
+            arguments=take(described, "arch_kwargs", dict, where),
+            class_arguments=tuple(map(str, take(described, "_kw_requires_import", list, where))),
         )
     where = "plans.json without 'architecture'"
-    name = _get(configuration, "UNet_class_name", str, where)
-    blocks = _get(configuration, "n_conv_per_stage_encoder", list, where)
-    base = _get(configuration, "UNet_base_num_features", int, where)
-    most = _get(configuration, "unet_max_num_features", int, where)
-    dimensions = len(_get(configuration, "patch_size", list, where))
+    name = take(configuration, "UNet_class_name", str, where)
+    blocks = take(configuration, "n_conv_per_stage_encoder", list, where)
+    base = take(configuration, "UNet_base_num_features", int, where)
+    most = take(configuration, "unet_max_num_features", int, where)
+    dimensions = len(take(configuration, "patch_size", list, where))
     arguments = {
         "n_stages": len(blocks),
         "features_per_stage": [min(base * 2**stage, most) for stage in range(min(len(blocks), 32))],
         "conv_op": f"torch.nn.Conv{dimensions}d",
-        "kernel_sizes": _get(configuration, "conv_kernel_sizes", list, where),
-        "strides": _get(configuration, "pool_op_kernel_sizes", list, where),
+        "kernel_sizes": take(configuration, "conv_kernel_sizes", list, where),
+        "strides": take(configuration, "pool_op_kernel_sizes", list, where),
         "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": blocks,
-        "n_conv_per_stage_decoder": _get(configuration, "n_conv_per_stage_decoder", list, where),
+        "n_conv_per_stage_decoder": take(configuration, "n_conv_per_stage_decoder", list, where),
         "conv_bias": True,
         "norm_op": f"torch.nn.InstanceNorm{dimensions}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -418,7 +251,7 @@ def _classification(architecture: Architecture, labels: LabelScheme) -> Classifi
     if architecture.class_name != MULTI_TASK_NETWORK:
         return None
     where = "plans.json: arch_kwargs"
-    scheme = ClassificationScheme.parse(_get(architecture.arguments, "head", dict, where))
+    scheme = ClassificationScheme.parse(take(architecture.arguments, "head", dict, where))
     if max(scheme.focus_channels) >= labels.num_outputs or scheme.regions != (labels.regions_class_order is not None):
         raise ModelError(
             f"{where}: the head's focus_channels {list(scheme.focus_channels)} and regions {scheme.regions} must fit "
@@ -428,7 +261,7 @@ def _classification(architecture: Architecture, labels: LabelScheme) -> Classifi
 
 
 def _transpose(plans: Mapping[str, Any]) -> tuple[int, int, int]:
-    forward = _get(plans, "transpose_forward", list, "plans.json")
+    forward = take(plans, "transpose_forward", list, "plans.json")
     if sorted(map(str, forward)) != ["0", "1", "2"] or not all(isinstance(axis, int) for axis in forward):
         raise ModelError(f"plans.json: transpose_forward must be an order of the axes 0, 1, 2, got {forward!r:.80}")
     return tuple(forward)  # type: ignore[return-value]
@@ -463,7 +296,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         named = configuration.get(key, plans.get(key, known))
         if named != known:
             raise ModelError(f"nnturbo does what nnU-Net's {known} does; this model was trained with {named!r:.80}")
-    file_ending = _get(dataset, "file_ending", str, "dataset.json")
+    file_ending = take(dataset, "file_ending", str, "dataset.json")
     if file_ending.lower() not in FILE_ENDINGS[reader]:
         endings = ", ".join(FILE_ENDINGS[reader])
         raise ModelError(f"dataset.json: file_ending must be one of {endings} for {reader}, got {file_ending!r:.80}")
@@ -471,8 +304,8 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
     previous = configuration.get("previous_stage")
     functions = []
     for kind in ("data", "seg", "probabilities"):
-        arguments = _get(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json")
-        functions.append(parse_resampling(_get(configuration, f"resampling_fn_{kind}", str, "plans.json"), arguments))
+        arguments = take(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json")
+        functions.append(parse_resampling(take(configuration, f"resampling_fn_{kind}", str, "plans.json"), arguments))
         of_labels = kind == "seg"
         if functions[-1].function == "none" or (of_labels and previous is None):
             continue  # it is not read

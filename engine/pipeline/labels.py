@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import argmax_labels, plane_groups, region_labels, resample_axis, resample_labels, weighted_sum
-from ..model.plans import LabelScheme
+from ..model.labels import LabelScheme
 from .preprocessing import Case
 from .resampling import GridMap, resample
 from .timing import Timings

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..model.classification import Classification
-from ..model.plans import READERS, LabelScheme
+from ..model.labels import LabelScheme
+from ..model.plans import READERS
 from ..scans.volume import Geometry, Volume, write_segmentation
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nnturbo.engine import Engine, Ensemble, ModelError, Volume, VolumeError
 from nnturbo.engine import ensemble as module
-from nnturbo.engine.model.plans import parse_labels
+from nnturbo.engine.model.labels import parse_labels
 from nnturbo.engine.pipeline.labels import segment_probabilities
 
 from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, smooth_scan, write_model

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.model.classification import ClassificationScheme
-from ...engine.model.plans import MULTI_TASK_NETWORK, parse_labels
+from ...engine.model.labels import parse_labels
+from ...engine.model.plans import MULTI_TASK_NETWORK
 from ..recipe import Recipe
 from .tables import DatasetError, read_table
 

@@ -15,7 +15,7 @@ from nnturbo.engine.cli import main
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.dicom_seg import write_dicom_seg
 from nnturbo.engine.jobs.job import Job
-from nnturbo.engine.model.plans import LabelScheme
+from nnturbo.engine.model.labels import LabelScheme
 from nnturbo.engine.pipeline.prediction import Prediction
 from nnturbo.engine.scans.volume import read_volume
 
