@@ -303,12 +303,12 @@ class InProcess:
                 try:
                     odd = self._write_beside(path, prediction, case)
                     record = replace(record, warnings=(*record.warnings, *odd))
-                except (EngineError, MemoryError) as error:
-                    if isinstance(error, OutputError):
+                except Exception as error:  # of a library that writes: no reason to lose the labels
+                    if isinstance(error, DeviceLost) or (isinstance(error, OutputError) and not error.of_one_file):
                         raise
                     what = "DICOM segmentation" if path.suffix == ".dcm" else f"{path.suffix} file"
-                    error = f"its labels are written, but no {what}: {str(error) or 'out of memory'}"
-                    record = replace(record, status=FAILED, error=error)
+                    reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__} {error}".strip()
+                    record = replace(record, status=FAILED, error=f"its labels are written, but no {what}: {reason}")
             if job.skip_existing:  # somebody may have put labels there meanwhile
                 made_of = record.made_of or {}
                 found = record_folder.state(case.name, results, made_of, redo_outdated=job.redo_outdated)

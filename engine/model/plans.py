@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -333,8 +333,3 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         file_ending=file_ending,
         classification=_classification(architecture, labels),
     )
-
-
-def inverse_permutation(order: Sequence[int]) -> tuple[int, ...]:
-    """Return the axis order that undoes another (nnU-Net's transpose_backward)."""
-    return tuple(order.index(axis) for axis in range(len(order)))

@@ -371,14 +371,15 @@ def test_labels_that_appear_while_a_job_goes_on_are_kept(engine, scans, tmp_path
     assert read_records(out)["b"]["status"] == "kept"
 
 
-def test_labels_are_there_where_memory_is_not_enough_for_the_rest(engine, scans, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("failure", "reason"), [(MemoryError(), "MemoryError"), (ValueError("odd"), "ValueError odd")])
+def test_labels_are_there_where_the_rest_cannot_be_written(engine, scans, tmp_path, monkeypatch, failure, reason):
     def full(*arguments, **named):
-        raise MemoryError
+        raise failure
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", full)
         outcome = predict_cases(engine, find_cases(scans, ".nii.gz")[:1], Job(output=tmp_path, save_probabilities=True))
-    assert outcome.failed == {"a": "its labels are written, but no .npz file: out of memory"}
+    assert outcome.failed == {"a": "its labels are written, but no .npz file: " + reason}
     assert (tmp_path / "a.nii.gz").exists()
     again = predict_cases(
         engine, find_cases(scans, ".nii.gz")[:1], Job(output=tmp_path, save_probabilities=True, skip_existing=True)
