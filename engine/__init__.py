@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     )
     from .export.build import build
     from .model.classification import Classification
+    from .model.provenance import Provenance
     from .options import EngineOptions
     from .pipeline.prediction import Prediction
+    from .pipeline.steps import Request
     from .scans.volume import Geometry, Volume, read_volume, write_segmentation
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "OutputError",
     "Prediction",
     "PredictionError",
+    "Provenance",
+    "Request",
     "Volume",
     "VolumeError",
     "build",
@@ -60,8 +64,10 @@ _MODULES = {
     ),
     "export.build": ("build",),
     "model.classification": ("Classification",),
+    "model.provenance": ("Provenance",),
     "options": ("EngineOptions",),
     "pipeline.prediction": ("Prediction",),
+    "pipeline.steps": ("Request",),
     "scans.volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .engine import Engine, Image, Previous
+from .engine import Engine
 from .errors import EngineError, ModelError
 from .model.classification import Classification
 from .model.labels import LabelScheme
 from .overlap import overlapped
 from .pipeline.labels import segment_probabilities
 from .pipeline.prediction import Prediction
-from .pipeline.steps import caught, paired
+from .pipeline.steps import PreviousStage, Request, caught
 from .pipeline.timing import Timings
+from .predictor import Predictor, Progress
 from .scans.volume import Volume, read_volume
 
 
-class Ensemble:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadScan:
+    """A scan that was read.
+
+    Args:
+        volumes: By the class of nnU-Net's that read it; models of one ensemble may have been trained through several.
+        previous_stage: As in `Request`.
+        timings: Of what was done so far.
+    """
+
+    volumes: Mapping[str, Volume]
+    previous_stage: PreviousStage
+    timings: Timings
+
+
+class Ensemble(Predictor):
     """Models for the same labels, such as a 2d and a 3d_fullres one; used like an `Engine`.
+
+    It takes 8 bytes per class and voxel of a scan, however many models there are.
 
     Args:
         engines: One or more. Labels, channels, file ending and previous stage must be the same, and so must be classes
@@ -47,9 +63,8 @@ class Ensemble:
         for other in heads[1:]:
             _refuse_difference("classes", heads[0], other, heads[0].class_names, other.class_names)
         self.class_names = heads[0].class_names if heads else None
-        # Stands for all where they agree, and gives nnU-Net's JSON files for the output folder.
         self.model = self.engines[0].model
-        self.provenance: Mapping[str, Any] = {"models": [engine.provenance for engine in self.engines]}
+        self.provenance = tuple(each for engine in self.engines for each in engine.provenance)
 
     @classmethod
     def load(cls, models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Ensemble:
@@ -64,47 +79,32 @@ class Ensemble:
         """
         return cls([Engine.load(model, **arguments) for model in models])
 
-    def predict(
-        self,
-        image: Image,
-        *,
-        previous_stage: Previous = None,
-        save_probabilities: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Prediction:
-        """Segment one scan, as `Engine.predict` does.
+    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[ReadScan | EngineError, None, None]:
+        """Read scans; each model preprocesses them for itself."""
+        return overlapped(
+            lambda request: caught(lambda: self._read(request)), requests, threads=readers, name="nnturbo-read"
+        )
 
-        Takes 8 bytes per class and voxel of the scan, however many models there are. Arguments and errors are those of
-        `Engine.predict`.
-        """
+    def _read(self, request: Request) -> ReadScan:
         timings = Timings()
-        with timings("read"):
-            scans = self._read(image)
-        return self._average(scans, timings, previous_stage, save_probabilities, progress)
-
-    def _read(self, image: Image) -> dict[str, Volume]:
-        """Read a scan once for each of nnU-Net's readers that the models were trained through."""
         plans = {engine.model.plan.reader: engine.model.plan for engine in self.engines}
-        return {
-            reader: read_volume(image, channels=len(plan.channels), reader=reader) for reader, plan in plans.items()
-        }
+        with timings("read"):
+            volumes = {
+                reader: read_volume(request.image, channels=len(plan.channels), reader=reader)
+                for reader, plan in plans.items()
+            }
+        return ReadScan(volumes=volumes, previous_stage=request.previous_stage, timings=timings)
 
-    def _average(
-        self,
-        scans: Mapping[str, Volume],
-        timings: Timings,
-        previous_stage: Previous,
-        save_probabilities: bool,
-        progress: Callable[[int, int], None] | None,
-    ) -> Prediction:
+    def _segment(self, prepared: ReadScan, save_probabilities: bool, progress: Progress | None) -> Prediction:
         """Predict with each model; all give probabilities on the axes in which the scan is stored."""
         total: np.ndarray | None = None
         answers: list[Prediction] = []
         for index, engine in enumerate(self.engines):
             share = None if progress is None else _share(progress, index, len(self.engines))
-            answer, total = _add(engine, scans[engine.model.plan.reader], previous_stage, share, total)
+            volume = prepared.volumes[engine.model.plan.reader]
+            answer, total = _add(engine, Request(volume, prepared.previous_stage), share, total)
             answers.append(answer)
-        with timings("ensemble"):
+        with prepared.timings("ensemble"):
             assert total is not None  # there is one model at least
             total /= len(answers)
             segmentation = segment_probabilities(total, self.model.plan.labels)
@@ -113,52 +113,27 @@ class Ensemble:
             answers[0],
             segmentation=segmentation,
             probabilities=total if save_probabilities else None,
-            timings=_added([timings.as_dict(), *(answer.timings for answer in answers)]),
+            timings=_added([prepared.timings.as_dict(), *(answer.timings for answer in answers)]),
             warnings=tuple(dict.fromkeys(warning for answer in answers for warning in answer.warnings)),
-            provenance=self.provenance,
+            provenance=tuple(each for answer in answers for each in answer.provenance),
             classification=Classification.average(classifications) if classifications else None,
         )
 
-    def predict_many(
-        self,
-        images: Iterable[Image],
-        *,
-        previous_stages: Iterable[Previous] | None = None,
-        save_probabilities: bool = False,
-        readers: int = 1,
-        progress: Callable[[int, int, int], None] | None = None,
-    ) -> Generator[Prediction | EngineError, None, None]:
-        """Segment scans, reading ahead; arguments and answers are those of `Engine.predict_many`."""
-        scans = overlapped(
-            lambda pair: (caught(lambda: self._read(pair[0])), pair[1]),
-            paired(images, previous_stages),
-            threads=readers,
-            name="nnturbo-read",
-        )
-        with contextlib.closing(scans):
-            for index, (scan, stage) in enumerate(scans):
-                if isinstance(scan, EngineError):
-                    yield scan
-                    continue
-                share = None if progress is None else functools.partial(progress, index)
-                yield caught(functools.partial(self._average, scan, Timings(), stage, save_probabilities, share))
+    def _answer(self, segmented: Prediction) -> Prediction:
+        return segmented
 
 
 def _add(
-    engine: Engine,
-    scan: Volume,
-    previous_stage: Previous,
-    progress: Callable[[int, int], None] | None,
-    total: np.ndarray | None,
+    engine: Engine, request: Request, progress: Progress | None, total: np.ndarray | None
 ) -> tuple[Prediction, np.ndarray]:
     """Predict with one model and add its probabilities to the sum; they are forgotten before the next one runs."""
-    answer = engine.predict(scan, previous_stage=previous_stage, save_probabilities=True, progress=progress)
+    answer = engine.predict(request, save_probabilities=True, progress=progress)
     assert answer.probabilities is not None  # they were asked for
     total = answer.probabilities if total is None else np.add(total, answer.probabilities, out=total)
     return replace(answer, probabilities=None), total
 
 
-def _share(progress: Callable[[int, int], None], index: int, models: int) -> Callable[[int, int], None]:
+def _share(progress: Progress, index: int, models: int) -> Progress:
     """Report the tiles of one model as its share of a case, in thousandths: models have different numbers of tiles."""
     return lambda done, total: progress((1000 * index + 1000 * done // total) // models, 1000)
 

@@ -1,4 +1,4 @@
-"""What can be chosen, and options that rarely need changing. It imports nothing, so that commands start at once."""
+"""What can be chosen. It imports nothing, so that commands start at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_CHECKPOINT = "checkpoint_final.pth"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Options of an engine that rarely need changing.
+    """Options of an engine, with defaults that suit most.
 
     Args:
         views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take

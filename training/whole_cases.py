@@ -115,7 +115,7 @@ def network_engine(
         dataset=dataset,
     )
     runner = TorchRunner(InferenceNetwork([network]), device, choose_precision("auto", device))
-    return Engine(model, runner, window=SlidingWindow.of_plan(plan), sums_device=device, provenance={})
+    return Engine(model, runner, window=SlidingWindow.of_plan(plan), sums_device=device)
 
 
 def validate(engine: Engine, cases: Sequence[LabelledCase]) -> ValidationResult:

@@ -23,12 +23,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A model that is ready to run, and what predictions say about how."""
+    """A model that is ready to run.
+
+    Args:
+        model: Without weights.
+        runner: Its network.
+        device: Where it runs.
+        source: SHA-256 of the model's files, by name.
+        checkpoint: File name in each fold; None for a bundle.
+        backend: What runs the network.
+        precision: Of the network.
+        classifier: "head" or "lda"; None for models without a classification head.
+        agreement: Of a bundle with fp32, where it was measured.
+    """
 
     model: Model
     runner: Runner
     device: torch.device
-    provenance: dict[str, Any]
+    source: Mapping[str, str]
+    checkpoint: str | None
+    backend: str
+    precision: str
+    classifier: str | None
+    agreement: Mapping[str, Any] | None
 
 
 def open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> Opened:
@@ -50,20 +67,34 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
 
 def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:
     source = source_hashes(model, checkpoint)
-    provenance = {"source": source, "checkpoint": checkpoint, "backend": chosen.name, "precision": precision}
+    classifier = None
     if model.plan.classification is not None:
-        provenance["classifier"] = "lda" if model.pooled_classifiers else "head"
+        classifier = "lda" if model.pooled_classifiers else "head"
+    return Opened(
+        model=replace(model, weights=()),
+        runner=_runner_of(chosen, model, source, precision, target),
+        device=target,
+        source=source,
+        checkpoint=checkpoint,
+        backend=chosen.name,
+        precision=precision,
+        classifier=classifier,
+        agreement=None,
+    )
+
+
+def _runner_of(
+    chosen: Backend, model: Model, source: Mapping[str, str], precision: str, target: torch.device
+) -> Runner:
     if not chosen.compiles:
-        runner = chosen.load(model, None, target, precision)
-        return Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
+        return chosen.load(model, None, target, precision)
     if precision == "int8":
         raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
     from .cache import cached_bundle
 
     manifest = plan_bundle(model, source, chosen, precision, describe_machine(target))
     with cached_bundle(model, manifest, chosen, target) as folder:
-        runner = chosen.load(model, folder, target, precision)
-    return Opened(model=replace(model, weights=()), runner=runner, device=target, provenance=provenance)
+        return chosen.load(model, folder, target, precision)
 
 
 def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
@@ -93,14 +124,6 @@ def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
     target = choose_device(manifest.machine.get("device", "cpu") if device == "auto" else device)
     chosen = choose_backend(manifest.backend, target, manifest.precision)
     check_machine(manifest, chosen, target, folder)
-    provenance = {
-        "source": dict(manifest.source),
-        "backend": manifest.backend,
-        "precision": manifest.precision,
-        "agreement": manifest.agreement,
-    }
-    if manifest.classifier is not None:
-        provenance["classifier"] = manifest.classifier
     try:
         runner = chosen.load(model, folder, target, manifest.precision)
     except EngineError:
@@ -110,7 +133,17 @@ def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
         raise BundleError(
             f"{chosen.name} cannot load {folder}: {reason:.200}. Build it anew, with the versions installed here"
         ) from error
-    return Opened(model=model, runner=runner, device=target, provenance=provenance)
+    return Opened(
+        model=model,
+        runner=runner,
+        device=target,
+        source=manifest.source,
+        checkpoint=None,
+        backend=manifest.backend,
+        precision=manifest.precision,
+        classifier=manifest.classifier,
+        agreement=manifest.agreement,
+    )
 
 
 def _in_words(value: str | list[str]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Engine, Image
+from ..engine import Engine
 from ..errors import BundleError
+from ..pipeline.steps import Image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,13 +29,14 @@ from ..bundles.manifest import (
     plan_bundle,
     source_hashes,
 )
-from ..engine import Engine, Image
+from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
 from ..model.runner import NetworkOutput
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
 from ..pipeline.sliding_window import SlidingWindow
+from ..pipeline.steps import Image
 from .agreement import Agreement, measure_agreement
 
 logger = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.devic
     """
     recorder = _TileRecorder(model)
     window = SlidingWindow.of_plan(model.plan)
-    engine = Engine(model, recorder, window=window, sums_device=device, provenance={})
+    engine = Engine(model, recorder, window=window, sums_device=device)
     for scan in scans:
         engine.predict(scan)
     return torch.cat(recorder.tiles[:: -(-len(recorder.tiles) // CALIBRATION_TILES)]).to(device)

@@ -159,8 +159,7 @@ def _describe(number: int, name: str, prediction: Prediction) -> Any:
 
 def _algorithm(prediction: Prediction) -> str:
     """Name the model by its data set, as nnU-Net names it; of several, the first."""
-    provenance = prediction.provenance
-    return _long_string(f"nnU-Net {provenance.get('models', [provenance])[0]['dataset']}")
+    return _long_string(f"nnU-Net {prediction.provenance[0].dataset}")
 
 
 def _version() -> str:

@@ -10,35 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from ..bundles.manifest import bundle_model, is_bundle, read_manifest
-from ..engine import Engine
 from ..ensemble import Ensemble
 from ..errors import OutputError
 from ..model.folder import read_model
+from ..model.provenance import LabelSettings
+from ..predictor import Predictor
 from ..scans.image_header import DETACHED_ENDINGS
 from ..scans.label_file import second_file
 from ..scans.pictures import TIFF_ENDINGS
 from ..scans.volume import files_of
 from .cases import CaseFiles
 from .dicom_seg import import_highdicom
+from .made_of import FileStamp, MadeOf
 from .records import SUBTYPES, RecordFolder
 
 PLANS, DATASET = "plans.json", "dataset.json"
 """nnU-Net leaves both with its predictions."""
-
-DECISIVE = (
-    "source",
-    "configuration",
-    "precision",
-    "classifier",
-    "aggregation",
-    "loader",
-    "tile_step_size",
-    "mirror_views",
-)
-"""What of an engine's provenance decides its labels; backends and devices change single voxels."""
-
-Predictor = Engine | Ensemble
-"""What a job can predict with."""
 
 
 def load_predictor(models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Predictor:
@@ -100,7 +87,7 @@ class ModelInfo:
     """What a job has to know of its model, wherever that is loaded.
 
     Args:
-        models: What decides the labels, for each model: its weights' hashes and the settings.
+        models: What decides the labels of each model.
         file_ending: Of scans and segmentations.
         class_names: Classes of a case, or None.
         previous_stage: Of a cascade, or None.
@@ -108,7 +95,7 @@ class ModelInfo:
         dataset: nnU-Net's.
     """
 
-    models: Sequence[Mapping[str, Any]]
+    models: tuple[LabelSettings, ...]
     file_ending: str
     class_names: tuple[str, ...] | None
     previous_stage: str | None
@@ -124,9 +111,8 @@ class ModelInfo:
     def of(cls, engine: Predictor) -> ModelInfo:
         """Ask a model."""
         model = engine.model
-        provenance = engine.provenance
         return cls(
-            models=[{key: of.get(key) for key in DECISIVE} for of in provenance.get("models", [provenance])],
+            models=tuple(each.settings for each in engine.provenance),
             file_ending=model.plan.file_ending,
             class_names=engine.class_names,
             previous_stage=model.plan.previous_stage,
@@ -141,17 +127,16 @@ class ModelInfo:
         beside = second_file(segmentation, self.reader)
         return [*(job.output / f"{name}{ending}" for ending in extra), *([beside] if beside else []), segmentation]
 
-    def made_of(self, job: Job, case: CaseFiles) -> dict[str, Any]:
-        """What a case's results are made of: the models, and the size and time of every file that is read."""
+    def made_of(self, job: Job, case: CaseFiles) -> MadeOf:
+        """What a case's results are made of: the models, and every file that is read."""
         before = self.labels_before(job, case.name)
         inputs = [*case.images, *([before] if before else [])]
-        return {"models": self.models, "inputs": {str(path.absolute()): self._stamp(path) for path in inputs}}
+        return MadeOf(models=self.models, inputs={str(path.absolute()): self._stamps(path) for path in inputs})
 
-    def _stamp(self, path: Path) -> list[list[Any]] | None:
+    def _stamps(self, path: Path) -> tuple[FileStamp, ...] | None:
         """Tell the files of a scan from others under the same names; None where there is nothing."""
         try:
-            files = sorted(files_of(path, self.reader))
-            return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+            return tuple(FileStamp.of(file) for file in sorted(files_of(path, self.reader)))
         except OSError:
             return None
 

@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import OutputError
 from ..files import remove_abandoned, sha256, write_json, written_atomically
 from ..scans.label_file import is_whole
+from .made_of import MadeOf
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Record:
         images: What is read.
         results: Files in the output folder that nnturbo wrote, by name; those of a failed case are of an earlier job.
         replaces: While results are put in place: those that they replace.
-        made_of: What the results are made of: models with their settings, and size and time of every file read.
+        made_of: What the results are made of; None too for those of a version that recorded something else.
         error: Why a case failed.
         transient: Whether the same may go well another time; not kept.
         kept: Why `--continue_prediction` left labels as they are that are not of this job.
@@ -78,7 +79,7 @@ class Record:
     images: tuple[str, ...] = ()
     results: Mapping[str, Fingerprint] = field(default_factory=dict)
     replaces: Mapping[str, Fingerprint] = field(default_factory=dict)
-    made_of: Mapping[str, Any] | None = None
+    made_of: MadeOf | None = None
     error: str | None = None
     transient: bool = False
     kept: str | None = None
@@ -99,6 +100,8 @@ class Record:
             value = getattr(self, each.name)
             if isinstance(value, bool):  # whether a failure is transient matters while the job runs
                 continue
+            if isinstance(value, MadeOf):
+                value = value.to_json()
             is_empty = value is None or len(value) == 0
             if is_empty and each.name not in ("name", *_ALWAYS[self.status]):
                 continue
@@ -124,9 +127,18 @@ class Record:
         for name in ("images", "warnings"):
             if name in values:
                 values[name] = tuple(map(str, values[name]))
+        if "made_of" in values:
+            values["made_of"] = _made_of(values["made_of"])
         if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
             raise ValueError("a record must have a name, and a status of its own")
         return cls(**values)
+
+
+def _made_of(content: Any) -> MadeOf | None:
+    try:
+        return MadeOf.from_json(content)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 _ALWAYS = {
@@ -184,7 +196,7 @@ class RecordFolder:
         return (self.output / PREDICTIONS).exists() or next(self.records(), None) is not None
 
     def state(
-        self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], *, redo_outdated: bool = False
+        self, name: str, results: Sequence[Path], made_of: MadeOf | None, *, redo_outdated: bool = False
     ) -> CaseState:
         """Say what there is of a case.
 
@@ -194,7 +206,7 @@ class RecordFolder:
         Args:
             name: Of the case.
             results: Its files, the segmentation last.
-            made_of: What they must be made of, as its record names it.
+            made_of: What they must be made of.
             redo_outdated: Whether results that nnturbo made of something else count for nothing.
         """
         try:
@@ -202,7 +214,7 @@ class RecordFolder:
         except OSError as error:
             return CaseState(kept=f"{error.filename} cannot be read ({error.strerror})")
 
-    def _judge(self, name: str, results: Sequence[Path], made_of: Mapping[str, Any], redo_outdated: bool) -> CaseState:
+    def _judge(self, name: str, results: Sequence[Path], made_of: MadeOf | None, redo_outdated: bool) -> CaseState:
         segmentation = results[-1]
         if segmentation.is_symlink() and not segmentation.exists():
             return CaseState(kept="a link to what is not there")
@@ -222,7 +234,7 @@ class RecordFolder:
         is_complete = all(path.name in there and there[path.name] == record.results.get(path.name) for path in results)
         if record.status == FAILED or there[segmentation.name] != record.results.get(segmentation.name):
             return CaseState()
-        if record.made_of != made_of:
+        if record.made_of is None or record.made_of != made_of:
             reason = (
                 "made with another model, other settings or another version of the scan; --redo_outdated replaces it"
             )

@@ -8,7 +8,7 @@ import os
 import pickle
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,16 @@ import torch
 from ..errors import DeviceLost, EngineError, OutputError, PredictionError
 from ..files import staging_folder, write_json, written_atomically
 from ..model.classification import Classification
+from ..model.provenance import provenance_json
 from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
+from ..pipeline.steps import Request
+from ..predictor import Predictor
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
 from .events import Done, Failed, Finished, OnEvent, Retried, Started, Tiles
-from .job import DATASET, PLANS, Job, ModelInfo, Predictor, check_dicom, check_overwriting
+from .job import DATASET, PLANS, Job, ModelInfo, check_dicom, check_overwriting
+from .made_of import MadeOf
 from .records import DONE, FAILED, KEPT, CaseState, Record, RecordFolder
 
 logger = logging.getLogger(__name__)
@@ -216,31 +220,24 @@ class InProcess:
         """See `Workers`; cases may come one at a time, and `leave` is called when no more of them are taken."""
         job = self._job
         names: list[str] = []
-        taken: deque[tuple[CaseFiles, dict[str, Any]]] = deque()
-        latest: list[CaseFiles] = []
+        taken: deque[tuple[CaseFiles, MadeOf]] = deque()
         left = threading.Event()
 
-        def images() -> Generator[Any, None, None]:
+        def requests() -> Generator[Request, None, None]:
             for case in cases:
                 names.append(case.name)
                 taken.append((case, self.info.made_of(job, case)))
-                latest[:] = [case]
-                yield case.images if len(case.images) != 1 else case.images[0]
-            latest.clear()
-
-        def stages() -> Generator[Path | None, None, None]:
-            while latest:
-                yield self.info.labels_before(job, latest[0].name)
+                images = case.images if len(case.images) != 1 else case.images[0]
+                yield Request(images, self.info.labels_before(job, case.name))
 
         def tiles_done(index: int, done: int, total: int) -> None:
             if left.is_set():
                 raise PredictionError("abandoned")
             on_event(Tiles(name=names[index], done=done, total=total))
 
-        def answers() -> Generator[tuple[CaseFiles, dict[str, Any], Prediction | EngineError], None, None]:
+        def answers() -> Generator[tuple[CaseFiles, MadeOf, Prediction | EngineError], None, None]:
             predictions = self._engine.predict_many(
-                images(),
-                previous_stages=stages(),
+                requests(),
                 save_probabilities=job.save_probabilities,
                 readers=job.readers,
                 progress=tiles_done,
@@ -261,9 +258,7 @@ class InProcess:
             leave=leaving,
         )
 
-    def _keep(
-        self, job: Job, case: CaseFiles, made_of: Mapping[str, Any], prediction: Prediction | EngineError
-    ) -> Record:
+    def _keep(self, job: Job, case: CaseFiles, made_of: MadeOf, prediction: Prediction | EngineError) -> Record:
         """Write one result, and then that it is there."""
         images = tuple(os.fspath(path) for path in case.images)
         if isinstance(prediction, Prediction):
@@ -310,8 +305,7 @@ class InProcess:
                     reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__} {error}".strip()
                     record = replace(record, status=FAILED, error=f"its labels are written, but no {what}: {reason}")
             if job.skip_existing:  # somebody may have put labels there meanwhile
-                made_of = record.made_of or {}
-                found = record_folder.state(case.name, results, made_of, redo_outdated=job.redo_outdated)
+                found = record_folder.state(case.name, results, record.made_of, redo_outdated=job.redo_outdated)
                 if found.kept is not None:
                     record_folder.settle(case.name, case.images, found)
                     return Record(name=case.name, status=KEPT, kept=found.kept)
@@ -331,9 +325,7 @@ class InProcess:
 
     def _check_devices(self) -> None:
         """Find out whether a GPU still works after a failure; errors in kernels end all that a process can do there."""
-        provenance = self._engine.provenance
-        devices = {each["device"] for each in provenance.get("models", [provenance])}
-        for device in devices:
+        for device in {each.device for each in self._engine.provenance}:
             if not device.startswith("cuda"):
                 continue
             try:
@@ -350,7 +342,7 @@ def _answers(prediction: Prediction) -> dict[str, Any]:
         "volumes_ml": prediction.volumes_ml,
         "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
         "warnings": prediction.warnings,
-        "provenance": dict(prediction.provenance),
+        "provenance": provenance_json(prediction.provenance),
     }
 
 

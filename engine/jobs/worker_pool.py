@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
+from ..predictor import Predictor
 from .cases import CaseFiles
 from .events import Ended, Lost, OnEvent, Ready, Stop, Tiles, Unusable
-from .job import Job, ModelInfo, Predictor
+from .job import Job, ModelInfo
 from .records import FAILED, Record
 from .run import InProcess
 

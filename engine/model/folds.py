@@ -139,8 +139,8 @@ class ExactInstanceNorm(nn.Module):
         can be taken from the mean square, and values need not be read a third time.
     """
 
-    MOST = {2: 11, 3: 4}
-    """Numbers along an axis that are added up one by one: about a hundred in all."""
+    MOST = (11, 4)
+    """Numbers along an axis that are added up one by one, in 2D and in 3D: about a hundred in all."""
     EVERY = 8
     """One in how many along an axis is looked at first."""
 
@@ -171,7 +171,7 @@ class ExactInstanceNorm(nn.Module):
         pool = F.avg_pool2d if len(grid) == 2 else F.avg_pool3d
         together = 1
         while max(values.shape[2:]) > 1:
-            kernel = [min(n, self.MOST[len(grid)]) for n in values.shape[2:]]
+            kernel = [min(n, self.MOST[len(grid) - 2]) for n in values.shape[2:]]
             fill = [-n % k for n, k in zip(values.shape[2:], kernel, strict=True)]
             if any(fill):  # with zeros, which count in no sum
                 values = F.pad(values, [part for n in reversed(fill) for part in (0, n)])

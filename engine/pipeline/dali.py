@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 
 from ..errors import BackendUnavailable, EngineError
 from ..model.plans import Plan
-from ..scans.volume import read_volume
+from .loading import check_previous_stage, read
 from .normalization import Normalization
 from .preprocessing import preprocess
 from .properties import nnunet_properties
 from .resampling import GridMap
-from .steps import Prepared
+from .steps import Prepared, Request
 from .timing import Timings
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ INTERPOLATIONS = ("cubic", "linear")
 AHEAD = 2
 """Scans that are read and resampled beforehand."""
 
-MOST_READERS = 4
+LEAST_READERS, MOST_READERS = 2, 4
 
 
 def _dali() -> Any:
@@ -48,7 +48,7 @@ def _dali() -> Any:
 class Reading:
     """Reads one scan after another in DALI's processes; all that goes there is pickled."""
 
-    images: tuple[Any, ...]
+    requests: tuple[Request, ...]
     plan: Plan
 
     def __call__(self, sample: Any) -> tuple[np.ndarray, ...]:
@@ -58,20 +58,19 @@ class Reading:
             Planes (C, z, y, x) cropped to non-zero, normalisation (4, C, 1, 1, 1), size (z, y, x) after resampling with
             the kernel and after all of it, and pickled: what else there is to know, or an error.
         """
-        if sample.idx_in_epoch >= len(self.images):
+        if sample.idx_in_epoch >= len(self.requests):
             raise StopIteration
         try:
-            return self._read(self.images[sample.idx_in_epoch])
+            return self._read(self.requests[sample.idx_in_epoch])
         except EngineError as error:
             nothing = np.zeros((len(self.plan.channels), 1, 1, 1), np.float32)
             numbers = np.ones((4, len(nothing), 1, 1, 1), np.float32)
             one = np.ones(3, np.float32)
             return nothing, numbers, one, one, _packed(error)
 
-    def _read(self, image: Any) -> tuple[np.ndarray, ...]:
-        scan = read_volume(image, channels=len(self.plan.channels), reader=self.plan.reader)
-        volume = scan.reoriented() if self.plan.reorient else scan
-        case = preprocess(volume, self.plan, torch.device("cpu"))
+    def _read(self, request: Request) -> tuple[np.ndarray, ...]:
+        scan = read(request, self.plan)
+        case = preprocess(scan.volume, self.plan, torch.device("cpu"))
         shape = case.shape
         if case.grid.clip == "slice":
             # As nnU-Net: in plane first, the coarse axis then on its own, by its nearest slice.
@@ -81,8 +80,8 @@ class Reading:
             in_plane = shape
         numbers = np.array([channel.numbers for channel in case.normalizations], np.float32)
         known = Known(
-            geometry=scan.geometry, warnings=scan.warnings,
-            properties=nnunet_properties(self.plan.reader, scan.geometry, volume, case),
+            geometry=scan.stored.geometry, warnings=scan.stored.warnings,
+            properties=nnunet_properties(self.plan.reader, scan.stored.geometry, scan.volume, case),
             case=replace(case, image=torch.empty(0), limits=(None, None)),
         )  # fmt: skip
         return (
@@ -115,14 +114,13 @@ class DaliLoader:
         plan: The model's.
         device: Where the planes shall be.
         interpolation: "cubic" or "linear", both without antialiasing.
-        readers: Processes that read files.
 
     Raises:
         BackendUnavailable: Where DALI is not installed.
         ValueError: For models that it cannot load for.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, *, interpolation: str = "cubic", readers: int = 2) -> None:
+    def __init__(self, plan: Plan, device: torch.device, *, interpolation: str = "cubic") -> None:
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
         if plan.previous_stage is not None or any(channel.use_mask for channel in plan.channels):
@@ -132,19 +130,20 @@ class DaliLoader:
         if plan.resampling_data.function == "none":
             raise ValueError("this model's scans are not resampled: use the exact loader")
         self._dali = _dali()
-        self._plan, self._device = plan, device
-        self._interpolation, self._readers = interpolation, max(1, min(readers, MOST_READERS))
+        self._plan, self._device, self._interpolation = plan, device, interpolation
 
-    def __call__(self, images: Sequence[Any]) -> Generator[Prepared | EngineError, None, None]:
-        """Prepare scans in order, reading ahead.
-
-        Yields:
-            For each image what is to be computed, until the next one is asked for; or why there is nothing.
-        """
-        if not images:
+    def __call__(
+        self, requests: Iterable[Request], *, readers: int = 0
+    ) -> Generator[Prepared | EngineError, None, None]:
+        """See `Loader`; takes all requests before it begins, and reads in 2 to 4 processes, not more than scans."""
+        requests = tuple(requests)
+        if not requests:
             return
-        pipeline = self._pipeline(Reading(tuple(images), self._plan), min(self._readers, len(images)))
-        for _ in images:
+        for request in requests:
+            check_previous_stage(request, self._plan)
+        processes = min(max(readers, LEAST_READERS), MOST_READERS, len(requests))
+        pipeline = self._pipeline(Reading(requests, self._plan), processes)
+        for _ in requests:
             timings = Timings(self._device)
             with timings("read"):  # waits for what other processes have begun long before
                 planes, packed = pipeline.run()

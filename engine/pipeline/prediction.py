@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..model.classification import Classification
 from ..model.labels import LabelScheme
-from ..model.plans import READERS
-from ..scans.volume import Geometry, Volume, write_segmentation
+from ..model.plans import READERS, Plan
+from ..model.provenance import Provenance
+from ..scans.volume import Geometry, Volume, restore_orientation, write_segmentation
+from .steps import Segmented
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +28,7 @@ class Prediction:
         labels: What the values mean.
         timings: Milliseconds by stage.
         warnings: What was odd about the scan.
-        provenance: Model, backend, precision and versions that made it.
+        provenance: Model, backend, precision and versions that made it; one entry for each model.
         properties: What nnU-Net keeps beside probabilities (`.pkl`), for its own ensembling.
         classification: The case's class, for models with a classification head.
         reader: nnU-Net's class that reads this model's scans and writes their labels.
@@ -38,7 +40,7 @@ class Prediction:
     labels: LabelScheme
     timings: Mapping[str, float]
     warnings: tuple[str, ...]
-    provenance: Mapping[str, Any]
+    provenance: tuple[Provenance, ...]
     properties: Mapping[str, Any]
     classification: Classification | None = None
     reader: str = "SimpleITKIO"
@@ -68,3 +70,36 @@ class Prediction:
             OutputError: Where it cannot be written; nothing is left under the name then.
         """
         write_segmentation(path, self.segmentation, self.geometry, reader=self.reader)
+
+
+def answer(segmented: Segmented, plan: Plan, provenance: Sequence[Provenance]) -> Prediction:
+    """Fetch the labels of a scan, put them on its axes, and say how they came about.
+
+    Args:
+        segmented: What the network's step gave.
+        plan: The model's.
+        provenance: What the engine says about itself.
+    """
+    prepared, placement = segmented.prepared, segmented.placement
+    with prepared.timings("labels", on_gpu=False):
+        segmentation = segmented.segmentation()
+    probabilities, geometry = segmented.probabilities, prepared.geometry
+    if plan.reorient:
+        segmentation = np.ascontiguousarray(restore_orientation(segmentation, geometry))
+        if probabilities is not None:
+            probabilities = np.ascontiguousarray(restore_orientation(probabilities, geometry))
+    return Prediction(
+        segmentation=segmentation,
+        probabilities=probabilities,
+        geometry=geometry,
+        labels=plan.labels,
+        timings=prepared.timings.as_dict(),
+        warnings=prepared.warnings,
+        provenance=tuple(
+            replace(each, views_per_call=placement.views_per_call, sums_device=str(placement.sums_device))
+            for each in provenance
+        ),
+        properties=prepared.properties,
+        reader=plan.reader,
+        classification=None if segmented.votes is None else segmented.votes.count(),
+    )

@@ -1,11 +1,11 @@
-"""What passes from one step of a prediction to the next."""
+"""What passes from one step of a prediction to the next, and how a step fails."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,16 +13,54 @@ import numpy as np
 import torch
 
 from ..errors import EngineError, PredictionError
-from ..scans.volume import Geometry
+from ..scans.volume import Geometry, Volume
 from .preprocessing import Case
 from .timing import Timings
 from .voting import Votes
 
 logger = logging.getLogger(__name__)
 
+Image = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Volume
+"""A file, the files of all channels, a folder of DICOM slices, or a volume."""
+
+PreviousStage = str | os.PathLike[str] | np.ndarray | None
+"""For a cascade: label file of the stage before, or its labels (Z, Y, X), on the scan's grid."""
+
 _Result = TypeVar("_Result")
-_Image = TypeVar("_Image")
-_Stage = TypeVar("_Stage")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A scan to predict.
+
+    Args:
+        image: A file, the files of all channels in order, a folder of DICOM slices, or a `Volume`.
+        previous_stage: For a cascade: label file of the stage before, or its labels (Z, Y, X), on the scan's grid.
+    """
+
+    image: Image
+    previous_stage: PreviousStage = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A scan that is read and preprocessed, and on its way to the device.
+
+    Args:
+        geometry: Of the scan as it was read.
+        properties: What nnU-Net keeps about the scan.
+        warnings: What was odd about the scan.
+        case: The scan on the device.
+        wait: Makes the current stream wait until it is there.
+        timings: Of what was done so far.
+    """
+
+    geometry: Geometry
+    properties: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    case: Case
+    wait: Callable[[], None]
+    timings: Timings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +68,7 @@ class Placement:
     """How much of a scan is on the device at once.
 
     Args:
-        views_per_call: Mirror views that go through the network at once.
+        views_per_call: Mirrored views that go through the network at once.
         sums_device: Where planes and sums are.
     """
 
@@ -51,32 +89,11 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A scan that is read, and on its way to the device.
-
-    Args:
-        geometry: Of the scan as it was read.
-        properties: What nnU-Net keeps about the scan.
-        warnings: What was odd about the scan.
-        case: The scan on the device.
-        wait: Makes the current stream wait until it is there.
-        timings: Of what was done so far.
-    """
-
-    geometry: Geometry
-    properties: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    case: Case
-    wait: Callable[[], None]
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
+class Segmented:
     """A scan whose labels are on their way back from the device.
 
     Args:
-        prepared: What they are of.
+        prepared: The scan.
         segmentation: Gives the labels (Z, Y, X), when they are there.
         probabilities: (K, Z, Y, X) float32, or None.
         votes: What a multi-task network said about tiles.
@@ -90,11 +107,16 @@ class Computed:
     placement: Placement
 
 
-def paired(
-    images: Iterable[_Image], stages: Iterable[_Stage] | None
-) -> Iterator[tuple[_Image, _Stage]] | Iterator[tuple[_Image, None]]:
-    """Put each image and the labels of its previous stage together."""
-    return zip(images, itertools.repeat(None)) if stages is None else zip(images, stages, strict=True)
+def requests_of(
+    images: Iterable[Image | Request], previous_stages: Iterable[PreviousStage] | None
+) -> Iterator[Request]:
+    """Put each image and the labels of its previous stage together; requests pass as they are."""
+    if previous_stages is not None:
+        for image, stage in zip(images, previous_stages, strict=True):
+            yield Request(image.image if isinstance(image, Request) else image, stage)
+        return
+    for image in images:
+        yield image if isinstance(image, Request) else Request(image)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,20 @@ import numpy as np
 import torch
 from nnturbo.engine.model.network import make_network
 from nnturbo.engine.model.plans import MULTI_TASK_NETWORK, parse_plan
+from nnturbo.engine.model.provenance import Provenance
+
+
+def provenance(**changes: Any) -> Provenance:
+    """What a prediction by one fp32 model says about its making."""
+    values: dict[str, Any] = {
+        "source": {"plans.json": "hash"}, "configuration": "3d_fullres", "precision": "fp32", "classifier": None,
+        "aggregation": None, "loader": "exact", "tile_step_size": 0.5, "mirror_views": 8, "model": "model",
+        "dataset": "Dataset900_Test", "trainer": "nnUNetTrainer", "folds": ("0",),
+        "checkpoint": "checkpoint_final.pth", "backend": "torch", "agreement": None, "plan_remarks": (),
+        "device": "cpu", "torch": "2", "python": "3", "views_per_call": 1, "sums_device": "cpu",
+    }  # fmt: skip
+    return Provenance(**{**values, **changes})
+
 
 SPLINE = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 

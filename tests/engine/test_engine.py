@@ -33,9 +33,9 @@ def test_predict_gives_labels_on_the_scans_grid_and_says_how(model, scan):
     assert np.allclose(prediction.probabilities.sum(0), 1, atol=1e-5)
     assert np.array_equal(prediction.probabilities.argmax(0), prediction.segmentation)
     assert set(prediction.timings) == {"read", "preprocess", "stitch", "network", "labels"}
-    assert prediction.provenance["backend"] == "torch"
-    assert prediction.provenance["precision"] == "fp32"
-    assert prediction.provenance["mirror_views"] == 8
+    assert prediction.provenance[0].backend == "torch"
+    assert prediction.provenance[0].precision == "fp32"
+    assert prediction.provenance[0].mirror_views == 8
     voxels = (prediction.segmentation == 2).sum()
     assert prediction.volumes_ml["lesion"] == pytest.approx(voxels * 3.0 * 1.2 * 1.2 / 1000)
 
@@ -73,7 +73,7 @@ def test_a_network_that_knows_the_answer(model, scan, tmp_path):
         def __call__(self, tiles):
             return NetworkOutput(torch.cat([torch.zeros_like(tiles), tiles, 2 * tiles - 0.5], dim=1))
 
-    engine._runner = Threshold()
+    engine._segmenter.runner = Threshold()
     normalized = (np.clip(scan.array[0].astype(np.float32), -150, 250) - 50) / 60
     expected = np.where(normalized > 0.5, 2, np.where(normalized > 0, 1, 0))
     result = engine.predict(scan).segmentation
@@ -84,7 +84,7 @@ def test_a_network_that_knows_the_answer(model, scan, tmp_path):
 def test_bf16_is_close_to_fp32_and_recorded(model, scan):
     exact = Engine.load(model, device="cpu").predict(scan)
     rounded = Engine.load(model, device="cpu", precision="bf16").predict(scan)
-    assert rounded.provenance["precision"] == "bf16"
+    assert rounded.provenance[0].precision == "bf16"
     assert (exact.segmentation != rounded.segmentation).mean() < 0.05
 
 

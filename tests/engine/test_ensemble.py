@@ -148,7 +148,7 @@ def test_probabilities_are_kept_only_if_asked_for_and_never_all_at_once(models, 
 def test_a_prediction_lists_its_models_and_adds_their_times(models, scan):
     ensemble = together(*models)
     prediction = ensemble.predict(scan)
-    assert [entry["model"] for entry in prediction.provenance["models"]] == [str(folder) for folder in models]
+    assert [each.model for each in prediction.provenance] == [str(folder) for folder in models]
     assert {"read", "preprocess", "network", "stitch", "labels", "ensemble"} == set(prediction.timings)
     assert prediction.timings["network"] > 0
     assert ensemble.model.source == models[0]

@@ -65,7 +65,7 @@ def wing(name: str) -> str:
         return parts[1] if parts[1] in BELOW and parts[1] != "cli" else "training"
     if parts[0] != "engine":
         return parts[0]
-    if len(parts) == 1 or parts[1] in ("engine", "ensemble"):
+    if len(parts) == 1 or parts[1] in ("engine", "ensemble", "predictor"):
         return "engine"
     return "leaf" if parts[1] in LEAVES else "model" if parts[1] == "network" else parts[1]
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, EngineError, EngineOptions, Ensemble, PredictionError, Volume, VolumeError
-from nnturbo.engine import engine as engine_module
 from nnturbo.engine.backends.torch import TorchRunner
 from nnturbo.engine.model.runner import NetworkOutput
+from nnturbo.engine.pipeline import loading
+from nnturbo.engine.pipeline.loading import read
 from nnturbo.engine.pipeline.steps import Placement, caught
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.transfers import Transfers
@@ -75,12 +76,11 @@ class TestPredictMany:
             return original(self, tiles)
 
         engine = Engine.load(model, device="cpu", backend="torch", mirror=False)
-        prepare = engine._prepare
         monkeypatch.setattr(TorchRunner, "__call__", slow)
         monkeypatch.setattr(
-            engine,
-            "_prepare",
-            lambda *arguments: events.append(("read", threading.current_thread().name)) or prepare(*arguments),
+            loading,
+            "read",
+            lambda *arguments: events.append(("read", threading.current_thread().name)) or read(*arguments),
         )
         list(engine.predict_many(scans))
         reads = [index for index, (what, _) in enumerate(events) if what == "read"]
@@ -130,7 +130,7 @@ class Small:
 class TestOutOfMemory:
     def engine(self, model, **limits):
         engine = Engine.load(model, device="cpu", options=EngineOptions(views_per_call=8))
-        engine._runner = Small(engine._runner, **limits)
+        engine._segmenter.runner = Small(engine._segmenter.runner, **limits)
         return engine
 
     def test_fewer_views_go_at_once_from_then_on(self, model, scans, caplog):
@@ -139,15 +139,15 @@ class TestOutOfMemory:
         with caplog.at_level(logging.WARNING):
             prediction = engine.predict(scans[0])
         assert same(prediction, expected)
-        assert prediction.provenance["views_per_call"] == 2
+        assert prediction.provenance[0].views_per_call == 2
         assert [line for line in caplog.messages if "not enough" in line] == [
             f"the device's memory is not enough for {before} views at once, sums on cpu; going on with {after} views "
             "at once, sums on cpu"
             for before, after in ((8, 4), (4, 2))
         ]
-        assert engine._runner.calls[:3] == [8, 4, 2]
+        assert engine._segmenter.runner.calls[:3] == [8, 4, 2]
         engine.predict(scans[1])
-        assert set(engine._runner.calls[2:]) == {2}
+        assert set(engine._segmenter.runner.calls[2:]) == {2}
 
     def test_then_sums_go_to_main_memory_and_then_it_ends(self):
         steps, placement = [], Placement(views_per_call=3, sums_device=torch.device("cuda", 0))
@@ -165,8 +165,8 @@ class TestOutOfMemory:
     def test_votes_of_the_attempt_that_failed_do_not_count(self, model, scans):
         expected = Engine.load(model, device="cpu").predict(scans[0])
         engine = self.engine(model, most=8, fails=0)
-        engine._runner.most = 8
-        runner, calls = engine._runner.runner, []
+        engine._segmenter.runner.most = 8
+        runner, calls = engine._segmenter.runner.runner, []
 
         def fails_late(tiles):
             calls.append(len(tiles))
@@ -174,7 +174,7 @@ class TestOutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return runner(tiles)
 
-        engine._runner = fails_late
+        engine._segmenter.runner = fails_late
         assert same(engine.predict(scans[0]), expected)
         assert calls[:4] == [8, 8, 8, 4]
 
@@ -184,18 +184,18 @@ class TestOutOfMemory:
         def broken(tiles):
             raise RuntimeError("a kernel is broken")
 
-        engine._runner = broken
+        engine._segmenter.runner = broken
         with pytest.raises(PredictionError, match="a kernel is broken"):
             engine.predict(scans[0])
-        assert engine._placement.views_per_call == 8
+        assert engine._segmenter.placement.views_per_call == 8
 
 
 def test_logits_that_are_no_numbers_are_refused_in_any_row_of_tiles(model):
     deep = Volume.from_array(smooth_scan((40, 20, 22)), (3.0, 1.2, 1.2))
     for which in (0, -1):
         engine = Engine.load(model, device="cpu", mirror=False)
-        runner, calls = engine._runner, []
-        engine._runner = lambda tiles, runner=runner, calls=calls: calls.append(1) or runner(tiles)
+        runner, calls = engine._segmenter.runner, []
+        engine._segmenter.runner = lambda tiles, runner=runner, calls=calls: calls.append(1) or runner(tiles)
         engine.predict(deep)
         total = len(calls)
 
@@ -204,7 +204,7 @@ def test_logits_that_are_no_numbers_are_refused_in_any_row_of_tiles(model):
             output = runner(tiles)
             return NetworkOutput(output.seg_logits / 0, output.class_logits) if seen[0] == at + 1 else output
 
-        engine._runner = broken
+        engine._segmenter.runner = broken
         with pytest.raises(PredictionError, match="logits must be finite"):
             engine.predict(deep)
 
@@ -277,7 +277,7 @@ def test_predict_raises_what_predict_many_yields(model, monkeypatch, failure, tr
     def fails(*arguments, **named):
         raise failure
 
-    monkeypatch.setattr(engine_module, "read_volume", fails)
+    monkeypatch.setattr(loading, "read_volume", fails)
     with pytest.raises(EngineError) as raised:
         engine.predict("scan.nii.gz")
     (yielded,) = engine.predict_many(["scan.nii.gz"])

@@ -76,7 +76,7 @@ class TestFitting:
         """More features than cases: the classifier tells all of those apart that it was fitted on."""
         folder, scans, _, _ = fitted
         engine = Engine.load(folder, mirror=False, device="cpu")
-        assert engine.provenance["classifier"] == "lda"
+        assert engine.provenance[0].classifier == "lda"
         answers = [engine.predict(scan.images[0]).classification.label for scan in scans]
         assert answers == [scan.subtype for scan in scans]
 

@@ -127,12 +127,12 @@ class TestChoice:
 
     def test_auto_takes_it_for_networks_that_suit_it(self, tmp_path):
         model = write_model(tmp_path / "m", plans=plans())
-        assert Engine.load(model, device="cpu").provenance["backend"] == "native"
+        assert Engine.load(model, device="cpu").provenance[0].backend == "native"
 
     @pytest.mark.parametrize("unsuited", [plans_2d(), plans_json(), plans(norm_op=None, norm_op_kwargs=None)])
     def test_auto_takes_another_one_for_others(self, tmp_path, unsuited):
         model = write_model(tmp_path / "m", plans=copy.deepcopy(unsuited))
-        assert Engine.load(model, device="cpu").provenance["backend"] == "torch"
+        assert Engine.load(model, device="cpu").provenance[0].backend == "torch"
         with pytest.raises(BackendUnavailable, match="channels are multiples of"):
             Engine.load(model, device="cpu", backend="native")
 
@@ -153,7 +153,7 @@ class TestChoice:
         model = write_model(tmp_path / "m", plans=plans())
         with pytest.raises(BackendUnavailable, match="cannot be compiled here: no such header"):
             Engine.load(model, device="cpu", backend="native")
-        assert Engine.load(model, device="cpu").provenance["backend"] == "torch"
+        assert Engine.load(model, device="cpu").provenance[0].backend == "torch"
         assert "nnturbo's kernels cannot be compiled here: no such header" in caplog.text
 
 
@@ -162,7 +162,7 @@ def test_a_bundle_is_built_by_another_backend_where_the_kernels_cannot_run_the_n
     model = write_model(tmp_path / "m", plans=plans_2d())
     bundle = build(model, tmp_path / "bundle", device="cpu")
     assert read_manifest(bundle).backend == "torch"
-    assert Engine.load(bundle, device="cpu").provenance["backend"] == "torch"
+    assert Engine.load(bundle, device="cpu").provenance[0].backend == "torch"
     with pytest.raises(BackendUnavailable, match="channels are multiples of"):
         build(model, tmp_path / "other", device="cpu", backend="native")
     assert not (tmp_path / "other").exists()

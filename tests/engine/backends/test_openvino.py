@@ -63,7 +63,7 @@ def test_a_model_is_compiled_on_the_fly_and_labels_are_torchs(tmp_path):
     scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
     expected = Engine.load(model, device="cpu", backend="torch").predict(scan).segmentation
     prediction = Engine.load(model, device="cpu", backend="openvino").predict(scan)
-    assert prediction.provenance["backend"] == "openvino"
+    assert prediction.provenance[0].backend == "openvino"
     assert np.count_nonzero(prediction.segmentation != expected) <= 1
 
 
@@ -227,7 +227,7 @@ class TestInt8:
         assert capsys.readouterr() == ("", "")
         agreement = read_manifest(out).agreement
         assert agreement["different"] > 0
-        assert Engine.load(out, mirror=False).predict(scan).provenance["precision"] == "int8"
+        assert Engine.load(out, mirror=False).predict(scan).provenance[0].precision == "int8"
 
     def test_without_nncf_it_cannot_be_built_but_run(self, model, tmp_path, monkeypatch):
         tiles = torch.randn(2, 1, 8, 12, 16)
@@ -295,7 +295,7 @@ def test_auto_goes_on_with_torch_where_openvino_does_not_know_an_operation(tmp_p
     with pytest.raises(BackendUnavailable, match="openvino could not compile this model in fp32: no conversion rule"):
         Engine.load(model, device="cpu", backend="openvino")
     engine = Engine.load(model, device="cpu")
-    assert engine.provenance["backend"] == "torch"
+    assert engine.provenance[0].backend == "torch"
     assert "no conversion rule for aten::strange" in caplog.text
     assert "and much more" not in caplog.text
 

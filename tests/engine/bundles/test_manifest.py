@@ -81,10 +81,10 @@ class TestUse:
         assert np.array_equal(prediction.segmentation, expected.segmentation)
         assert prediction.classification.label == expected.classification.label
         assert np.allclose(prediction.classification.logits, expected.classification.logits, atol=1e-4)
-        assert (prediction.provenance["backend"], prediction.provenance["precision"]) == (backend, "fp32")
-        assert prediction.provenance["classifier"] == "lda"
-        assert prediction.provenance["mirror_views"] == 8
-        assert prediction.provenance["source"] == {
+        assert (prediction.provenance[0].backend, prediction.provenance[0].precision) == (backend, "fp32")
+        assert prediction.provenance[0].classifier == "lda"
+        assert prediction.provenance[0].mirror_views == 8
+        assert prediction.provenance[0].source == {
             f"fold_{fold}/checkpoint_final.pth": sha256(model / f"fold_{fold}" / "checkpoint_final.pth")
             for fold in (0, 1)
         }
@@ -105,8 +105,8 @@ class TestUse:
         ).predict(scan)
         assert np.array_equal(prediction.segmentation, expected.segmentation)
         assert prediction.classification == expected.classification
-        assert prediction.provenance["aggregation"] == "mean"
-        assert prediction.provenance["folds"] == ["1"]
+        assert prediction.provenance[0].aggregation == "mean"
+        assert prediction.provenance[0].folds == ("1",)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -353,7 +353,7 @@ class TestAgreement:
             dice = 2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other))
             assert agreement["dice"][name] == pytest.approx(dice)
         assert agreement["same_class"] in (0, 1, 2)
-        assert low.provenance["agreement"] == agreement
+        assert low.provenance[0].agreement == agreement
 
     def test_below_the_floor_there_is_no_bundle(self, model, small_scan, tmp_path):
         with pytest.raises(
@@ -386,7 +386,7 @@ class TestAgreement:
                 labels=None,
                 timings={},
                 warnings=(),
-                provenance={},
+                provenance=(),
                 properties={},
                 classification=None,
             )

@@ -19,7 +19,7 @@ from nnturbo.engine.model.labels import LabelScheme
 from nnturbo.engine.pipeline.prediction import Prediction
 from nnturbo.engine.scans.volume import read_volume
 
-from tests.engine.factory import smooth_scan, write_model
+from tests.engine.factory import provenance, smooth_scan, write_model
 from tests.engine.scans.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
 
 SAGITTAL = (0, 1, 0, 0, 0, -1)
@@ -54,7 +54,7 @@ def labelled(folder, segmentation=None, regions_class_order=None, **labels):
         labels=scheme,
         timings={},
         warnings=(),
-        provenance={"dataset": "Dataset777_Test"},
+        provenance=(provenance(dataset="Dataset777_Test"),),
         properties={},
     )
 

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nnturbo.engine import OutputError
+from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
 from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, CaseState, Fingerprint, Record, RecordFolder
 from nnturbo.engine.scans.volume import Geometry, write_segmentation
 
-MADE_OF = {"models": [{"source": {"fold_0": "hash"}}], "inputs": {"a": [["a", 1, 2]]}}
-OTHER = {**MADE_OF, "inputs": {"a": [["a", 1, 3]]}}
+from tests.engine.factory import provenance
+
+MADE_OF = MadeOf(models=(provenance().settings,), inputs={"a": (FileStamp("a", 1, 2),), "b": None})
+OTHER = replace(MADE_OF, inputs={"a": (FileStamp("a", 1, 3),)})
 GEOMETRY = Geometry(spacing=(1, 1, 1), origin=(0, 0, 0), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1))
 
 
@@ -280,6 +283,35 @@ records = st.builds(
 @given(record=records)
 def test_a_record_comes_back_from_its_json(record):
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+@pytest.mark.parametrize(
+    "made_of",
+    [
+        {"models": [{"weights": "hash"}], "inputs": {}},
+        {"models": [{**provenance().settings.to_json(), "added_later": 1}], "inputs": {}},
+        {"models": [], "inputs": {"a": [["a", 1]]}},
+        {"models": []},
+        [],
+        3,
+    ],
+)
+def test_what_another_version_was_made_of_is_never_the_same(record_folder, made_of):
+    path = record_folder.output / "a.nii.gz"
+    finish(record_folder, "a")
+    content = record_folder.read("a").to_json() | {"made_of": made_of}
+    (record_folder.output / "records" / "a.json").write_text(json.dumps(content))
+    assert record_folder.read("a").made_of is None
+    assert record_folder.state("a", [path], MADE_OF).kept.startswith("made with another model, other settings")
+    assert record_folder.state("a", [path], MADE_OF, redo_outdated=True) == CaseState()
+
+
+def test_every_setting_that_decides_labels_counts():
+    settings = provenance().settings
+    others = {**dict.fromkeys(settings.to_json(), "another"), "tile_step_size": 0.25, "mirror_views": 1}
+    for name, value in others.items():
+        assert replace(settings, **{name: value}) != settings
+    assert provenance(backend="openvino", device="cuda:0", folds=("1",)).settings == settings
 
 
 def test_a_record_keeps_no_note_of_what_matters_only_while_the_job_runs():

@@ -89,7 +89,7 @@ def test_a_network_that_fails_or_gives_nonsense_fails_its_case(engine, scans, tm
             logits = torch.zeros(len(tiles), 3, *tiles.shape[2:])
             return NetworkOutput(logits + (float("nan") if Broken.calls == 1 else 0))
 
-    monkeypatch.setattr(engine, "_runner", Broken())
+    monkeypatch.setattr(engine._segmenter, "runner", Broken())
     outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
     assert outcome.done == ["b", "c"]
     assert ("failed on a tile of (8, 12, 16) voxels: out of memory" if failure else "must be finite") in outcome.failed[
@@ -240,7 +240,7 @@ def test_an_interrupt_does_not_wait_for_the_case_in_the_network(engine, scans, t
             return NetworkOutput(torch.zeros(len(tiles), 3, *tiles.shape[2:]))
 
     write_scan(scans / "a_0000.nii.gz", shape=(80, 28, 32))
-    monkeypatch.setattr(engine, "_runner", Slow())
+    monkeypatch.setattr(engine._segmenter, "runner", Slow())
     # Where the tests run in the background, SIGINT is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
@@ -389,7 +389,7 @@ def test_labels_are_there_where_the_rest_cannot_be_written(engine, scans, tmp_pa
 
 def test_a_stop_looks_at_the_record_of_each_case_alone(tmp_path):
     class Full:
-        info = ModelInfo(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(models=(), file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
         def __call__(self, cases, *, on_event, alone):
             raise OutputError("the disk is full")
@@ -420,7 +420,7 @@ def test_a_job_of_many_cases_begins_at_once(tmp_path):
         pass
 
     class Nobody:
-        info = ModelInfo(models=[], file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(models=(), file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
 
         def __call__(self, cases, *, on_event, alone):
             raise Stopped

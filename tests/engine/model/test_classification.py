@@ -196,8 +196,8 @@ class TestEngine:
         assert sum(answer.probabilities) == pytest.approx(1)
         assert answer.name == ("0", "1", "2")[answer.label]
         assert answer.probabilities[answer.label] == max(answer.probabilities)
-        assert prediction.provenance["classifier"] == "head"
-        assert prediction.provenance["aggregation"] == "foreground"
+        assert prediction.provenance[0].classifier == "head"
+        assert prediction.provenance[0].aggregation == "foreground"
         assert load(model).class_names == ("0", "1", "2")
 
     def test_the_labels_are_those_of_the_plain_network(self, model, scan, tmp_path):
@@ -207,18 +207,18 @@ class TestEngine:
         prediction = load(folder).predict(scan)
         assert prediction.classification is None
         assert load(folder).class_names is None
-        assert not {"classifier", "aggregation"} & set(prediction.provenance)
+        assert (prediction.provenance[0].classifier, prediction.provenance[0].aggregation) == (None, None)
         assert np.array_equal(load(model).predict(scan).segmentation, prediction.segmentation)
 
     def test_the_class_is_the_weighted_mean_over_the_tiles_of_the_scan(self, model, scan):
         engine = load(model)
-        run, seen = engine._runner, []
+        run, seen = engine._segmenter.runner, []
 
         def recorded(tiles):
             seen.append(run(tiles))
             return seen[-1]
 
-        engine._runner = recorded
+        engine._segmenter.runner = recorded
         answer = engine.predict(scan).classification
         logits = np.concatenate([output.class_logits.double().numpy() for output in seen])
         exponents = [np.exp(output.seg_logits.double().numpy()) for output in seen]
@@ -227,7 +227,7 @@ class TestEngine:
         assert answer.logits == pytest.approx(weights @ logits / weights.sum(), abs=1e-5)
         mean = load(model, aggregation="mean").predict(scan)
         assert mean.classification.logits == pytest.approx(logits.mean(0), abs=1e-5)
-        assert mean.provenance["aggregation"] == "mean"
+        assert mean.provenance[0].aggregation == "mean"
 
     def test_a_2d_configuration_answers_too(self, tmp_path, scan):
         engine = load(write_model(tmp_path / "m", plans=multi_task(plans_2d())))
@@ -266,8 +266,8 @@ class TestFittedClassifier:
         folder = fitted_model(tmp_path, [pooled_classifier(), pooled_classifier(seed=1)])
         predictions = {choice: load(folder, classifier=choice).predict(scan) for choice in ("auto", "lda", "head")}
         assert predictions["auto"].classification == predictions["lda"].classification
-        assert predictions["auto"].provenance["classifier"] == "lda"
-        assert predictions["head"].provenance["classifier"] == "head"
+        assert predictions["auto"].provenance[0].classifier == "lda"
+        assert predictions["head"].provenance[0].classifier == "head"
         assert predictions["head"].classification.logits != predictions["lda"].classification.logits
         plain = write_model(tmp_path / "plain", plans=multi_task(plans_json()), folds=("0", "1"))
         assert predictions["head"].classification == load(plain).predict(scan).classification
@@ -289,7 +289,7 @@ class TestFittedClassifier:
         with caplog.at_level(logging.WARNING):
             engine = load(folder)
         assert "fold 1 has no fitted classifier, so the network's head answers" in caplog.text
-        assert engine.provenance["classifier"] == "head"
+        assert engine.provenance[0].classifier == "head"
         plain = write_model(tmp_path / "plain", plans=multi_task(plans_json()), folds=("0", "1"))
         assert engine.predict(scan).classification == load(plain).predict(scan).classification
 
@@ -331,7 +331,7 @@ class TestFittedClassifier:
         folder = fitted_model(tmp_path, [wrong])
         with pytest.raises(CheckpointError, match="must have 36 features.*it has 35"):
             load(folder)
-        assert load(folder, classifier="head").provenance["classifier"] == "head"
+        assert load(folder, classifier="head").provenance[0].classifier == "head"
 
     def test_other_keys_of_a_checkpoint_are_ignored(self, tmp_path):
         folder = write_model(tmp_path / "m", checkpoint={"unheard_of": [1, {"a": None}], "pooled_classifier": None})

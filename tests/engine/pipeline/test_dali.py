@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import BackendUnavailable, Engine, EngineError, EngineOptions, Volume, VolumeError
+from nnturbo.engine import BackendUnavailable, Engine, EngineError, EngineOptions, Request, Volume, VolumeError
 from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.pipeline.dali import DaliLoader
 from nnturbo.engine.pipeline.preprocessing import preprocess
@@ -57,7 +57,7 @@ def loaded(plan, images, **options):
     """Copies: what a loader gives is overwritten by what comes next."""
     return [
         answer if isinstance(answer, EngineError) else (answer, planes(answer.case).clone())
-        for answer in DaliLoader(plan, CPU, readers=1, **options)(images)
+        for answer in DaliLoader(plan, CPU, **options)(map(Request, images))
     ]
 
 
@@ -110,7 +110,7 @@ class TestPlanes:
             assert found.shape == planes(preprocess(scan, plan, CPU)).shape
 
     def test_nothing_is_copied_on_its_way_from_dali(self):
-        (prepared,) = (answer for answer in DaliLoader(plan_of(), CPU, readers=1)([scan_of()]))
+        (prepared,) = (answer for answer in DaliLoader(plan_of(), CPU)([Request(scan_of())]))
         assert prepared.case.image.dtype == torch.float32
         assert prepared.case.image.is_contiguous()
 
@@ -125,7 +125,7 @@ def test_an_engine_predicts_with_it(tmp_path):
     for scan, prediction in zip(scans, engine.predict_many(scans), strict=True):
         expected = exact.predict(scan).segmentation
         assert (prediction.segmentation != expected).mean() < 1e-3
-        assert prediction.provenance["loader"] == "dali-linear"
+        assert prediction.provenance[0].loader == "dali-linear"
         assert {"read", "network", "labels"} <= set(prediction.timings)
     assert (engine.predict(scans[0]).segmentation != exact.predict(scans[0]).segmentation).mean() < 1e-3
     assert list(engine.predict_many([])) == []
