@@ -51,8 +51,8 @@ class Engine(Predictor):
         self.class_names = None if scheme is None else scheme.class_names
         self.provenance = () if provenance is None else (provenance,)
         transfers = Transfers(sums_device)
-        self._loader = _make_loader(loader, model, sums_device, transfers)
-        self._segmenter = Segmenter(model.plan, runner, window, transfers, sums_device, aggregation)
+        self.loader = _make_loader(loader, model, sums_device, transfers)
+        self.segmenter = Segmenter(model.plan, runner, window, transfers, sums_device, aggregation)
 
     @classmethod
     def load(
@@ -109,6 +109,7 @@ class Engine(Predictor):
             tile_step_size=tile_step_size,
             views=views,
             views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else len(views)),
+            use_gaussian=options.use_gaussian,
         )
         sums_device = opened.device if options.sums_on_device else torch.device("cpu")
         return cls(
@@ -122,10 +123,10 @@ class Engine(Predictor):
         )
 
     def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[Prepared | EngineError, None, None]:
-        return self._loader(requests, readers=readers)
+        return self.loader(requests, readers=readers)
 
     def _segment(self, prepared: Prepared, save_probabilities: bool, progress: Progress | None) -> Segmented:
-        return self._segmenter(prepared, save_probabilities, progress)
+        return self.segmenter(prepared, save_probabilities, progress)
 
     def _answer(self, segmented: Segmented) -> Prediction:
         return answer(segmented, self.model.plan, self.provenance)
@@ -161,6 +162,7 @@ def _provenance(
         loader=options.loader,
         tile_step_size=window.tile_step_size,
         mirror_views=len(window.views),
+        use_gaussian=window.use_gaussian,
         views_per_call=window.views_per_call,
         sums_device=str(sums_device),
         torch=torch.__version__,

@@ -18,6 +18,7 @@ class EngineOptions:
     Args:
         views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
             memory and no less time, and all on a GPU.
+        use_gaussian: Let voxels in the middle of a tile count more than those at its rim, as nnU-Net does by default.
         sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
         classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was
             fitted afterwards, or "auto": the fitted one where every fold has one. Means nothing to other models.
@@ -28,6 +29,7 @@ class EngineOptions:
     """
 
     views_per_call: int | None = None
+    use_gaussian: bool = True
     sums_on_device: bool = True
     classifier: str = "auto"
     aggregation: str = "foreground"

@@ -13,6 +13,7 @@ from .doctor import add_doctor
 from .inspect import add_inspect
 from .output import UNUSABLE, open_missing_streams, say
 from .predict import add_predict
+from .run import add_run
 from .view import add_view
 
 
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict(commands)
+    add_run(commands)
     add_view(commands)
     add_build(commands)
     add_inspect(commands)

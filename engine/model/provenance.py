@@ -20,6 +20,7 @@ class LabelSettings:
         loader: What reads, normalises and resamples.
         tile_step_size: Distance of tiles as a fraction of the patch.
         mirror_views: Mirrored views that are averaged, the plain one included.
+        use_gaussian: Whether voxels in the middle of a tile count more.
     """
 
     source: Mapping[str, str]
@@ -30,6 +31,7 @@ class LabelSettings:
     loader: str
     tile_step_size: float
     mirror_views: int
+    use_gaussian: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Give all of it, by name."""

@@ -51,23 +51,29 @@ class ExactLoader:
     """
 
     def __init__(self, plan: Plan, device: torch.device, transfers: Transfers) -> None:
-        self._plan, self._device, self._transfers = plan, device, transfers
+        self.device = device
+        self._plan, self._transfers = plan, transfers
 
     def __call__(
         self, requests: Iterable[Request], *, readers: int = 0
     ) -> Generator[Prepared | EngineError, None, None]:
         """See `Loader`."""
         return overlapped(
-            lambda request: caught(lambda: self._load(request)), requests, threads=readers, name="nnturbo-read"
+            lambda request: caught(lambda: self.load(request)), requests, threads=readers, name="nnturbo-read"
         )
 
-    def _load(self, request: Request) -> Prepared:
-        timings = Timings(self._device)
+    def load(self, request: Request) -> Prepared:
+        """Read one scan and preprocess it."""
+        timings = Timings(self.device)
         with timings("read", on_gpu=False):
             scan = read(request, self._plan)
+        return self.prepare(scan, timings)
+
+    def prepare(self, scan: Scan, timings: Timings) -> Prepared:
+        """Preprocess one scan, and start its way to the device."""
         with self._transfers.uploading() as wait, timings("preprocess"):
             try:
-                case = preprocess(scan.volume, self._plan, self._device, scan.previous)
+                case = preprocess(scan.volume, self._plan, self.device, scan.previous)
             except torch.OutOfMemoryError:  # the network's step finds out what does fit
                 case = preprocess(scan.volume, self._plan, torch.device("cpu"), scan.previous)
         return Prepared(

@@ -44,7 +44,8 @@ class Segmenter:
     ) -> None:
         self.runner = runner
         self.placement = Placement(views_per_call=window.views_per_call, sums_device=sums_device)
-        self._plan, self._window, self._transfers, self._aggregation = plan, window, transfers, aggregation
+        self.window = window
+        self._plan, self._transfers, self._aggregation = plan, transfers, aggregation
 
     def __call__(
         self, prepared: Prepared, save_probabilities: bool, progress: Callable[[int, int], None] | None
@@ -70,7 +71,7 @@ class Segmenter:
                 smaller = placement.smaller()
                 if smaller is None:
                     raise PredictionError(
-                        f"the device's memory is not enough for one tile of {self._window.patch_size} voxels; use a "
+                        f"the device's memory is not enough for one tile of {self.window.patch_size} voxels; use a "
                         "GPU with more, or -device cpu",
                         transient=True,
                     ) from error
@@ -88,7 +89,7 @@ class Segmenter:
         progress: Callable[[int, int], None] | None,
     ) -> Segmented:
         labels, timings, scheme = self._plan.labels, prepared.timings, self._plan.classification
-        window = replace(self._window, views_per_call=placement.views_per_call)
+        window = replace(self.window, views_per_call=placement.views_per_call)
         votes = scheme and Votes(scheme, views=len(window.views), aggregation=self._aggregation)
         logits = predict_logits(
             case, self.runner, window, labels.num_outputs, timings=timings, votes=votes, progress=progress

@@ -33,6 +33,7 @@ class SlidingWindow:
         views: The mirror views of each tile, the unflipped one first.
         views_per_call: Views that go through the network at once.
         slicewise: Every plane is a row of tiles of its own and the network takes (N, C, y, x) (2d configurations).
+        use_gaussian: Voxels in the middle of a tile count more; else all alike.
     """
 
     patch_size: tuple[int, int, int]
@@ -40,6 +41,7 @@ class SlidingWindow:
     views: tuple[View, ...]
     views_per_call: int
     slicewise: bool = False
+    use_gaussian: bool = True
 
     def __post_init__(self) -> None:
         """Check the step."""
@@ -48,7 +50,13 @@ class SlidingWindow:
 
     @classmethod
     def of_plan(
-        cls, plan: Plan, *, tile_step_size: float = 0.5, views: tuple[View, ...] = ((),), views_per_call: int = 1
+        cls,
+        plan: Plan,
+        *,
+        tile_step_size: float = 0.5,
+        views: tuple[View, ...] = ((),),
+        views_per_call: int = 1,
+        use_gaussian: bool = True,
     ) -> SlidingWindow:
         """Cover a grid with tiles of the plan's patch size, by default without mirroring."""
         return cls(
@@ -57,6 +65,7 @@ class SlidingWindow:
             views=views,
             views_per_call=views_per_call,
             slicewise=len(plan.patch_size) == 2,
+            use_gaussian=use_gaussian,
         )
 
     def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
@@ -87,15 +96,15 @@ def gaussian(patch: int) -> Tensor:
     return torch.exp(-0.5 * (distance / (patch / 8)) ** 2)
 
 
-def axis_weights(length: int, patch: int, positions: list[int]) -> list[Tensor]:
-    """Gaussian weights of each tile along one axis, divided by their sum over all tiles at each voxel.
+def axis_weights(length: int, patch: int, positions: list[int], use_gaussian: bool = True) -> list[Tensor]:
+    """Weights of each tile along one axis, Gaussian or all alike, divided by their sum over all tiles at each voxel.
 
     The sum of weights over a product grid of tiles is the product of these sums, so no count map is needed.
 
     Returns:
         For each position (patch,) float32.
     """
-    weight = gaussian(patch)
+    weight = gaussian(patch) if use_gaussian else torch.ones(patch, dtype=torch.float64)
     total = torch.zeros(length, dtype=torch.float64)
     for start in positions:
         total[start : start + patch] += weight
@@ -181,7 +190,7 @@ class _RowSums:
         self.starts = window.positions(self._padded)
         self.tiles: list[Tile] = [(y, x) for y in range(len(self.starts[1])) for x in range(len(self.starts[2]))]
         self._weights = [
-            [weight.to(case.device) for weight in axis_weights(*of_axis)]
+            [weight.to(case.device) for weight in axis_weights(*of_axis, use_gaussian=window.use_gaussian)]
             for of_axis in zip(self._padded, window.patch_size, self.starts, strict=True)
         ]
         self._weights[0] = [weight / len(window.views) for weight in self._weights[0]]

@@ -73,7 +73,7 @@ def test_a_network_that_knows_the_answer(model, scan, tmp_path):
         def __call__(self, tiles):
             return NetworkOutput(torch.cat([torch.zeros_like(tiles), tiles, 2 * tiles - 0.5], dim=1))
 
-    engine._segmenter.runner = Threshold()
+    engine.segmenter.runner = Threshold()
     normalized = (np.clip(scan.array[0].astype(np.float32), -150, 250) - 50) / 60
     expected = np.where(normalized > 0.5, 2, np.where(normalized > 0, 1, 0))
     result = engine.predict(scan).segmentation

@@ -130,7 +130,7 @@ class Small:
 class TestOutOfMemory:
     def engine(self, model, **limits):
         engine = Engine.load(model, device="cpu", options=EngineOptions(views_per_call=8))
-        engine._segmenter.runner = Small(engine._segmenter.runner, **limits)
+        engine.segmenter.runner = Small(engine.segmenter.runner, **limits)
         return engine
 
     def test_fewer_views_go_at_once_from_then_on(self, model, scans, caplog):
@@ -145,9 +145,9 @@ class TestOutOfMemory:
             "at once, sums on cpu"
             for before, after in ((8, 4), (4, 2))
         ]
-        assert engine._segmenter.runner.calls[:3] == [8, 4, 2]
+        assert engine.segmenter.runner.calls[:3] == [8, 4, 2]
         engine.predict(scans[1])
-        assert set(engine._segmenter.runner.calls[2:]) == {2}
+        assert set(engine.segmenter.runner.calls[2:]) == {2}
 
     def test_then_sums_go_to_main_memory_and_then_it_ends(self):
         steps, placement = [], Placement(views_per_call=3, sums_device=torch.device("cuda", 0))
@@ -165,8 +165,8 @@ class TestOutOfMemory:
     def test_votes_of_the_attempt_that_failed_do_not_count(self, model, scans):
         expected = Engine.load(model, device="cpu").predict(scans[0])
         engine = self.engine(model, most=8, fails=0)
-        engine._segmenter.runner.most = 8
-        runner, calls = engine._segmenter.runner.runner, []
+        engine.segmenter.runner.most = 8
+        runner, calls = engine.segmenter.runner.runner, []
 
         def fails_late(tiles):
             calls.append(len(tiles))
@@ -174,7 +174,7 @@ class TestOutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return runner(tiles)
 
-        engine._segmenter.runner = fails_late
+        engine.segmenter.runner = fails_late
         assert same(engine.predict(scans[0]), expected)
         assert calls[:4] == [8, 8, 8, 4]
 
@@ -184,18 +184,18 @@ class TestOutOfMemory:
         def broken(tiles):
             raise RuntimeError("a kernel is broken")
 
-        engine._segmenter.runner = broken
+        engine.segmenter.runner = broken
         with pytest.raises(PredictionError, match="a kernel is broken"):
             engine.predict(scans[0])
-        assert engine._segmenter.placement.views_per_call == 8
+        assert engine.segmenter.placement.views_per_call == 8
 
 
 def test_logits_that_are_no_numbers_are_refused_in_any_row_of_tiles(model):
     deep = Volume.from_array(smooth_scan((40, 20, 22)), (3.0, 1.2, 1.2))
     for which in (0, -1):
         engine = Engine.load(model, device="cpu", mirror=False)
-        runner, calls = engine._segmenter.runner, []
-        engine._segmenter.runner = lambda tiles, runner=runner, calls=calls: calls.append(1) or runner(tiles)
+        runner, calls = engine.segmenter.runner, []
+        engine.segmenter.runner = lambda tiles, runner=runner, calls=calls: calls.append(1) or runner(tiles)
         engine.predict(deep)
         total = len(calls)
 
@@ -204,7 +204,7 @@ def test_logits_that_are_no_numbers_are_refused_in_any_row_of_tiles(model):
             output = runner(tiles)
             return NetworkOutput(output.seg_logits / 0, output.class_logits) if seen[0] == at + 1 else output
 
-        engine._segmenter.runner = broken
+        engine.segmenter.runner = broken
         with pytest.raises(PredictionError, match="logits must be finite"):
             engine.predict(deep)
 

@@ -112,7 +112,7 @@ class TestWholeCases:
         assert validate(engine, [case]).foreground_dsc < 1
         dataset = tiny.dataset | {"labels": tiny.dataset["labels"] | {"ignore": 3}}
         plans = json.loads((trained / "plans.json").read_text())
-        network = engine._segmenter.runner._network.networks[0]
+        network = engine.segmenter.runner._network.networks[0]
         result = validate(network_engine(network, plans, dataset, CONFIGURATION, torch.device("cpu")), [case])
         assert result.foreground_dsc == 1
         assert result.label_dsc == {1: 1, 2: 1}

@@ -89,7 +89,7 @@ def test_a_network_that_fails_or_gives_nonsense_fails_its_case(engine, scans, tm
             logits = torch.zeros(len(tiles), 3, *tiles.shape[2:])
             return NetworkOutput(logits + (float("nan") if Broken.calls == 1 else 0))
 
-    monkeypatch.setattr(engine._segmenter, "runner", Broken())
+    monkeypatch.setattr(engine.segmenter, "runner", Broken())
     outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"))
     assert outcome.done == ["b", "c"]
     assert ("failed on a tile of (8, 12, 16) voxels: out of memory" if failure else "must be finite") in outcome.failed[
@@ -240,7 +240,7 @@ def test_an_interrupt_does_not_wait_for_the_case_in_the_network(engine, scans, t
             return NetworkOutput(torch.zeros(len(tiles), 3, *tiles.shape[2:]))
 
     write_scan(scans / "a_0000.nii.gz", shape=(80, 28, 32))
-    monkeypatch.setattr(engine._segmenter, "runner", Slow())
+    monkeypatch.setattr(engine.segmenter, "runner", Slow())
     # Where the tests run in the background, SIGINT is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()

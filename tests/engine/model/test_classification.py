@@ -212,13 +212,13 @@ class TestEngine:
 
     def test_the_class_is_the_weighted_mean_over_the_tiles_of_the_scan(self, model, scan):
         engine = load(model)
-        run, seen = engine._segmenter.runner, []
+        run, seen = engine.segmenter.runner, []
 
         def recorded(tiles):
             seen.append(run(tiles))
             return seen[-1]
 
-        engine._segmenter.runner = recorded
+        engine.segmenter.runner = recorded
         answer = engine.predict(scan).classification
         logits = np.concatenate([output.class_logits.double().numpy() for output in seen])
         exponents = [np.exp(output.seg_logits.double().numpy()) for output in seen]
