@@ -1,12 +1,13 @@
 """What tests of several folders share."""
 
 import os
-from pathlib import Path
 
 import pytest
 from nnturbo.engine.backends import choose
 
-TRAINERS = Path(__file__).parents[1] / "training" / "nnunet_trainers"
+from tests.paths import ROOT
+
+TRAINERS = ROOT / "training" / "nnunet_trainers"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,15 +1,14 @@
 """What docs/deployment.md says to do works as it stands."""
 
 import re
-from pathlib import Path
 
 import pytest
 from nnturbo.engine import build
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, write_model
+from tests.paths import ROOT
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
-
+DOCUMENT = ROOT / "docs" / "deployment.md"
 
 REGIONS = dataset_json(labels={"background": 0, "whole": [1, 2], "lesion": 2}, regions_class_order=[1, 2])
 

@@ -5,13 +5,13 @@ import importlib
 import os
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from nnturbo.benchmarks import readme
 from nnturbo.engine.cli import main
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 HIDDEN = """
 import sys
 for name in {hidden!r}:
@@ -17,6 +17,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name in {hidden!r} else find(name, *more)
 sys.path.insert(0, {root!r} + "/benchmarks")
 import gpu
+
 sys.exit(gpu.main(["--device", "cpu", "--backends", "torch", "--out", sys.argv[1]]))
 """
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCE = Path(__file__).parents[2] / "examples" / "cpp"
+from tests.paths import ROOT
+
+SOURCE = ROOT / "examples" / "cpp"
 HEADERS = {
     "nifti/nifti1.h": "libnifti2-dev",
     "openssl/evp.h": "libssl-dev",

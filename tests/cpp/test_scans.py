@@ -10,10 +10,7 @@ from nnturbo.engine import Engine, build, read_volume
 from nnturbo.engine.export.build import build_whole_path
 from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
-from tests.cpp.conftest import SOURCE
-
-ROOT = SOURCE.parents[1]
-SHARED = ROOT.parent / "shared"
+from tests.paths import DEMO_MODEL, SHARED, TRAINED_MODEL
 
 
 @pytest.fixture(scope="module", params=["phantom", "real"])
@@ -21,11 +18,11 @@ def task(request, tmp_path_factory):
     """A trained model, a scan, what to do beside, and Python's answer."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "phantom":
-        model = ROOT / "examples" / "demo_model"
+        model = DEMO_MODEL
         (case,) = write_dataset(folder, counts={"test": 1}, seed=3, settings=SMALL_SETTINGS)
         scan = case.image
     else:
-        model = SHARED / "models" / "Dataset501_Abdomen" / "nnUNetTrainer__smallPlans__3d_fullres"
+        model = TRAINED_MODEL
         if not model.is_dir():
             pytest.skip(f"needs a real scan and a trained model in {SHARED}")
         whole = sitk.ReadImage(SHARED / "data" / "abdomen_ct_0000.nii.gz")

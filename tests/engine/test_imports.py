@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 LEAVES = {"errors", "files", "options", "overlap"}
 BELOW = {  # wings, and what each may import beside itself, kernels and the leaves
     "cli": {

@@ -18,8 +18,8 @@ from nnturbo.kernels import AxisOperator, device, loader
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels import checks, host, nvrtc
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 needs_compiler = pytest.mark.skipif(host.compiler is None, reason="g++ is not installed")

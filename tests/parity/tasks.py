@@ -10,10 +10,7 @@ from tests.parity.catalogue import PAIRS
 from tests.parity.kinds import ModelKind
 from tests.parity.model_folders import ModelFolder
 from tests.parity.scans import SCANS, write_channels, write_previous_stage
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
-"""Real scans, a model that stock trained on one of them, and what stock predicted; not part of the project."""
-TRAINED_MODEL = SHARED / "models" / "Dataset501_Abdomen" / "nnUNetTrainer__smallPlans__3d_fullres"
+from tests.paths import SHARED, TRAINED_MODEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,5 @@
 """The demo model in nnU-Net's own predictor and in the engine, on phantoms that no training saw."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from nnturbo.engine import Engine
@@ -17,8 +15,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from tests.parity import stock
 from tests.parity.fp32 import Fp32Predictor
+from tests.paths import DEMO_MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 DISAGREEMENT = 1 / 50_000
 
 
@@ -30,9 +28,9 @@ def phantoms(tmp_path_factory):
 
 @pytest.mark.parametrize("mirror", [False, pytest.param(True, marks=pytest.mark.slow)])  # eight views: a minute
 def test_labels_are_those_of_nnunet(phantoms, found_by_nnunet, parity_rows: list[ParityRow], mirror: bool):
-    engine = Engine.load(MODEL, device="cpu", precision="fp32", backend="torch", mirror=mirror)
+    engine = Engine.load(DEMO_MODEL, device="cpu", precision="fp32", backend="torch", mirror=mirror)
     predictors = [
-        stock.load_predictor(predictor, MODEL, folds=(0,), mirror=mirror)
+        stock.load_predictor(predictor, DEMO_MODEL, folds=(0,), mirror=mirror)
         for predictor in (nnUNetPredictor, Fp32Predictor)
     ]
     voxels, differing = 0, np.zeros(3, dtype=int)
@@ -63,6 +61,6 @@ def test_labels_are_those_of_nnunet(phantoms, found_by_nnunet, parity_rows: list
 
 
 def test_checkpoint_is_small_and_holds_weights_alone():
-    checkpoint = MODEL / "fold_0" / "checkpoint_final.pth"
+    checkpoint = DEMO_MODEL / "fold_0" / "checkpoint_final.pth"
     assert checkpoint.stat().st_size <= 15e6
-    assert 2e6 <= read_model(MODEL).num_parameters <= 6e6
+    assert 2e6 <= read_model(DEMO_MODEL).num_parameters <= 6e6

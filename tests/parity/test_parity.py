@@ -11,7 +11,8 @@ pytest.importorskip("nnunetv2", reason="compares with nnU-Net itself, which is n
 from tests.parity.comparison import Comparison, beyond_rounding, compare
 from tests.parity.model_folders import ModelFolder, build_model_folder
 from tests.parity.report import ParityRow
-from tests.parity.tasks import CROPS, SHARED, SYNTHETIC, Task, synthetic_task, trained_task
+from tests.parity.tasks import CROPS, SYNTHETIC, Task, synthetic_task, trained_task
+from tests.paths import SHARED
 
 FP32_DISAGREEMENT = 1e-5
 """Fraction of voxels that may differ from nnU-Net with fp32 sums; always at least one voxel."""

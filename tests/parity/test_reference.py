@@ -6,10 +6,7 @@ import SimpleITK as sitk
 from nnturbo.engine import Engine
 
 from tests.parity.report import ParityRow
-
-pytest.importorskip("nnunetv2", reason="shares its tasks with the comparison with nnU-Net, which is not installed")
-
-from tests.parity.tasks import SHARED, TRAINED_MODEL
+from tests.paths import SHARED, TRAINED_MODEL
 
 DISAGREEMENT = 1 / 50_000
 MARGIN = 2.0**-7

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +19,11 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
+from tests.paths import ROOT
 
 openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[3]
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
 
 

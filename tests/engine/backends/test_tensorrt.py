@@ -28,9 +28,9 @@ from nnturbo.engine.model.folds import LowConvolution, inference_network, with_l
 from torch import nn
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, write_model
+from tests.paths import DEMO_MODEL
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DEMO = Path(__file__).parents[3] / "examples" / "demo_model"
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -285,7 +285,7 @@ class TestBackend:
         assert list(tmp_path.iterdir()) == []
 
     def test_the_demo_model_with_its_fitted_classifier_builds(self, tmp_path, rtx):
-        case = Case(with_classifier(read_model(DEMO), "auto"), tmp_path, "fp16")
+        case = Case(with_classifier(read_model(DEMO_MODEL), "auto"), tmp_path, "fp16")
         _, network = rtx.parse(case.onnx)
         check_half_network(network, rtx.api, case)
         assert len(rtx.build(case.onnx, compute_capabilities=("8.6", "8.9", "12.0"))) > case.model.num_parameters

@@ -1,7 +1,6 @@
 """The path as TorchScript gives what `Engine.predict` gives; its parts give what their twins in plain Python give."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,9 +33,8 @@ from nnturbo.engine.pipeline.voting import Votes
 from nnturbo.kernels import argmax_labels, region_labels
 
 from tests.engine.factory import SPLINE, dataset_json, multi_task, plans_2d, plans_json, smooth_scan, write_model
+from tests.paths import SHARED, TRAINED_MODEL
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared"
-TRAINED_MODEL = SHARED / "models" / "Dataset501_Abdomen" / "nnUNetTrainer__smallPlans__3d_fullres"
 SPACING = (3.0, 1.2, 1.3)
 
 

@@ -13,7 +13,9 @@ from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.scans import dicom, dicom_compression, dicom_header
 from nnturbo.engine.scans.volume import read_volume
 
-REAL_SERIES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "dicom_ct"
+from tests.paths import SHARED
+
+REAL_SERIES = SHARED / "data" / "dicom_ct"
 UID = "1.2.826.0.1.3680043.2.1125.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
 AXIAL = (1, 0, 0, 0, 1, 0)

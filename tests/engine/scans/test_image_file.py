@@ -17,7 +17,8 @@ from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.scans import image_file, itk
 from nnturbo.engine.scans.volume import Volume, read_volume
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+from tests.paths import SHARED
+
 SHAPE = (20, 30, 40)
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
 
@@ -111,8 +112,8 @@ class TestWholeFiles:
         for name in ("v.nii.gz", "v.nrrd", "v.mha"):
             read_volume(write_image(tmp_path / name))
         for name in ("abdomen_ct_0000.nii.gz", "mr_0000.nii.gz"):
-            if (SHARED / name).exists():
-                read_volume(SHARED / name)
+            if (SHARED / "data" / name).exists():
+                read_volume(SHARED / "data" / name)
 
     def test_further_axes_of_length_one(self, tmp_path):
         (tmp_path / "v.nii").write_bytes(nifti(at_40=("<6h", 5, 40, 30, 20, 1, 1)))

@@ -5,7 +5,6 @@ import itertools
 import logging
 import os
 import resource
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -15,7 +14,8 @@ from nnturbo.engine.errors import OutputError, VolumeError
 from nnturbo.engine.scans import volume as volume_module
 from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, restore_orientation, write_segmentation
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+from tests.paths import SHARED
+
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 SIGNED_PERMUTATIONS = [
     tuple((np.eye(3)[list(order)] * np.array(signs)).ravel())
@@ -271,7 +271,7 @@ class TestOrientation:
                 read_volume(paths, reader=reader.removesuffix("WithReorient"))
 
     def test_a_real_scan(self):
-        path = SHARED / "abdomen_ct_0000.nii.gz"
+        path = SHARED / "data" / "abdomen_ct_0000.nii.gz"
         if not path.exists():
             pytest.skip("the shared real scans are not here")
         original = read_volume(path)
@@ -317,7 +317,7 @@ class TestWriteSegmentation:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, f"labels{ending}"])
 
     def test_a_real_scan(self, tmp_path):
-        path = SHARED / "mr_0000.nii.gz"
+        path = SHARED / "data" / "mr_0000.nii.gz"
         if not path.exists():
             pytest.skip("the shared real scans are not here")
         volume = read_volume(path)
