@@ -11,8 +11,7 @@ from nnturbo.benchmarks.report import memory_over_time, run_measured
 from nnturbo.engine.cli import main
 from nnturbo.engine.jobs.cases import find_cases
 
-from tests.engine.factory import multi_task, plans_json, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import multi_task, plans_json, write_model, write_scan
 
 
 def write(folder, name, array, origin=(0.0, 0.0, 0.0)):

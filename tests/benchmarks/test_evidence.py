@@ -12,8 +12,7 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.mirroring import mirror_views
 
-from tests.engine.factory import plans_json, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import plans_json, write_model, write_scan
 
 
 class TestGrowth:

@@ -3,8 +3,7 @@
 import pytest
 from nnturbo.engine import Engine
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
 
 
 @pytest.fixture(scope="module")

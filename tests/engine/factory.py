@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from nnturbo.engine.model.network import make_network
 from nnturbo.engine.model.plans import MULTI_TASK_NETWORK, parse_plan
@@ -183,3 +184,10 @@ def smooth_scan(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     coarse = torch.randn(1, 1, *(max(2, n // 6) for n in shape), generator=generator)
     field = torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0, 0]
     return (50 + 120 * field).round().to(torch.int16).numpy()
+
+
+def write_scan(path, seed=0, shape=(8, 14, 16)):
+    image = sitk.GetImageFromArray(smooth_scan(shape, seed))
+    image.SetSpacing((1.5, 1.5, 2.0))
+    sitk.WriteImage(image, str(path))
+    return path

@@ -15,8 +15,15 @@ from nnturbo.engine.cli import build as build_command
 from nnturbo.engine.cli import main
 from nnturbo.engine.cli.main import _parser
 
-from tests.engine.factory import dataset_json, multi_task, plans_2d, plans_json, pooled_classifier, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import (
+    dataset_json,
+    multi_task,
+    plans_2d,
+    plans_json,
+    pooled_classifier,
+    write_model,
+    write_scan,
+)
 
 
 @pytest.fixture(scope="module")

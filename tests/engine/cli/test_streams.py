@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
 
 COMMAND = "import sys; from nnturbo.engine.cli import main; sys.exit(main(sys.argv[1:]))"
 STREAMS = [

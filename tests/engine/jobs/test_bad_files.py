@@ -8,8 +8,7 @@ import pytest
 import SimpleITK as sitk
 from nnturbo.engine.cli import main
 
-from tests.engine.factory import smooth_scan, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import smooth_scan, write_model, write_scan
 
 GOOD = 90
 

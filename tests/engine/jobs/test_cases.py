@@ -9,8 +9,7 @@ from nnturbo.engine.jobs.cases import find_cases
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.scans.volume import read_volume
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
 from tests.engine.scans.test_dicom import write_series
 
 

@@ -12,8 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.engine.factory import multi_task, plans_json, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import multi_task, plans_json, write_model, write_scan
 
 CASES = 40
 JOB = """

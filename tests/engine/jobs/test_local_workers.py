@@ -18,8 +18,8 @@ from nnturbo.engine.jobs.local_workers import LocalWorkers
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.jobs.worker import ModelArguments, Place, local_places, serve
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
+from tests.engine.jobs.outputs import label_files
 
 ARGUMENTS = {"mirror": False, "backend": "torch"}
 PLACES = [Place("cpu", (core,)) for core in sorted(os.sched_getaffinity(0))[:2]] * 2
@@ -60,10 +60,6 @@ def pool(model, tmp_path):
     made.close()
 
 
-def labels(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.nii.gz"))}
-
-
 def processes(pool):
     return [worker.handle[0] for worker in pool._running]
 
@@ -80,8 +76,8 @@ def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_p
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "alone"))
     finally:
         torch.set_num_threads(before)
-    assert labels(tmp_path / "out") == labels(tmp_path / "alone")
-    assert len(labels(tmp_path / "out")) == 8
+    assert label_files(tmp_path / "out") == label_files(tmp_path / "alone")
+    assert len(label_files(tmp_path / "out")) == 8
     workers = processes(pool)
     pool.close()
     assert [process.exitcode for process in workers] == [0, 0]
@@ -98,7 +94,7 @@ def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
     outcome = run_job(pool, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out"), on_event=on_event)
     assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
     assert [event.how for event in events if event.kind == "lost"] == ["signal 9"]
-    assert len(labels(tmp_path / "out")) == 8
+    assert len(label_files(tmp_path / "out")) == 8
 
 
 def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkeypatch):
@@ -208,7 +204,7 @@ def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_p
     family = children(process.pid)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    done = len(labels(out))
+    done = len(label_files(out))
     assert 1 <= done < 60
     if number == signal.SIGKILL:
         assert process.returncode == -9
@@ -224,6 +220,6 @@ def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_p
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
     again = subprocess.run([*command, "--continue_prediction"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert len(labels(out)) == 60
+    assert len(label_files(out)) == 60
     # What was on its way to the disk when the signal came is whole too, but is done again where it had no record.
     assert int(again.stdout.split(" already there")[0].rpartition(" ")[2]) >= done - 6

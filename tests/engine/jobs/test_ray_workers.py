@@ -14,9 +14,8 @@ from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker import ModelArguments
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_local_workers import labels
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
+from tests.engine.jobs.outputs import label_files
 
 ray = pytest.importorskip("ray", reason="needs Ray")
 pytestmark = [
@@ -80,7 +79,7 @@ def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
         made.close()
     assert sorted(outcome.done) == [f"c{index}" for index in range(10)]
     assert len([event for event in events if event.kind == "lost"]) == 1
-    assert len(labels(tmp_path / "out")) == 10
+    assert len(label_files(tmp_path / "out")) == 10
 
 
 def test_the_command_gives_what_it_gives_without_a_cluster(cluster, model, scans, tmp_path, monkeypatch, capsys):
@@ -92,8 +91,8 @@ def test_the_command_gives_what_it_gives_without_a_cluster(cluster, model, scans
     assert "c3 failed" in capsys.readouterr().err
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["predict", *given, "-o", "near", "-device", "cpu"]) == 1
-    assert labels(tmp_path / "far").keys() == labels(tmp_path / "near").keys()
-    assert len(labels(tmp_path / "far")) == 9
+    assert label_files(tmp_path / "far").keys() == label_files(tmp_path / "near").keys()
+    assert len(label_files(tmp_path / "far")) == 9
     assert (tmp_path / "far" / "predictions.json").read_text().count('"status": "done"') == 9
 
 

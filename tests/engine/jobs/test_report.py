@@ -14,8 +14,7 @@ from nnturbo.engine.files import write_json
 from nnturbo.engine.jobs.records import DONE, FAILED, Record, RecordFolder
 from nnturbo.engine.jobs.report import write_report
 
-from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model, write_scan
 
 pytest.importorskip("PIL", reason="needs Pillow")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

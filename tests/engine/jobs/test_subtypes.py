@@ -11,8 +11,16 @@ from nnturbo.engine.jobs.cases import find_cases
 from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import predict_cases
 
-from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, smooth_scan, write_model
-from tests.engine.jobs.test_run import fill_disk_at, read_records, write_scan
+from tests.engine.factory import (
+    dataset_json,
+    multi_task,
+    plans_json,
+    random_weights,
+    smooth_scan,
+    write_model,
+    write_scan,
+)
+from tests.engine.jobs.outputs import fill_disk_at, read_records
 
 
 @pytest.fixture(scope="module")

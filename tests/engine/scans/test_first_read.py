@@ -8,7 +8,7 @@ import threading
 import pytest
 from nnturbo.engine.scans.itk import _FirstRead
 
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_scan
 from tests.engine.scans.test_dicom import write_series
 
 READ_AT_ONCE = """
