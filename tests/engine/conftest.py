@@ -1,12 +1,12 @@
-"""What most tests of jobs begin with."""
+"""What tests of several wings begin with."""
 
 import pytest
-from nnturbo.engine import Engine
+from nnturbo.engine import Engine, Volume, build
 
-from tests.engine.factory import write_model, write_scan
+from tests.engine.factory import multi_task, plans_json, pooled_classifier, smooth_scan, write_model, write_scan
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     return Engine.load(write_model(tmp_path_factory.mktemp("model") / "m"), device="cpu", mirror=False)
 
@@ -18,3 +18,32 @@ def scans(tmp_path):
     for index, name in enumerate("abc"):
         write_scan(folder / f"{name}_0000.nii.gz", index)
     return folder
+
+
+@pytest.fixture(scope="session")
+def multi_task_model(tmp_path_factory):
+    """Two folds with a head, and a classifier that was fitted afterwards."""
+    return write_model(
+        tmp_path_factory.mktemp("model") / "m",
+        plans=multi_task(plans_json()),
+        folds=("0", "1"),
+        checkpoint={"pooled_classifier": pooled_classifier()},
+    )
+
+
+@pytest.fixture(scope="session")
+def several_tiles():
+    """A scan of several tiles."""
+    return Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
+
+
+@pytest.fixture(scope="session")
+def one_tile():
+    """A scan of one tile: bfloat16 takes long on CPUs that do not have it."""
+    return Volume.from_array(smooth_scan((8, 12, 16)), (2.0, 1.5, 1.5), name="small scan")
+
+
+@pytest.fixture(scope="session")
+def built_bundle(multi_task_model, tmp_path_factory):
+    """One bundle for all tests that only read."""
+    return build(multi_task_model, tmp_path_factory.mktemp("bundles") / "b", backend="torchscript", device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,11 @@ def write_scan(path, seed=0, shape=(8, 14, 16)):
     image.SetSpacing((1.5, 1.5, 2.0))
     sitk.WriteImage(image, str(path))
     return path
+
+
+def zipped(folder, target, prefix="Dataset900_Test/nnUNetTrainer__nnUNetPlans__3d_fullres"):
+    with zipfile.ZipFile(target, "a") as archive:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                archive.write(path, f"{prefix}/{path.relative_to(folder)}")
+    return target

@@ -10,7 +10,7 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.scans.volume import read_volume
 
 from tests.engine.factory import write_model, write_scan
-from tests.engine.scans.test_dicom import write_series
+from tests.engine.scans.dicom_slices import write_series
 
 
 def test_files_that_macos_leaves_are_no_scans(scans):

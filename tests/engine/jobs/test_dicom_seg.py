@@ -20,7 +20,15 @@ from nnturbo.engine.pipeline.prediction import Prediction
 from nnturbo.engine.scans.volume import read_volume
 
 from tests.engine.factory import provenance, smooth_scan, write_model
-from tests.engine.scans.test_dicom import AXIAL, REAL_SERIES, TILTED, UID, needs_real_series, write_report, write_slice
+from tests.engine.scans.dicom_slices import (
+    AXIAL,
+    REAL_SERIES,
+    TILTED,
+    UID,
+    needs_real_series,
+    write_report,
+    write_slice,
+)
 
 SAGITTAL = (0, 1, 0, 0, 0, -1)
 FRAME = {"FrameOfReferenceUID": f"{UID}.7", "BitsStored": 16, "HighBit": 15}

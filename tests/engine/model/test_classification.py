@@ -24,8 +24,8 @@ from tests.engine.factory import (
     random_weights,
     smooth_scan,
     write_model,
+    zipped,
 )
-from tests.engine.model.test_folder import zipped
 from tests.engine.pipeline.test_sliding_window import case_of
 
 SCHEME = ClassificationScheme(kind="gap_linear", stages=(0,), class_names=("a", "b"), focus_channels=(1,))

@@ -12,16 +12,8 @@ from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.scans.dicom import list_slices
 from nnturbo.engine.scans.volume import read_volume
 
-from tests.engine.scans.test_dicom import (
-    CT,
-    TILTED,
-    UID,
-    assert_equal,
-    refusal,
-    stored_pixels,
-    write_series,
-    write_slice,
-)
+from tests.engine.scans.dicom_slices import CT, TILTED, UID, stored_pixels, write_series, write_slice
+from tests.engine.scans.test_dicom import assert_equal, refusal
 
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 DIRECTORY, CAPTURE = "1.2.840.10008.1.3.10", STORAGE + "7"

@@ -9,7 +9,7 @@ import pytest
 from nnturbo.engine.scans.itk import _FirstRead
 
 from tests.engine.factory import write_scan
-from tests.engine.scans.test_dicom import write_series
+from tests.engine.scans.dicom_slices import write_series
 
 READ_AT_ONCE = """
 import sys, threading

@@ -17,6 +17,7 @@ from nnturbo.engine.scans.label_file import is_whole, second_file
 from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
+from tests.engine.scans.refusals import refusal
 
 STACK = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
 TURNED = (0.6, 0.8, -0.8, 0.6)
@@ -30,13 +31,6 @@ def write_2d(path, array=STACK[0], direction=TURNED):
     image.SetDirection(direction)
     sitk.WriteImage(image, str(path), useCompression=True)
     return path
-
-
-def refusal(path):
-    with pytest.raises(VolumeError) as error:
-        read_volume(path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 class TestTwoDimensions:
