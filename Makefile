@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 DEMO_MODEL ?= examples/demo_model
 
-.PHONY: demo test check benchmark guard clean
+.PHONY: demo test test-rest test-all check benchmark guard clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,17 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
 demo: $(VENV)/.installed
 	$(BIN)/nnturbo demo -m $(DEMO_MODEL) -o demo
 
+# Two processes; one that is done takes over tests of the other.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What `make test` leaves out for its time.
+test-rest: $(VENV)/.dev
+	$(PYTEST) -m "thorough and not slow"
+
+test-all: test test-rest
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,13 +1,21 @@
-"""What tests of several folders share."""
+"""What tests of several folders share, and rows of agreement with nnU-Net, shown after the tests."""
 
 import os
+from dataclasses import asdict
+from pathlib import Path
+
+# One thread for each process of tests: small networks gain nothing by more, and processes side by side are not in each
+# other's way. It counts from torch's import on; tests that are about threads ask for more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from nnturbo.engine.backends import choose
 
+from tests.parity.report import ParityRow, format_table, write_json
 from tests.paths import ROOT
 
 TRAINERS = ROOT / "training" / "nnunet_trainers"
+ROWS = pytest.StashKey[list[ParityRow]]()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,3 +51,33 @@ def found_by_nnunet(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(find_objects, "recursive_find_python_class", search_outside)
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["/nowhere", str(TRAINERS)]))
     return find_objects.recursive_find_trainer_class_by_name
+
+
+@pytest.fixture(scope="session")
+def parity_rows(pytestconfig: pytest.Config) -> list[ParityRow]:
+    """Rows to append to."""
+    return pytestconfig.stash.setdefault(ROWS, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the rows of a process of pytest-xdist to the one that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = [asdict(row) for row in session.config.stash.get(ROWS, [])]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Take the rows of a process that is done."""
+    rows = [ParityRow(**row) for row in getattr(node, "workeroutput", {}).get("parity", [])]
+    node.config.stash.setdefault(ROWS, []).extend(rows)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the rows, and write them where NNTURBO_PARITY_JSON says."""
+    rows = sorted(config.stash.get(ROWS, []), key=lambda row: row.name)
+    if not rows:
+        return
+    terminalreporter.section("voxels whose label is not nnU-Net's")
+    terminalreporter.write_line(format_table(rows))
+    if file := os.environ.get("NNTURBO_PARITY_JSON"):
+        write_json(rows, Path(file))

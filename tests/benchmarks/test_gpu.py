@@ -31,6 +31,7 @@ def tried(out, hidden=()):
     return json.loads(out.read_text())
 
 
+@pytest.mark.thorough  # nnU-Net and all kernels for most of a minute
 def test_every_part_leaves_its_numbers(tmp_path):
     found = tried(tmp_path / "gpu.json")
     assert found["failed"] == found["left_out"] == {}

@@ -20,6 +20,15 @@ CPU = torch.device("cpu")
 LIBRARY = "dynamic_network_architectures.architectures.unet"
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """Two threads, among which the kernels divide their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def plans(network="PlainConvUNet", patch=(8, 24, 32), **changes):
     """A plan whose channels suit the kernels, with three stages."""
     made = plans_json(patch_size=list(patch))
