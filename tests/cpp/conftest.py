@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from nnturbo.engine import build as build_bundle
 
+from tests.cpp.factory import SHAPE, write_scan
+from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.paths import ROOT
 
 SOURCE = ROOT / "examples" / "cpp"
@@ -47,7 +51,12 @@ def cmake(source, folder, *prefixes):
 def built(tmp_path_factory):
     if missing := missing_tools():
         pytest.skip(f"the C++ library is built with tools that are not here: {missing}")
-    return cmake(SOURCE, Path(os.environ.get(BUILD_FOLDER) or tmp_path_factory.mktemp("build")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes of these tests
+    folder = Path(os.environ.get(BUILD_FOLDER) or folder / "cpp")
+    with FileLock(f"{folder}.lock"):
+        return cmake(SOURCE, folder)
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +71,24 @@ def command(built):
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("multi_task") / "m", plans=multi_task(plans_json()), folds=("0", "1"))
+
+
+@pytest.fixture(scope="module")
+def bundle(model):
+    return build_bundle(model, model.parent / "bundle", backend="torchscript", device="cpu")
+
+
+@pytest.fixture
+def own_bundle(bundle, tmp_path):
+    """A bundle to spoil."""
+    return shutil.copytree(bundle, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return write_scan(tmp_path / "scan.nii.gz", smooth_scan(SHAPE))

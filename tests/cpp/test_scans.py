@@ -12,6 +12,8 @@ from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 
 from tests.paths import DEMO_MODEL, SHARED, TRAINED_MODEL
 
+pytestmark = pytest.mark.thorough  # the C++ library is built for a minute
+
 
 @pytest.fixture(scope="module", params=["phantom", "real"])
 def task(request, tmp_path_factory):

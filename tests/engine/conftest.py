@@ -3,21 +3,23 @@
 import pytest
 from nnturbo.engine import Engine, Volume, build
 
-from tests.engine.factory import multi_task, plans_json, pooled_classifier, smooth_scan, write_model, write_scan
+from tests.engine.factory import multi_task, plans_json, pooled_classifier, smooth_scan, write_model, write_scans
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory):
-    return Engine.load(write_model(tmp_path_factory.mktemp("model") / "m"), device="cpu", mirror=False)
+def model(tmp_path_factory):
+    """A model folder of one fold; modules about other kinds of models have their own."""
+    return write_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="session")
+def engine(model):
+    return Engine.load(model, device="cpu", mirror=False)
 
 
 @pytest.fixture
 def scans(tmp_path):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for index, name in enumerate("abc"):
-        write_scan(folder / f"{name}_0000.nii.gz", index)
-    return folder
+    return write_scans(tmp_path / "scans", "abc")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,8 @@ def smooth_scan(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     return (50 + 120 * field).round().to(torch.int16).numpy()
 
 
-def write_scan(path, seed=0, shape=(8, 14, 16)):
+def write_scan(path: Path, seed: int = 0, shape: tuple[int, int, int] = (8, 14, 16)) -> Path:
+    """Write a smooth scan on a grid of 2 x 1.5 x 1.5 mm."""
     image = sitk.GetImageFromArray(smooth_scan(shape, seed))
     image.SetSpacing((1.5, 1.5, 2.0))
     sitk.WriteImage(image, str(path))
@@ -200,3 +201,11 @@ def zipped(folder, target, prefix="Dataset900_Test/nnUNetTrainer__nnUNetPlans__3
             if path.is_file():
                 archive.write(path, f"{prefix}/{path.relative_to(folder)}")
     return target
+
+
+def write_scans(folder: Path, names: Iterable[str]) -> Path:
+    """Write a scan of one channel for each case into a new folder."""
+    folder.mkdir()
+    for seed, name in enumerate(names):
+        write_scan(folder / f"{name}_0000.nii.gz", seed)
+    return folder

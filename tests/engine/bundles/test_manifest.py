@@ -4,15 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import (
-    BackendUnavailable,
-    BundleError,
-    Engine,
-    EngineOptions,
-    ModelError,
-    PredictionError,
-    build,
-)
+from nnturbo.engine import BackendUnavailable, BundleError, Engine, EngineOptions, ModelError, PredictionError, build
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles import manifest as bundle_module
 from nnturbo.engine.bundles.manifest import MANIFEST, read_manifest

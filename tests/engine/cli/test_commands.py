@@ -23,6 +23,7 @@ from tests.engine.factory import (
     pooled_classifier,
     write_model,
     write_scan,
+    write_scans,
 )
 
 
@@ -34,11 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def scans(tmp_path):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for index, name in enumerate("abcd"):
-        write_scan(folder / f"{name}_0000.nii.gz", index)
-    return folder
+    return write_scans(tmp_path / "scans", "abcd")
 
 
 def test_predict_with_a_model_folder(model, scans, tmp_path, capsys):

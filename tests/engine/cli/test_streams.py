@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.engine.factory import write_model, write_scan
+from tests.engine.factory import write_scan
 
 COMMAND = "import sys; from nnturbo.engine.cli import main; sys.exit(main(sys.argv[1:]))"
 STREAMS = [
     ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "| true",
     "2>&1 | true",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full and a POSIX shell")

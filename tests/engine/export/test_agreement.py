@@ -5,14 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import (
-    BundleError,
-    Engine,
-    Prediction,
-    Volume,
-    VolumeError,
-    build,
-)
+from nnturbo.engine import BundleError, Engine, Prediction, Volume, VolumeError, build
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles.manifest import read_manifest
 from nnturbo.engine.export import build as compilation

@@ -5,14 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import (
-    BackendUnavailable,
-    BundleError,
-    Engine,
-    ModelError,
-    OutputError,
-    build,
-)
+from nnturbo.engine import BackendUnavailable, BundleError, Engine, ModelError, OutputError, build
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles import manifest as bundle_module
 from nnturbo.engine.bundles.manifest import is_bundle, read_manifest

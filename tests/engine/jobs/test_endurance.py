@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.engine.factory import multi_task, plans_json, write_model, write_scan
+from tests.engine.factory import multi_task, plans_json, write_model, write_scan, write_scans
 
 CASES = 40
 JOB = """
@@ -84,10 +84,7 @@ def files(folder):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_a_job_gives_the_same(model, tmp_path, kills):
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    for index in range(CASES):
-        write_scan(scans / f"c{index:02d}_0000.nii.gz", index)
+    scans = write_scans(tmp_path / "scans", [f"c{index:02d}" for index in range(CASES)])
     whole = start(model, scans, tmp_path / "whole", resume=False)
     taken_s = float(whole.communicate(timeout=120)[0].split()[0])
     expected = files(tmp_path / "whole")

@@ -18,7 +18,7 @@ from nnturbo.engine.jobs.local_workers import LocalWorkers
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.jobs.worker import ModelArguments, Place, local_places, serve
 
-from tests.engine.factory import write_model, write_scan
+from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
 
 ARGUMENTS = {"mirror": False, "backend": "torch"}
@@ -38,17 +38,9 @@ def serve_with_poison(connection, *more):
     serve(connection, *more)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "m")
-
-
 @pytest.fixture
 def scans(tmp_path):
-    (tmp_path / "scans").mkdir()
-    for index in range(8):
-        write_scan(tmp_path / "scans" / f"c{index}_0000.nii.gz", index)
-    return tmp_path / "scans"
+    return write_scans(tmp_path / "scans", [f"c{index}" for index in range(8)])
 
 
 @pytest.fixture

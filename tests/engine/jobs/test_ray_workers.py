@@ -14,7 +14,7 @@ from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker import ModelArguments
 
-from tests.engine.factory import write_model, write_scan
+from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
 
 ray = pytest.importorskip("ray", reason="needs Ray")
@@ -42,17 +42,9 @@ def cluster(machines):
     return machines.address
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "m")
-
-
 @pytest.fixture
 def scans(tmp_path):
-    (tmp_path / "scans").mkdir()
-    for index in range(10):
-        write_scan(tmp_path / "scans" / f"c{index}_0000.nii.gz", index)
-    return tmp_path / "scans"
+    return write_scans(tmp_path / "scans", [f"c{index}" for index in range(10)])
 
 
 def workers(address, model, out, **more):
