@@ -27,8 +27,8 @@ from tests.parity.model_folders import build_model_folder
 from tests.parity.scans import SCANS, write_channels
 
 READERS = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")
-IN_SHORT = ("SimpleITKIO", "NibabelIOWithReorient")
-"""Whose outputs are given to commands, which take a minute, in every run of the tests."""
+THOROUGH = ("SimpleITKIO", "NibabelIOWithReorient")
+"""Whose outputs are given to commands, which take half a minute, where thorough tests run."""
 CASES = ("oblique", "one_flip", "sagittal")
 MOST_DIFFERENT_VOXELS = 1
 """Of 10,560, where nnU-Net sums in fp32 too."""
@@ -97,7 +97,10 @@ def test_properties_are_read_without_nnturbo(outputs):
 
 @pytest.mark.parametrize(
     "outputs",
-    [reader if reader in IN_SHORT else pytest.param(reader, marks=pytest.mark.slow) for reader in READERS],
+    [
+        pytest.param(reader, marks=pytest.mark.thorough if reader in THOROUGH else pytest.mark.slow)
+        for reader in READERS
+    ],
     indirect=True,
 )
 def test_commands_give_what_they_give_for_nnunets_own_files(outputs, tmp_path):
