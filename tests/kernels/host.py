@@ -1,6 +1,7 @@
 """The CUDA kernels, compiled for the CPU and launched there by the library's own launching code."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,9 @@ from pathlib import Path
 from nnturbo.kernels import loader
 
 HERE = Path(__file__).parent
+# Each sum and product rounded for itself, as the kernels ask a GPU to.
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", "-fPIC",
+         "-pthread")  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 
 compiler = shutil.which("g++")
@@ -45,14 +49,20 @@ class HostKernels:
         before, after = f'#include "host.h"\n#define KERNEL {kernel}\n', '\n#include "host_end.h"\n'
         stem = self.folder / f"{kernel}-{str(dtype).removeprefix('torch.')}-{lines}"
         stem.with_suffix(".cpp").write_text(before + loader.source(kernel, dtype, lines) + after)
-        # Each sum and product rounded for itself, as the kernels ask a GPU to.
-        subprocess.run(
-            [compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror",
-             "-fPIC", "-shared", "-pthread", f"-I{HERE}", *self.options, str(stem.with_suffix(".cpp")),
-             "-o", str(stem.with_suffix(".so"))],
-            check=True,
-        )  # fmt: skip
+        self._compile_header()
+        self._compile("-shared", f"-I{HERE}", stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so"))
         return ctypes.CDLL(str(stem.with_suffix(".so")))
+
+    @cache  # noqa: B019, lives as long as the tests
+    def _compile_header(self):
+        """Compile once what is most of each kernel's compiling; the compiler finds it beside the kernels."""
+        shutil.copy(HERE / "host.h", self.folder)
+        self._compile("-x", "c++-header", self.folder / "host.h", "-o", self.folder / "host.h.gch")
+
+    def _compile(self, *arguments):
+        # What watches this process's memory is not for the compiler.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        subprocess.run([compiler, *FLAGS, *self.options, *map(str, arguments)], check=True, env=environment)
 
 
 @lru_cache(maxsize=1)
