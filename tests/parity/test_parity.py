@@ -8,6 +8,7 @@ import SimpleITK as sitk
 
 pytest.importorskip("nnunetv2", reason="compares with nnU-Net itself, which is not installed")
 
+from tests.parity.catalogue import PLAIN_CT
 from tests.parity.comparison import Comparison, beyond_rounding, compare
 from tests.parity.model_folders import ModelFolder, build_model_folder
 from tests.parity.report import ParityRow
@@ -50,7 +51,14 @@ def make_task(name: str, model_folders: ModelFolders, folder: Path) -> Task:
     return trained_task(CROPS[name], folder)
 
 
-@pytest.fixture(scope="module", params=[*SYNTHETIC, *CROPS])
+def parameter(name: str):
+    """Mark a task as thorough, unless it is the first of its kind of model or of the plainest kind."""
+    kind, scan = SYNTHETIC[name]
+    is_thorough = kind != PLAIN_CT and scan != kind.scans[0]
+    return pytest.param(name, marks=pytest.mark.thorough if is_thorough else ())
+
+
+@pytest.fixture(scope="module", params=[*map(parameter, SYNTHETIC), *CROPS])
 def comparison(
     request: pytest.FixtureRequest,
     model_folders: ModelFolders,
