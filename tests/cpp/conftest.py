@@ -6,15 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 from nnturbo.engine import build as build_bundle
 
-from tests.cpp.factory import SHAPE, write_scan
+from tests.cpp.factory import SHAPE, SOURCE, cmake, write_scan
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
-from tests.paths import ROOT
 
-SOURCE = ROOT / "examples" / "cpp"
 HEADERS = {
     "nifti/nifti1.h": "libnifti2-dev",
     "openssl/evp.h": "libssl-dev",
@@ -34,17 +31,6 @@ def missing_tools():
         )
         tools += [] if found.returncode == 0 else [package]
     return ", ".join(tools)
-
-
-def cmake(source, folder, *prefixes):
-    prefix = ";".join([torch.utils.cmake_prefix_path, *map(str, prefixes)])
-    for step in (
-        ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DNNTURBO_WARNINGS_AS_ERRORS=ON"],
-        ["cmake", "--build", folder],
-    ):
-        result = subprocess.run(step, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
-"""Bundles to spoil and scans with odd headers for the C++ library."""
+"""The C++ library's build, bundles to spoil, and scans with odd headers."""
 
 import hashlib
 import json
+import subprocess
 
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+import torch
+
+from tests.paths import ROOT
 
 SHAPE = (9, 24, 26)
 
@@ -37,3 +41,17 @@ def write_scan(path, array, *, spacing=(1.2, 1.1, 3.0), **header):
         changed.header.set_slope_inter(header.get("scl_slope", 1), header.get("scl_inter", 0))
         nibabel.save(changed, path)
     return path
+
+
+SOURCE = ROOT / "examples" / "cpp"
+
+
+def cmake(source, folder, *prefixes):
+    prefix = ";".join([torch.utils.cmake_prefix_path, *map(str, prefixes)])
+    for step in (
+        ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DNNTURBO_WARNINGS_AS_ERRORS=ON"],
+        ["cmake", "--build", folder],
+    ):
+        result = subprocess.run(step, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return folder

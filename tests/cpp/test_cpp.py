@@ -12,8 +12,7 @@ import SimpleITK as sitk
 from nnturbo.engine import Engine
 from nnturbo.engine import build as build_bundle
 
-from tests.cpp.conftest import SOURCE, cmake
-from tests.cpp.factory import SHAPE, write_scan
+from tests.cpp.factory import SHAPE, SOURCE, cmake, write_scan
 from tests.engine.factory import dataset_json, plans_2d, plans_json, random_weights, smooth_scan, write_model
 
 pytestmark = pytest.mark.thorough  # the C++ library is built for a minute

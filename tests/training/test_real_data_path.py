@@ -12,7 +12,7 @@ from nnturbo.engine.cli import main
 from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.recipe import PRESETS, changed_recipe
 
-from tests.training.conftest import TINY, seed_everything
+from tests.training.tiny import TINY, seed_everything
 
 CHANGES = [
     f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"

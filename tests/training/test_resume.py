@@ -21,12 +21,12 @@ from nnturbo.training.recipe import Schedule
 from nnturbo.training.train import train
 from nnturbo.training.whole_cases import ValidationResult
 
-from tests.training.conftest import TINY, import_nnunet, make_trainer, seed_everything
+from tests.training.tiny import TINY, import_nnunet, make_trainer, seed_everything
 
 SCRIPT = """
 import pickle, sys
 import torch
-from tests.training.conftest import import_nnunet, seed_everything
+from tests.training.tiny import import_nnunet, seed_everything
 from nnturbo.training.train import train
 
 import_nnunet()  # before the seed: some of what it imports draws random numbers

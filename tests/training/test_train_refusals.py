@@ -13,7 +13,7 @@ from nnturbo.engine.errors import ModelError
 from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.train import train
 
-from tests.training.conftest import TINY, import_nnunet, make_trainer
+from tests.training.tiny import TINY, import_nnunet, make_trainer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from nnturbo.training.recipe import Recipe
 from nnturbo.training.whole_cases import find_labelled_cases, network_engine, validate
 from sklearn.metrics import f1_score
 
-from tests.training.conftest import CONFIGURATION, TINY, import_nnunet, make_trainer, work_in_threads
+from tests.training.tiny import CONFIGURATION, TINY, import_nnunet, make_trainer, work_in_threads
 
 
 def plain_dice(one, other):

@@ -9,7 +9,7 @@ import torch
 from nnturbo.engine.model.network import MultiTaskUNet
 from torch.nn import functional as F
 
-from tests.training.conftest import TINY, make_trainer, seed_everything
+from tests.training.tiny import TINY, make_trainer, seed_everything
 
 PHASES = {"segmentation": 0, "detached": 1, "joint": 2}
 CHANGES = {

@@ -15,9 +15,8 @@ from nnturbo.engine.jobs.dicom_seg import write_dicom_seg
 from nnturbo.engine.scans.volume import read_volume
 from pydicom.datadict import dictionary_VR
 
-from tests.engine.jobs.test_dicom_seg import labelled, read_with_dcmqi
-from tests.engine.scans.dicom_slices import TILTED, UID, replace_value, write_slice
-from tests.engine.scans.test_dicom_files import capture, directory, localizer
+from tests.engine.jobs.segmented_series import labelled, read_with_dcmqi
+from tests.engine.scans.dicom_slices import TILTED, UID, capture, directory, localizer, replace_value, write_slice
 
 SHAPE = (3, 12, 14)
 TYPE_2 = (

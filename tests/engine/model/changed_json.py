@@ -20,9 +20,7 @@ def changed(content, path, value):
 
 
 CONFIGURATION = ("configurations", "3d_fullres")
-
 ARCHITECTURE = (*CONFIGURATION, "architecture")
-
 ARGUMENTS = (*ARCHITECTURE, "arch_kwargs")
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

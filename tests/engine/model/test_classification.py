@@ -26,7 +26,7 @@ from tests.engine.factory import (
     write_model,
     zipped,
 )
-from tests.engine.pipeline.test_sliding_window import case_of
+from tests.engine.pipeline.cases import case_of
 
 SCHEME = ClassificationScheme(kind="gap_linear", stages=(0,), class_names=("a", "b"), focus_channels=(1,))
 SPACING = (2.0, 1.5, 1.5)

@@ -7,32 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline.normalization import Normalization
-from nnturbo.engine.pipeline.preprocessing import Case
-from nnturbo.engine.pipeline.resampling import GridMap
 from nnturbo.engine.pipeline.sliding_window import SlidingWindow, axis_weights, gaussian, predict_logits, tile_positions
 from nnturbo.engine.pipeline.timing import Timings
 
+from tests.engine.pipeline.cases import case_of
+
 CPU = torch.device("cpu")
-
-
-def case_of(image: np.ndarray) -> Case:
-    """A case whose grid is the scan's own."""
-    shape = image.shape[1:]
-    return Case(
-        image=torch.from_numpy(image),
-        normalizations=(Normalization(),) * len(image),
-        mask=None,
-        grid=GridMap.identity(shape),
-        limits=(None, None),
-        previous=None,
-        previous_labels=(),
-        logits_grid=GridMap.identity(shape),
-        box=tuple((0, n) for n in shape),
-        full_shape=shape,
-        transpose_forward=(0, 1, 2),
-        device=CPU,
-    )
 
 
 def stitched(image: np.ndarray, runner, window: SlidingWindow, outputs: int) -> np.ndarray:

@@ -10,9 +10,7 @@ from pydicom.pixels import apply_modality_lut
 from tests.engine.scans.dicom_slices import write_slice
 
 MR, PET = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128"
-
 EXPLICIT = "1.2.840.10008.1.2.1"
-
 NATIVE = {
     "implicit": "1.2.840.10008.1.2",
     "explicit": EXPLICIT,

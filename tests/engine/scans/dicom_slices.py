@@ -3,17 +3,14 @@
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 
 from tests.paths import SHARED
 
 REAL_SERIES = SHARED / "data" / "dicom_ct"
-
 UID = "1.2.826.0.1.3680043.2.1125.1"
-
 CT = "1.2.840.10008.5.1.4.1.1.2"
-
 AXIAL = (1, 0, 0, 0, 1, 0)
-
 TILTED = (1, 0, 0, 0, np.cos(0.3), np.sin(0.3))
 
 needs_real_series = pytest.mark.skipif(not REAL_SERIES.exists(), reason="the shared real scans are not here")
@@ -90,3 +87,62 @@ def replace_value(content, keyword, value):
     place, size = (start + 8, 4) if content[start + 4 : start + 6] in (b"UC", b"UT") else (start + 6, 2)
     behind = place + size + int.from_bytes(content[place : place + size], "little")
     return content[:place] + len(value).to_bytes(size, "little") + value + content[behind:]
+
+
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+DIRECTORY, CAPTURE = "1.2.840.10008.1.3.10", STORAGE + "7"
+
+
+def icon():
+    """Make a small picture, as directories and presentation states hold."""
+    item = pydicom.Dataset()
+    item.Rows = item.Columns = 8
+    item.SamplesPerPixel, item.PhotometricInterpretation = 1, "MONOCHROME2"
+    item.BitsAllocated, item.BitsStored, item.HighBit, item.PixelRepresentation = 8, 8, 7, 0
+    item.add_new("PixelData", "OB", bytes(64))
+    return item
+
+
+def write_object(path, sop_class, *, is_undefined=False, syntax="1.2.840.10008.1.2.1", **elements):
+    """Write a DICOM object that is no slice."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.MediaStorageSOPClassUID = sop_class
+    dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    if sop_class != DIRECTORY:
+        dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, dataset.file_meta.MediaStorageSOPInstanceUID
+        dataset.SeriesInstanceUID = elements.pop("SeriesInstanceUID", f"{UID}.77")
+    for keyword, value in elements.items():
+        setattr(dataset, keyword, value)
+        if isinstance(value, list):
+            dataset[keyword].is_undefined_length = is_undefined
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def directory(path, **options):
+    record = pydicom.Dataset()
+    record.DirectoryRecordType, record.IconImageSequence = "IMAGE", [icon()]
+    write_object(path, DIRECTORY, DirectoryRecordSequence=[record], **options)
+
+
+def capture(path, **options):
+    tags = {
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": "RGB",
+        "PlanarConfiguration": 1,
+        "ImagePositionPatient": None,
+    }
+    write_slice(path, np.zeros((3, 5, 6), np.uint8), (0, 0, 0), sop_class=CAPTURE, **tags, **options)
+
+
+def localizer(path, **options):
+    image_type = ["ORIGINAL", "PRIMARY", "LOCALIZER", "CT_SOM5 TOP"]
+    write_slice(path, stored_pixels(0)[:4], (0, 0, 0), orientation=TILTED, ImageType=image_type, **options)
+
+
+def assert_equal(volume, image):
+    np.testing.assert_array_equal(volume.array[0], SimpleITK.GetArrayViewFromImage(image))
+    np.testing.assert_allclose(volume.geometry.spacing, image.GetSpacing()[::-1], rtol=1e-6)
+    np.testing.assert_allclose(volume.geometry.origin, image.GetOrigin(), rtol=1e-12)
+    np.testing.assert_allclose(volume.geometry.direction, image.GetDirection(), atol=1e-6)

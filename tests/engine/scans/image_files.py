@@ -8,7 +8,6 @@ import numpy as np
 import SimpleITK
 
 SHAPE = (20, 30, 40)
-
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
 
 
@@ -22,7 +21,6 @@ def nifti(**changes):
 
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-
 SIGNED_PERMUTATIONS = [
     tuple((np.eye(3)[list(order)] * np.array(signs)).ravel())
     for order in itertools.permutations(range(3))

@@ -9,15 +9,10 @@ imageio = pytest.importorskip("imageio.v3", reason="needs what reads pictures")
 tifffile = pytest.importorskip("tifffile", reason="needs what reads TIFF files")
 
 RNG = np.random.default_rng(0)
-
 GREY = RNG.integers(0, 256, (20, 30), np.uint8)
-
 RGBA = RNG.integers(0, 256, (20, 30, 4), np.uint8)
-
 RGB = RGBA[..., :3]
-
 STACK = RNG.integers(0, 256, (7, 20, 30), np.uint8)
-
 PLAIN = {"origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}
 
 

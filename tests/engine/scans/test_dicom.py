@@ -18,6 +18,7 @@ from tests.engine.scans.dicom_slices import (
     REAL_SERIES,
     TILTED,
     UID,
+    assert_equal,
     needs_real_series,
     stored_pixels,
     write_report,
@@ -122,13 +123,6 @@ class TestSeries:
         for path in folder.iterdir():
             path.write_bytes(path.read_bytes()[132:])
         assert read_volume(folder).array.shape == (1, 6, 5, 6)
-
-
-def assert_equal(volume, image):
-    np.testing.assert_array_equal(volume.array[0], SimpleITK.GetArrayViewFromImage(image))
-    np.testing.assert_allclose(volume.geometry.spacing, image.GetSpacing()[::-1], rtol=1e-6)
-    np.testing.assert_allclose(volume.geometry.origin, image.GetOrigin(), rtol=1e-12)
-    np.testing.assert_allclose(volume.geometry.direction, image.GetDirection(), atol=1e-6)
 
 
 class TestWarnings:

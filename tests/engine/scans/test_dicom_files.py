@@ -12,47 +12,27 @@ from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.scans.dicom import list_slices
 from nnturbo.engine.scans.volume import read_volume
 
-from tests.engine.scans.dicom_slices import CT, TILTED, UID, stored_pixels, write_series, write_slice
-from tests.engine.scans.test_dicom import assert_equal, refusal
+from tests.engine.scans.dicom_slices import (
+    CAPTURE,
+    CT,
+    STORAGE,
+    TILTED,
+    UID,
+    assert_equal,
+    capture,
+    directory,
+    icon,
+    localizer,
+    stored_pixels,
+    write_object,
+    write_series,
+    write_slice,
+)
+from tests.engine.scans.test_dicom import refusal
 
-STORAGE = "1.2.840.10008.5.1.4.1.1."
-DIRECTORY, CAPTURE = "1.2.840.10008.1.3.10", STORAGE + "7"
 ENHANCED = (STORAGE + "2.1", STORAGE + "4.1", STORAGE + "130")
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 PIXEL_DATA_TAG = b"\xe0\x7f\x10\x00"
-
-
-def icon():
-    """Make a small picture, as directories and presentation states hold."""
-    item = pydicom.Dataset()
-    item.Rows = item.Columns = 8
-    item.SamplesPerPixel, item.PhotometricInterpretation = 1, "MONOCHROME2"
-    item.BitsAllocated, item.BitsStored, item.HighBit, item.PixelRepresentation = 8, 8, 7, 0
-    item.add_new("PixelData", "OB", bytes(64))
-    return item
-
-
-def write_object(path, sop_class, *, is_undefined=False, syntax="1.2.840.10008.1.2.1", **elements):
-    """Write a DICOM object that is no slice."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.file_meta.MediaStorageSOPClassUID = sop_class
-    dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    if sop_class != DIRECTORY:
-        dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, dataset.file_meta.MediaStorageSOPInstanceUID
-        dataset.SeriesInstanceUID = elements.pop("SeriesInstanceUID", f"{UID}.77")
-    for keyword, value in elements.items():
-        setattr(dataset, keyword, value)
-        if isinstance(value, list):
-            dataset[keyword].is_undefined_length = is_undefined
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def directory(path, **options):
-    record = pydicom.Dataset()
-    record.DirectoryRecordType, record.IconImageSequence = "IMAGE", [icon()]
-    write_object(path, DIRECTORY, DirectoryRecordSequence=[record], **options)
 
 
 def presentation(path, **options):
@@ -76,16 +56,6 @@ def segmentation(path, **options):
     write_slice(path, pixels, (0, 0, 0), sop_class=STORAGE + "66.4", Modality="SEG", NumberOfFrames=6, **options)
 
 
-def capture(path, **options):
-    tags = {
-        "SamplesPerPixel": 3,
-        "PhotometricInterpretation": "RGB",
-        "PlanarConfiguration": 1,
-        "ImagePositionPatient": None,
-    }
-    write_slice(path, np.zeros((3, 5, 6), np.uint8), (0, 0, 0), sop_class=CAPTURE, **tags, **options)
-
-
 def placed_capture(path, **options):
     """A secondary capture with a position is no slice either where there are some."""
     write_slice(path, stored_pixels(0), (10, 20, -30), sop_class=CAPTURE, **options)
@@ -94,11 +64,6 @@ def placed_capture(path, **options):
 def dose_grid(path, **options):
     pixels = np.zeros((3, 5, 6), np.uint16)
     write_slice(path, pixels, (0, 0, 0), sop_class=STORAGE + "481.2", Modality="RTDOSE", NumberOfFrames=3, **options)
-
-
-def localizer(path, **options):
-    image_type = ["ORIGINAL", "PRIMARY", "LOCALIZER", "CT_SOM5 TOP"]
-    write_slice(path, stored_pixels(0)[:4], (0, 0, 0), orientation=TILTED, ImageType=image_type, **options)
 
 
 def text(path, **options):

@@ -9,7 +9,7 @@ from nnturbo.engine.errors import OutputError
 from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.evaluation.submission import write_submission
 
-from tests.training.evaluation.test_evaluate import labels, write_mask, write_results
+from tests.training.evaluation.masks import labels, write_mask, write_results
 
 NAMES = ("quiz_003", "quiz_041")
 
