@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs real scans a
 @pytest.mark.parametrize(
     ("reference", "mirror"),
     [
-        ("abdomen_ct_notta.nii.gz", False),
+        pytest.param("abdomen_ct_notta.nii.gz", False, marks=pytest.mark.thorough),  # 150 tiles: half a minute
         pytest.param("abdomen_ct_tta.nii.gz", True, marks=pytest.mark.slow),  # eight views: minutes of network
     ],
 )
