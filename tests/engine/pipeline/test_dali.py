@@ -68,8 +68,12 @@ class TestPlanes:
         [
             ({}, {}),
             ({"scheme": "ZScoreNormalization", "channels": 2}, {"dtype": np.float32, "channels": 2}),
-            ({"transpose": (2, 0, 1)}, {"dtype": np.uint8}),
-            ({"scheme": "NoNormalization"}, {"dtype": np.float64, "spacing": (1.0, 2.0, 0.7)}),
+            pytest.param({"transpose": (2, 0, 1)}, {"dtype": np.uint8}, marks=pytest.mark.thorough),
+            pytest.param(
+                {"scheme": "NoNormalization"},
+                {"dtype": np.float64, "spacing": (1.0, 2.0, 0.7)},
+                marks=pytest.mark.thorough,
+            ),
         ],
         ids=["int16", "float32-channels", "uint8-transposed", "float64"],
     )

@@ -28,7 +28,11 @@ def bright_validation(tmp_path, raw):
 
 class TestPlanning:
     @pytest.mark.parametrize(
-        ("planner", "plans"), [("resenc", "nnUNetResEncUNetMPlans.json"), ("plain", "nnUNetPlans.json")]
+        ("planner", "plans"),
+        [
+            ("resenc", "nnUNetResEncUNetMPlans.json"),
+            pytest.param("plain", "nnUNetPlans.json", marks=pytest.mark.thorough),
+        ],
     )
     def test_validation_stays_out_of_the_plans(
         self, bright_validation, tmp_path, in_threads, monkeypatch, planner, plans
