@@ -24,6 +24,7 @@ from tests.paths import ROOT
 openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
 
 CPU = torch.device("cpu")
+THOROUGH = pytest.mark.thorough  # quantises again and again, for seconds each time
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
 
 
@@ -158,6 +159,7 @@ class TestInt8:
             assert all(0 < value <= 1 for value in dice)
         assert counts == {0.0: 1, 2.0: len(quantization.RECIPES)}  # the first will do; none will
 
+    @THOROUGH
     def test_tiles_that_show_nothing_call_for_the_most_careful_recipe(self, model, tmp_path, monkeypatch, caplog):
         runner_of(read_model(model), tmp_path)
         network = openvino.Core().read_model(tmp_path / "network.xml")
@@ -169,6 +171,7 @@ class TestInt8:
         assert caplog.text.count("Dice") == 1
         assert str(quantization.RECIPES[-1]) in caplog.text
 
+    @THOROUGH
     def test_int8_is_tried_again_where_other_scans_agree_less(self, model, tmp_path, monkeypatch):
         scan = Volume.from_array(smooth_scan((9, 24, 26)), (3.0, 1.2, 1.2), name="scan")
         floors, original = [], compilation.measure_agreement
@@ -188,6 +191,7 @@ class TestInt8:
         assert floors == [0.9, 1.0]
         assert read_manifest(out).agreement["dice"] == {"a": 0.95}
 
+    @THOROUGH
     def test_whole_resolutions_stay_in_float_but_never_all(self, model, tmp_path):
         runner_of(read_model(model), tmp_path)
         network = openvino.Core().read_model(tmp_path / "network.xml")
@@ -197,6 +201,7 @@ class TestInt8:
         assert quantised[0] == set(names[1:-1])
         assert quantised[1] == quantised[2] == {names[1]}  # the only one at the coarser of two resolutions
 
+    @THOROUGH
     def test_the_best_is_kept_where_none_is_good_enough(self, model, tmp_path, monkeypatch):
         worth = iter([0.3, 0.9, 0.5, 0.6])
         monkeypatch.setattr(quantization, "_lowest_dice", lambda exact, other: next(worth))
