@@ -68,7 +68,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
 def test_good_ones_are_done_and_bad_ones_named(tmp_path, capsys, workers):
     model, scans = write_model(tmp_path / "m"), tmp_path / "scans"
     scans.mkdir()

@@ -112,6 +112,7 @@ def test_a_bad_scan_and_a_result_that_cannot_be_written_fail_their_cases(scans, 
     assert len(outcome.done) == 6
 
 
+@pytest.mark.thorough  # starts processes for what the next test shows too
 def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
     wrong = ModelArguments(models=(str(model),), arguments={**ARGUMENTS, "tile_step_size": 2})
     with pytest.raises(ValueError, match="tile_step_size must be in"):

@@ -126,6 +126,7 @@ class TestSubtypes:
             assert to_axis.min() < min(lesion.radii_mm)
             assert 4.9 < 2 * np.cbrt(np.prod(lesion.radii_mm)) < 50.1
 
+    @pytest.mark.thorough  # features of 24 lesions: ten seconds
     def test_the_outlined_lesion_shows_its_subtype(self, phantoms):
         score = macro_f1([lesion_features(phantom) for phantom in phantoms], [p.subtype for p in phantoms])
         assert score > 0.6
