@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from nnturbo.engine import ModelError
-from nnturbo.engine import engine as engine_module
 from nnturbo.engine.jobs import local_workers as pool_module
 from nnturbo.engine.jobs.cases import find_cases
 from nnturbo.engine.jobs.job import Job, load_predictor
 from nnturbo.engine.jobs.local_workers import LocalWorkers
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.jobs.worker import ModelArguments, Place, local_places, serve
+from nnturbo.engine.pipeline import loading
 
 from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
@@ -27,14 +27,14 @@ PLACES = [Place("cpu", (core,)) for core in sorted(os.sched_getaffinity(0))[:2]]
 
 def serve_with_poison(connection, *more):
     """A process that a scan named poison ends, as a fault in a library would."""
-    read_volume = engine_module.read_volume
+    read_volume = loading.read_volume
 
     def read(image, **how):
         if "poison" in str(image):
             os.kill(os.getpid(), signal.SIGKILL)
         return read_volume(image, **how)
 
-    engine_module.read_volume = read
+    loading.read_volume = read
     serve(connection, *more)
 
 
