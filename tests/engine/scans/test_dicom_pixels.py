@@ -17,12 +17,12 @@ from tests.engine.scans.dicom_pixels import (
     NATIVE,
     PET,
     RESCALINGS,
+    SHAPE,
     assert_read_as,
     stored_values,
     write_pair,
 )
 from tests.engine.scans.dicom_slices import CT, replace_value, write_slice
-from tests.engine.scans.image_files import SHAPE
 
 
 def bit_depths():
