@@ -14,8 +14,8 @@ from .dicom_files import DicomFile, find_slices, summary
 from .dicom_header import Header
 from .dicom_pixels import PixelFormat, check_pixel_data, read_format, read_stored, rescale
 from .image_file import ImageSource
-from .image_header import naming
 from .itk import check_memory
+from .voxel_data import naming
 
 _FARTHEST_MM = 1e6
 _SAME_POSITION_MM = 0.01

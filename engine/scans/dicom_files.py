@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import IncompleteFile, VolumeError
 from .dicom_header import Header, looks_like_dicom, read_header
-from .image_header import naming
+from .voxel_data import naming
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _SCAN_CLASSES = {  # CT, MR and PET images, and their forms of many frames in one file, which are refused later

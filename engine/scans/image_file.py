@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import IncompleteFile, VolumeError
-from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
+from .image_header import image_ending, locate_voxels
 from .itk import check_memory, check_pixels, read_information, read_voxels
 from .nifti import header_warnings
 from .orientation import LPS_TO_RAS
+from .voxel_data import GZIP_MAGIC, VoxelData, naming
 
 _DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
 _PIECE_BYTES = 1 << 20

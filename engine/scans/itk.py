@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VolumeError
-from .image_header import check_dimension
+from .voxel_data import check_dimension
 
 
 def read_information(name: str, image_io: str) -> Any:

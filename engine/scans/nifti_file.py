@@ -10,10 +10,11 @@ import numpy as np
 
 from ..errors import IncompleteFile, VolumeError
 from .image_file import ImageSource, check_claim, stored_pieces
-from .image_header import VoxelData, naming, read_nifti
+from .image_header import read_nifti
 from .itk import check_memory
 from .nifti import LEAST_OFFSET, LONGEST_AXIS, NiftiHeader, header_warnings
 from .orientation import LPS_TO_RAS, canonical_axes
+from .voxel_data import VoxelData, naming
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _UNTURNED = ((0, 1, 2), (False, False, False))

@@ -18,8 +18,8 @@ import numpy as np
 
 from ..errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
 from .image_file import SLICE_SPACINGS, ImageSource
-from .image_header import naming
 from .itk import check_memory
+from .voxel_data import naming
 
 PICTURE_READERS = {
     "NaturalImage2DIO": (".png", ".bmp", ".tif", ".tiff"),

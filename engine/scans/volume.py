@@ -17,12 +17,13 @@ from ..errors import OutputError, VolumeError
 from ..files import written_atomically
 from .dicom import open_series
 from .image_file import NOT_FINITE, ImageSource, open_image_file
-from .image_header import DETACHED_ENDINGS, locate_voxels, naming
+from .image_header import DETACHED_ENDINGS, locate_voxels
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
 from .nifti_file import open_as_nibabel
 from .orientation import LPS_TO_RAS, canonical_axes
 from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_file
+from .voxel_data import naming
 
 Triple: TypeAlias = tuple[float, float, float]
 
