@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..scans.volume import Geometry, Volume
+from ..scans.geometry import Geometry
+from ..scans.volume import Volume
 from .preprocessing import Case
 
 

@@ -1,24 +1,19 @@
 """Files of labels: written in the formats that nnU-Net's readers take, and known for whole."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import EngineError, IncompleteFile, VolumeError
+from .geometry import Geometry
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, read_nifti
 from .itk import itk_alone
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS, write_nifti_labels
 from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, read_picture, write_picture, write_stack
 from .voxel_data import naming
-
-if TYPE_CHECKING:
-    from .volume import Geometry
 
 LABEL_ENDINGS = (*IMAGE_ENDINGS, *PICTURE_ENDINGS)
 

@@ -9,106 +9,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 
 from ..errors import OutputError, VolumeError
 from ..files import written_atomically
-from .dicom import open_series
-from .image_file import NOT_FINITE, ImageSource, open_image_file
+from .channels import (
+    check_channel_count,
+    check_finite,
+    check_same_grid,
+    geometry_of,
+    open_source,
+    read_channels,
+)
+from .geometry import Geometry, Triple
+from .image_file import ImageSource
 from .image_header import DETACHED_ENDINGS, locate_voxels
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
-from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
-from .nifti_file import open_as_nibabel
-from .orientation import LPS_TO_RAS, canonical_axes
-from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_file
-from .voxel_data import naming
-
-Triple: TypeAlias = tuple[float, float, float]
-
-_LEAST_SPACING_MM, _MOST_MM = 1e-6, 1e6  # beyond these, ITK's own matrices overflow
-_LEAST_DETERMINANT = 1e-6
-_MOST_COSINE = 1.001
-_SAME_SPACING = 1e-4  # relative
-_SAME_DIRECTION = 1e-3  # per cosine
-_SAME_ORIGIN = 0.05  # part of the smallest spacing
+from .orientation import canonical_axes
+from .pictures import FLAT_ENDINGS, PICTURE_READERS, side_file
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """Where the voxels of an array lie in the patient.
-
-    Attributes:
-        spacing: Distance between voxels in mm, (z, y, x): the order of the array's axes.
-        origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
-        direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
-            They need not be perpendicular.
-        is_2d: Whether the scan was a 2D image, which has no axis z: its one slice gets a spacing of 999 times the
-            larger one along z, as in nnU-Net, and labels are written in 2D again.
-
-    Raises:
-        ValueError: If there are not 3, 3 and 9 numbers.
-        VolumeError: If a number is not finite, a spacing is not above 0, or the direction is singular or no cosines.
-    """
-
-    spacing: Triple
-    origin: Triple
-    direction: tuple[float, ...]
-    is_2d: bool = False
-
-    def __post_init__(self) -> None:
-        for field, count in (("spacing", 3), ("origin", 3), ("direction", 9)):
-            numbers = tuple(float(number) + 0.0 for number in getattr(self, field))  # + 0.0 turns -0.0 into 0.0
-            if len(numbers) != count:
-                raise ValueError(f"{field} must be {count} numbers, got {len(numbers)}: {numbers}")
-            if not (np.abs(numbers) <= _MOST_MM).all():  # so written, NaN fails too
-                raise VolumeError(f"{field} must be finite and below {_MOST_MM:g}, got {numbers}: correct the header")
-            object.__setattr__(self, field, numbers)
-        if min(self.spacing) < _LEAST_SPACING_MM:
-            raise VolumeError(f"spacing must be above 0 mm, got {self.spacing} (z, y, x): correct the header")
-        if np.abs(self.axes).max() > _MOST_COSINE or abs(np.linalg.det(self.axes)) < _LEAST_DETERMINANT:
-            raise VolumeError(
-                f"direction must be nine cosines and not singular, got {self.direction}: correct the header"
-            )
-
-    def matches(self, other: "Geometry") -> bool:
-        """Whether two grids of the same shape lie in the same place, within what formats round."""
-        return (
-            np.allclose(self.spacing, other.spacing, rtol=_SAME_SPACING, atol=0)
-            and np.allclose(self.origin, other.origin, rtol=0, atol=_SAME_ORIGIN * min(other.spacing))
-            and np.allclose(self.direction, other.direction, rtol=0, atol=_SAME_DIRECTION)
-        )
-
-    @property
-    def axes(self) -> np.ndarray:
-        """Direction as a 3x3 matrix: column k is the unit vector of image axis k of (x, y, z), in LPS."""
-        return np.array(self.direction).reshape(3, 3)
-
-    @property
-    def in_simpleitk(self) -> dict[str, tuple[float, ...]]:
-        """Spacing, origin and direction as a SimpleITK image has them: along (x, y, z), or (x, y) of a 2D image."""
-        axes = 2 if self.is_2d else 3
-        return {
-            "spacing": self.spacing[::-1][:axes],
-            "origin": self.origin[:axes],
-            "direction": tuple(self.axes[:axes, :axes].ravel().tolist()),
-        }
-
-    @property
-    def affine(self) -> np.ndarray:
-        """Place of voxel (x, y, z) in mm, RAS, as a 4x4 matrix, as nibabel has it."""
-        affine = np.eye(4)
-        affine[:3, :3] = LPS_TO_RAS @ self.axes * self.spacing[::-1]
-        affine[:3, 3] = LPS_TO_RAS @ self.origin
-        return affine
-
-    @property
-    def voxel_mm3(self) -> float:
-        """Volume of a voxel."""
-        return float(np.prod(self.spacing) * abs(np.linalg.det(self.axes)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,29 +184,29 @@ def read_volume(
         TypeError: If `image` is something else.
     """
     if isinstance(image, Volume):
-        _check_channel_count(image.name, len(image.array), channels)
-        _check_finite(image.name, image.array)
+        check_channel_count(image.name, len(image.array), channels)
+        check_finite(image.name, image.array)
         return image
     if isinstance(image, np.ndarray):
         raise TypeError("an array needs its spacing: pass Volume.from_array(array, spacing)")
     paths = [Path(path).absolute() for path in ([image] if isinstance(image, str | os.PathLike) else image)]
     if not paths:
         raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")
-    sources = [_open(path, reader) for path in paths]
-    _check_channel_count(paths[0].name, sum(source.channels for source in sources), channels)
+    sources = [open_source(path, reader) for path in paths]
+    check_channel_count(paths[0].name, sum(source.channels for source in sources), channels)
     if sources[0].is_2d and reader not in ("SimpleITKIO", *PICTURE_READERS):
         raise VolumeError(
             f"{sources[0].name}: models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D "
             "image of one slice"
         )
-    geometries = [_geometry(source) for source in sources]
+    geometries = [geometry_of(source) for source in sources]
     if reader.endswith("WithReorient"):
         sources = [_turned(*each, geometries[0]) for each in zip(sources, geometries, strict=True)]
-        geometries = [_geometry(source) for source in sources]
-    _check_same_grid(sources, geometries)
+        geometries = [geometry_of(source) for source in sources]
+    check_same_grid(sources, geometries)
     geometry, resampling = geometries[0], sources[0].resampling_spacing
     volume = Volume(
-        array=_read_channels(sources),
+        array=read_channels(sources),
         geometry=geometry,
         name=sources[0].name,
         warnings=tuple(f"{source.name}: {warning}" for source in sources for warning in source.warnings),
@@ -293,24 +215,6 @@ def read_volume(
     for warning in volume.warnings:
         logger.warning("%s", warning)
     return volume
-
-
-def _open(path: Path, reader: str) -> ImageSource:
-    if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
-        raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
-    if reader in PICTURE_READERS and (path.is_file() or path.is_dir()):
-        return open_picture(path, reader)
-    if path.is_dir():
-        return open_series(path)
-    if path.is_file() and reader in NIBABEL_READERS and path.name.lower().endswith(NIFTI_ENDINGS):
-        return open_as_nibabel(path, reader)
-    if path.is_file():
-        return open_image_file(path)
-    if path.exists():
-        raise VolumeError(f"{path}: a scan must be a file or a folder, got a device, pipe or socket: pass a file")
-    if path.is_symlink():
-        raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which is not there: mend the link")
-    raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
 
 
 def files_of(image: Path, reader: str) -> list[Path]:
@@ -329,22 +233,6 @@ def files_of(image: Path, reader: str) -> list[Path]:
         with contextlib.suppress(VolumeError, OSError):  # reading it says what is wrong
             return [image, locate_voxels(image).path]
     return [image]
-
-
-def _check_channel_count(name: str, count: int, expected: int | None) -> None:
-    if expected is not None and count != expected:
-        raise VolumeError(
-            f"{name}: the model takes {expected} channel(s), got {count}: pass one file per channel in the order of "
-            "training, such as case_0000.nii.gz, case_0001.nii.gz (a picture holds 1, 3 for RGB, or 4 with alpha)"
-        )
-
-
-def _geometry(source: ImageSource) -> Geometry:
-    x_mm, y_mm, z_mm = source.spacing
-    with naming(source.name):
-        return Geometry(
-            spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction, is_2d=source.is_2d
-        )
 
 
 def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSource:
@@ -368,45 +256,6 @@ def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSo
         resampling_spacing=resampling and cast(Triple, turned.spacing[::-1]),
         voxels=lambda: turn(source.voxels()[None]).array,
     )
-
-
-def _check_same_grid(sources: list[ImageSource], geometries: list[Geometry]) -> None:
-    """Check that all channels lie on the grid of the first."""
-    first = geometries[0]
-    origin_mm = _SAME_ORIGIN * min(first.spacing)
-    for source, other in zip(sources, geometries, strict=True):
-        for what, mine, expected, relative, absolute in (
-            ("number of dimensions", 2 if other.is_2d else 3, 2 if first.is_2d else 3, 0, 0),
-            ("shape (x, y, z)", source.size, sources[0].size, 0, 0),
-            ("spacing (z, y, x)", other.spacing, first.spacing, _SAME_SPACING, 0),
-            ("pixdim (x, y, z)", *(each.resampling_spacing or each.spacing for each in (source, sources[0])), 1e-6, 0),
-            ("origin", other.origin, first.origin, 0, origin_mm),
-            ("direction", other.direction, first.direction, 0, _SAME_DIRECTION),
-        ):
-            if not np.allclose(mine, expected, rtol=relative, atol=absolute):
-                raise VolumeError(
-                    f"{source.name}: all channels must have the same {what}, got {mine}, but {sources[0].name} has "
-                    f"{expected}: resample the channels to one grid"
-                )
-
-
-def _read_channels(sources: list[ImageSource]) -> np.ndarray:
-    """Read all channels into (C, Z, Y, X); those of one file alone are not copied."""
-    channels = []
-    for source in sources:
-        channels.append(source.voxels().reshape(source.channels, *source.size[::-1]))
-        _check_finite(source.name, channels[-1])
-    return channels[0] if len(channels) == 1 else np.concatenate(channels)
-
-
-def _check_finite(name: str, array: np.ndarray) -> None:
-    """Refuse NaN and infinity; minimum and maximum show them without a mask in memory."""
-    if array.dtype.kind != "f":
-        return
-    with np.errstate(invalid="ignore"):
-        is_finite = np.isfinite(array.min()) and np.isfinite(array.max())
-    if not is_finite:
-        raise VolumeError(f"{name}: {NOT_FINITE}")
 
 
 def write_segmentation(
