@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
-from ..engine.model.folder import read_checkpoint
+from ..engine.model.checkpoint import read_checkpoint
 from .data.cases import SPLITS_FILE
 from .data.multi_task_plans import RECIPE_KEY
 from .data.planning import nnunet_environment

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..engine.errors import EngineError
 from ..engine.files import written_atomically
-from ..engine.model.folder import read_checkpoint
+from ..engine.model.checkpoint import read_checkpoint
 from .class_loss import class_loss, class_weights, content_weights, shown_content
 from .data.cases import LABELS_FILE
 from .data.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.folder import Model, read_checkpoint
+from ..model.checkpoint import read_checkpoint
+from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
 from ..model.runner import NetworkOutput
 from .cuda_graph import GraphedNetwork
