@@ -261,7 +261,7 @@ def build_whole_path(
         ModelError: Where the model cannot be used, or needs more than its scan: cascades, readers that reorient.
         OutputError: Where the file cannot be written.
     """
-    from .scripted.path import whole_path
+    from .scripted.whole_path import whole_path
 
     read = with_classifier(
         read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), classifier

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import Engine, EngineOptions, ModelError, Volume, read_volume
-from nnturbo.engine.export.scripted.path import scan_path, whole_path
+from nnturbo.engine.export.scripted.path import scan_path
 from nnturbo.engine.export.scripted.preprocessing import filled, occupied_box
 from nnturbo.engine.export.scripted.resampling import ScriptResampling, inputs_of, resample_rows
 from nnturbo.engine.export.scripted.resampling import value_range as script_value_range
+from nnturbo.engine.export.scripted.whole_path import whole_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.plans import parse_plan
