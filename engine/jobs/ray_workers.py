@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import BackendUnavailable, EngineError, OutputError
+from .case_record import Record
 from .cases import CaseFiles
 from .events import Ended, Ready, Stop, Unusable
 from .job import Job, ModelInfo, load_predictor
-from .records import Record
 from .worker import ModelArguments
 from .worker_pool import Message, QueuedEngine, Worker, WorkerPool
 

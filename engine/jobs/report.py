@@ -22,7 +22,8 @@ from ..model.labels import LabelScheme, parse_labels
 from ..model.plans import read_channel_names
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
-from .records import DONE, FAILED, KEPT, WRITING, Record, RecordFolder
+from .case_record import DONE, FAILED, KEPT, WRITING, Record
+from .records import RecordFolder
 
 CT_WINDOW_HU = (-160.0, 240.0)
 MOST_SLICES = 24

@@ -24,12 +24,13 @@ from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
 from ..pipeline.steps import Request
 from ..predictor import Predictor
+from .case_record import DONE, FAILED, KEPT, Record
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
 from .events import Done, Failed, Finished, OnEvent, Retried, Started, Tiles
 from .job import DATASET, PLANS, Job, ModelInfo, check_dicom, check_overwriting
 from .made_of import MadeOf
-from .records import DONE, FAILED, KEPT, CaseState, Record, RecordFolder
+from .records import CaseState, RecordFolder
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
 from ..predictor import Predictor
+from .case_record import FAILED, Record
 from .cases import CaseFiles
 from .events import Ended, Lost, OnEvent, Ready, Stop, Tiles, Unusable
 from .job import Job, ModelInfo
-from .records import FAILED, Record
 from .run import InProcess
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nnturbo.engine import OutputError
+from nnturbo.engine.jobs.case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
-from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, CaseState, Fingerprint, Record, RecordFolder
+from nnturbo.engine.jobs.records import CaseState, RecordFolder
 from nnturbo.engine.scans.volume import Geometry, write_segmentation
 
 from tests.engine.factory import provenance

@@ -1,0 +1,128 @@
+"""The record of one case: how it went, what was written, and what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import sha256
+from .made_of import MadeOf
+
+WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a file is known by again."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint:
+        """Look at a file."""
+        return cls(bytes=path.stat().st_size, sha256=sha256(path))
+
+    @classmethod
+    def if_there(cls, path: Path) -> Fingerprint | None:
+        """Look at a file that may not be there."""
+        try:
+            return cls.of(path)
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """How one case went; `predictions.json` is a list of them.
+
+    Args:
+        name: Of the case.
+        status: "done"; "failed"; "kept": labels are there that nnturbo did not make; "writing": results are being put
+            in place.
+        images: What is read.
+        results: Files in the output folder that nnturbo wrote, by name; those of a failed case are of an earlier job.
+        replaces: While results are put in place: those that they replace.
+        made_of: What the results are made of; None too for those of a version that recorded something else.
+        error: Why a case failed.
+        transient: Whether the same may go well another time; not kept.
+        kept: Why `--continue_prediction` left labels as they are that are not of this job.
+        classification, volumes_ml, timings_ms, warnings, provenance: As in `Prediction`.
+    """
+
+    name: str
+    status: str
+    images: tuple[str, ...] = ()
+    results: Mapping[str, Fingerprint] = field(default_factory=dict)
+    replaces: Mapping[str, Fingerprint] = field(default_factory=dict)
+    made_of: MadeOf | None = None
+    error: str | None = None
+    transient: bool = False
+    kept: str | None = None
+    classification: Mapping[str, Any] | None = None
+    volumes_ml: Mapping[str, float] | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
+
+    def knows(self, file: str, fingerprint: Fingerprint) -> bool:
+        """Whether nnturbo wrote a file, for this result or for the one that it replaces."""
+        return fingerprint in (self.results.get(file), self.replaces.get(file))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what has something to say."""
+        content: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, bool):  # whether a failure is transient matters while the job runs
+                continue
+            if isinstance(value, MadeOf):
+                value = value.to_json()
+            is_empty = value is None or len(value) == 0
+            if is_empty and each.name not in ("name", *_ALWAYS[self.status]):
+                continue
+            content[each.name] = list(value) if isinstance(value, tuple) else value
+        for name in content.keys() & {"results", "replaces"}:
+            content[name] = {file: asdict(of) for file, of in content[name].items()}
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Record:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError, TypeError: For anything else.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a record must be a JSON object, got {type(content).__name__}")
+        known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in content.items() if name in known}
+        for name in ("results", "replaces"):
+            if name in values:
+                values[name] = {file: Fingerprint(**of) for file, of in dict(values[name]).items()}
+        for name in ("images", "warnings"):
+            if name in values:
+                values[name] = tuple(map(str, values[name]))
+        if "made_of" in values:
+            values["made_of"] = _made_of(values["made_of"])
+        if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
+            raise ValueError("a record must have a name, and a status of its own")
+        return cls(**values)
+
+
+def _made_of(content: Any) -> MadeOf | None:
+    try:
+        return MadeOf.from_json(content)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+_ALWAYS = {
+    WRITING: ("images", "results"),
+    DONE: ("images", "results", "timings_ms", "warnings", "volumes_ml"),
+    FAILED: ("images", "error"),
+    KEPT: ("images", "kept"),
+}
+"""What a record of each status names even where it is empty."""
