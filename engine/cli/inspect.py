@@ -12,8 +12,8 @@ from .output import say_rows
 
 if TYPE_CHECKING:
     from ..bundles.manifest import Manifest
+    from ..model.architecture import Architecture
     from ..model.folder import Model
-    from ..model.plans import Architecture
 
 
 def add_inspect(commands: Any) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..jobs.cases import CaseFiles
     from ..jobs.events import Event
     from ..jobs.job import Job
-    from ..jobs.run import Outcome
+    from ..jobs.outcome import Outcome
 
 MOST_NAMES = 10
 
@@ -36,50 +36,20 @@ def add_predict(commands: Any) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if not 0 <= options.part_id < options.num_parts:
-        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
-    if options.redo_outdated and not options.continue_prediction:
-        raise ValueError("--redo_outdated goes with --continue_prediction; without it, everything is made again")
-    for flag, threads in (("-npp", options.npp), ("-nps", options.nps)):
-        if threads < 0:
-            raise ValueError(f"{flag} must be 0 or more, got {threads}")
+    _check_flags(options)  # before torch is imported, so that a wrong flag or path is answered at once
     models = _models(options)
-    source = Path(options.i).absolute()
-    # Before torch is imported, so that a wrong path is answered at once.
-    if not source.exists():
-        what = f"is a broken link to {os.readlink(source)}" if source.is_symlink() else "does not exist"
-        raise ValueError(f"-i: {options.i} {what}")
+    source = _source(options.i)
 
     from ..errors import EngineError
-    from ..jobs.cases import find_cases
-    from ..jobs.job import Job
     from ..jobs.report import require_packages, write_report
-    from ..jobs.run import run_job
 
     if options.report:
         require_packages()
-
-    job = Job(
-        output=Path(options.o).absolute(),
-        save_probabilities=options.save_probabilities,
-        dicom_seg=options.dicom_seg,
-        skip_existing=options.continue_prediction,
-        redo_outdated=options.redo_outdated,
-        previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
-        readers=options.npp,
-        writers=options.nps,
-    )
+    job = _job(options)
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stopping())
         try:
-            on_event = _listeners(options, stack)
-
-            def cases_of(file_ending: str) -> list[CaseFiles]:
-                return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
-
-            workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
-            _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
-            outcome = run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
+            outcome = _run(options, models, source, job, stack)
         except KeyboardInterrupt:
             say(
                 "nnturbo: interrupted; all results are kept. --continue_prediction does what is missing, and with "
@@ -95,6 +65,56 @@ def _predict(options: argparse.Namespace) -> int:
             say(f"nnturbo: no report: {error}", error=True)
             return SOME_FAILED
     return status
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    if not 0 <= options.part_id < options.num_parts:
+        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
+    if options.redo_outdated and not options.continue_prediction:
+        raise ValueError("--redo_outdated goes with --continue_prediction; without it, everything is made again")
+    for flag, threads in (("-npp", options.npp), ("-nps", options.nps)):
+        if threads < 0:
+            raise ValueError(f"{flag} must be 0 or more, got {threads}")
+
+
+def _source(given: str) -> Path:
+    source = Path(given).absolute()
+    if not source.exists():
+        what = f"is a broken link to {os.readlink(source)}" if source.is_symlink() else "does not exist"
+        raise ValueError(f"-i: {given} {what}")
+    return source
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from ..jobs.job import Job
+
+    return Job(
+        output=Path(options.o).absolute(),
+        save_probabilities=options.save_probabilities,
+        dicom_seg=options.dicom_seg,
+        skip_existing=options.continue_prediction,
+        redo_outdated=options.redo_outdated,
+        previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
+        readers=options.npp,
+        writers=options.nps,
+    )
+
+
+def _run(
+    options: argparse.Namespace, models: Sequence[str], source: Path, job: Job, stack: contextlib.ExitStack
+) -> Outcome:
+    """Find the cases of this part, load the models, and predict."""
+    from ..jobs.cases import find_cases
+    from ..jobs.run import run_job
+
+    on_event = _listeners(options, stack)
+
+    def cases_of(file_ending: str) -> list[CaseFiles]:
+        return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
+
+    workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
+    _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
+    return run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
 
 
 def _say_outcome(outcome: Outcome, output: str) -> int:
@@ -126,26 +146,8 @@ def _say_kept(kept: Mapping[str, str]) -> None:
 def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
     """Load the models here, in several processes, or on a cluster."""
     from ..jobs.worker import ModelArguments, local_places
-    from ..options import EngineOptions
 
-    model_arguments = ModelArguments(
-        models=tuple(models),
-        arguments={
-            "folds": options.f,
-            "checkpoint": options.chk,
-            "configuration": options.c if options.m else None,
-            "backend": options.backend,
-            "precision": options.precision,
-            "tile_step_size": options.step_size,
-            "mirror": not options.disable_tta,
-            "options": EngineOptions(
-                sums_on_device=not options.not_on_device,
-                classifier=options.classifier,
-                aggregation=options.aggregation,
-                loader=options.loader,
-            ),
-        },
-    )
+    model_arguments = ModelArguments(models=tuple(models), arguments=_engine_arguments(options))
     if options.ray is not None:
         from ..jobs.ray_workers import RayWorkers
 
@@ -169,6 +171,27 @@ def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases
     from ..jobs.run import InProcess
 
     return InProcess(load_predictor(model_arguments.models, device=places[0].device, **model_arguments.arguments), job)
+
+
+def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Give the arguments of `Engine.load` that the flags stand for."""
+    from ..options import EngineOptions
+
+    return {
+        "folds": options.f,
+        "checkpoint": options.chk,
+        "configuration": options.c if options.m else None,
+        "backend": options.backend,
+        "precision": options.precision,
+        "tile_step_size": options.step_size,
+        "mirror": not options.disable_tta,
+        "options": EngineOptions(
+            sums_on_device=not options.not_on_device,
+            classifier=options.classifier,
+            aggregation=options.aggregation,
+            loader=options.loader,
+        ),
+    }
 
 
 def _check_loader(options: argparse.Namespace) -> None:
