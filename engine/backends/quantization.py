@@ -86,31 +86,12 @@ def quantize(
         NNCF by itself also quantises norms, sums, pooling and classification heads. On tiles of a multi-task model
         class logits were then off by 3.9 in the mean, and by 0.2 with convolutions alone.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of NNCF about the versions of others
-            import nncf
-    except ImportError as error:
-        raise BackendUnavailable(f"int8 needs NNCF to build ({error}): pip install 'nnturbo[openvino]'") from error
+    nncf = _import_nncf()
     exact = _masks(compiled(model), tiles, of_regions)
     shown = any(masks.any() for masks in exact)
     best, best_dice = None, -1.0
     for recipe in RECIPES if shown else RECIPES[-1:]:
-        with _quiet():
-            quantized = nncf.quantize(
-                model.clone(),
-                nncf.Dataset(list(tiles)),
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(tiles),
-                # NNCF smooths for this type of model alone.
-                model_type=nncf.ModelType.TRANSFORMER if recipe.smoothed else None,
-                ignored_scope=nncf.IgnoredScope(names=_kept_in_float(model, recipe.levels_in_float)),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    # Weights of 7 bits, since sums of two products overflow 16 bits on CPUs without VNNI.
-                    overflow_fix=nncf.OverflowFix.ENABLE,
-                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=SMOOTHING, matmul=-1),
-                ),
-            )
+        quantized = _quantize_by(nncf, recipe, model, tiles)
         dice = _lowest_dice(exact, _masks(compiled(quantized), tiles, of_regions))
         logger.info("int8, %s: Dice %.4f on the calibration tiles", recipe, dice)
         if dice > best_dice:
@@ -118,6 +99,35 @@ def quantize(
         if dice >= floor + MARGIN:
             break
     return best
+
+
+def _import_nncf() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NNCF about the versions of others
+            import nncf
+    except ImportError as error:
+        raise BackendUnavailable(f"int8 needs NNCF to build ({error}): pip install 'nnturbo[openvino]'") from error
+    return nncf
+
+
+def _quantize_by(nncf: Any, recipe: Recipe, model: Any, tiles: Tiles) -> Any:
+    """Quantise a copy of a model by one recipe."""
+    with _quiet():
+        return nncf.quantize(
+            model.clone(),
+            nncf.Dataset(list(tiles)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(tiles),
+            # NNCF smooths for this type of model alone.
+            model_type=nncf.ModelType.TRANSFORMER if recipe.smoothed else None,
+            ignored_scope=nncf.IgnoredScope(names=_kept_in_float(model, recipe.levels_in_float)),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # Weights of 7 bits, since sums of two products overflow 16 bits on CPUs without VNNI.
+                overflow_fix=nncf.OverflowFix.ENABLE,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=SMOOTHING, matmul=-1),
+            ),
+        )
 
 
 @contextlib.contextmanager
