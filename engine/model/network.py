@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
+from .architecture import Architecture
 from .classification import ClassificationScheme
 from .heads import Head, PooledClassifier, focus_map, make_head
 from .plan_classes import argument_classes, network_class, remarks_on
-from .plans import MULTI_TASK_NETWORK, Architecture, Plan
+from .plans import MULTI_TASK_NETWORK, Plan
 
 USUAL_TRAINERS = re.compile(
     r"nnUNetTrainer(_\d+epochs?|Benchmark|(_|No)?DA|_noDummy|NoMirroring|_NoMirroring|_onlyMirror|_warmup|CosAnneal|Ada|Vanilla|"

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from .plans import MULTI_TASK_NETWORK, Architecture
+from .architecture import Architecture
+from .plans import MULTI_TASK_NETWORK
 
 LIBRARY = "dynamic_network_architectures."
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")

@@ -13,10 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import CheckpointError, ModelError
+from nnturbo.engine.model.architecture import Architecture
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.labels import parse_labels
 from nnturbo.engine.model.network import build_network, make_network, surely_fits
-from nnturbo.engine.model.plans import Architecture, parse_plan
+from nnturbo.engine.model.plans import parse_plan
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, write_model
 
