@@ -149,12 +149,18 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
 
 
 def _limits(
-    image: np.ndarray, normalizations: Sequence[Normalization], mask: np.ndarray | None, grid: GridMap
-) -> tuple[np.ndarray, np.ndarray]:
+    image: np.ndarray,
+    normalizations: Sequence[Normalization],
+    mask: np.ndarray | None,
+    grid: GridMap,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
     """Least and greatest normalised value, per channel and, where the grid map clips by slice, per slice.
 
-    Normalising keeps the order of values, so it is enough to normalise the raw extremes.
+    Normalising keeps the order of values, so it is enough to normalise the raw extremes. None where nothing is clipped.
     """
+    if grid.clip == "none":
+        return None, None
     axes = tuple(axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis)
     lows, highs = [], []
     for channel, of_channel in zip(image, normalizations, strict=True):
@@ -172,7 +178,7 @@ def _limits(
             low, high = np.where(outside, np.minimum(low, 0), low), np.where(outside, np.maximum(high, 0), high)
         lows.append(low)
         highs.append(high)
-    return np.stack(lows), np.stack(highs)
+    return torch.from_numpy(np.stack(lows)).to(device), torch.from_numpy(np.stack(highs)).to(device)
 
 
 def shape_at_spacing(
@@ -216,11 +222,7 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     Raises:
         VolumeError: Where the scan does not suit the plan.
     """
-    if volume.geometry.is_2d and len(plan.patch_size) != 2:
-        raise VolumeError(
-            f"{volume.name}: the configuration {plan.configuration} takes 3D scans, got a 2D image: pass a 3D scan, or "
-            "use a 2d configuration"
-        )
+    _check_dimensions(volume, plan)
     order = plan.transpose_forward
     image = volume.array.transpose(0, *(axis + 1 for axis in order))
     full_shape = image.shape[1:]
@@ -241,26 +243,18 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     mask = filled_mask(image) if masked else None
     labels = None
     if previous is not None and mask is not None:
-        cropped = previous.transpose(order)[crop].astype(np.int32)
-        # As in nnU-Net, the surroundings of the body are a label of their own, and what has a label is body.
-        cropped[(cropped == 0) & ~mask] = -1
-        mask = cropped >= 0
+        cropped, mask = _previous_labels(previous.transpose(order)[crop], mask)
         labels = resample_label_map(cropped, plan.resampling_segmentation, new_shape, spacing, new_spacing).to(device)
     normalizations = tuple(
         choose_normalization(channel, data, mask, volume.name)
         for channel, data in zip(plan.channels, image, strict=True)
     )
-    limits = (None, None)
-    if grid.clip != "none":
-        low, high = _limits(image, normalizations, mask, grid)
-        limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
-
     return Case(
         image=to_device(image, device),
         normalizations=normalizations,
         mask=mask if any(channel.masked for channel in normalizations) else None,
         grid=grid,
-        limits=limits,
+        limits=_limits(image, normalizations, mask, grid, device),
         previous=labels,
         previous_labels=plan.labels.foreground if previous is not None else (),
         logits_grid=grid_map(plan.resampling_logits, grid.shape, shape, new_spacing, spacing),
@@ -269,3 +263,18 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         transpose_forward=order,
         device=device,
     )
+
+
+def _check_dimensions(volume: Volume, plan: Plan) -> None:
+    if volume.geometry.is_2d and len(plan.patch_size) != 2:
+        raise VolumeError(
+            f"{volume.name}: the configuration {plan.configuration} takes 3D scans, got a 2D image: pass a 3D scan, or "
+            "use a 2d configuration"
+        )
+
+
+def _previous_labels(cropped: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give a previous stage's labels with -1 around the body, as in nnU-Net, and the body that includes all labels."""
+    labels = cropped.astype(np.int32)
+    labels[(labels == 0) & ~mask] = -1
+    return labels, labels >= 0
