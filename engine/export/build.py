@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,16 +95,16 @@ def build(
         VolumeError: Where a calibration scan cannot be read, or does not suit the model.
         OutputError: Where the folder exists or cannot be written.
     """
-    _check_arguments(floor, calibration, compute_capabilities)
-    if is_bundle(model):
-        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
+    _check_arguments(model, floor, calibration, compute_capabilities)
     target = _choose(backend, precision, device, compute_capabilities)
     if target.precision != "fp32" and not (calibration or compute_capabilities):
         raise ValueError(
             f"{target.precision} changes some labels, and a bundle says how many: scans are needed as calibration"
         )
-    which: dict[str, Any] = {"folds": folds, "checkpoint": checkpoint, "configuration": configuration}
-    loaded = with_classifier(read_model(model, **which), classifier)
+    source = _Source(
+        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
+    )
+    loaded = source.read()
     if calibration and loaded.plan.previous_stage is not None:
         raise ValueError(
             f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
@@ -127,17 +126,7 @@ def build(
                 continue
             if not calibration:
                 break
-            reference = Engine.load(
-                model,
-                **which,
-                backend="torch",
-                precision="fp32",
-                device=device,
-                mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
-                options=EngineOptions(classifier=classifier),
-            )
-            built = Engine.load(aside, device=device, mirror=False)
-            agreement = measure_agreement(reference, built, measured, calibration_name)
+            agreement = _measure(source, aside, device, measured, calibration_name)
             logger.info("%s: %s", out, agreement)
             if agreement.reaches(floor) or is_last or not int8:
                 _check_floor(agreement, floor, target.precision)
@@ -145,6 +134,35 @@ def build(
                 break
             (aside / MANIFEST).unlink()
     return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """The model that is compiled; all as `Engine.load` takes it."""
+
+    model: str | os.PathLike[str]
+    folds: Sequence[int | str] | None
+    checkpoint: str
+    configuration: str | None
+    classifier: str
+
+    def read(self) -> Model:
+        read = read_model(self.model, folds=self.folds, checkpoint=self.checkpoint, configuration=self.configuration)
+        return with_classifier(read, self.classifier)
+
+    def reference(self, device: str) -> Engine:
+        """Load the model in fp32, to compare with."""
+        return Engine.load(
+            self.model,
+            folds=self.folds,
+            checkpoint=self.checkpoint,
+            configuration=self.configuration,
+            backend="torch",
+            precision="fp32",
+            device=device,
+            mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
+            options=EngineOptions(classifier=self.classifier),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +175,12 @@ class _Target:
     machine: Mapping[str, str]
 
 
-def _check_arguments(floor: float | None, calibration: Sequence[Image], compute_capabilities: Sequence[str]) -> None:
+def _check_arguments(
+    model: str | os.PathLike[str],
+    floor: float | None,
+    calibration: Sequence[Image],
+    compute_capabilities: Sequence[str],
+) -> None:
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
     if floor is not None and not calibration:
@@ -167,6 +190,8 @@ def _check_arguments(floor: float | None, calibration: Sequence[Image], compute_
             "agreement cannot be measured for GPUs that are not here: leave out calibration and floor, or build where "
             "the GPU is"
         )
+    if is_bundle(model):
+        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
 
 
 def _choose(backend: str, precision: str, device: str, compute_capabilities: Sequence[str]) -> _Target:
@@ -263,9 +288,10 @@ def build_whole_path(
     """
     from .scripted.whole_path import whole_path
 
-    read = with_classifier(
-        read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), classifier
+    source = _Source(
+        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
     )
+    read = source.read()
     network = trace(read, _example(read, choose_device(device)), "fp32")
     script = whole_path(network, read.plan, read.mirror_axes, aggregation)
     if Path(out).is_dir():
@@ -273,6 +299,12 @@ def build_whole_path(
     with written_atomically(out, ending=".ts") as temporary:
         save_script(script, temporary)
     return Path(out)
+
+
+def _measure(source: _Source, bundle: Path, device: str, scans: Sequence[Image], name: str) -> Agreement:
+    """Compare the labels of a bundle with those of its model in fp32."""
+    reference = source.reference(device)
+    return measure_agreement(reference, Engine.load(bundle, device=device, mirror=False), scans, name)
 
 
 def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:

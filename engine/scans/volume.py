@@ -204,10 +204,10 @@ def read_volume(
         sources = [_turned(*each, geometries[0]) for each in zip(sources, geometries, strict=True)]
         geometries = [geometry_of(source) for source in sources]
     check_same_grid(sources, geometries)
-    geometry, resampling = geometries[0], sources[0].resampling_spacing
+    resampling = sources[0].resampling_spacing
     volume = Volume(
         array=read_channels(sources),
-        geometry=geometry,
+        geometry=geometries[0],
         name=sources[0].name,
         warnings=tuple(f"{source.name}: {warning}" for source in sources for warning in source.warnings),
         resampling_spacing=None if resampling is None else cast(Triple, resampling[::-1]),
