@@ -33,6 +33,30 @@ def _torch_tensorrt() -> Any:
     return torch_tensorrt
 
 
+def _compile(torch_tensorrt: Any, exported: Any, tiles: Tensor, usual_tiles: int, timing_cache: Path) -> Any:
+    """Compile an exported network for 1 to 8 tiles; it is fastest for the usual number."""
+    shape = tiles.shape[1:]
+    return torch_tensorrt.compile(
+        exported,
+        ir="dynamo",
+        arg_inputs=[
+            torch_tensorrt.Input(
+                min_shape=(1, *shape),
+                opt_shape=(usual_tiles, *shape),
+                max_shape=(MOST_TILES, *shape),
+                dtype=torch.float32,
+            )
+        ],
+        device=tiles.device,
+        disable_tf32=True,  # layers are left in fp32 because they need all its bits
+        truncate_double=True,
+        immutable_weights=True,
+        # Otherwise the layers left to torch would be traced with the sizes of these tiles as constants.
+        require_full_compilation=True,
+        timing_cache_path=str(timing_cache),
+    )
+
+
 class TorchTensorRtRunner:
     """Runs the compiled network, up to eight tiles at once."""
 
@@ -82,7 +106,6 @@ class TorchTensorRtBackend:
         # It takes no cache of another GPU or version.
         gpu = torch.cuda.get_device_name(tiles.device).replace(" ", "-")
         kept = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
-        views = len(model.views)
         batch = torch.export.Dim("batch", min=1, max=MOST_TILES)
         with (
             tempfile.TemporaryDirectory() as aside,
@@ -98,25 +121,7 @@ class TorchTensorRtBackend:
                 network.to(tiles.device), (tiles,), dynamic_shapes=({0: batch},), strict=False
             )
             try:
-                compiled = torch_tensorrt.compile(
-                    exported,
-                    ir="dynamo",
-                    arg_inputs=[
-                        torch_tensorrt.Input(
-                            min_shape=(1, *tiles.shape[1:]),
-                            opt_shape=(views, *tiles.shape[1:]),
-                            max_shape=(MOST_TILES, *tiles.shape[1:]),
-                            dtype=torch.float32,
-                        )
-                    ],
-                    device=tiles.device,
-                    disable_tf32=True,  # what is in fp32 is there for its bits
-                    truncate_double=True,
-                    immutable_weights=True,
-                    # Else what is left to torch would be traced with the sizes of these tiles as constants.
-                    require_full_compilation=True,
-                    timing_cache_path=str(timing_cache),
-                )
+                compiled = _compile(torch_tensorrt, exported, tiles, len(model.views), timing_cache)
                 torch_tensorrt.save(compiled, str(folder / FILE), output_format="torchscript", arg_inputs=(tiles,))
             except Exception as error:  # it asserts that there is an engine, and a broken cache is a TypeError
                 kept.unlink(missing_ok=True)

@@ -53,15 +53,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         VolumeError: Where there are no predictions.
     """
     require_packages()
-    try:
-        dataset = json.loads((output / "dataset.json").read_text())
-        labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
-        file_ending = dataset["file_ending"]
-        reader = json.loads((output / "plans.json").read_text()).get("image_reader_writer", "SimpleITKIO")
-    except (OSError, ValueError, KeyError) as error:
-        raise VolumeError(
-            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
-        ) from error
+    labels, channel, file_ending, reader = _read_settings(output)
     record_folder = RecordFolder(output=output, file_ending=file_ending, class_names=None)
     known = [record for record in record_folder.records() if only in (None, record.name) and record.status != WRITING]
     if only is not None and not known:
@@ -76,15 +68,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
             shown = {"name": record.name, "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
         return json.dumps(shown).replace("<", "\\u003c")
 
-    template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
-    before, after = template.split("<!-- cases -->")
-    counts = Counter(KEPT if record.kept is not None else record.status for record in known)
-    summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
-    summary += f", labels of {kept} left as they were" if (kept := counts[KEPT]) else ""
-    title = html.escape(f"nnturbo: {output.resolve().name}")
-    before = before.replace("<!-- title -->", title)
-    before = before.replace("<!-- summary -->", summary)
-    before = before.replace("<!-- rows -->", _table(known))
+    before, after = _frame(output.resolve().name, known)
     with (
         written_atomically(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
@@ -94,6 +78,32 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
             if content:
                 file.write(f'<script type="application/json" id="case-{index}">{content}</script>\n')
         file.write(after)
+
+
+def _read_settings(output: Path) -> tuple[LabelScheme, str, str, str]:
+    """Read labels, name of the first channel, file ending and reader from the JSON files beside predictions."""
+    try:
+        dataset = json.loads((output / "dataset.json").read_text())
+        labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
+        file_ending = dataset["file_ending"]
+        reader = json.loads((output / "plans.json").read_text()).get("image_reader_writer", "SimpleITKIO")
+    except (OSError, ValueError, KeyError) as error:
+        raise VolumeError(
+            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
+        ) from error
+    return labels, channel, file_ending, reader
+
+
+def _frame(name: str, records: Sequence[Record]) -> tuple[str, str]:
+    """Write the page's parts before and after the pictures."""
+    template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
+    before, after = template.split("<!-- cases -->")
+    counts = Counter(KEPT if record.kept is not None else record.status for record in records)
+    summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
+    summary += f", labels of {kept} left as they were" if (kept := counts[KEPT]) else ""
+    before = before.replace("<!-- title -->", html.escape(f"nnturbo: {name}"))
+    before = before.replace("<!-- summary -->", summary)
+    return before.replace("<!-- rows -->", _table(records)), after
 
 
 def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str, reader: str) -> dict[str, Any]:

@@ -69,23 +69,29 @@ def local_places(device: str, workers: int | None) -> list[Place]:
     return [Place(device, tuple(cores[index::count])) for index in range(count)]
 
 
-def serve(connection: Connection, model_arguments: ModelArguments, job: Job, place: Place, level: int) -> None:
-    """Work on what comes through a connection until it is closed; the body of a process."""
+def _set_up(place: Place, level: int) -> None:
+    """Prepare this process: it ignores signals, logs, and keeps to its cores."""
     # Signals to the whole group are for the process that gives cases out; it closes the connection then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    if place.cores and hasattr(os, "sched_setaffinity"):
+    if not place.cores:
+        return
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, place.cores)
+    import torch
+
+    torch.set_num_threads(len(place.cores))
+
+
+def serve(connection: Connection, model_arguments: ModelArguments, job: Job, place: Place, level: int) -> None:
+    """Work on what comes through a connection until it is closed; the body of a process."""
+    _set_up(place, level)
     from ..errors import EngineError, OutputError, PredictionError
     from .events import Ready, Stop, Unusable
     from .job import load_predictor
     from .worker_pool import QueuedEngine, throttled
 
-    if place.cores:
-        import torch
-
-        torch.set_num_threads(len(place.cores))
     try:
         engine = load_predictor(model_arguments.models, device=place.device, **model_arguments.arguments)
     except (EngineError, ValueError) as error:

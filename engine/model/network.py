@@ -166,7 +166,22 @@ def build_network(
     """
     network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
     _check_patch(network, plan)
-    expected = network.state_dict(keep_vars=True)
+    complete, problems = _complete_weights(network.state_dict(keep_vars=True), weights)
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint's weights must fit the network of plans.json; {'; '.join(problems)}. "
+            f"{_likely_reason(plan.architecture, trainer)}"
+        )
+    network.load_state_dict(complete, assign=True)
+    if pooled_classifier is not None:
+        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
+    return network.requires_grad_(False).eval()
+
+
+def _complete_weights(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Give a network's parameters their weights under all their names, and say what does not fit."""
     # The library registers most parameters under several names; one of them is enough.
     known = {id(expected[name]): name for name in expected if name in weights}
     last_layer = max((int(name.split(".")[2]) for name in expected if _is_seg_layer(name)), default=0)
@@ -189,15 +204,7 @@ def build_network(
         for names, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape"))
         if names
     ]
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint's weights must fit the network of plans.json; {'; '.join(problems)}. "
-            f"{_likely_reason(plan.architecture, trainer)}"
-        )
-    network.load_state_dict(complete, assign=True)
-    if pooled_classifier is not None:
-        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
-    return network.requires_grad_(False).eval()
+    return complete, problems
 
 
 def _likely_reason(architecture: Architecture, trainer: str) -> str:
