@@ -95,11 +95,11 @@ json.dump(took, open(answer, "w"))
 """
 ENGINE = """
 import json, sys, time
-answer, model, scan, out, device, mirror, backend, views, resident = sys.argv[1:]
+answer, model, scan, out, device, mirror, backend, views, is_loaded = sys.argv[1:]
 from nnturbo.engine import Engine, EngineOptions
 options = EngineOptions(views_per_call=int(views) or None)
 engine = Engine.load(model, backend=backend, device=device, mirror=mirror == "1", options=options)
-if resident == "1":
+if is_loaded == "1":
     engine.predict(scan)
 begun = time.perf_counter()
 prediction = engine.predict(scan)
@@ -157,7 +157,7 @@ class Waterfall:
             self.steps[step] = ("engine", bundle, "auto", "0", "0")
             fastest = bundle if step in ("compiled network", "own kernels") else fastest
         # In the precision of nnU-Net.
-        self.steps["resident engine"] = ("engine", fastest, "auto", "0", "1")
+        self.steps["loaded model"] = ("engine", fastest, "auto", "0", "1")
         self.steps["overlap"] = ("command", fastest)
         self.samples: dict[str, list[dict[str, Any]]] = {step: [] for step in self.steps}
 
@@ -185,7 +185,7 @@ class Waterfall:
             )
             stages = json.loads(answer.read_text())
             whole = stages.pop("whole", None)
-            seconds = whole if step == "resident engine" else run.seconds
+            seconds = whole if step == "loaded model" else run.seconds
             stages["start"] = seconds - sum(stages.values())
         self.samples[step].append({"seconds": seconds, "stages_s": stages, "process": asdict(run)})
         print(f"{step:18} {seconds:7.2f} s  {' '.join(f'{name} {of:.2f}' for name, of in stages.items())}", flush=True)

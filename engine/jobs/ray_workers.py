@@ -41,12 +41,12 @@ class Actor:
 
         torch.set_num_threads(self._cores)
         engine = load_predictor(self._model_arguments.models, device=self._device, **self._model_arguments.arguments)
-        self._resident = QueuedEngine(engine, self._job, lambda event: None)
-        return self._resident.info
+        self._engine_queue = QueuedEngine(engine, self._job, lambda event: None)
+        return self._engine_queue.info
 
     def predict(self, case: CaseFiles) -> Record:
         """Do a case; several calls at a time overlap reading, computing and writing."""
-        return self._resident.submit(case).result()
+        return self._engine_queue.submit(case).result()
 
 
 class RayWorkers(WorkerPool[int]):

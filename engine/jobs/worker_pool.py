@@ -213,7 +213,7 @@ class QueuedEngine:
         self._failure: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="nnturbo-resident", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="nnturbo-engine", daemon=True)
         self._thread.start()
 
     def submit(self, case: CaseFiles) -> Future[Record]:
