@@ -23,7 +23,7 @@ WORKING_BYTES = 16 * 2**20
 """Planes resampled at once. glibc returns blocks over 32 MiB to the system, and fetching them anew costs more than
 the products: measured on 3 x 546 x 546 to 512 x 512, 28 MiB at once take 0.33 s for 140 planes, 57 MiB 1.1 s."""
 
-Normalization = Sequence[tuple[float, float, float, float]]
+ClipShiftScale = Sequence[tuple[float, float, float, float]]
 """For each channel least, greatest, shift and scale of `(clamp(x, least, greatest) - shift) / scale`."""
 
 
@@ -32,7 +32,7 @@ def normalize(data: Tensor, normalization: list[tuple[float, float, float, float
 
     Args:
         data: (C, Z, Y, X), any number type and strides.
-        normalization: One per channel, as `Normalization` says.
+        normalization: One per channel, as `ClipShiftScale` says.
 
     Returns:
         As `data`, float32 and contiguous, never `data` itself.
@@ -55,7 +55,7 @@ def resample_axis(
     *,
     rows: tuple[int, int] | None = None,
     offset: int = 0,
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
     limits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Normalise, apply a linear operator along one spatial axis, and clamp.

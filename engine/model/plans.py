@@ -48,7 +48,7 @@ MULTI_TASK_NETWORK = "nnturbo.engine.network.MultiTaskUNet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelNormalization:
+class NormalizationScheme:
     """How one input channel is normalised.
 
     Args:
@@ -87,7 +87,7 @@ class Plan:
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...]
     transpose_forward: tuple[int, int, int]
-    channels: tuple[ChannelNormalization, ...]
+    channels: tuple[NormalizationScheme, ...]
     channel_names: tuple[str, ...]
     labels: LabelScheme
     resampling_data: Resampling
@@ -165,7 +165,7 @@ def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _channel_normalizations(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
-) -> tuple[ChannelNormalization, ...]:
+) -> tuple[NormalizationScheme, ...]:
     """Read how each of the channels is normalised; of more entries than channels nnU-Net takes the first."""
     schemes = take(configuration, "normalization_schemes", list, "plans.json")
     masks = take(configuration, "use_mask_for_norm", list, "plans.json")
@@ -186,7 +186,7 @@ def _channel_normalizations(
             raise ModelError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, the plan names {scheme!r}")
         use_mask = mask and scheme == "ZScoreNormalization"
         if scheme != "CTNormalization":
-            channels.append(ChannelNormalization(scheme=scheme, use_mask=use_mask))
+            channels.append(NormalizationScheme(scheme=scheme, use_mask=use_mask))
             continue
         where = f"plans.json: intensity properties of channel {index}"
         values = take(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
@@ -195,7 +195,7 @@ def _channel_normalizations(
         if not all(map(_is_number, numbers)) or numbers[-1] < 0:
             raise ModelError(f"{where} must be finite, with a std of at least 0; got {numbers!r:.120}")
         low, high, mean, std = map(float, numbers)
-        channels.append(ChannelNormalization(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
+        channels.append(NormalizationScheme(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
     return tuple(channels)
 
 

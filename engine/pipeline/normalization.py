@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import normalize
 from ..errors import VolumeError
-from ..model.plans import ChannelNormalization
+from ..model.plans import NormalizationScheme
 
 STATISTICS_PLANES = 16
 """Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
@@ -40,7 +40,7 @@ class Normalization:
 
 
 def choose_normalization(
-    channel: ChannelNormalization, image: np.ndarray, mask: np.ndarray | None, name: str
+    channel: NormalizationScheme, image: np.ndarray, mask: np.ndarray | None, name: str
 ) -> Normalization:
     """Turn a plan's scheme into numbers for this scan.
 

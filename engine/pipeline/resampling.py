@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import AxisOperator, plane_groups, resample_axis
-from ...kernels.reference import Normalization
+from ...kernels.reference import ClipShiftScale
 from ..model.resampling_function import Resampling, coarse_axis
 from .interpolation import PREFILTERS, clip_of, extremes, method_along, spline_band, torch_band
 
@@ -124,7 +124,7 @@ def resample_rows(
     rows: tuple[int, int],
     offset: int,
     limits: tuple[Tensor | None, Tensor | None],
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
 ) -> Tensor:
     """Resample to the planes [rows[0], rows[1]) of the new grid.
 
@@ -161,7 +161,7 @@ def _in_plane(
     y: AxisOperator,
     x: AxisOperator,
     clamps: Mapping[str, Any],
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
 ) -> Tensor:
     """Resample (C, Z, Y, X) along y and x, a few planes at a time."""
     if y.is_identity and x.is_identity and normalization is None and not clamps:
