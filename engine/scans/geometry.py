@@ -10,6 +10,9 @@ from .orientation import LPS_TO_RAS
 
 Triple: TypeAlias = tuple[float, float, float]
 
+IDENTITY_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+"""Of axes x, y, z that run to Left, Posterior and Superior."""
+
 _LEAST_SPACING_MM, _MOST_MM = 1e-6, 1e6  # beyond these, ITK's own matrices overflow
 _LEAST_DETERMINANT = 1e-6
 _MOST_COSINE = 1.001

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from ..errors import IncompleteFile, VolumeError
-from .nifti import HEADER_BYTES, NiftiHeader
+from .nifti import DATA_TYPES, HEADER_BYTES, NiftiHeader
 from .text_header import locate_metaimage, locate_nrrd
 from .voxel_data import EXPORT_AGAIN, GZIP_MAGIC, LONGEST_HEADER_BYTES, VoxelData, check_dimension
 
@@ -63,7 +63,6 @@ _NIFTI_MARKS = {  # first four bytes: version and byte order
     for version, size in HEADER_BYTES.items()
     for order in "<>"
 }
-_NIFTI_BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # by datatype code
 _NIFTI_NOT_PLAIN = {32: "complex", 1792: "complex", 2048: "complex", 128: "colour (RGB)", 2304: "colour (RGBA)"}
 
 
@@ -93,7 +92,7 @@ def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, Voxe
         raise VolumeError(f"the header is damaged, as by a transfer in text mode; {EXPORT_AGAIN}")
     header = NiftiHeader.parse(content, version, order)
     _nifti_dimension(header.dim)
-    if header.datatype not in _NIFTI_BYTES:
+    if header.datatype not in DATA_TYPES:
         kind = _NIFTI_NOT_PLAIN.get(header.datatype, f"type code {header.datatype}")
         raise VolumeError(f"voxels must be plain integers or floats, got {kind}: convert the image")
     if not 0 <= header.voxel_offset <= LONGEST_HEADER_BYTES:
@@ -107,8 +106,8 @@ def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, Voxe
         stored_bytes=path.stat().st_size - (0 if is_gzip else offset),
         compression="gzip" if is_gzip else "none",
         prefix=_read_start(path, is_gzip, offset) if is_gzip else b"",
-        bytes_per_voxel=_NIFTI_BYTES[header.datatype],
-        float_type={16: f"{order}f4", 64: f"{order}f8"}.get(header.datatype, ""),
+        bytes_per_voxel=header.dtype.itemsize,
+        float_type=header.dtype.str if header.dtype.kind == "f" else "",
         nifti=header,
     )
 

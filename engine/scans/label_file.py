@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import EngineError, IncompleteFile, VolumeError
-from .geometry import Geometry
+from .geometry import IDENTITY_DIRECTION, Geometry
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, read_nifti
 from .itk import itk_alone
@@ -28,13 +28,12 @@ def as_stored(geometry: Geometry, ending: str) -> Geometry:
         geometry: Of the labels.
         ending: One of `LABEL_ENDINGS`.
     """
-    no_origin, no_direction = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     if ending == ".gipl":
-        return replace(geometry, direction=no_direction)
+        return replace(geometry, direction=IDENTITY_DIRECTION)
     if ending not in PICTURE_ENDINGS:
         return geometry
     spacing = PICTURE_SPACING if geometry.is_2d or ending in FLAT_ENDINGS else geometry.spacing
-    return replace(geometry, spacing=spacing, origin=no_origin, direction=no_direction)
+    return replace(geometry, spacing=spacing, origin=(0.0, 0.0, 0.0), direction=IDENTITY_DIRECTION)
 
 
 def second_file(labels: Path, reader: str) -> Path | None:

@@ -23,6 +23,9 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 HEADER_BYTES = {1: 348, 2: 540}  # by version
 LEAST_OFFSET = {1: 352, 2: 544}  # of the voxels behind the header and the flag of extensions
 
+DATA_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+"""Codes of plain numbers, and numpy's names of their types without the byte order."""
+
 _FIELDS = {  # name: format and place in NIfTI-1 and in NIfTI-2
     "dim": (("8h", 40), ("8q", 16)),
     "datatype": (("h", 70), ("h", 12)),
@@ -91,6 +94,11 @@ class NiftiHeader:
             values = struct.unpack_from(order + form, content, at)
             fields[name] = values[0] if form.isalpha() else values
         return cls(version=version, order=order, **fields)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the voxels as they are stored; `datatype` must be one of `DATA_TYPES`."""
+        return np.dtype(self.order + DATA_TYPES[self.datatype])
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -236,7 +244,7 @@ def write_nifti_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> No
     """
     if max(labels.shape) > LONGEST_AXIS:
         raise VolumeError(f"NIfTI-1 holds at most {LONGEST_AXIS} voxels along an axis, got {labels.shape} (z, y, x)")
-    code = {1: 2, 2: 512}[labels.itemsize]
+    code = next(code for code, name in DATA_TYPES.items() if name == labels.dtype.str[1:])
     header = bytearray(LEAST_OFFSET[1])
     struct.pack_into("<i", header, 0, HEADER_BYTES[1])
     struct.pack_into("<8h", header, 40, 3, *labels.shape[::-1], 1, 1, 1, 1)

@@ -16,7 +16,6 @@ from .nifti import LEAST_OFFSET, LONGEST_AXIS, NiftiHeader, header_warnings
 from .orientation import LPS_TO_RAS, canonical_axes
 from .voxel_data import VoxelData, naming
 
-_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _UNTURNED = ((0, 1, 2), (False, False, False))
 
 
@@ -41,7 +40,7 @@ def open_as_nibabel(path: Path, reader: str) -> ImageSource:
         header, data = read_nifti(path, versions=(1, 2))
         _check(header, reader)
         x, y, z = header.dim[1:4]
-        dtype = np.dtype(header.order + _TYPES[header.datatype])
+        dtype = header.dtype
         check_memory((x, y, z), dtype)
         check_claim((x, y, z), len(data.prefix) + math.prod((x, y, z)) * dtype.itemsize, data)
         affine = header.affine()

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from ..errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
+from .geometry import IDENTITY_DIRECTION
 from .image_file import SLICE_SPACINGS, ImageSource
 from .itk import check_memory
 from .voxel_data import naming
@@ -35,7 +36,6 @@ PICTURE_SPACING = (float(SLICE_SPACINGS), 1.0, 1.0)
 TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
 _MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and deflate's most
 _CUT_OFF = re.compile(r"truncat|broken|corrupt|incomplete|failed to read|bad_data", re.IGNORECASE)
-_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def open_picture(path: Path, reader: str) -> ImageSource:
@@ -72,7 +72,7 @@ def open_picture(path: Path, reader: str) -> ImageSource:
         size=(size[2], size[1], size[0]),
         spacing=(spacing[2], spacing[1], spacing[0]),
         origin=(0.0, 0.0, 0.0),
-        direction=_DIRECTION,
+        direction=IDENTITY_DIRECTION,
         voxels=lambda: _arranged(_pixels(path, shape), is_2d),
         is_2d=is_2d,
         warnings=(*complaints, *told),

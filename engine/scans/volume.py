@@ -23,7 +23,7 @@ from .channels import (
     open_source,
     read_channels,
 )
-from .geometry import Geometry, Triple
+from .geometry import IDENTITY_DIRECTION, Geometry, Triple
 from .image_file import ImageSource
 from .image_header import DETACHED_ENDINGS, locate_voxels
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
@@ -74,7 +74,7 @@ class Volume:
         spacing: Sequence[float],
         *,
         origin: Sequence[float] = (0.0, 0.0, 0.0),
-        direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        direction: Sequence[float] = IDENTITY_DIRECTION,
         name: str = "volume",
     ) -> "Volume":
         """Make a volume of an array, without copying it.
