@@ -1,4 +1,4 @@
-"""The files of a scan, one for each channel: opened, checked to lie on one grid, and read into one array."""
+"""Opens the files of a scan, one for each channel, checks that they lie on one grid, and reads them into one array."""
 
 import os
 from pathlib import Path
@@ -20,10 +20,10 @@ def open_source(path: Path, reader: str) -> ImageSource:
 
     Args:
         path: File or folder.
-        reader: Class of nnU-Net that would read it, as `Plan.reader` names it.
+        reader: nnU-Net's reader class, as `Plan.reader` names it.
 
     Raises:
-        VolumeError: If there is nothing that can be read.
+        VolumeError: If there is no such file or folder, or it cannot be read.
     """
     if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
         raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
@@ -38,7 +38,7 @@ def open_source(path: Path, reader: str) -> ImageSource:
     if path.exists():
         raise VolumeError(f"{path}: a scan must be a file or a folder, got a device, pipe or socket: pass a file")
     if path.is_symlink():
-        raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which is not there: mend the link")
+        raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which does not exist: repair the link")
     raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
 
 

@@ -30,12 +30,13 @@ class Geometry:
         origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
         direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
             They need not be perpendicular.
-        is_2d: Whether the scan was a 2D image, which has no axis z: its one slice gets a spacing of 999 times the
-            larger one along z, as in nnU-Net, and labels are written in 2D again.
+        is_2d: Whether the scan was a 2D image, which has no axis z. As in nnU-Net, its spacing along z is 999 times its
+            larger spacing. Its labels are written in 2D again.
 
     Raises:
         ValueError: If there are not 3, 3 and 9 numbers.
-        VolumeError: If a number is not finite, a spacing is not above 0, or the direction is singular or no cosines.
+        VolumeError: If a number is not finite, a spacing is not above 0, or the direction is singular or has no
+            cosines.
     """
 
     spacing: Triple
@@ -48,7 +49,7 @@ class Geometry:
             numbers = tuple(float(number) + 0.0 for number in getattr(self, field))  # + 0.0 turns -0.0 into 0.0
             if len(numbers) != count:
                 raise ValueError(f"{field} must be {count} numbers, got {len(numbers)}: {numbers}")
-            if not (np.abs(numbers) <= _MOST_MM).all():  # so written, NaN fails too
+            if not (np.abs(numbers) <= _MOST_MM).all():  # NaN fails this form of the comparison too
                 raise VolumeError(f"{field} must be finite and below {_MOST_MM:g}, got {numbers}: correct the header")
             object.__setattr__(self, field, numbers)
         if min(self.spacing) < _LEAST_SPACING_MM:
@@ -59,7 +60,7 @@ class Geometry:
             )
 
     def matches(self, other: "Geometry") -> bool:
-        """Whether two grids of the same shape lie in the same place, within what formats round."""
+        """Whether two grids of the same shape lie in the same place, within the rounding of file formats."""
         return (
             np.allclose(self.spacing, other.spacing, rtol=SAME_SPACING, atol=0)
             and np.allclose(self.origin, other.origin, rtol=0, atol=SAME_ORIGIN * min(other.spacing))
@@ -83,7 +84,7 @@ class Geometry:
 
     @property
     def affine(self) -> np.ndarray:
-        """Place of voxel (x, y, z) in mm, RAS, as a 4x4 matrix, as nibabel has it."""
+        """4x4 matrix from voxel (x, y, z) to its place in mm, RAS, as in nibabel."""
         affine = np.eye(4)
         affine[:3, :3] = LPS_TO_RAS @ self.axes * self.spacing[::-1]
         affine[:3, 3] = LPS_TO_RAS @ self.origin

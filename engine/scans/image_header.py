@@ -1,7 +1,8 @@
 """Header of an image file -> where its voxels lie and how many bytes they must have.
 
-ITK reads the voxels, but it must not see a header first: a damaged one makes it crash (MetaImage), print to stderr
-(NIfTI) or silently use a spacing of 1 mm. So the few fields that decide size, place and spacing are checked here.
+ITK reads the voxels, but it must not be the first to read a header. A damaged header makes it crash (MetaImage), print
+to stderr (NIfTI), or use a spacing of 1 mm without a message. So the fields that decide size, place and spacing are
+checked here.
 """
 
 import math
@@ -16,14 +17,14 @@ from .voxel_data import EXPORT_AGAIN, GZIP_MAGIC, LONGEST_HEADER_BYTES, VoxelDat
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
 DETACHED_ENDINGS = (".nhdr", ".mhd")
-"""Of headers with their voxels in another file."""
+"""Endings of headers that have their voxels in another file."""
 
 
 def image_ending(path: Path) -> str:
-    """Find the image format's ending of a file name, in lower case.
+    """Find which of `IMAGE_ENDINGS` a file name has.
 
     Raises:
-        VolumeError: If no format that is read here has the file's ending.
+        VolumeError: If it has none of them.
     """
     for ending in IMAGE_ENDINGS:
         if path.name.lower().endswith(ending):
@@ -41,10 +42,10 @@ def locate_voxels(path: Path) -> VoxelData:
         path: Existing file with one of `IMAGE_ENDINGS`.
 
     Returns:
-        Where the voxels are. Their number is not known yet: ITK tells it from the same header.
+        Where the voxels are. ITK tells their number from the same header, later.
 
     Raises:
-        VolumeError: If the header is not one of the format, or describes what is no image of plain numbers in 2D or 3D.
+        VolumeError: If the header is not valid, or the file is not an image of plain numbers in 2D or 3D.
     """
     ending = image_ending(path)
     if ending in (".nii", ".nii.gz"):
@@ -71,10 +72,10 @@ def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, Voxe
 
     Args:
         path: Existing file that ends with .nii or .nii.gz.
-        versions: Of the format, that are taken.
+        versions: Versions of the format to accept.
 
     Raises:
-        VolumeError: If the header is not one of the format, or describes what is no 3D image of plain numbers.
+        VolumeError: If the header is not valid, or the file is not an image of plain numbers.
     """
     with path.open("rb") as file:
         is_gzip = file.read(2) == GZIP_MAGIC
@@ -113,7 +114,7 @@ def read_nifti(path: Path, versions: tuple[int, ...]) -> tuple[NiftiHeader, Voxe
 
 
 def _locate_nifti(path: Path) -> VoxelData:
-    """Refuse also what ITK reads wrongly or with noise."""
+    """Refuse also headers that ITK reads wrongly, or for which it prints to stderr."""
     header, data = read_nifti(path, versions=(1,))
     spacing = header.pixdim[1 : 1 + _nifti_dimension(header.dim)]
     if not all(math.isfinite(step_mm) and step_mm > 0 for step_mm in spacing):
@@ -126,7 +127,7 @@ def _locate_nifti(path: Path) -> VoxelData:
 
 
 def _nifti_dimension(dim: tuple[int, ...]) -> int:
-    """Accept two or three axes, and further ones only of length 1, as ITK does."""
+    """Accept two or three axes, and more only if their length is 1, as ITK does."""
     if not 1 <= dim[0] <= 7 or any(length < 1 for length in dim[1 : dim[0] + 1]):
         raise VolumeError(f"every axis must have a length of at least 1, the header says {dim}; {EXPORT_AGAIN}")
     axes = max((axis for axis in range(1, dim[0] + 1) if dim[axis] > 1), default=0)

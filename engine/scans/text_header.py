@@ -1,4 +1,4 @@
-"""MetaImage and NRRD: headers of text -> where their voxels are."""
+"""Text headers (MetaImage and NRRD) -> where their voxels lie."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from .voxel_data import EXPORT_AGAIN, GZIP_MAGIC, LONGEST_HEADER_BYTES, VoxelDat
 
 _LONGEST_LINE_BYTES = 64 << 10
 
-# ---- MetaImage: lines "Key = value", ElementDataFile is the last one -------------------------------------------------
+# ---- MetaImage: lines "Key = value"; the last one is ElementDataFile -------------------------------------------------
 
 _INTEGER, _DECIMAL = r"-?\d{1,9}", r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-_META_NUMBERS = {  # key: how many numbers it must have, as a power of NDims, and their form
+_META_NUMBERS = {  # key: count of numbers as a power of NDims, and the form of a number
     "DimSize": (1, _INTEGER),
     "ElementNumberOfChannels": (0, _INTEGER),
     "HeaderSize": (0, _INTEGER),
@@ -23,7 +23,7 @@ _META_NUMBERS = {  # key: how many numbers it must have, as a power of NDims, an
     **dict.fromkeys(("Offset", "Position", "Origin"), (1, _DECIMAL)),
     **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), (2, _DECIMAL)),
 }
-_META_SEVERAL = r"LIST|.*%"  # MetaIO takes every name with % for a pattern
+_META_SEVERAL = r"LIST|.*%"  # MetaIO takes every name with % as a pattern
 
 
 def locate_metaimage(path: Path) -> VoxelData:
@@ -40,7 +40,7 @@ def locate_metaimage(path: Path) -> VoxelData:
     fields: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch(r"\s*(\S+)\s*[=:]\s*(.*?)\s*", line)
-        if match is None or match[1] in fields or len(line) > 4000:  # MetaIO's own buffers are of a fixed size
+        if match is None or match[1] in fields or len(line) > 4000:  # MetaIO's buffers have a fixed size
             raise VolumeError(f"this is not a MetaImage file: bad line {line[:40]!r} in its header; {EXPORT_AGAIN}")
         fields[match[1]] = match[2]
     if not {"NDims", "DimSize", "ElementType", "ElementDataFile"} <= fields.keys():
@@ -69,13 +69,13 @@ def locate_metaimage(path: Path) -> VoxelData:
 
 
 def _check_numbers(key: str, text: str, count: int, form: str) -> None:
-    """Check a field of numbers: MetaIO itself takes what it cannot parse for 0."""
+    """Check a field of numbers: MetaIO reads text that it cannot parse as 0."""
     words = text.split()
     if len(words) != count or not all(re.fullmatch(form, word) and math.isfinite(float(word)) for word in words):
         raise VolumeError(f"{key} must be {count} finite number(s), got {text[:60]!r}; {EXPORT_AGAIN}")
 
 
-# ---- NRRD: lines "field: value", an empty line is the last one, https://teem.sourceforge.net/nrrd/format.html --------
+# ---- NRRD: lines "field: value"; the last one is empty; https://teem.sourceforge.net/nrrd/format.html --------
 
 _NRRD_SEVERAL = r"LIST|.*%\d*d"
 
@@ -90,11 +90,13 @@ def locate_nrrd(path: Path) -> VoxelData:
         VolumeError: As `image_header.locate_voxels` does.
     """
     lines, end = _header_lines(path, lambda line: not line)
-    names_data = any(re.match(r"data ?file:", line) for line in lines)  # behind which a header may just end
+    names_data = any(re.match(r"data ?file:", line) for line in lines)  # such a header may end without an empty line
     _check_end(lines, "NRRD000", lines[-1:] == [""] or names_data)
     if not lines or re.fullmatch(r"NRRD000[1-5]", lines[0]) is None:
         raise VolumeError(f"this is not an NRRD file: it does not begin with NRRD0001 to NRRD0005; {EXPORT_AGAIN}")
-    pairs = (line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line))  # no comments, no user's keys
+    pairs = (
+        line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line)
+    )  # without comments and the user's own keys
     fields = {key.lower().replace(" ", ""): value.strip() for key, value in pairs}
     for key in ("spacings", "spacedirections", "spaceorigin"):
         if re.search(r"nan|inf", fields.get(key, ""), re.IGNORECASE):
@@ -116,7 +118,7 @@ def locate_nrrd(path: Path) -> VoxelData:
 
 
 def _header_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
-    """Read the lines of a text header, up to and with the last one or the file's end, and the bytes they take."""
+    """Read the lines of a text header, including the last one, and count their bytes; stop at the file's end."""
     lines: list[str] = []
     with path.open("rb") as file:
         while file.tell() < LONGEST_HEADER_BYTES and (line := file.readline(_LONGEST_LINE_BYTES)):
@@ -127,11 +129,12 @@ def _header_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str]
 
 
 def _check_end(lines: list[str], mark: str, has_end: bool) -> None:
-    """Tell a text header that is cut off from a file of another kind.
+    """Check that a text header is complete.
+
+    A file of another format passes: it is refused later, for what it is.
 
     Raises:
-        IncompleteFile: If the lines begin as the format does, or a file that is cut off within its first word, and do
-            not come to the header's end.
+        IncompleteFile: If the lines begin as the format does, or with a part of its first word, and have no end.
     """
     begins_so = bool(lines) and bool(lines[0]) and mark.startswith(lines[0][: len(mark)])
     if begins_so and not has_end:
@@ -139,7 +142,7 @@ def _check_end(lines: list[str], mark: str, has_end: bool) -> None:
 
 
 def _text_format_data(path: Path, offset: int, is_compressed: bool) -> VoxelData:
-    """Describe the voxels from a place in a file on."""
+    """Describe voxels that begin at a byte of a file and reach to its end."""
     compression = "none"
     if is_compressed:
         with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""A scan in memory: an array and where its voxels lie; read from files and DICOM folders, turned, and written.
+"""A scan in memory: an array and where its voxels lie. It is read from files or DICOM folders, turned, and written.
 
-Which files are trusted is decided in `image_file` (one file) and `dicom` (a folder of slices).
+The checks of files are in `image_file` (one file) and `dicom` (a folder of slices).
 """
 
 import contextlib
@@ -39,15 +39,15 @@ class Volume:
 
     Attributes:
         array: (C, Z, Y, X), any integer, float or bool type; it may be a view with any strides.
-        geometry: Of the last three axes.
+        geometry: Where the last three axes lie.
         name: File or folder name, for messages.
-        warnings: What the user should know although the scan can be used, such as missing slices.
-        resampling_spacing: Millimetres (z, y, x), where nnU-Net resamples by others than those of `geometry`: through
-            nibabel it takes a header's `pixdim`, whatever the affine says.
+        warnings: Facts that the user should know although the scan can be used, such as missing slices.
+        resampling_spacing: Millimetres (z, y, x) by which nnU-Net resamples, if they differ from those of `geometry`:
+            through nibabel it takes them from the header's `pixdim`, also if the affine has others.
 
     Raises:
         TypeError: If `array` is not a numpy array of plain numbers in the machine's byte order.
-        VolumeError: If it is not 4D, or is empty.
+        VolumeError: If `array` is not 4D, or is empty.
     """
 
     array: np.ndarray
@@ -77,7 +77,7 @@ class Volume:
         direction: Sequence[float] = IDENTITY_DIRECTION,
         name: str = "volume",
     ) -> "Volume":
-        """Make a volume of an array, without copying it.
+        """Make a volume from an array, without a copy.
 
         Args:
             array: (Z, Y, X) for one channel, or (C, Z, Y, X).
@@ -100,25 +100,25 @@ class Volume:
 
     @property
     def spacing(self) -> Triple:
-        """Millimetres between voxels (z, y, x), by which the scan is resampled."""
+        """Spacing (z, y, x) in mm by which the scan is resampled."""
         return self.resampling_spacing or self.geometry.spacing
 
     def reoriented(self) -> "Volume":
-        """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as near as its grid allows.
+        """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as far as its grid allows.
 
-        Models trained with nnU-Net's `NibabelIOWithReorient` or `SimpleITKIOWithReorient` see scans so.
+        Models trained with nnU-Net's `NibabelIOWithReorient` or `SimpleITKIOWithReorient` need this orientation.
 
         Returns:
             A volume of the same voxels at the same places; its array is a view, with negative strides where axes are
-            flipped. `restore_orientation` is the way back.
+            flipped. `restore_orientation` undoes it.
         """
         return self._rearranged(*canonical_axes(self.geometry.axes))
 
     def oriented_as(self, other: Geometry) -> "Volume":
-        """Turn the volume so that its axes run as near to those of another grid as it allows.
+        """Turn the volume so that its axes follow those of another grid, as far as its own grid allows.
 
         Args:
-            other: As it is read, not reoriented.
+            other: Geometry of the other grid as it was read, not reoriented.
 
         Returns:
             A volume of the same voxels at the same places; its array is a view.
@@ -128,7 +128,7 @@ class Volume:
         return self.reoriented()._rearranged(back, tuple(flipped[axis] for axis in back))
 
     def _rearranged(self, source: tuple[int, ...], flipped: tuple[bool, ...]) -> "Volume":
-        """Take for each axis (z, y, x) the one of that number, and flip it then where asked."""
+        """Reorder the axes (z, y, x) by their numbers in `source`, then flip those marked in `flipped`."""
         array = self.array.transpose(0, *(1 + axis for axis in source))
         array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flipped))]
         spacing, resampling = (
@@ -173,11 +173,11 @@ def read_volume(
     Args:
         image: One file, a folder with the slices of one DICOM series, a list of these with one for each channel, or a
             Volume, which is returned as it is.
-        channels: How many channels the model takes; any number if None.
-        reader: The class of nnU-Net's whose way to read a file is followed, as `Plan.reader` names it.
+        channels: Number of channels that the model takes; None allows any number.
+        reader: nnU-Net's reader class whose way to read files is followed, as `Plan.reader` names it.
 
     Returns:
-        The scan in the type it is stored in; channels of different types get one that holds them all.
+        The scan in its stored type; channels of different types get a type that holds all of them.
 
     Raises:
         VolumeError: If something is missing, damaged, not finite, or does not fit together.
@@ -218,7 +218,7 @@ def read_volume(
 
 
 def files_of(image: Path, reader: str) -> list[Path]:
-    """Name every file that a scan is read from: slices, the data file of a header, the spacing beside a TIFF stack.
+    """List every file that a scan is read from: slices, the data file of a header, the spacing beside a TIFF stack.
 
     Args:
         image: File or folder, as `read_volume` takes it.
@@ -236,7 +236,7 @@ def files_of(image: Path, reader: str) -> list[Path]:
 
 
 def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSource:
-    """Turn a channel as the first one is turned: nnU-Net's readers that turn scans turn each file by itself."""
+    """Turn a channel like the first one: those readers of nnU-Net that turn scans turn each file separately."""
     if geometry.is_2d or canonical_axes(geometry.axes) == canonical_axes(first.axes):
         return source
 
@@ -261,22 +261,22 @@ def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSo
 def write_segmentation(
     path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry, *, reader: str = "SimpleITKIO"
 ) -> None:
-    """Write labels in the format of the file name's ending; the file appears under its name only when complete.
+    """Write labels in the format of the file name's ending; the file gets its name only when it is complete.
 
-    Of formats with two files (.mhd, .nhdr; a TIFF stack and its spacing), the named one comes last.
+    Some formats have two files (.mhd, .nhdr, a TIFF stack and its spacing): the named one is written last.
 
     Args:
         path: File in an existing folder, with one of `LABEL_ENDINGS` in lower or upper case; an existing file is
             replaced.
         segmentation: (Z, Y, X) uint8 or uint16; one slice for a 2D geometry.
-        geometry: Written as it is.
-        reader: The class of nnU-Net's whose way to write a file is followed, as `Plan.reader` names it.
+        geometry: Geometry of the labels.
+        reader: nnU-Net's reader class whose way to write files is followed, as `Plan.reader` names it.
 
     Raises:
-        ValueError: If the ending is none of these, or `segmentation` is not 3D, is empty, or is not of the geometry.
+        ValueError: If the ending is unknown, or `segmentation` is not 3D, is empty, or does not fit the geometry.
         TypeError: If `segmentation` is not uint8 or uint16.
         OutputError: If the file cannot be written completely, or the format cannot hold the geometry.
-        BackendUnavailable: If what writes pictures is not installed.
+        BackendUnavailable: If the libraries that write pictures are not installed.
     """
     path = Path(path)
     ending = next((ending for ending in LABEL_ENDINGS if path.name.lower().endswith(ending)), None)

@@ -1,4 +1,4 @@
-"""Where the voxels of an image file are; what the readers of all headers share."""
+"""Where the voxels of an image file are, and checks that the readers of all headers share."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ _PASSING = {
         "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
     )
 } - {None}  # fmt: skip
-"""What a network file system or a full machine answers at one time and not at another."""
+"""Errors that may pass: a network file system that does not answer, a machine without free memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,10 @@ class VoxelData:
         offset: Bytes in `path` before the voxels, or before the compressed stream that holds them.
         stored_bytes: Bytes in `path` from `offset` on.
         compression: "none", "gzip" or "zlib".
-        prefix: What the stream decompresses to before the first voxel (the header of a .nii.gz).
-        bytes_per_voxel: Stored bytes per voxel; 0 where they are those of ITK's pixel type.
-        float_type: Stored type where ITK hides NaN and infinity, as numpy names it; empty elsewhere.
-        nifti: The header, of a NIfTI file.
+        prefix: Decompressed bytes of the stream before the first voxel (the header of a .nii.gz).
+        bytes_per_voxel: Stored bytes per voxel; 0 where ITK's pixel type tells them.
+        float_type: numpy's name of the stored type, for formats in which ITK hides NaN and infinity; otherwise empty.
+        nifti: The header; for NIfTI files only.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class VoxelData:
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Put a file's or folder's name before the text of errors, so that what checks need not know it.
+    """Put the name of a file or folder before the text of errors, so that checks need not know the name.
 
     Raises:
         VolumeError: In place of a `VolumeError` or `OSError` from inside.
