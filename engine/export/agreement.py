@@ -59,12 +59,12 @@ class Agreement:
             "what": str,
         }
         if not isinstance(content, dict) or set(content) != set(kinds):
-            raise BundleError(f"a bundle's agreement must have {', '.join(kinds)}; build the bundle anew")
+            raise BundleError(f"a bundle's agreement must have {', '.join(kinds)}; build the bundle again")
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):
-                raise BundleError(f"a bundle's agreement: {key} cannot be {content[key]!r:.80}; build the bundle anew")
+                raise BundleError(f"a bundle's agreement: {key} cannot be {content[key]!r:.80}; build the bundle again")
         if not all(dice is None or isinstance(dice, (int, float)) for dice in content["dice"].values()):
-            raise BundleError("a bundle's agreement: dice must be numbers by label; build the bundle anew")
+            raise BundleError("a bundle's agreement: dice must be numbers by label; build the bundle again")
         return cls(**content)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The network that a plan asks for, described by its class and the arguments of that class."""
+"""The network that a plan asks for, described by its class and the arguments for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .json_values import take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The network a plan asks for: class name, its arguments, and which of those name classes themselves."""
+    """The network of a plan: class name, arguments, and the names of those arguments that are classes."""
 
     class_name: str
     arguments: Mapping[str, Any]

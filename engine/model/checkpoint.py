@@ -1,4 +1,4 @@
-"""One checkpoint of a trained model, read without running anything it contains."""
+"""Reads one checkpoint of a trained model, and runs nothing that it contains."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What torch and zipfile raise for damaged files."""
+"""Exceptions of torch and zipfile for damaged files."""
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before parameter names."""
+"""Prefixes that DistributedDataParallel and torch.compile add to parameter names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What inference needs from one checkpoint file."""
+    """The parts of a checkpoint file that inference needs."""
 
     weights: Mapping[str, Tensor]
     configuration: str
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def _harmless_types() -> list[Any]:
-    """Numpy's plain numbers, which nnU-Net keeps in its training log; unpickling them cannot run code."""
+    """Types of numpy's plain numbers, which nnU-Net stores in its training log; unpickling them cannot run code."""
     scalar = np.float64(0).__reduce__()[0]
     numbers = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     # Checkpoints written under numpy 1 and 2 name the same function differently.
@@ -64,22 +64,22 @@ def _harmless_types() -> list[Any]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint with torch's restricted unpickler: weights and plain values, nothing that could run.
+    """Read a checkpoint with torch's restricted unpickler, which takes only weights and plain values.
 
     Raises:
-        CheckpointError: Where the file is damaged, holds other objects, or lacks what inference needs.
+        CheckpointError: Where the file is damaged, holds other objects, or lacks a part that inference needs.
     """
     try:
         with torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are refused below anyway
-            # Mapped, not read: the optimizer's state, twice the size of the weights, is never touched.
+            warnings.simplefilter("ignore")  # torch warns about files that are refused below
+            # The file is mapped, so the optimizer's state, twice the size of the weights, is never read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {named.group(1)}" if named else str(error).partition("\n")[0]
         raise CheckpointError(
             f"{path} must hold weights and plain values only; {what:.160}. Nothing in it was run. If you "
-            f"trust it, load it with nnU-Net and save its network_weights anew"
+            f"trust it, load it with nnU-Net and save its network_weights again"
         ) from error
     except UNREADABLE as error:
         raise CheckpointError(
@@ -117,10 +117,10 @@ def _pooled_classifier(content: Mapping[str, Any], path: Path) -> PooledClassifi
 
 
 def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Copy weights out of the mapped file as float32, tensors with several names once, names without wrappers.
+    """Copy weights from the mapped file as float32; shared tensors are copied once, and prefixes are removed.
 
     Raises:
-        CheckpointError: For what no weight of a network is, and for tensors that claim more memory than the file holds.
+        CheckpointError: For tensors that cannot be weights, or that claim more memory than the file holds.
     """
     for name, tensor in weights.items():
         if not isinstance(name, str) or not is_plain(tensor):

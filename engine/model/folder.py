@@ -1,4 +1,4 @@
-"""A trained nnU-Net v2 model, read from its folder or export zip without running anything it contains."""
+"""Reads a trained nnU-Net v2 model from its folder or export zip, and runs nothing that it contains."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Model:
     """One configuration of a trained model.
 
     Args:
-        plan: What plans.json and dataset.json say.
-        weights: Parameters by name, one mapping per fold; empty once a backend holds them, as in `Engine.model`.
+        plan: Checked content of plans.json and dataset.json.
+        weights: Parameters by name, one mapping per fold; empty after a backend has taken them, as in `Engine.model`.
         folds: Names of the folds, such as "0" or "all".
         mirror_axes: Spatial axes of the patch along which mirroring is allowed, counted from 0.
         trainer: Name of the trainer class.
-        source: The folder or zip it came from.
-        plans, dataset: The two JSON files as they were.
-        pooled_classifiers: Fitted after training, to answer in place of the network's classification head: one per
-            fold, None for a fold without. Empty where the head answers for all.
+        source: Folder or zip of the model.
+        plans, dataset: Content of the two JSON files.
+        pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
+            one per fold, None for a fold without. Empty if the head classifies in all folds.
     """
 
     plan: Plan
@@ -67,7 +67,7 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of one fold, counting those with several names once."""
+        """Number of parameters of one fold; a parameter with several names counts once."""
         return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights[0].values()}.values())
 
 
@@ -82,10 +82,10 @@ def read_model(
 
     Args:
         path: The folder or zip.
-        folds: Folds to ensemble, such as (0, 1) or ("all",); by default every numbered fold that has the checkpoint,
-            else fold "all".
+        folds: Folds to average, such as (0, 1) or ("all",). By default every numbered fold that has the checkpoint; if
+            there is none, fold "all".
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted; needed for a zip that holds several.
+        configuration: Name of the configuration; needed for a zip that holds several.
 
     Raises:
         ModelError: Where something is missing or not supported.
@@ -123,10 +123,15 @@ def read_model(
 
 
 def with_classifier(model: Model, wanted: str) -> Model:
-    """Keep a model's fitted classifiers, or drop them so that the network's head answers.
+    """Keep a model's fitted classifiers, or remove them so that the network's head classifies.
+
+    Args:
+        model: The model.
+        wanted: "lda" for the fitted classifiers, "head" for the network's head, or "auto" for the fitted ones if every
+            fold has one.
 
     Raises:
-        ModelError: Where fitted classifiers are asked for and a fold has none.
+        ModelError: For "lda" where a fold has no fitted classifier.
     """
     if model.plan.classification is None:
         return model
@@ -146,7 +151,7 @@ def with_classifier(model: Model, wanted: str) -> Model:
 
 
 def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> None:
-    """Refuse a fitted classifier that answers another question than the plan's."""
+    """Refuse a fitted classifier whose classes are not the plan's."""
     if fitted is None:
         return
     if plan.classification is None:
@@ -157,7 +162,7 @@ def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> N
     if len(fitted.bias) != plan.classification.num_classes:
         raise CheckpointError(
             f"{where}: pooled_classifier must have the plan's {plan.classification.num_classes} classes, it has "
-            f"{len(fitted.bias)}. Fit it anew on this data set"
+            f"{len(fitted.bias)}. Fit it again on this data set"
         )
 
 
@@ -202,7 +207,7 @@ def _find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str
 
 @contextlib.contextmanager
 def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
-    """Give the model folder; for a zip, unpack what is needed to a folder that lives as long as the block."""
+    """Give the model folder; a zip is unpacked to a temporary folder that exists during the block."""
     if path.suffix == ".pth" or not (path.is_file() and zipfile.is_zipfile(path)):
         yield path
         return

@@ -32,14 +32,14 @@ READERS = {
     "NaturalImage2DIO": False,
     "Tiff3DIO": False,
 }
-"""nnU-Net's readers, and whether they turn the scan to RAS before the network sees it."""
+"""nnU-Net's readers, and whether they turn scans to RAS for the network."""
 
 FILE_ENDINGS = {
     **dict.fromkeys(("SimpleITKIO", "SimpleITKIOWithReorient"), IMAGE_ENDINGS),
     **dict.fromkeys(("NibabelIO", "NibabelIOWithReorient"), (".nii.gz", ".nii")),
     **PICTURE_READERS,
 }
-"""What each reads and writes, in lower or upper case; a data set names one ending, and result files are named by it."""
+"""File endings of each reader, in lower or upper case. A data set names one of them, and result files have it."""
 
 LARGEST_PATCH_VOXELS = 2**31
 
@@ -53,7 +53,7 @@ class NormalizationScheme:
 
     Args:
         scheme: One of `NORMALIZATIONS`.
-        use_mask: Take statistics from, and change, only the non-zero region (z-score only).
+        use_mask: Whether only the non-zero region is measured and changed (z-score only).
         low, high, mean, std: Clip bounds and statistics of the training set's foreground (CT only).
     """
 
@@ -77,9 +77,9 @@ class Plan:
         channels: One per image channel.
         channel_names: Their names.
         previous_stage: The configuration whose labels are further input channels, or None.
-        reader: The class of nnU-Net's that read the training scans; one of `READERS`.
-        file_ending: Of images and segmentations, with the dot.
-        classification: What a multi-task network says about the case as a whole, or None.
+        reader: nnU-Net's class that read the training scans; one of `READERS`.
+        file_ending: File ending of images and segmentations, with the dot.
+        classification: Classes and head of a multi-task network, or None.
     """
 
     dataset_name: str
@@ -120,7 +120,7 @@ class Plan:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether JSON holds a finite number here that a float can hold."""
+    """Whether a JSON value is a finite number that a float can hold."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(float(value))
     except OverflowError:
@@ -140,14 +140,14 @@ def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = F
 
 
 def read_channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-    """Read what `dataset.json` calls the channels, in their order."""
+    """Read the names of the channels from `dataset.json`, in their order."""
     key = "modality" if "modality" in dataset else "channel_names"
     names = take(dataset, key, (dict, list), "dataset.json")
     return tuple(str(name) for name in (names.values() if isinstance(names, dict) else names))
 
 
 def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Look a configuration up, with what it inherits from others filled in."""
+    """Find a configuration, and fill in values that it inherits from others."""
     configurations = take(plans, "configurations", dict, "plans.json")
     chain: list[str] = []
     resolved: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _channel_normalizations(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
 ) -> tuple[NormalizationScheme, ...]:
-    """Read how each of the channels is normalised; of more entries than channels nnU-Net takes the first."""
+    """Read how each channel is normalised; nnU-Net takes the first entries if there are more than channels."""
     schemes = take(configuration, "normalization_schemes", list, "plans.json")
     masks = take(configuration, "use_mask_for_norm", list, "plans.json")
     if len(schemes) < count or len(masks) < count:
@@ -200,7 +200,7 @@ def _channel_normalizations(
 
 
 def _classification(architecture: Architecture, labels: LabelScheme) -> ClassificationScheme | None:
-    """Read what a multi-task network's head answers."""
+    """Read the description of a multi-task network's head; None for other networks."""
     if architecture.class_name != MULTI_TASK_NETWORK:
         return None
     where = "plans.json: arch_kwargs"
