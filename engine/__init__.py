@@ -1,4 +1,4 @@
-"""Runs trained nnU-Net v2 models: the labels nnU-Net gives, many times sooner."""
+"""Runs trained nnU-Net v2 models, and gives nnU-Net's labels many times faster."""
 
 from __future__ import annotations
 

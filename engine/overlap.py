@@ -1,4 +1,4 @@
-"""One step of a pipeline over many items: done in threads, ahead of who takes the results, in order."""
+"""Runs one step of a pipeline over many items in threads, ahead of the caller, and gives results in order."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def overlapped(
     name: str = "nnturbo",
     leave: Callable[[], None] | None = None,
 ) -> Generator[_Result, None, None]:
-    """Run a function over items in threads; steps are chained by giving one's results as the next one's items.
+    """Run a function over items in threads; the results of one step can be the items of the next.
 
     Args:
-        run: What to do with an item.
-        items: Taken one at a time, by one thread at a time, no earlier than there is a place for the result.
-        threads: How many run at once; as many items, and one more, are between being taken and being given out. With 0,
-            each item is done when its result is asked for.
-        name: Of the threads, for debuggers.
-        leave: Called when it ends, before it waits for what still runs, which may take notice and end early.
+        run: Function of an item.
+        items: Taken one at a time, by one thread at a time, when there is room for the result.
+        threads: Number of threads. At most one more item than threads has been taken and its result not yielded. With
+            0, each item is run when its result is needed.
+        name: Name of the threads, for debuggers.
+        leave: Called at the end, before it waits for running items, so that these can stop early.
 
     Yields:
-        Results in the order of the items. What `run` or `items` raises comes in its place, and ends it.
+        Results in the order of the items. An exception of `run` or `items` is raised in its place, and ends the step.
 
     Note:
-        Closing it waits for what runs, and closes `items`.
+        Closing the generator waits for running items, and closes `items`.
     """
     source = iter(items)
     close: Callable[[], Any] = getattr(source, "close", lambda: None)
@@ -66,13 +66,13 @@ class _Step(Generic[_Item, _Result]):
     """Threads that take items and run a function on them.
 
     Args:
-        run: What to do with an item.
-        source: Of the items.
-        threads: How many run at once.
-        name: Of the threads.
+        run: Function of an item.
+        source: Iterator over the items.
+        threads: Number of threads.
+        name: Name of the threads.
 
     Attributes:
-        slots: The results to come, in the order in which items are taken, and None after the last.
+        slots: Future results, in the order in which items are taken, and None after the last.
     """
 
     def __init__(self, run: Callable[[_Item], _Result], source: Iterator[_Item], threads: int, name: str) -> None:
@@ -124,7 +124,7 @@ class _Step(Generic[_Item, _Result]):
             self._places.acquire()
             taken = self._take()
             if taken is None:
-                self._places.release()  # another thread may wait for a place only to see that there is nothing left
+                self._places.release()  # let other waiting threads see the end too
                 return
             item, slot = taken
             try:

@@ -134,7 +134,7 @@ def _say_outcome(outcome: Outcome, output: str) -> int:
 
 
 def _say_kept(kept: Mapping[str, str]) -> None:
-    """Say whose labels are left as they are although this job would make others; a few names for each reason."""
+    """Name cases whose labels this job did not make and did not replace; a few names for each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in kept.items():
         names.setdefault(reason, []).append(name)
@@ -144,7 +144,7 @@ def _say_kept(kept: Mapping[str, str]) -> None:
 
 
 def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
-    """Load the models here, in several processes, or on a cluster."""
+    """Load the models in this process, in several processes, or on a cluster."""
     from ..jobs.worker import ModelArguments, local_places
 
     model_arguments = ModelArguments(models=tuple(models), arguments=_engine_arguments(options))
@@ -204,7 +204,7 @@ def _check_loader(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[dict[str, int]]:
-    """Let SIGTERM, which schedulers send, end a job as Ctrl-C does; gives which signal came."""
+    """Let SIGTERM, which schedulers send, end a job like Ctrl-C; gives the signal that came."""
     came: dict[str, int] = {}
 
     def stop(number: int, frame: object) -> None:
@@ -223,7 +223,7 @@ def _stopping() -> Iterator[dict[str, int]]:
 
 
 def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Event], None]:
-    """Open what shows how the job goes."""
+    """Make the listeners that show the progress of the job."""
     from ..jobs.progress import JsonLog, ProgressLine
 
     listeners: list[Callable[[Event], None]] = []
@@ -252,7 +252,7 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
 
 
 def _models(options: argparse.Namespace) -> list[str]:
-    """Find the models by -m, or one as nnU-Net does by -d, -tr, -p and -c."""
+    """Find the models of -m, or the one of -d, -tr, -p and -c, as nnU-Net does."""
     if bool(options.m) == bool(options.d):
         raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")
     if options.m:

@@ -1,4 +1,4 @@
-"""A model compiled into a bundle, with the price of lower precision measured before it gets its name."""
+"""Compiles a model into a bundle; the labels of lower precision are compared with fp32 before it gets its name."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .agreement import Agreement, measure_agreement
 logger = logging.getLogger(__name__)
 
 FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
-"""Least Dice with fp32, of the label that agrees least, for a bundle to be kept."""
+"""Least Dice with fp32, of the label that agrees least; a bundle below it is not kept."""
 
 CALIBRATION_TILES = 24
 
 FOR_CPP, PATH_FILE = ("torchscript", "inductor"), "path.ts"
-"""Backends whose bundles C++ programs open, and what they find there beside the network."""
+"""Backends whose bundles C++ programs open, and the file for them beside the network."""
 
 
 def build(
@@ -70,19 +70,20 @@ def build(
     Args:
         model: nnU-Net v2 model folder or export zip.
         out: Folder of the bundle; must not exist.
-        backend: As `Engine.load` takes it, like the next five.
+        backend: As in `Engine.load`, like the next five.
         precision: "auto" is fp32 on a CPU and fp16 on a GPU.
-        device: What to build for.
+        device: Device to build for.
         folds: Folds to average.
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted, of a zip that holds several.
-        classifier: As `EngineOptions` takes it.
-        calibration: Scans to measure the agreement with fp32 on, and to calibrate int8 with. A must below fp32.
-        calibration_name: What they are; the bundle keeps it.
+        configuration: Name of the configuration, for a zip that holds several.
+        classifier: As in `EngineOptions`.
+        calibration: Scans on which the agreement with fp32 is measured, and with which int8 is calibrated. Needed for
+            every precision below fp32.
+        calibration_name: Description of these scans, which the bundle stores.
         floor: Least Dice with fp32, of the label that agrees least, in 0 to 1; by default 0.9995 for fp32, 0.99
             for bf16 and fp16, 0.98 for int8.
-        compute_capabilities: Of GPUs that are not here, such as ("8.6", "12.0"), to build TensorRT engines for, in fp16
-            by default; their agreement cannot be measured.
+        compute_capabilities: GPUs that are not in this machine, such as ("8.6", "12.0"), to build TensorRT engines for,
+            by default in fp16. The agreement cannot be measured then.
 
     Returns:
         The bundle's folder.
@@ -91,8 +92,8 @@ def build(
         ValueError: For arguments out of range, and a precision below fp32 without scans.
         ModelError: Where the model cannot be used.
         BackendUnavailable: Where the backend cannot build here.
-        BundleError: Where the agreement is below the floor; there is no bundle then.
-        VolumeError: Where a calibration scan cannot be read, or does not suit the model.
+        BundleError: Where the agreement is below the floor; then there is no bundle.
+        VolumeError: Where a calibration scan cannot be read, or does not fit the model.
         OutputError: Where the folder exists or cannot be written.
     """
     _check_arguments(model, floor, calibration, compute_capabilities)
@@ -114,7 +115,7 @@ def build(
     # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
     measured = (calibration[1::2] or calibration) if int8 else calibration
     floor = FLOORS[target.precision] if floor is None else floor
-    # Where int8 disappoints on those others, the recipe that agrees best is tried too.
+    # If int8 does not reach the floor there, the recipe that agrees best is tried too.
     attempts = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else target.backends
     hashes = source_hashes(loaded, checkpoint)
     with new_bundle(out) as aside:
@@ -160,14 +161,14 @@ class _Source:
             backend="torch",
             precision="fp32",
             device=device,
-            mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
+            mirror=False,  # takes an eighth of the time, and mirroring would average differences out
             options=EngineOptions(classifier=self.classifier),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """What a bundle is built for: where it runs, in which precision, and what may compile it, the best one first."""
+    """Device, precision and machine of a bundle, and the backends that may compile it, the best first."""
 
     device: torch.device
     precision: str
@@ -195,7 +196,7 @@ def _check_arguments(
 
 
 def _choose(backend: str, precision: str, device: str, compute_capabilities: Sequence[str]) -> _Target:
-    """Choose what a bundle is built for: a device of this machine, or, by TensorRT, GPUs that are not here."""
+    """Choose the target of a bundle: a device of this machine, or with TensorRT, GPUs that are not here."""
     if not compute_capabilities:
         target = choose_device(device)
         precision = choose_precision(precision, target)
@@ -227,7 +228,7 @@ def _compile(
     folder: Path,
     is_last: bool,
 ) -> Manifest | None:
-    """Compile a model by one backend; None where it cannot and others are left to try."""
+    """Compile a model with one backend; None if it cannot and other backends are left to try."""
     plan = plan_bundle(model, hashes, backend, target.precision, target.machine)
 
     def write_more(folder: Path) -> None:
@@ -244,7 +245,7 @@ def _compile(
 
 
 def _write_scan_path(model: Model, folder: Path) -> None:
-    """Write what lies around the network, for C++ programs, unless the model is one that only Python can run."""
+    """Write path.ts, the path around the network for C++ programs, unless only Python can run the model."""
     from .scripted.path import scan_path
 
     try:
@@ -264,26 +265,26 @@ def build_whole_path(
     classifier: str = "auto",
     aggregation: str = "foreground",
 ) -> Path:
-    """Write a model and all that surrounds it as one TorchScript file, in fp32.
+    """Write the whole path from a scan to labels, with the network, as one TorchScript file in fp32.
 
     `torch.jit.load(out)(image, spacing, tile_step_size=0.5, mirror=True)`, in Python or C++, takes a scan (C, Z, Y, X)
     of any size with its spacing in mm (z, y, x), and gives labels (Z, Y, X) and class probabilities.
 
     Args:
         model: nnU-Net v2 model folder or export zip.
-        out: The file; it is replaced.
-        device: Where it shall run.
+        out: The file; an existing one is replaced.
+        device: Device to run on.
         folds: Folds to average.
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted, of a zip that holds several.
-        classifier: As `EngineOptions` takes it.
-        aggregation: As `EngineOptions` takes it.
+        configuration: Name of the configuration, for a zip that holds several.
+        classifier: As in `EngineOptions`.
+        aggregation: As in `EngineOptions`.
 
     Returns:
         The file.
 
     Raises:
-        ModelError: Where the model cannot be used, or needs more than its scan: cascades, readers that reorient.
+        ModelError: Where the model cannot be used, or needs more than a scan (cascades, readers that reorient).
         OutputError: Where the file cannot be written.
     """
     from .scripted.whole_path import whole_path
@@ -322,7 +323,7 @@ def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
 
 
 def _example(model: Model, device: torch.device) -> Tensor:
-    """Tiles to trace with; two, since one would be taken for a constant."""
+    """Tiles for tracing; two, because the batch size 1 would become a constant."""
     return torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
 
 
@@ -330,7 +331,7 @@ def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.devic
     """Take tiles of preprocessed scans, (N, C, *patch), spread over all of them.
 
     Raises:
-        VolumeError: Where a scan cannot be read, or does not suit the model.
+        VolumeError: Where a scan cannot be read, or does not fit the model.
     """
     recorder = _TileRecorder(model)
     window = SlidingWindow.of_plan(model.plan)
@@ -341,7 +342,7 @@ def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.devic
 
 
 class _TileRecorder:
-    """Stands for a network and keeps some of what it is given: all at first, and ever fewer of many."""
+    """Takes the place of a network and keeps some of its input tiles: first all, later fewer and fewer."""
 
     def __init__(self, model: Model) -> None:
         self.tiles: list[Tensor] = []

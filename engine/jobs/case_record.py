@@ -1,4 +1,4 @@
-"""The record of one case: how it went, what was written, and what it was made of."""
+"""The record of one case: its status, its result files, and the inputs and models that they were made of."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What a file is known by again."""
+    """Size and SHA-256 of a file, by which it is recognised."""
 
     bytes: int
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> Fingerprint:
-        """Look at a file."""
+        """Compute it for a file."""
         return cls(bytes=path.stat().st_size, sha256=sha256(path))
 
     @classmethod
     def if_there(cls, path: Path) -> Fingerprint | None:
-        """Look at a file that may not be there."""
+        """Compute it for a file; None if the file does not exist."""
         try:
             return cls.of(path)
         except FileNotFoundError:
@@ -36,19 +36,20 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """How one case went; `predictions.json` is a list of them.
+    """The record of one case; `predictions.json` is a list of them.
 
     Args:
-        name: Of the case.
-        status: "done"; "failed"; "kept": labels are there that nnturbo did not make; "writing": results are being put
-            in place.
-        images: What is read.
-        results: Files in the output folder that nnturbo wrote, by name; those of a failed case are of an earlier job.
-        replaces: While results are put in place: those that they replace.
-        made_of: What the results are made of; None too for those of a version that recorded something else.
+        name: Name of the case.
+        status: "done"; "failed"; "kept": there are labels that nnturbo did not make; "writing": results are being moved
+            to their names.
+        images: Files or folder of the scan.
+        results: Files in the output folder that nnturbo wrote, by name; for a failed case, files of an earlier job.
+        replaces: While results are moved to their names: the files that they replace.
+        made_of: Models with their settings, and size and time of every input file; also None for results of a version
+            that recorded other facts.
         error: Why a case failed.
-        transient: Whether the same may go well another time; not kept.
-        kept: Why `--continue_prediction` left labels as they are that are not of this job.
+        transient: Whether a second try may succeed; not written to JSON.
+        kept: Why `--continue_prediction` did not replace labels that this job did not make.
         classification, volumes_ml, timings_ms, warnings, provenance: As in `Prediction`.
     """
 
@@ -68,15 +69,15 @@ class Record:
     provenance: Mapping[str, Any] | None = None
 
     def knows(self, file: str, fingerprint: Fingerprint) -> bool:
-        """Whether nnturbo wrote a file, for this result or for the one that it replaces."""
+        """Whether nnturbo wrote a file, for this result or for the result that it replaces."""
         return fingerprint in (self.results.get(file), self.replaces.get(file))
 
     def to_json(self) -> dict[str, Any]:
-        """Give what has something to say."""
+        """Give the fields that are not empty, and those that the status always has."""
         content: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, bool):  # whether a failure is transient matters while the job runs
+            if isinstance(value, bool):  # `transient` matters only while the job runs
                 continue
             if isinstance(value, MadeOf):
                 value = value.to_json()
@@ -90,10 +91,10 @@ class Record:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Record:
-        """Read what `to_json` gave.
+        """Read the output of `to_json`.
 
         Raises:
-            ValueError, TypeError: For anything else.
+            ValueError, TypeError: For any other content.
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"a record must be a JSON object, got {type(content).__name__}")
@@ -108,7 +109,7 @@ class Record:
         if "made_of" in values:
             values["made_of"] = _made_of(values["made_of"])
         if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
-            raise ValueError("a record must have a name, and a status of its own")
+            raise ValueError("a record must have a name and a known status")
         return cls(**values)
 
 
@@ -125,4 +126,4 @@ _ALWAYS = {
     FAILED: ("images", "error"),
     KEPT: ("images", "kept"),
 }
-"""What a record of each status names even where it is empty."""
+"""By status: fields that `to_json` gives also if they are empty."""

@@ -1,4 +1,4 @@
-"""How a job went: each case is counted, recorded and announced when it ends."""
+"""Counts, records and announces each case of a job when it ends."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Outcome:
-    """How a job went.
+    """The outcome of a job.
 
     Args:
         done: Cases with results.
-        skipped: Cases that had theirs before.
-        kept: Cases whose labels are left as they are although this job would not have made them, with the reason.
+        skipped: Cases that had results before.
+        kept: Cases with labels that this job did not make and did not replace, with the reason.
         failed: Cases that failed, with the reason.
-        stopped: What ended the job before its time, such as a full disk.
-        left: Cases that it did not come to.
+        stopped: Why the job ended early, such as a full disk.
+        left: Cases that were not begun or not finished.
     """
 
     done: list[str] = field(default_factory=list)
@@ -40,12 +40,12 @@ class Outcome:
 
 
 class Run:
-    """One run of a job: what becomes of each case, in its records and in the outcome.
+    """One run of a job: it keeps the outcome and the records of the cases.
 
     Args:
-        info: The model.
-        job: Where to and how.
-        on_event: Called with what happens.
+        info: Facts about the model.
+        job: Output folder and settings.
+        on_event: Called with each event.
     """
 
     def __init__(self, info: ModelInfo, job: Job, on_event: OnEvent) -> None:
@@ -55,7 +55,7 @@ class Run:
         self._stamps: Mapping[str, int] = {}
 
     def begin(self) -> None:
-        """Make the output folder ready.
+        """Prepare the output folder.
 
         Raises:
             OutputError: Where it cannot be used.
@@ -65,7 +65,7 @@ class Run:
         write_json(self._job.output / DATASET, self._info.dataset)
 
     def without_existing(self, cases: Sequence[CaseFiles]) -> dict[str, CaseFiles]:
-        """Count the cases whose labels are there, where these are to stay, and give the others by name."""
+        """Count the cases whose results stay, and return the other cases by name."""
         pending = {case.name: case for case in cases}
         for case in cases if self._job.skip_existing else ():
             found = self._state(case)
@@ -81,19 +81,19 @@ class Run:
         return pending
 
     def write_missing_tables(self) -> None:
-        """Write the tables of what is recorded, where one is missing."""
+        """Write the tables of all records if one is missing."""
         if not self._record_folder.has_tables():
             self._record_folder.collect()
 
     def count(
         self, records: Generator[Record, None, None], pending: Mapping[str, CaseFiles], *, is_last: bool
     ) -> dict[str, CaseFiles]:
-        """Count how each case went.
+        """Count each case that ends.
 
         Args:
-            records: Of the cases, as they end; closed when something stops the job.
+            records: Record of each case when it ends; the generator is closed if an error stops the job.
             pending: The cases, by name.
-            is_last: Whether a case that fails is not tried again.
+            is_last: Whether failed cases are not tried again.
 
         Returns:
             The cases to try again, by name.
@@ -114,7 +114,7 @@ class Run:
         return again
 
     def stop(self, reason: str, cases: Iterable[CaseFiles]) -> None:
-        """Note what ended the job early; some of the cases left may have been finished meanwhile."""
+        """Note why the job ended early; workers may have finished some of the other cases meanwhile."""
         outcome = self.outcome
         outcome.stopped = reason
         ended = {*outcome.done, *outcome.skipped, *outcome.kept, *outcome.failed}
@@ -123,7 +123,7 @@ class Run:
                 (outcome.done if self._is_done_now(case) else outcome.left).append(case.name)
 
     def finish(self) -> None:
-        """Say that the job has ended, and write the tables."""
+        """Announce the end of the job, and write the tables."""
         self._on_event(Finished(done=len(self.outcome.done), failed=len(self.outcome.failed)))
         with contextlib.suppress(OutputError):  # a full disk has no room for tables either
             self._record_folder.collect()
@@ -138,7 +138,7 @@ class Run:
         return is_new and self._state(case).is_done
 
     def _count_one(self, record: Record) -> None:
-        """Count a case; those whose results were written have their records already."""
+        """Count a case; if its results were written, it has its record already."""
         name = record.name
         if record.status == FAILED:
             if not record.results:
@@ -159,6 +159,6 @@ def _record_failure(record_folder: RecordFolder, record: Record) -> None:
     try:
         record_folder.fail(record)
     except OutputError as error:
-        if not error.of_one_file:  # a name that is too long for a record too
+        if not error.of_one_file:  # such as a name that is too long for a record too
             raise
         logger.warning("%s", error)

@@ -1,4 +1,4 @@
-"""A job of many scans: predict each, write what comes out; one bad case does not stop the others."""
+"""Runs a job of many scans: predicts each and writes its results; one bad case does not stop the others."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ logger = logging.getLogger(__name__)
 
 
 class Workers(Protocol):
-    """Who predicts: this process, several, or a cluster."""
+    """What predicts the cases: this process, several processes, or a cluster."""
 
     info: ModelInfo
 
     def close(self) -> None:
-        """End what it has started."""
+        """End all processes that it has started."""
         ...
 
     def __call__(self, cases: Sequence[CaseFiles], *, on_event: OnEvent, alone: bool) -> Generator[Record, None, None]:
-        """Predict cases, write results and records of those that are done, and give the records of all.
+        """Predict cases, write results and records of those that are done, and yield the records of all.
 
         Args:
-            cases: What to predict.
-            on_event: Called with tiles and losses.
-            alone: Whether each process has one case at a time, so that it is clear which one ended it.
+            cases: Cases to predict.
+            on_event: Called with `Tiles` and `Lost`.
+            alone: Whether each process has one case at a time, so that it is clear which case ended it.
 
         Raises:
-            OutputError: Where results cannot be written, so that there is no use in going on.
+            OutputError: Where results cannot be written, so that the job must end.
         """
         ...
 
@@ -61,25 +61,25 @@ class Workers(Protocol):
 def predict_cases(
     engine: Predictor, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None
 ) -> Outcome:
-    """Do a job in this process; see `run_job`."""
+    """Run a job in this process; see `run_job`."""
     return run_job(InProcess(engine, job), cases, job, on_event=on_event)
 
 
 def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None) -> Outcome:
-    """Predict cases and write what comes out, with a record of each and `predictions.json` of all.
+    """Predict cases and write their results, a record of each, and `predictions.json` of all.
 
-    A case that failed by what may pass (`EngineError.transient`), or whose process was lost, is tried once more when
-    the others are done.
+    A case that failed by an error that may pass (`EngineError.transient`), or whose process was lost, is tried once
+    more when the others are done.
 
     Args:
-        workers: Who does it.
-        cases: What to predict.
-        job: Where to and how.
-        on_event: Called with what happens.
+        workers: What predicts the cases.
+        cases: Cases to predict.
+        job: Output folder and settings.
+        on_event: Called with each event.
 
     Raises:
         OutputError: Where the output folder cannot be used.
-        ValueError: Where two cases have the same name, or a result would replace what is read.
+        ValueError: Where two cases have the same name, or a result would replace an input.
     """
     info, on_event = workers.info, on_event or (lambda event: None)
     _check_names(cases)
@@ -96,7 +96,7 @@ def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event:
             records = workers(list(pending.values()), on_event=on_event, alone=is_last)
             pending = run.count(records, pending, is_last=is_last)
     except (OutputError, DeviceLost) as error:
-        # What stops one case stops the next one too.
+        # Such an error would stop the next case too.
         run.stop(str(error), cases)
     finally:
         run.finish()

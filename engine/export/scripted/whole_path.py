@@ -11,7 +11,7 @@ from .path import ScanPath, compiled
 
 
 class _OneAnswer(nn.Module):
-    """Runs a network that gives segmentation logits."""
+    """Runs a network with one output, segmentation logits."""
 
     def __init__(self, network: torch.jit.ScriptModule) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _OneAnswer(nn.Module):
 
 
 class _TwoAnswers(nn.Module):
-    """Runs a network that gives segmentation and class logits."""
+    """Runs a network with two outputs, segmentation and class logits."""
 
     def __init__(self, network: torch.jit.ScriptModule) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class WholePath(nn.Module):
     """A scan path and its network. Compile it with `whole_path`; `.save()` then writes a program in one file.
 
     Args:
-        path: What surrounds the network.
-        network: Compiled; gives a tuple of segmentation logits and, where the path has classes, class logits.
+        path: Path around the network.
+        network: Compiled network; gives a tuple of segmentation logits and, where the path has classes, class logits.
     """
 
     class_names: list[str]
@@ -58,7 +58,7 @@ class WholePath(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Segment a scan; arguments as in `ScanPath.start`, on the network's device, answers as in `ScanPath.finish`.
 
-        Mirror views go through the network one at a time on a CPU, where more take memory and no less time.
+        On a CPU, mirror views go through the network one at a time: more at once take memory and no less time.
         """
         with torch.no_grad():
             state = self.path.start(image, spacing, tile_step_size, mirror)
@@ -87,10 +87,10 @@ def whole_path(
             plan has a classification head, class logits (N, S).
         plan: The model's plan.
         mirror_axes: Axes of the patch that the model was trained to be mirrored along.
-        aggregation: How answers for tiles become one: "foreground" or "mean".
+        aggregation: How the class logits of tiles are averaged: "foreground" or "mean".
 
     Raises:
-        ModelError: For a plan that `ScanPath.of_plan` refuses, or a network that gives something else.
+        ModelError: For a plan that `ScanPath.of_plan` refuses, or a network with other outputs.
         TypeError: For a network that is not compiled.
     """
     if not isinstance(network, torch.jit.ScriptModule):

@@ -138,7 +138,7 @@ def test_a_correction_that_leaves_one_of_two_files_as_it_was_is_kept(record_fold
 def test_a_result_that_is_a_link_to_nothing_is_kept(record_folder):
     path = record_folder.output / "a.nii.gz"
     path.symlink_to(record_folder.output / "unmounted" / "a.nii.gz")
-    assert record_folder.state("a", [path], MADE_OF).kept == "a link to what is not there"
+    assert record_folder.state("a", [path], MADE_OF).kept == "a link to a file that does not exist"
 
 
 def test_what_nnturbo_wrote_beside_replaced_labels_goes_with_them(record_folder):
