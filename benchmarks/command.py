@@ -1,8 +1,8 @@
-"""`nnturbo benchmark`: whole commands in fresh processes, nnU-Net's against nnturbo's.
+"""`nnturbo benchmark`: compares the whole commands of nnU-Net and nnturbo in fresh processes.
 
-Same weights, scans, mirroring, step and device, in the order A B B A, declared before it begins; reading, masks and
-tables are inside the time. The first run of each side, which finds caches cold, is kept apart, and the outputs are
-compared.
+Both have the same weights, scans, mirroring, step and device, and run in the order A B B A, which is printed before.
+The time includes reading, masks and tables. The first run of each side does not count, because caches are cold. The
+outputs are compared.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def compare(
 ) -> dict[str, Any]:
     """Run both commands on a folder of scans.
 
-    Of a multi-task model nnU-Net runs the U-Net, and knows no classes; those that nnturbo answers are compared with
-    what its eager float32 network says on a CPU.
+    nnU-Net runs only the U-Net of a multi-task model, without classes; nnturbo's classes are compared with those of the
+    eager float32 network on a CPU.
 
     Args:
         model: Model folder.
-        scans: Folder of scans, or one.
-        fold: Of the model.
-        bundle: Of the same model, for nnturbo; by default the model itself.
+        scans: Folder of scans, or one scan.
+        fold: Fold of the model.
+        bundle: Bundle of the same model, for nnturbo; by default nnturbo uses the model itself.
         device: "cpu" or "cuda".
         mirror: Whether to average over mirrored views.
-        rounds: Of A B B A; there are twice as many runs of each, and one more before.
+        rounds: Number of rounds A B B A, with two runs of each side; one more run of each side comes before.
         arguments: Flags that nnturbo gets too, such as `--workers 2`.
 
     Returns:
@@ -148,7 +148,7 @@ def compare_labels(stock: Path, nnturbo: Path, labels: Mapping[str, tuple[int, .
     if names[0] != names[1] or not names[0]:
         raise RuntimeError(f"both sides must give the same segmentations, got {names[0]} and {names[1]}")
     voxels = differing = 0
-    sizes = {name: [0, 0] for name in labels}  # in both together, and common to both
+    sizes = {name: [0, 0] for name in labels}  # voxels in the two masks together, and voxels in both
     for name in names[0]:
         images = [sitk.ReadImage(str(folder / name)) for folder in (stock, nnturbo)]
         one, other = (sitk.GetArrayFromImage(image) for image in images)
@@ -184,18 +184,18 @@ def compare_classes(answered: Path, model: Path, fold: str, mirror: bool, cases:
 
 
 def workloads(folder: Path, *, quick: bool) -> Iterator[tuple[str, Path, Path, bool]]:
-    """Write models and scans that need nothing from outside, one after the other.
+    """Write models and scans that need no other data, one after the other.
 
-    PlainConvUNet and ResEnc M have the sizes nnU-Net plans for the pancreas task, and random weights: what they say of
-    speed holds for trained ones, and their agreement says nothing. The task's median scan is one tile, its largest
+    PlainConvUNet and ResEnc M have the sizes that nnU-Net plans for the pancreas task, and random weights: their speed
+    is that of trained ones, and their agreement says nothing. The task's median scan is one tile, its largest
     twelve.
 
     Args:
         folder: Where to write.
-        quick: The first one alone, which takes minutes.
+        quick: Whether to give only the first one, which takes minutes.
 
     Yields:
-        What it is, the model's folder, the scans' folder, and whether to mirror.
+        A description, the model's folder, the scans' folder, and whether to mirror.
     """
     yield "demo model, 5 small phantoms", DEMO_MODEL, _phantoms(folder / "small", 5, SMALL_SETTINGS), False
     if quick:
@@ -221,7 +221,7 @@ def _phantoms(folder: Path, count: int, settings: PhantomSettings) -> Path:
 
 
 def _bundle(folder: Path | None) -> str | None:
-    """Say what a bundle runs, such as "openvino fp32"; None where nnturbo was given the model itself."""
+    """Backend and precision of a bundle, such as "openvino fp32"; None if nnturbo uses the model itself."""
     if folder is None:
         return None
     manifest = read_manifest(folder)

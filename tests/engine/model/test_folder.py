@@ -16,7 +16,7 @@ from nnturbo.engine import CheckpointError, ModelError
 from nnturbo.engine.model.architecture import Architecture
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.labels import parse_labels
-from nnturbo.engine.model.network import build_network, make_network, is_known_to_fit
+from nnturbo.engine.model.network import build_network, is_known_to_fit, make_network
 from nnturbo.engine.model.plans import parse_plan
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, write_model
