@@ -43,6 +43,7 @@ SEED = 20261123
 GPU_MEMORY = ("gpu_peak_bytes", "gpu_byte_seconds")
 
 
+# Its parameters are the flags of `nnturbo benchmark`.
 def compare(
     model: Path,
     scans: Path,
@@ -81,10 +82,7 @@ def compare(
     cases = find_cases(scans, ending)
     with tempfile.TemporaryDirectory() as name:
         given = Path(name) / "scans"
-        given.mkdir()
-        for case in cases:
-            for channel, image in enumerate(case.images):
-                (given / f"{case.name}_{channel:04d}{ending}").symlink_to(image.absolute())
+        _link(cases, given, ending)
         outputs = {side: Path(name) / side for side in SIDES}
         tools = Path(sys.executable).parent
         shared = ["-i", given, "-f", fold, "-device", device, "--disable_progress_bar"]
@@ -98,13 +96,7 @@ def compare(
         order = [*SIDES, *("stock", "nnturbo", "nnturbo", "stock") * rounds]
         print(f"{len(cases)} scans; in this order, the first of each for cold caches: {' '.join(order)}", flush=True)
         folders = {key: os.environ.get(key, name) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        runs: dict[str, list[Run]] = {side: [] for side in SIDES}
-        for side in order:
-            shutil.rmtree(outputs[side], ignore_errors=True)
-            command = [str(part) for part in (*commands[side], "-o", outputs[side])]
-            run = run_measured(command, environment=folders, watch_gpu=device != "cpu")
-            runs[side].append(run)
-            print(f"{side:8} {run}", flush=True)
+        runs = _run_in_turn(order, commands, outputs, folders, watch_gpu=device != "cpu")
         audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.written, ending)
         if multi_task:
             audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
@@ -132,6 +124,33 @@ def compare(
         **audit,
         "samples": {side: [asdict(run) for run in taken] for side, taken in runs.items()},
     }
+
+
+def _link(cases: Sequence[CaseFiles], folder: Path, ending: str) -> None:
+    """Make a folder with links to all channels of the cases, under nnU-Net's names."""
+    folder.mkdir()
+    for case in cases:
+        for channel, image in enumerate(case.images):
+            (folder / f"{case.name}_{channel:04d}{ending}").symlink_to(image.absolute())
+
+
+def _run_in_turn(
+    order: Sequence[str],
+    commands: Mapping[str, Sequence[Any]],
+    outputs: Mapping[str, Path],
+    environment: dict[str, str],
+    *,
+    watch_gpu: bool,
+) -> dict[str, list[Run]]:
+    """Run the commands of both sides in an order, each with an empty output folder."""
+    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+    for side in order:
+        shutil.rmtree(outputs[side], ignore_errors=True)
+        command = [str(part) for part in (*commands[side], "-o", outputs[side])]
+        run = run_measured(command, environment=environment, watch_gpu=watch_gpu)
+        runs[side].append(run)
+        print(f"{side:8} {run}", flush=True)
+    return runs
 
 
 def compare_labels(stock: Path, nnturbo: Path, labels: Mapping[str, tuple[int, ...]], ending: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.p
 """Checkpoints from which a training resumes, in nnU-Net's order."""
 
 
+# Its parameters are the flags of `nnturbo train`.
 def train(
     dataset_name: str,
     configuration: str,
@@ -65,14 +66,7 @@ def train(
         EngineError: Where nnU-Net is not installed, the device is missing, or a training would be overwritten.
     """
     folder = Path(preprocessed) / dataset_name
-    for name in (f"{plans_name}.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
-    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
-    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
-    arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
-    if not arrays.is_dir():
-        raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
+    plans, dataset = _read_preprocessed(folder, plans_name, configuration)
     fold = _check_fold(fold, folder / SPLITS_FILE)
     chosen = choose_device(device)
     if chosen.index is not None:
@@ -101,6 +95,19 @@ def train(
         if final_validation:
             trainer.perform_actual_validation()
     return target
+
+
+def _read_preprocessed(folder: Path, plans_name: str, configuration: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read plans and `dataset.json` of a preprocessed data set, and check that the configuration is there."""
+    for name in (f"{plans_name}.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
+    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
+    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
+    if not arrays.is_dir():
+        raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
+    return plans, dataset
 
 
 def _check_fold(fold: int | str, splits_file: Path) -> int | str:

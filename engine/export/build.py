@@ -49,6 +49,7 @@ FOR_CPP, PATH_FILE = ("torchscript", "inductor"), "path.ts"
 """Backends whose bundles C++ programs open, and the file for them beside the network."""
 
 
+# Its parameters are the flags of `nnturbo build`; `build_whole_path` has those of --whole-path.
 def build(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+# Its parameters are the flags of `nnturbo evaluate`.
 def evaluate(
     predictions_folder: str | os.PathLike[str],
     reference_folder: str | os.PathLike[str],

@@ -163,6 +163,7 @@ def case_seed(seed: int, split: str, index: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
+# Its parameters are the flags of `nnturbo phantom`.
 def write_dataset(
     folder: str | os.PathLike[str],
     *,
