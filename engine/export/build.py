@@ -32,18 +32,16 @@ from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
-from ..model.runner import NetworkOutput
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
-from ..pipeline.sliding_window import SlidingWindow
 from ..pipeline.steps import Image
 from .agreement import Agreement, measure_agreement
+from .calibration import calibration_tiles, example_tiles
 
 logger = logging.getLogger(__name__)
 
 FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
 """Least Dice with fp32, of the label that agrees least; a bundle below it is not kept."""
 
-CALIBRATION_TILES = 24
 
 FOR_CPP, PATH_FILE = ("torchscript", "inductor"), "path.ts"
 """Backends whose bundles C++ programs open, and the file for them beside the network."""
@@ -120,7 +118,9 @@ def build(
     attempts = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else target.backends
     hashes = source_hashes(loaded, checkpoint)
     with new_bundle(out) as aside:
-        tiles = _calibration_tiles(loaded, calibration[::2], target.device) if int8 else _example(loaded, target.device)
+        tiles = (
+            calibration_tiles(loaded, calibration[::2], target.device) if int8 else example_tiles(loaded, target.device)
+        )
         for attempt in attempts:
             is_last = attempt is attempts[-1]
             manifest = _compile(loaded, target, attempt, hashes, tiles, aside, is_last)
@@ -294,7 +294,7 @@ def build_whole_path(
         model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
     )
     read = source.read()
-    network = trace(read, _example(read, choose_device(device)), "fp32")
+    network = trace(read, example_tiles(read, choose_device(device)), "fp32")
     script = whole_path(network, read.plan, read.mirror_axes, aggregation)
     if Path(out).is_dir():
         raise OutputError(f"{out} must be a file to write, it is a folder")
@@ -320,44 +320,4 @@ def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
             f"{precision} must agree with fp32 to a Dice of {floor:g} for every label, it does to "
             f"{agreement.lowest_dice:.4f}: {agreement}. Build in a higher precision, calibrate with other scans, or "
             "accept it with a lower floor"
-        )
-
-
-def _example(model: Model, device: torch.device) -> Tensor:
-    """Tiles for tracing; two, because the batch size 1 would become a constant."""
-    return torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
-
-
-def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.device) -> Tensor:
-    """Take tiles of preprocessed scans, (N, C, *patch), spread over all of them.
-
-    Raises:
-        VolumeError: Where a scan cannot be read, or does not fit the model.
-    """
-    recorder = _TileRecorder(model)
-    window = SlidingWindow.of_plan(model.plan)
-    engine = Engine(model, recorder, window=window, sums_device=device)
-    for scan in scans:
-        engine.predict(scan)
-    return torch.cat(recorder.tiles[:: -(-len(recorder.tiles) // CALIBRATION_TILES)]).to(device)
-
-
-class _TileRecorder:
-    """Takes the place of a network and keeps some of its input tiles: first all, later fewer and fewer."""
-
-    def __init__(self, model: Model) -> None:
-        self.tiles: list[Tensor] = []
-        self._plan = model.plan
-        self._seen, self._stride = 0, 1
-
-    def __call__(self, tiles: Tensor) -> NetworkOutput:
-        if self._seen % self._stride == 0:
-            self.tiles.append(tiles.clone())
-        if len(self.tiles) > 2 * CALIBRATION_TILES:
-            self.tiles, self._stride = self.tiles[::2], 2 * self._stride
-        self._seen += 1
-        scheme = self._plan.classification
-        return NetworkOutput(
-            tiles.new_zeros(len(tiles), self._plan.labels.num_outputs, *tiles.shape[2:]),
-            None if scheme is None else tiles.new_zeros(len(tiles), scheme.num_classes),
         )

@@ -23,8 +23,9 @@ from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles import manifest as bundle_module
 from nnturbo.engine.bundles.manifest import MANIFEST, is_bundle, read_manifest
 from nnturbo.engine.export import build as compilation
+from nnturbo.engine.export import calibration
 from nnturbo.engine.export.agreement import Agreement, measure_agreement
-from nnturbo.engine.export.build import CALIBRATION_TILES, _calibration_tiles
+from nnturbo.engine.export.calibration import CALIBRATION_TILES, calibration_tiles
 from nnturbo.engine.files import sha256
 from nnturbo.engine.model.folder import read_model
 
@@ -429,7 +430,7 @@ class TestAgreement:
         monkeypatch.setattr(compilation, "usable_backends", lambda *_: [backends()["torch"]])
         monkeypatch.setattr(
             compilation,
-            "_calibration_tiles",
+            "calibration_tiles",
             lambda _, scans, __: calibrated.extend(scans) or torch.zeros(2, 1, 8, 12, 16),
         )
         monkeypatch.setattr(compilation, "measure_agreement", lambda _, __, scans, ___: measured.extend(scans) or 1 / 0)
@@ -452,24 +453,24 @@ class TestAgreement:
 class TestCalibrationTiles:
     def test_they_are_preprocessed_and_spread_over_the_scans(self, model, scan):
         loaded = read_model(model)
-        tiles = _calibration_tiles(loaded, [scan], torch.device("cpu"))
+        tiles = calibration_tiles(loaded, [scan], torch.device("cpu"))
         assert tiles.shape[1:] == (1, 8, 12, 16)
         assert 1 < len(tiles) <= CALIBRATION_TILES
         assert tiles.abs().max() < 10  # normalised: the scan has hundreds
         assert tiles.std() > 0.1
 
     def test_many_are_thinned_evenly(self, model, scan, monkeypatch):
-        monkeypatch.setattr(compilation, "CALIBRATION_TILES", 3)
+        monkeypatch.setattr(calibration, "CALIBRATION_TILES", 3)
         loaded = read_model(model)
         every = []
 
-        class Recorder(compilation._TileRecorder):
+        class Recorder(calibration._TileRecorder):
             def __call__(self, tiles):
                 every.append(tiles.clone())
                 return super().__call__(tiles)
 
-        monkeypatch.setattr(compilation, "_TileRecorder", Recorder)
-        tiles = _calibration_tiles(loaded, [scan] * 3, torch.device("cpu"))
+        monkeypatch.setattr(calibration, "_TileRecorder", Recorder)
+        tiles = calibration_tiles(loaded, [scan] * 3, torch.device("cpu"))
         places = [next(i for i, one in enumerate(every) if torch.equal(one[0], tile)) for tile in tiles]
         assert 2 <= len(tiles) <= 3
         assert len(every) > 12
