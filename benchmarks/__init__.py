@@ -1,1 +1,1 @@
-"""Measures nnturbo against nnU-Net itself; every module here is a command that writes JSON."""
+"""Measures nnturbo against nnU-Net itself; most modules are commands that write JSON."""

@@ -1,9 +1,9 @@
-r"""Labels of every backend against those of fp32 torch, on generated phantoms or given scans; no mirroring.
+r"""Compares the labels of every backend with fp32 torch, on generated phantoms or given scans, without mirroring.
 
     python -m nnturbo.benchmarks.agreement --model FOLDER [--cases 12 | --scans FILE ...] [--ways openvino:fp32 ...] \
         [--calibration 4] [--json FILE]
 
-int8 is calibrated on phantoms of another seed, or on the scans themselves where those are given.
+int8 is calibrated on phantoms of another seed, or on the given scans.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .report import write_report
 
 CPU = torch.device("cpu")
 SEED, CALIBRATION_SEED = 20261123, 11
-"""Neither is of phantoms that a model was trained on."""
+"""Seeds of phantoms on which no model was trained."""
 
 
 class Remembered(Engine):
     """An engine that predicts each scan once."""
 
     def predict(self, image: Any, **arguments: Any) -> Prediction:
-        """Look the answer up, or find it."""
+        """Return the stored prediction, or predict."""
         known: dict[str, Prediction] = self.__dict__.setdefault("known", {})
         if str(image) not in known:
             known[str(image)] = super().predict(image, **arguments)
@@ -40,7 +40,7 @@ class Remembered(Engine):
 
 
 def built(model: Path, out: Path, backend: str, precision: str, **calibration: Any) -> Path:
-    """Build as `nnturbo build` does, and where labels agree less than it asks for, without asking."""
+    """Build as `nnturbo build` does; if labels agree too little, build without its check."""
     given = {"backend": backend, "precision": precision, "device": "cpu", **calibration}
     try:
         return build(model, out, **given)

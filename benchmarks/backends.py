@@ -1,9 +1,9 @@
-"""Every backend's forward on one tile, against nnU-Net's eager fp32 network in the same process.
+"""Times every backend on one tile, against nnU-Net's eager fp32 network in the same process.
 
     python -m nnturbo.benchmarks.backends [--models PlainConvUNet ...] [--demo FOLDER] [--rounds 5] [--json FILE]
 
-Bundles are built first; then runs are interleaved, a round being one run of each. Load time and memory come from a
-process of its own for each bundle, which loads it and runs one tile.
+Bundles are built first; then each round is one run of each. Load time and memory come from a separate process for each
+bundle, which loads it and runs one tile.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile:
     backend = backends()[name]
     start = time.perf_counter()
     if precision == "int8" and model.plan.dataset_name == DATASET:
-        backend = OpenVinoBackend(floor=0)  # labels of random weights are noise: int8 as it is quantised first
+        backend = OpenVinoBackend(floor=0)  # labels of random weights are noise, so int8 uses the first recipe
     with new_bundle(folder) as aside:
         tiles = torch.cat([tile, tile.flip(-1)])
         compile_model(
@@ -105,7 +105,7 @@ def eager(model: Model) -> TorchRunner:
 
 
 def alone(folder: Path) -> dict[str, float]:
-    """Load and run a bundle in a process of its own."""
+    """Load and run a bundle in a separate process."""
     answer = folder.parent / "alone.json"
     run = run_measured(python("-c", ALONE, str(folder), str(answer)))
     return {**json.loads(answer.read_text()), "peak_bytes": run.peak_bytes}
@@ -158,7 +158,7 @@ def main() -> None:
     stored = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"rows": []}
     if stored.get("machine", machine()["machine"]) != machine()["machine"]:
         parser.error(f"{options.json} holds what another machine measured: give another file")
-    kept = stored["rows"]  # what is known of other models stays
+    kept = stored["rows"]  # results of other models stay
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folders = {network: write_task_model(folder / network, network) for network in options.models}

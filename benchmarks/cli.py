@@ -33,29 +33,13 @@ def add_benchmark(commands: Any) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    import importlib.util
     import tempfile
 
-    from ..engine.errors import BackendUnavailable, EngineError
+    _check(options)
+    from ..engine.errors import EngineError
     from .command import compare, workloads
     from .report import write_report
-    from .task_models import DEMO_MODEL
 
-    if importlib.util.find_spec("nnunetv2") is None:
-        raise BackendUnavailable("a comparison needs nnU-Net: pip install 'nnturbo[training]'")
-    if bool(options.m) != bool(options.i):
-        raise ValueError("give a model and scans, -m and -i, or neither")
-    if options.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
-    if not options.m and (options.bundle or options.disable_tta or not DEMO_MODEL.is_dir()):
-        raise ValueError(
-            "without -m and -i the demo model of the source folder is measured as it is; run it there, without "
-            "--bundle and --disable_tta, or give -m and -i"
-        )
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no such folder")
-    if options.quick and options.m:
-        raise ValueError("--quick is for the measurement without a model; give --rounds 1 with -m and -i")
     results = []
 
     def given(folder: Path) -> Iterator[tuple[str, Path, Path, bool]]:
@@ -93,6 +77,29 @@ def _benchmark(options: argparse.Namespace) -> int:
             )
             write_report(Path(options.json) if options.json else None, {"benchmark": "suite", "results": results})
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    import importlib.util
+
+    from ..engine.errors import BackendUnavailable
+    from .task_models import DEMO_MODEL
+
+    if importlib.util.find_spec("nnunetv2") is None:
+        raise BackendUnavailable("a comparison needs nnU-Net: pip install 'nnturbo[training]'")
+    if bool(options.m) != bool(options.i):
+        raise ValueError("give a model and scans, -m and -i, or neither")
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
+    if not options.m and (options.bundle or options.disable_tta or not DEMO_MODEL.is_dir()):
+        raise ValueError(
+            "without -m and -i the demo model of the source folder is measured as it is; run it there, without "
+            "--bundle and --disable_tta, or give -m and -i"
+        )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no such folder")
+    if options.quick and options.m:
+        raise ValueError("--quick is for the measurement without a model; give --rounds 1 with -m and -i")
 
 
 def _classes(result: dict[str, Any]) -> str:

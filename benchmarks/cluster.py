@@ -2,7 +2,7 @@
 
     python -m nnturbo.benchmarks.cluster [--cases 40] [--json FILE]
 
-Whole commands in the order 1 2 2 1; the rate is that between the first and the last case that was done, so that the
+Whole commands run in the order 1 2 2 1. The rate is measured between the first and the last finished case, so that the
 start of the cluster and of the workers does not count. The labels are compared.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def rate(log: Path) -> float:
-    """Cases a second between the first and the last that was done."""
+    """Cases per second between the first and the last finished case."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
     times = [datetime.fromisoformat(event.time) for event in events if event.kind == "done"]
     return (len(times) - 1) / (times[-1] - times[0]).total_seconds()

@@ -1,8 +1,8 @@
-"""`nnturbo benchmark`: whole commands in fresh processes, nnU-Net's against nnturbo's.
+"""`nnturbo benchmark`: compares the whole commands of nnU-Net and nnturbo in fresh processes.
 
-Same weights, scans, mirroring, step and device, in the order A B B A, declared before it begins; reading, masks and
-tables are inside the time. The first run of each side, which finds caches cold, is kept apart, and the outputs are
-compared.
+Both have the same weights, scans, mirroring, step and device, and run in the order A B B A, which is printed before.
+The time includes reading, masks and tables. The first run of each side does not count, because caches are cold. The
+outputs are compared.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SEED = 20261123
 GPU_MEMORY = ("gpu_peak_bytes", "gpu_byte_seconds")
 
 
+# Its parameters are the flags of `nnturbo benchmark`.
 def compare(
     model: Path,
     scans: Path,
@@ -56,17 +57,17 @@ def compare(
 ) -> dict[str, Any]:
     """Run both commands on a folder of scans.
 
-    Of a multi-task model nnU-Net runs the U-Net, and knows no classes; those that nnturbo answers are compared with
-    what its eager float32 network says on a CPU.
+    nnU-Net runs only the U-Net of a multi-task model, without classes; nnturbo's classes are compared with those of the
+    eager float32 network on a CPU.
 
     Args:
         model: Model folder.
-        scans: Folder of scans, or one.
-        fold: Of the model.
-        bundle: Of the same model, for nnturbo; by default the model itself.
+        scans: Folder of scans, or one scan.
+        fold: Fold of the model.
+        bundle: Bundle of the same model, for nnturbo; by default nnturbo uses the model itself.
         device: "cpu" or "cuda".
         mirror: Whether to average over mirrored views.
-        rounds: Of A B B A; there are twice as many runs of each, and one more before.
+        rounds: Number of rounds A B B A, with two runs of each side; one more run of each side comes before.
         arguments: Flags that nnturbo gets too, such as `--workers 2`.
 
     Returns:
@@ -81,10 +82,7 @@ def compare(
     cases = find_cases(scans, ending)
     with tempfile.TemporaryDirectory() as name:
         given = Path(name) / "scans"
-        given.mkdir()
-        for case in cases:
-            for channel, image in enumerate(case.images):
-                (given / f"{case.name}_{channel:04d}{ending}").symlink_to(image.absolute())
+        _link(cases, given, ending)
         outputs = {side: Path(name) / side for side in SIDES}
         tools = Path(sys.executable).parent
         shared = ["-i", given, "-f", fold, "-device", device, "--disable_progress_bar"]
@@ -98,13 +96,7 @@ def compare(
         order = [*SIDES, *("stock", "nnturbo", "nnturbo", "stock") * rounds]
         print(f"{len(cases)} scans; in this order, the first of each for cold caches: {' '.join(order)}", flush=True)
         folders = {key: os.environ.get(key, name) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        runs: dict[str, list[Run]] = {side: [] for side in SIDES}
-        for side in order:
-            shutil.rmtree(outputs[side], ignore_errors=True)
-            command = [str(part) for part in (*commands[side], "-o", outputs[side])]
-            run = run_measured(command, environment=folders, watch_gpu=device != "cpu")
-            runs[side].append(run)
-            print(f"{side:8} {run}", flush=True)
+        runs = _run_in_turn(order, commands, outputs, folders, watch_gpu=device != "cpu")
         audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.written, ending)
         if multi_task:
             audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
@@ -134,6 +126,33 @@ def compare(
     }
 
 
+def _link(cases: Sequence[CaseFiles], folder: Path, ending: str) -> None:
+    """Make a folder with links to all channels of the cases, under nnU-Net's names."""
+    folder.mkdir()
+    for case in cases:
+        for channel, image in enumerate(case.images):
+            (folder / f"{case.name}_{channel:04d}{ending}").symlink_to(image.absolute())
+
+
+def _run_in_turn(
+    order: Sequence[str],
+    commands: Mapping[str, Sequence[Any]],
+    outputs: Mapping[str, Path],
+    environment: dict[str, str],
+    *,
+    watch_gpu: bool,
+) -> dict[str, list[Run]]:
+    """Run the commands of both sides in an order, each with an empty output folder."""
+    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+    for side in order:
+        shutil.rmtree(outputs[side], ignore_errors=True)
+        command = [str(part) for part in (*commands[side], "-o", outputs[side])]
+        run = run_measured(command, environment=environment, watch_gpu=watch_gpu)
+        runs[side].append(run)
+        print(f"{side:8} {run}", flush=True)
+    return runs
+
+
 def compare_labels(stock: Path, nnturbo: Path, labels: Mapping[str, tuple[int, ...]], ending: str) -> dict[str, Any]:
     """Compare the segmentations of two folders.
 
@@ -148,7 +167,7 @@ def compare_labels(stock: Path, nnturbo: Path, labels: Mapping[str, tuple[int, .
     if names[0] != names[1] or not names[0]:
         raise RuntimeError(f"both sides must give the same segmentations, got {names[0]} and {names[1]}")
     voxels = differing = 0
-    sizes = {name: [0, 0] for name in labels}  # in both together, and common to both
+    sizes = {name: [0, 0] for name in labels}  # voxels in the two masks together, and voxels in both
     for name in names[0]:
         images = [sitk.ReadImage(str(folder / name)) for folder in (stock, nnturbo)]
         one, other = (sitk.GetArrayFromImage(image) for image in images)
@@ -184,18 +203,18 @@ def compare_classes(answered: Path, model: Path, fold: str, mirror: bool, cases:
 
 
 def workloads(folder: Path, *, quick: bool) -> Iterator[tuple[str, Path, Path, bool]]:
-    """Write models and scans that need nothing from outside, one after the other.
+    """Write models and scans that need no other data, one after the other.
 
-    PlainConvUNet and ResEnc M have the sizes nnU-Net plans for the pancreas task, and random weights: what they say of
-    speed holds for trained ones, and their agreement says nothing. The task's median scan is one tile, its largest
+    PlainConvUNet and ResEnc M have the sizes that nnU-Net plans for the pancreas task, and random weights: their speed
+    is that of trained ones, and their agreement says nothing. The task's median scan is one tile, its largest
     twelve.
 
     Args:
         folder: Where to write.
-        quick: The first one alone, which takes minutes.
+        quick: Whether to give only the first one, which takes minutes.
 
     Yields:
-        What it is, the model's folder, the scans' folder, and whether to mirror.
+        A description, the model's folder, the scans' folder, and whether to mirror.
     """
     yield "demo model, 5 small phantoms", DEMO_MODEL, _phantoms(folder / "small", 5, SMALL_SETTINGS), False
     if quick:
@@ -221,7 +240,7 @@ def _phantoms(folder: Path, count: int, settings: PhantomSettings) -> Path:
 
 
 def _bundle(folder: Path | None) -> str | None:
-    """Say what a bundle runs, such as "openvino fp32"; None where nnturbo was given the model itself."""
+    """Backend and precision of a bundle, such as "openvino fp32"; None if nnturbo uses the model itself."""
     if folder is None:
         return None
     manifest = read_manifest(folder)

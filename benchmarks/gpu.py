@@ -1,9 +1,9 @@
-r"""Everything that needs a GPU, in one call: tests, kernels, backends, the whole path against nnU-Net, memory.
+r"""Runs all checks that need a GPU: tests, kernels, backends, the whole path against nnU-Net, memory.
 
     python benchmarks/gpu.py [--out FILE.json] [--minutes 9]
 
-Runs from a checkout, with nnturbo installed or not, and without a network. What is not installed is named and left out;
-what fails is written down, and the rest goes on. Parts that no longer fit into the time are named too.
+It runs from a checkout, with nnturbo installed or not, and without a network. Parts whose packages are missing are
+named and left out. A failure is recorded, and the other parts run. Parts for which there is no time left are named too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MATRIX_SIDE = 8192
 
 
 class Bench:
-    """Times what runs on a device, and collects what was found."""
+    """Times calls on a device, and collects the results."""
 
     def __init__(self, device: torch.device, minutes: float, out: Path) -> None:
         self.device = device
@@ -60,17 +60,17 @@ class Bench:
         self.write()
 
     def is_late(self) -> bool:
-        """Whether there is no time left to begin with anything."""
+        """Whether there is no time left to begin another part."""
         return time.monotonic() > self._deadline
 
     def write(self) -> None:
-        """Write what was found so far: who runs out of time keeps it."""
+        """Write the results so far, so that they are kept if the time runs out."""
         from nnturbo.benchmarks.report import write_report
 
         write_report(self._out, self.found)
 
     def seconds(self, run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-        """Median time of a call on the device, after two that warm up; on the CPU, which tries the script, of one."""
+        """Median time of a call on the device, after two warm-up calls; on a CPU, to test the script, of one call."""
         taken = []
         warm_up, rounds = (2, rounds) if self.device.type == "cuda" else (0, 1)
         for _ in range(warm_up + rounds):
@@ -87,7 +87,7 @@ class Bench:
 
 
 def peaks(bench: Bench, size: int) -> dict[str, float]:
-    """What the device does at best: bytes copied per second (read and written), and half-precision products."""
+    """Measure the device's peaks: bytes copied per second (read and written), and half-precision products."""
     block = torch.empty(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(block)
     dtype = torch.float16 if bench.device.type == "cuda" else torch.float32
@@ -100,7 +100,7 @@ def peaks(bench: Bench, size: int) -> dict[str, float]:
 
 
 def kernels(bench: Bench, tile: tuple[int, int, int], copy_gb_per_s: float) -> list[dict[str, Any]]:
-    """Each kernel: bytes that it must move, per second, as a share of a plain copy; and torch's twin beside it."""
+    """Time each kernel: bytes that it must move per second, as a share of a plain copy; and its torch twin."""
     from nnturbo.kernels import device as fast
     from nnturbo.kernels import reference
     from nnturbo.kernels.loader import has_cupy
@@ -174,7 +174,7 @@ def kernel_calls(
 def networks(
     bench: Bench, models: dict[str, Path], wanted: Sequence[str], folder: Path, matmul_tflop_per_s: float
 ) -> list[dict[str, Any]]:
-    """Every backend's forward of all mirror views of one tile, against nnU-Net's eager one under autocast."""
+    """Time every backend on all mirror views of one tile, against nnU-Net's eager network under autocast."""
     from nnturbo.engine.backends.choose import backends, choose_precision
     from nnturbo.engine.backends.torch import DTYPES
     from nnturbo.engine.bundles.manifest import compile_model, describe_machine, new_bundle, plan_bundle
@@ -253,7 +253,7 @@ def model_folders(folder: Path, names: list[str]) -> dict[str, Path]:
 
 
 def whole_path(bench: Bench, folder: Path, patch: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Scan to labels in one process, with nnU-Net's own predictor beside it where that is installed.
+    """Time the path from scan to labels in one process, and nnU-Net's own predictor if it is installed.
 
     Same weights, mirroring, step, device and precision. The weights are random: labels differ more than a trained
     model's would.
@@ -269,7 +269,7 @@ def whole_path(bench: Bench, folder: Path, patch: Sequence[int], shapes: Sequenc
     rows: list[Any] = []
     for shape in shapes:
         scan = (50 + 60 * smooth_field((1, *shape), 0)).to(torch.int16).numpy()
-        # As thick as a scanner's slices are, so that there is something to resample.
+        # Thick slices, as scanners make them, so that there is something to resample.
         spacing = (1.25 * SPACING_MM[0], *SPACING_MM[1:])
         volume = Volume.from_array(scan, spacing)
         labels: dict[str, Any] = {}
@@ -322,7 +322,7 @@ def memory(bench: Bench, rows: int) -> dict[str, Any]:
     engine = Engine.load(ROOT / "examples" / "demo_model", device=str(bench.device), mirror=bench.device.type == "cuda")
     depth, *wide = engine.model.plan.patch_size_3d
     found = {}
-    # The first time, ways are tried and kernels compiled, which takes memory of its own.
+    # The first run compiles kernels and tries algorithms, which takes memory too.
     for length in (2 * depth, 2 * depth, rows * depth):
         array = np.random.default_rng(0).integers(-100, 300, (length, *wide), dtype=np.int16)
         if bench.device.type == "cuda":
@@ -336,7 +336,7 @@ def memory(bench: Bench, rows: int) -> dict[str, Any]:
 def tests() -> dict[str, Any]:
     """Run the tests that need a GPU."""
     done = subprocess.run(
-        # Tests of other things may need packages that are not here.
+        # Other tests may need packages that are not installed.
         [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--continue-on-collection-errors", "tests"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

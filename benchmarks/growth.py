@@ -2,9 +2,9 @@
 
     python -m nnturbo.benchmarks.growth [--rounds 1] [--json FILE]
 
-One of them grows, the others stay as they are at its start; each measurement is a whole command in a fresh process, the
-two sides in turn. A line is fitted through each: what one more plane, class, view or case costs. The network is small,
-so that the rest shows. A model's first run, which compiles it, is not counted.
+One of them grows, and the others keep their first value. Each measurement is a whole command in a fresh process, and
+the two sides run in turn. A fitted line gives the cost of one more plane, class, view or case. The network is small, so
+that the other stages can be seen. A model's first run, which compiles it, does not count.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .report import Run, run_measured, write_report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What one command is given.
+    """Size of one command's job.
 
     Args:
-        planes: Of each scan; 256 x 256 voxels in a plane.
+        planes: Planes of each scan, of 256 x 256 voxels.
         classes: Background included.
         views: 1, 2, 4 or 8.
         cases: Scans in the folder.
@@ -64,11 +64,11 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> dict[str, float]:
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Run both commands on one job: what each took, and how many labels differ."""
+    """Run both commands on one job; give the time of each, and the number of labels that differ."""
     model, scans = folder / f"model{job.classes}-{job.views}", folder / f"scans{job.planes}-{job.cases}"
     if not model.exists():
         write_model(model, classes=job.classes, mirror_axes=tuple(range(job.views.bit_length() - 1)))
-        run(job, folder)  # finds caches cold
+        run(job, folder)  # caches are cold
     if not scans.exists():
         scans.mkdir()
         for index in range(job.cases):
@@ -91,7 +91,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fit what grows, for each side, in seconds and bytes."""
+    """Fit time and memory of each side against the size that grows."""
     fitted: dict[str, Any] = {}
     for what in dict.fromkeys(row["what"] for row in rows):
         of_it = [row for row in rows if row["what"] == what]

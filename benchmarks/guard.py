@@ -1,9 +1,9 @@
-"""A quick look whether anything became much slower: ratios against nnU-Net, next to those that were kept.
+"""Checks in a minute whether nnturbo became much slower, by stored ratios against nnU-Net.
 
     python -m nnturbo.benchmarks.guard [--keep]
 
-For CI: takes a minute, and fails only where a ratio fell below half of the one in `results/guard.json`. Most ratios are
-of CPU time, which other processes change little. With `--keep` they are stored in its place.
+For CI: it fails only if a ratio is below half of the one in `results/guard.json`. Most ratios are of CPU time, which
+other processes change little. `--keep` stores the new ratios.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def network() -> float:
 
 
 def kernels() -> float:
-    """The same through nnturbo's kernels, by the clock: their threads may be lost too."""
+    """The same with nnturbo's kernels, in wall time, so that lost threads show too."""
     return _network("native", time.perf_counter)
 
 
@@ -64,7 +64,7 @@ def startup() -> float:
 
 
 def too_slow(ratios: dict[str, float], kept: dict[str, float]) -> list[str]:
-    """Say which ratios fell below half of what was kept."""
+    """Name the ratios that are below half of the stored ones."""
     return [
         f"{name}: {ratios[name]:.2f} times nnU-Net's speed, kept are {kept[name]:.2f}"
         for name in kept
@@ -73,7 +73,7 @@ def too_slow(ratios: dict[str, float], kept: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    """Measure and compare; 1 where something became much slower."""
+    """Measure and compare; return 1 if a ratio is too low."""
     parser = argparse.ArgumentParser(description="large regressions")
     parser.add_argument("--keep", action="store_true", help="store the ratios")
     options = parser.parse_args()

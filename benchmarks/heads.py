@@ -1,9 +1,9 @@
-"""Every classification head on the same trained encoder, on phantoms that no training saw, beside two controls.
+"""Compares all classification heads on the same trained encoder, on held-out phantoms, with two controls.
 
     python -m nnturbo.benchmarks.heads --model FOLDER --dataset NAME --raw FOLDER --preprocessed FOLDER --plans NAME
         --held_out FOLDER [--iterations 400] [--json FILE]
 
-The network stays as it was trained; each head learns from the same patches, with its own AdamW. The discriminant
+The network is not changed; each head learns from the same patches, with its own AdamW. The discriminant
 analysis is fitted on pooled features of all training cases, its control on the same features with shuffled labels.
 `--held_out` is the folder of a phantom data set with `test` and `test_answers`.
 """
@@ -40,19 +40,19 @@ RESAMPLES = 2000
 
 
 class AllHeads(Head):
-    """Several heads side by side: their outputs one after the other."""
+    """Several heads as one; their outputs are concatenated."""
 
     def __init__(self, heads: Sequence[Head]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
-        """Answer with every head."""
+        """Run every head."""
         return torch.cat([head(features, focus) for head in self.heads], 1)
 
 
 def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse.Namespace) -> list[float]:
-    """Train heads on a network that stays as it is; give each one's mean loss over the last fifth."""
+    """Train heads on a fixed network; give the mean loss of each over the last fifth of the steps."""
     from nnturbo.training.trainer import nnUNetTrainerMultiTask
 
     recipe = replace(PRESETS["balanced"], oversample_foreground=1.0)
@@ -102,7 +102,7 @@ def held_out_scans(folder: Path) -> list[ClassifiedScan]:
 
 
 def row(name: str, truth: Sequence[int], logits: np.ndarray, loss: float | None = None) -> dict[str, Any]:
-    """Measure one head; how many classes it ever answers shows a collapse."""
+    """Measure one head; the number of classes among its answers shows a collapse."""
     predicted = logits.argmax(1).tolist()
     metrics = classification_metrics(truth, predicted, logits.shape[1])
     interval = bootstrap_macro_f1(truth, predicted, resamples=RESAMPLES, seed=0)

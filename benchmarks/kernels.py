@@ -1,4 +1,4 @@
-"""Registers and spills of every kernel on every architecture, as nvcc reports them; needs no GPU.
+"""Lists registers and spills of every kernel on every architecture, as nvcc reports them; needs no GPU.
 
 python -m nnturbo.benchmarks.kernels [--json FILE]
 """
@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
     ),
     *(("resample_labels", dtype, None) for dtype in (torch.uint8, torch.uint16)),
 ]
-"""Every kernel, in every type of number that it is compiled for."""
+"""Every kernel, for each of its number types."""
 
 REPORT = re.compile(
     r"for 'sm_(\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
@@ -36,10 +36,10 @@ REPORT = re.compile(
 
 
 def compile_variant(kernel: str, dtype: torch.dtype, lines: bool | None) -> list[dict[str, Any]]:
-    """Compile one kernel for all architectures, warnings being errors.
+    """Compile one kernel for all architectures; warnings are errors.
 
     Raises:
-        RuntimeError: With what nvcc says, where it does not compile.
+        RuntimeError: Where it does not compile; the text has nvcc's message.
     """
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / f"{kernel}.cu"

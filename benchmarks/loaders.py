@@ -1,8 +1,8 @@
-r"""What DALI's loader does to labels and to the time before the network, against the exact loader; on the CPU.
+r"""Compares DALI's loader with the exact one on a CPU: labels, and time before the network.
 
     python -m nnturbo.benchmarks.loaders --model FOLDER [--cases 6 | --scans FILE ...] [--json FILE]
 
-Times are of the stages "read" and "preprocess": what the network waits for. Scans are read ahead by both loaders.
+Times are of the stages "read" and "preprocess", for which the network waits. Both loaders read ahead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def predictions(model: Path, loader: str, scans: list[Path]) -> list[Prediction]
 
 
 def lowest_dice(exact: list[Prediction], other: list[Prediction]) -> float:
-    """Dice of the label that agrees least, over all scans; of labels that either shows."""
+    """Dice of the label that agrees least, over all scans and all labels that occur."""
     scores = []
     for label in exact[0].labels.foreground:
         pairs = [(a.segmentation == label, b.segmentation == label) for a, b in zip(exact, other, strict=True)]

@@ -1,9 +1,9 @@
-"""Peak memory of predicting long scans with many classes, nnU-Net against nnturbo.
+"""Compares the peak memory of nnU-Net and nnturbo for long scans with many classes.
 
     python -m nnturbo.benchmarks.memory [--json FILE] [--no-stock]
 
 Scans of 512 x 512 x 200 and x 400 voxels, a small network with 20 outputs, resampling on both ways. Each prediction
-runs in a process of its own: nnU-Net through `predict_from_files_sequential`, which keeps everything in one process.
+runs in a separate process: nnU-Net through `predict_from_files_sequential`, which keeps everything in one process.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""From a preprocessed scan to logits: nnU-Net, MONAI's sliding window, OpenVINO as its guide has it, and nnturbo.
+"""Times the way from a preprocessed scan to logits: nnU-Net, MONAI, OpenVINO as in its guide, and nnturbo.
 
     python -m nnturbo.benchmarks.peers [-m MODEL -i SCAN] [--no_mirroring] [--rounds 3] [--json FILE]
 
-One process, the same weights and array, a round being one run of each. By default the U-Net of the demo model on a
-phantom of the pancreas task. Tiles of MONAI do not lie where nnU-Net's do, so its labels cannot be nnU-Net's. Needs
-monai (`pip install 'nnturbo[dev]'`).
+All run in one process on the same weights and array; each round is one run of each. By default it is the U-Net of the
+demo model on a phantom of the pancreas task. MONAI's tiles have other positions, so its labels cannot be nnU-Net's.
+Needs monai (`pip install 'nnturbo[dev]'`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def monai(network: InferenceNetwork, patch: tuple[int, ...], views: tuple[View, 
 
 
 def openvino_naive(network: InferenceNetwork, patch: tuple[int, ...], channels: int, views: tuple[View, ...]) -> Logits:
-    """OpenVINO's conversion and compilation with nothing set, so in bf16 where a processor has it; numpy adds up."""
+    """OpenVINO's conversion and compilation with default settings, so in bf16 if the processor has it; numpy sums."""
     import openvino
 
     converted = openvino.convert_model(network, example_input=torch.zeros(1, channels, *patch))
@@ -102,7 +102,7 @@ def openvino_naive(network: InferenceNetwork, patch: tuple[int, ...], channels: 
 
 
 def nnturbo(case: Case, runner: Runner, window: SlidingWindow, num_outputs: int) -> Logits:
-    """Nnturbo's sliding window, which resamples the scan as it goes: that is in its time, and not in the others'."""
+    """The sliding window of nnturbo; its time includes resampling the scan, which the others' times do not."""
 
     def run(scan: Tensor) -> Tensor:
         del scan  # it comes from the case, row by row

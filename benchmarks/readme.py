@@ -1,8 +1,8 @@
-"""Fills the tables of README.md and docs/ from benchmarks/results, so that text and data cannot disagree.
+"""Fills the tables of README.md and docs/ from benchmarks/results, and draws the figures.
 
     python -m nnturbo.benchmarks.readme
 
-It draws the figures too. A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def instructions(stored: dict[str, Any]) -> str:
-    """What the processor that was measured on computes fast."""
+    """Fast instructions of the processor of a measurement."""
     names = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
     features = stored["machine"]["cpu features"].split(", ")
     return ", ".join(name for feature, name in names.items() if feature in features) or "AVX2"
@@ -46,12 +46,12 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def times(ratio: float) -> str:
-    """Write how many times less time or memory it takes."""
+    """Write a ratio of times or of memory."""
     return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:.1f} x"
 
 
 def gains() -> str:
-    """What nnturbo gains over nnU-Net, in five rows."""
+    """The gains of nnturbo over nnU-Net, in five rows."""
     memory, folder = load("memory"), load("throughput")
     peaks = {(row["side"], row["depth"]): row for row in memory["rows"]}
     depth = max(depth for _, depth in peaks)
@@ -102,7 +102,7 @@ def differing(count: int, voxels: int) -> str:
 
 
 def around() -> str:
-    """What surrounds the network: preprocessing, labels, and imports."""
+    """The stages around the network: preprocessing, labels, and imports."""
     stages, startup = load("stages"), load("startup")
     stock_s = sum(stages["stock_s"].values())
     ours_s = stages["nnturbo_s"]["preprocess"] + stages["nnturbo_s"]["labels"]
@@ -138,7 +138,7 @@ def around() -> str:
 
 
 def parity() -> str:
-    """How many voxels differ from nnU-Net, over all tasks."""
+    """Numbers of voxels that differ from nnU-Net, over all tasks."""
     rows = load("parity")["rows"]
     tasks = [row for row in rows if row["differ_from_fp32_stock"] is not None]
     real = [row for row in rows if row["differ_from_fp32_stock"] is None]
@@ -173,7 +173,7 @@ def parity_rows() -> str:
 
 
 def rounding() -> str:
-    """How far each backend's float32 is from float64 on deep networks."""
+    """Difference of each backend's float32 from float64 on deep networks."""
     rows = [
         [row["network"], row["tile"], row["backend"], f"{row['error']:.0e}", f"{row['labels']} of {row['voxels']}",
          f"{row['margin']:.0e}" if row["labels"] else "-"]
@@ -336,7 +336,7 @@ def loaders() -> str:
 
 
 def waterfall() -> str:
-    """What each technique gains on one scan."""
+    """The gain of each technique on one scan."""
     result = load("waterfall")
     table = []
     for row in result["rows"]:
@@ -353,7 +353,7 @@ def waterfall() -> str:
 
 
 def peers() -> str:
-    """Others on the same array."""
+    """Other libraries on the same array."""
     result = load("peers")
     versions = {"MONAI": "monai", "OpenVINO, naive": "openvino", "nnU-Net": "nnunetv2"}
     rows = [
@@ -371,7 +371,7 @@ def peers() -> str:
 
 
 def growth() -> str:
-    """What one more of each costs, from fitted lines."""
+    """The cost of one more plane, class, view or case, from fitted lines."""
     result = load("growth")
     table = []
     for what, sides in result["lines"].items():
@@ -410,7 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(document: str) -> str:
-    """A document with its tables as the results have them."""
+    """Fill the tables of a document from the results."""
     return TABLE.sub(lambda match: match.group(1) + TABLES[match.group(2)]() + match.group(3), document)
 
 

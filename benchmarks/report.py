@@ -1,4 +1,4 @@
-"""What every benchmark needs: a child process measured, the machine described, and the file it leaves."""
+"""Shared by all benchmarks: measures child processes, describes the machine, and writes result files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnturbo.engine.cli.doctor import examine
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "SimpleITK", "nnunetv2", "nnturbo")
 
-# A process of its own: the peak that the system tells of a child begins with what its parent held when it forked.
+# A separate process: the peak memory of a child includes the memory of its parent at the fork.
 LAUNCHER = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
@@ -38,14 +38,14 @@ sys.exit(status if status >= 0 else 128 - status)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one child process took.
+    """Time and memory of one child process.
 
     Attributes:
-        seconds: From start to end.
-        cpu_seconds: Of all cores.
-        peak_bytes: The greatest resident size of any one process in it.
-        gpu_peak_bytes: Of the GPU's memory, beyond what others held before it began.
-        gpu_byte_seconds: The same, summed over time.
+        seconds: Wall time from start to end.
+        cpu_seconds: CPU time of all cores.
+        peak_bytes: Greatest resident memory of any one process in it.
+        gpu_peak_bytes: Peak of the GPU's memory, minus the memory in use before it began.
+        gpu_byte_seconds: The same memory, summed over time.
     """
 
     seconds: float
@@ -66,12 +66,12 @@ def run_measured(command: Sequence[str], *, environment: dict[str, str] | None =
     """Run a command to its end.
 
     Args:
-        command: With its arguments.
-        environment: Variables beside those of this process.
-        watch_gpu: Sample the memory of the first GPU; nobody else should use it.
+        command: Command with its arguments.
+        environment: Variables in addition to those of this process.
+        watch_gpu: Whether to sample the memory of the first GPU; no other program should use it.
 
     Raises:
-        RuntimeError: Where it fails, with the end of what it printed; or where the GPU's memory cannot be asked for.
+        RuntimeError: Where the command fails, with the end of its output; or where the GPU's memory cannot be read.
     """
     with contextlib.ExitStack() as stack:
         samples = stack.enter_context(_gpu_memory()) if watch_gpu else None
@@ -98,7 +98,7 @@ def _gpu_memory() -> Iterator[list[tuple[float, int]]]:
 
     def sample() -> None:
         assert watcher.stdout is not None  # it is a pipe
-        with contextlib.suppress(ValueError):  # of a device that does not tell
+        with contextlib.suppress(ValueError):  # the device does not report it
             for line in watcher.stdout:
                 samples.append((time.perf_counter(), int(line) * 2**20))
                 begun.set()
@@ -161,7 +161,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Commit of the checkout the code lies in, marked where files differ from it; "unknown" outside one."""
+    """Commit of this checkout, marked if files differ from it; "unknown" outside a checkout."""
     folder = Path(__file__).resolve().parent
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -174,6 +174,6 @@ def _commit() -> str:
 
 
 def write_report(path: Path | None, content: dict[str, Any]) -> None:
-    """Write one benchmark's result as JSON, with machine, versions and commit; nothing where there is no path."""
+    """Write one benchmark's result as JSON, with machine, versions and commit; without a path, write nothing."""
     if path is not None:
         path.write_text(json.dumps({**content, **machine()}, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""How far each backend's float32 is from float64, on deep networks with random weights, which amplify rounding.
+"""Measures the rounding of each backend's float32 on deep networks with random weights, which amplify it.
 
     python -m nnturbo.benchmarks.rounding [--backends torch native openvino] [--json FILE]
 
-Tiles: noise; the same as a box with zeros around, as a small scan has; blank, as a slice outside the body is.
+The tiles hold noise; noise in a box surrounded by zeros, like a small scan; and nothing, like a slice outside the body.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .task_models import plans_json
 
 CPU = torch.device("cpu")
 OPENVINOS_NORMS = "openvino, its own norms"
-"""The same backend with the norms that OpenVINO makes of torch's; what nnturbo runs in bf16 and int8."""
+"""The backend openvino with OpenVINO's own norms, as in bf16 and int8."""
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "2d residual, 8 stages, 512 x 512": {
@@ -48,7 +48,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def make_model(described: dict[str, Any]) -> Model:
-    """Make a model with nnU-Net's first weights, and norms and biases moved away from 1 and 0."""
+    """Make a model with nnU-Net's initial weights, but with norms and biases other than 1 and 0."""
     plans, axes, stages = plans_json(described["class"]), len(described["patch"]), len(described["features"])
     configuration = plans["configurations"]["3d_fullres"]
     configuration |= {"patch_size": described["patch"], "spacing": configuration["spacing"][-axes:]}
@@ -98,7 +98,7 @@ def runner_of(name: str, model: Model, folder: Path) -> Any:
 
 
 def compare(logits: Tensor, exact: Tensor) -> dict[str, Any]:
-    """Compare logits (1, K, *patch) with those in float64; margins are between the two greatest of the latter."""
+    """Compare logits (1, K, *patch) with float64; a margin is the difference of the two greatest float64 logits."""
     differs = logits.argmax(1) != exact.argmax(1)
     best = exact.topk(2, dim=1).values
     margins = (best[:, 0] - best[:, 1])[differs]

@@ -1,4 +1,4 @@
-"""Preprocessing and logits-to-labels of a CT, nnU-Net's functions against nnturbo's, in one process.
+"""Times preprocessing and labelling of a CT, nnU-Net's functions against nnturbo's, in one process.
 
     python -m nnturbo.benchmarks.stages [--shape 140 512 512] [--rounds 3] [--json FILE]
 
@@ -61,7 +61,7 @@ def dataset_json(classes: int) -> dict[str, Any]:
 
 
 def smooth_field(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """(C, Z, Y, X) float32: noise with a grain of about ten voxels, standard deviation about one."""
+    """(C, Z, Y, X) float32: noise with a correlation length of about ten voxels, standard deviation about one."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(1, shape[0], *(max(2, n // 10) for n in shape[1:]), generator=generator)
     field = torch.nn.functional.interpolate(coarse, size=shape[1:], mode="trilinear", align_corners=True)[0]
@@ -69,7 +69,7 @@ def smooth_field(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def stock_functions(classes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """nnU-Net's preprocessing of an array and its way from logits to a segmentation."""
+    """nnU-Net's functions from an array to the network's input, and from logits to a segmentation."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -127,7 +127,7 @@ def measure(
     ours = torch.cat(prepare(), dim=1).numpy()
     labels = finish()
     stock_samples, samples = [], []
-    for _ in range(2):  # stock before and after, so that a busy moment meets both
+    for _ in range(2):  # stock before and after, so that a busy moment affects both
         stock_seconds, (stock_data, properties) = timed(lambda: stock_prepare(scan, spacing), clock)
         halves = logits.half()
         stock_finish_seconds, stock_labels = timed(lambda kept=halves, of=properties: stock_finish(kept, of), clock)

@@ -1,8 +1,8 @@
-"""How long Python takes until a command or a program can begin.
+"""Times how long Python takes until a command or a program can begin.
 
     python -m nnturbo.benchmarks.startup [--rounds 7] [--json FILE]
 
-Every line runs in fresh processes, in turn, so that a busy moment meets all of them.
+Every line runs in fresh processes, in turn, so that a busy moment affects all of them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def plans_json(network: str, patch: Sequence[int] = PATCH) -> dict[str, Any]:
-    """What nnU-Net plans for the pancreas data set (patch, features and strides of its fingerprint)."""
+    """nnU-Net's plan for the pancreas data set (patch, features and strides of its fingerprint)."""
     depth = {**ARCHITECTURES[network], "n_conv_per_stage_decoder": [1 if network == "ResidualEncoderUNet" else 2] * 5}
     return {
         "dataset_name": DATASET,

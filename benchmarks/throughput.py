@@ -1,10 +1,10 @@
-"""Scans with little for the network to do, so that reading and writing matter: one by one, as a job, and by nnU-Net.
+"""Times a folder of scans with a small network, so that reading and writing matter: one by one, as a job, by nnU-Net.
 
     python -m nnturbo.benchmarks.throughput [--model FOLDER] [--cases 24] [--rounds 1] [--json FILE]
 
 Whole commands in fresh processes without mirroring, in the order given and then backwards; the labels are compared.
-The network is the U-Net of the demo model without its head, which makes it an ordinary model of nnU-Net, on a grid of
-6 mm, as models that find organs for others have it.
+The network is the U-Net of the demo model without its head, an ordinary model of nnU-Net, on a grid of 6 mm, as in
+models that find organs for other models.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
             "nnturbo predict --workers 2": [tools / "nnturbo", "predict", *given, "--workers", "2"],
         }
         quiet = {each: os.environ.get(each, name) for each in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        Engine.load(model, device="cpu")  # compiles, once for all
+        Engine.load(model, device="cpu")  # compiles the model
         runs: dict[str, list[Run]] = {way: [] for way in commands}
         for way in [*commands, *reversed(commands)] * options.rounds:
             command = commands[way]

@@ -1,10 +1,10 @@
-"""What each technique gains on one scan, added one after the other, where the time goes, and how near the floor it is.
+"""Measures the gain of each technique on one scan, with the time of each stage, and the floor.
 
     python -m nnturbo.benchmarks.waterfall [-m MODEL -i SCAN] [--device cpu] [--no_mirroring] [--rounds 2] [--json FILE]
 
-By default PlainConvUNet of the pancreas task's size on a scan of one tile, mirrored. Every step runs in a fresh process
-and tells what its stages took; steps go there and back. The floor is the network's operations over the measured peak of
-products of matrices and convolutions, and the bytes that have to be moved over the measured bandwidth of copying.
+By default it runs PlainConvUNet of the pancreas task's size on a scan of one tile, mirrored. Every step runs in a fresh
+process and reports the time of its stages; the order of steps alternates. The floor is the network's operations at the
+measured peak of matrix products and convolutions, and the bytes that must be moved at the measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COPIES = 3
 SCAN_SHAPE, SCAN_SPACING_MM = (51, 109, 165), (2.5, 0.8, 0.8)
 """(z, y, x); 64 x 119 x 180 voxels of the network's grid, as the task's median, so that it is resampled both ways."""
 
-# Both answer with the seconds of their stages. What a process does beyond them is "start".
+# Both programs write the seconds of their stages. The rest of the time is "start".
 STOCK = """
 import json, sys, time
 from pathlib import Path
@@ -95,11 +95,11 @@ json.dump(took, open(answer, "w"))
 """
 ENGINE = """
 import json, sys, time
-answer, model, scan, out, device, mirror, backend, views, resident = sys.argv[1:]
+answer, model, scan, out, device, mirror, backend, views, is_loaded = sys.argv[1:]
 from nnturbo.engine import Engine, EngineOptions
 options = EngineOptions(views_per_call=int(views) or None)
 engine = Engine.load(model, backend=backend, device=device, mirror=mirror == "1", options=options)
-if resident == "1":
+if is_loaded == "1":
     engine.predict(scan)
 begun = time.perf_counter()
 prediction = engine.predict(scan)
@@ -112,7 +112,7 @@ json.dump(took | {"whole": ended - begun}, open(answer, "w"))
 
 
 class Waterfall:
-    """The steps on one model and one scan, in a folder of its own."""
+    """The steps on one model and one scan, in a temporary folder."""
 
     def __init__(self, folder: Path, model: Path, scan: Path, device: str, mirror: bool) -> None:
         self.folder, self.scan, self.device, self.mirror = folder, scan, torch.device(device), mirror
@@ -156,13 +156,13 @@ class Waterfall:
             self.models[bundle] = folder / bundle
             self.steps[step] = ("engine", bundle, "auto", "0", "0")
             fastest = bundle if step in ("compiled network", "own kernels") else fastest
-        # In the precision of nnU-Net.
-        self.steps["resident engine"] = ("engine", fastest, "auto", "0", "1")
+        # These two run in nnU-Net's precision.
+        self.steps["loaded model"] = ("engine", fastest, "auto", "0", "1")
         self.steps["overlap"] = ("command", fastest)
         self.samples: dict[str, list[dict[str, Any]]] = {step: [] for step in self.steps}
 
     def run(self, step: str) -> None:
-        """Take one step once."""
+        """Run one step once."""
         kind, *how = self.steps[step]
         answer, out = self.folder / "answer.json", self.output(step)
         of_all = [str(self.device), str(int(self.mirror))]
@@ -185,19 +185,19 @@ class Waterfall:
             )
             stages = json.loads(answer.read_text())
             whole = stages.pop("whole", None)
-            seconds = whole if step == "resident engine" else run.seconds
+            seconds = whole if step == "loaded model" else run.seconds
             stages["start"] = seconds - sum(stages.values())
         self.samples[step].append({"seconds": seconds, "stages_s": stages, "process": asdict(run)})
         print(f"{step:18} {seconds:7.2f} s  {' '.join(f'{name} {of:.2f}' for name, of in stages.items())}", flush=True)
 
     def output(self, step: str) -> Path:
-        """Where the labels of a step lie."""
+        """File with the labels of a step."""
         folder = self.folder / f"labels {step}"
         folder.mkdir(exist_ok=True)
         return folder / ("scan0.nii.gz" if self.steps[step][0] == "command" else "scan.nii.gz")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Medians, ratios to nnU-Net and how many labels are not its."""
+        """Medians, ratios to nnU-Net, and numbers of voxels with another label."""
         labels = {step: sitk.GetArrayFromImage(sitk.ReadImage(str(self.output(step)))) for step in self.steps}
         seconds = {step: statistics.median(run["seconds"] for run in runs) for step, runs in self.samples.items()}
         return [
@@ -217,7 +217,7 @@ class Waterfall:
         ]
 
     def floor(self) -> dict[str, float]:
-        """What the network's operations and the bytes in and out of memory take at this machine's measured best."""
+        """Time of the network's operations and of the bytes in and out of memory, at this machine's measured peaks."""
         volume = read_volume(self.scan, channels=self.found.plan.input_channels)
         case = preprocess(volume, self.found.plan, torch.device("cpu"))
         padded = [max(n, patch) for n, patch in zip(case.shape, self.window.patch_size, strict=True)]
@@ -245,9 +245,10 @@ class Waterfall:
 
 
 def peak_operations(device: torch.device) -> float:
-    """Operations per second of the faster of a product of matrices and a convolution; multiplying and adding are two.
+    """Operations per second of the faster of a matrix product and a convolution.
 
-    On some processors torch's library for the one is far from what its library for the other reaches.
+    A multiplication and an addition are two operations. On some processors torch's library for one of them is much
+    slower than its library for the other.
     """
     side, dtype = (8192, torch.float16) if device.type == "cuda" else (2048, torch.float32)
     one = torch.randn(side, side, device=device, dtype=dtype)

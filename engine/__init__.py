@@ -1,4 +1,4 @@
-"""Runs trained nnU-Net v2 models: the labels nnU-Net gives, many times sooner."""
+"""Runs trained nnU-Net v2 models, and gives nnU-Net's labels many times faster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .options import EngineOptions
     from .pipeline.prediction import Prediction
     from .pipeline.steps import Request
-    from .scans.volume import Geometry, Volume, read_volume, write_segmentation
+    from .scans.geometry import Geometry
+    from .scans.volume import Volume, read_volume, write_segmentation
 
 __all__ = [
     "BackendUnavailable",
@@ -68,7 +69,8 @@ _MODULES = {
     "options": ("EngineOptions",),
     "pipeline.prediction": ("Prediction",),
     "pipeline.steps": ("Request",),
-    "scans.volume": ("Geometry", "Volume", "read_volume", "write_segmentation"),
+    "scans.geometry": ("Geometry",),
+    "scans.volume": ("Volume", "read_volume", "write_segmentation"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,7 +9,7 @@ class EngineError(Exception):
     """Base of all errors that a caller of nnturbo can expect.
 
     Attributes:
-        transient: Whether the same may go well another time: a disk that did not answer, memory that others had.
+        transient: Whether a second try may succeed: a disk did not answer, or other programs used the memory.
     """
 
     def __init__(self, *args: object, transient: bool = False) -> None:
@@ -30,15 +30,15 @@ class BundleError(ModelError):
 
 
 class VolumeError(EngineError):
-    """A scan cannot be read, or is not a scan this engine can take."""
+    """A scan cannot be read, or this engine cannot use it."""
 
 
 class IncompleteFile(VolumeError):
-    """A file ends before it should, or its checksum is wrong: it was not written, copied or sent to its end."""
+    """A file is too short or its checksum is wrong: it was not written or copied to its end."""
 
 
 class PredictionError(EngineError):
-    """The network failed on a scan, or gave numbers that mean nothing."""
+    """The network failed on a scan, or gave numbers that are not finite."""
 
 
 class BackendUnavailable(EngineError):
@@ -46,15 +46,15 @@ class BackendUnavailable(EngineError):
 
 
 class DeviceLost(EngineError):
-    """A GPU answers nothing any more, or no process is left to work; a new start may have better luck."""
+    """A GPU does not answer any more, or no process is left to work; a new start may succeed."""
 
 
 class OutputError(EngineError):
     """A result cannot be written.
 
     Attributes:
-        of_one_file: Whether it is about this file alone, such as a name that is too long; else it is about the disk or
-            the folder, and the next result cannot be written either.
+        of_one_file: Whether only this file is affected, for example by a name that is too long. Otherwise the disk or
+            the folder is affected, and the next result cannot be written either.
     """
 
     def __init__(self, *args: object, of_one_file: bool = False) -> None:
@@ -63,7 +63,7 @@ class OutputError(EngineError):
 
     @classmethod
     def of(cls, path: object, error: OSError) -> OutputError:
-        """Say what the system said of a file."""
+        """Make the error for a file from the system's error."""
         reason = error.strerror or error
         return cls(f"{path} cannot be written: {reason}", of_one_file=error.errno in _OF_ONE_FILE)
 

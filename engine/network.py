@@ -1,4 +1,4 @@
-"""The name under which plans of multi-task models find their network, also where nnU-Net itself builds it."""
+"""The module that plans of multi-task models name for their network, also if nnU-Net itself builds it."""
 
 from .model.network import MultiTaskUNet
 

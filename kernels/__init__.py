@@ -1,7 +1,7 @@
-"""Array operations of the path from scan to labels, without any knowledge of nnU-Net.
+"""Array operations of the path from scan to labels; they know nothing of nnU-Net.
 
-Each is a CUDA kernel for tensors on such a device, where CuPy is installed, and its plain torch twin elsewhere. What
-networks spend their time on is in `convolution`, for CPUs alone.
+For tensors on a CUDA device, and if CuPy is installed, an operation is a CUDA kernel; otherwise it is the plain torch
+twin. Convolutions and norms of networks are in `convolution`, for CPUs only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def _for(tensor: Tensor) -> ModuleType:
-    """Where operations on this tensor are found."""
+    """The module with the operations for a tensor's device."""
     return device if tensor.is_cuda and has_cupy() else reference
 
 

@@ -1,4 +1,4 @@
-"""The operations of `reference` as launches of CUDA kernels; same arguments, same results."""
+"""The operations of `reference` as CUDA kernels, with the same arguments and results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..kernels import loader
 from .operators import AxisOperator
 
 MOST_BLOCKS = 4096
-"""For kernels whose rows of threads take one line after another: some waves of blocks on the largest GPUs."""
+"""Blocks of kernels in which each row of threads takes line after line: several waves on the largest GPUs."""
 
 COLUMNS, PITCH = 32, 33
-"""Of resample_axis.cu."""
+"""Constants of resample_axis.cu."""
 
 MOST_SHARED_BYTES = 48 * 1024
 LONGEST_RUN = 128
 
 
 def _flips(views: Sequence[tuple[int, ...]]) -> int:
-    """Three bits for each view: flipped along z, y, x."""
+    """Encode views, three bits for each: whether it is flipped along z, y, x."""
     return sum(1 << (3 * view + axis) for view, axes in enumerate(views) for axis in axes)
 
 
@@ -122,7 +122,7 @@ def resample_axis(
 
 @lru_cache(maxsize=512)
 def _run(operator: AxisOperator, start: int, stop: int) -> tuple[int, int]:
-    """Outputs that a block makes, as many as their inputs leave room for, and the most inputs of such a run."""
+    """Number of outputs of a block, for whose inputs there is room, and the most inputs of such a block."""
     for run in (LONGEST_RUN, 64, 32, 16, 8, 4, 2, 1):
         begins = torch.arange(start, stop, run)
         ends = (begins + run).clamp(max=stop) - 1

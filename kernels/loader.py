@@ -1,4 +1,4 @@
-"""Compiles kernels/cuda/*.cu with CuPy for the device at hand, and launches them on torch's stream."""
+"""Compiles kernels/cuda/*.cu with CuPy for a device, and launches them on torch's stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "cuda"
 
 THREADS = (32, 8)
-"""Of a block: lines of 32, so that a line reads and writes neighbouring elements."""
+"""Threads of a block: lines of 32, so that a line reads and writes neighbouring elements."""
 
 TYPES = {
     torch.float32: "float",
@@ -25,17 +25,17 @@ TYPES = {
     torch.uint8: "unsigned char",
     torch.uint16: "unsigned short",
 }
-"""What the kernels call torch's types."""
+"""CUDA's names of torch's types."""
 
 
 @lru_cache(maxsize=1)
 def has_cupy() -> bool:
-    """Whether kernels can be compiled; says once, in the log, where they cannot."""
+    """Whether kernels can be compiled; if not, the log says so once."""
     try:
         _compiled("gather_tiles", torch.float32, None).compile()
     except ImportError:
         reason = "CuPy is not installed, or not for this version of CUDA"
-    except Exception as error:  # whatever CuPy and NVRTC raise where headers or libraries of CUDA are missing
+    except Exception as error:  # CuPy and NVRTC raise many types if headers or libraries of CUDA are missing
         reason = f"CuPy cannot compile here ({str(error).partition(chr(10))[0]:.200})"
     else:
         return True
@@ -48,12 +48,12 @@ def has_cupy() -> bool:
 
 
 def source(kernel: str, dtype: torch.dtype, lines: bool | None = None) -> str:
-    """All of a kernel's text, for one type of number.
+    """Make the source of a kernel for one number type.
 
     Args:
         kernel: Name of the file, and of the function in it.
-        dtype: What its `T` is.
-        lines: What its `LINES` is, where it has one.
+        dtype: Type for its `T`.
+        lines: Value of its `LINES`, if it has that parameter.
     """
     types = f"typedef {TYPES[dtype]} T;\n" + ("" if lines is None else f"const bool LINES = {str(lines).lower()};\n")
     return "\n".join([(FOLDER / "common.cuh").read_text(), types, (FOLDER / f"{kernel}.cu").read_text()])
@@ -61,14 +61,14 @@ def source(kernel: str, dtype: torch.dtype, lines: bool | None = None) -> str:
 
 @lru_cache(maxsize=64)
 def _compiled(kernel: str, dtype: torch.dtype, lines: bool | None) -> Any:
-    """Compile a kernel; CuPy does so for each device when it is first launched there, and keeps that on disk."""
+    """Compile a kernel; CuPy compiles it for each device on its first launch there, and caches it on disk."""
     import cupy  # type: ignore[import-not-found]  # an extra
 
     return cupy.RawModule(code=source(kernel, dtype, lines), options=("-std=c++17",)).get_function(kernel)
 
 
 class _Stream:
-    """Torch's current stream, as CuPy takes one over."""
+    """Torch's current stream, in the form that CuPy accepts."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle = torch.cuda.current_stream(device).cuda_stream
@@ -91,12 +91,12 @@ def launch(
     """Run a kernel on torch's current stream of a device; it may still be running on return.
 
     Args:
-        kernel: Its name.
-        dtype: What its `T` is.
-        arguments: Addresses and 64-bit integers, in its order.
-        device: A CUDA device, on which all addresses lie.
-        blocks: How many of `THREADS`.
-        lines: What its `LINES` is, where it has one.
+        kernel: Name of the kernel.
+        dtype: Type for its `T`.
+        arguments: Addresses and 64-bit integers, in the order of its parameters.
+        device: CUDA device that holds all addresses.
+        blocks: Number of blocks of `THREADS` threads.
+        lines: Value of its `LINES`, if it has that parameter.
         shared_bytes: Shared memory of a block, at most 48 KiB.
     """
     import cupy  # type: ignore[import-not-found]  # an extra

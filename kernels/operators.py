@@ -1,7 +1,7 @@
-"""A linear map along one axis of a volume, stored as a band: the form every resampling takes here.
+"""A linear map along one axis of a volume, stored as a band; every resampling function has this form here.
 
-`band_of_entries`, `band_matrix` and `cut_blocks` are in the part of Python that torch.jit.script compiles; compiled
-functions see no globals, so constants reach them as default values of their arguments.
+`band_of_entries`, `band_matrix` and `cut_blocks` are in the part of Python that torch.jit.script compiles. Compiled
+functions cannot read globals, so constants are default values of arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class AxisOperator:
     """`out[i] = sum over t of weights[i, t] * data[first[i] + t]`.
 
     Args:
-        n_in: Length of the axis before.
+        n_in: Old length of the axis.
         first: (n_out,) int64, ascending; index of the first input of each output.
         weights: (n_out, taps) float32.
     """
@@ -44,7 +44,7 @@ class AxisOperator:
 
     @property
     def n_out(self) -> int:
-        """Length of the axis after."""
+        """New length of the axis."""
         return len(self.first)
 
     @property
@@ -54,7 +54,7 @@ class AxisOperator:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the axis stays as it is."""
+        """Whether the operator changes nothing."""
         return self.is_selection and self.n_in == self.n_out and torch.equal(self.first, torch.arange(self.n_out))
 
     @property
@@ -63,19 +63,19 @@ class AxisOperator:
         return self.taps == 1 and bool((self.weights == 1).all())
 
     def inputs_of(self, start: int, stop: int) -> tuple[int, int]:
-        """Half-open range of inputs that the outputs [start, stop) read."""
+        """Half-open range of inputs of the outputs [start, stop)."""
         return int(self.first[start]), int(self.first[stop - 1]) + self.taps
 
     def require_inputs(self, rows: tuple[int, int], offset: int, held: int) -> None:
-        """Refuse data that lack inputs of the outputs [rows[0], rows[1]).
+        """Refuse data that do not hold all inputs of the outputs [rows[0], rows[1]).
 
         Args:
             rows: Half-open range of outputs.
             offset: Index of the first input that the data hold.
-            held: How many they hold.
+            held: Number of inputs that the data hold.
 
         Raises:
-            ValueError: Where they do not reach.
+            ValueError: Where inputs are missing.
         """
         low, high = self.inputs_of(*rows)
         if low < offset or high > offset + held:
@@ -90,7 +90,7 @@ class AxisOperator:
 
     @classmethod
     def from_entries(cls, n_in: int, columns: Tensor, weights: Tensor, *, drop_below: float = 0.0) -> AxisOperator:
-        """Build the narrowest band that holds the given entries; see `band_of_entries`."""
+        """Build the operator with the narrowest band that holds the given entries; see `band_of_entries`."""
         return cls(n_in, *band_of_entries(n_in, columns, weights, drop_below))
 
 
@@ -98,10 +98,10 @@ def band_of_entries(n_in: int, columns: Tensor, weights: Tensor, drop_below: flo
     """Find the narrowest band that holds the given entries.
 
     Args:
-        n_in: Length of the axis before.
+        n_in: Old length of the axis.
         columns: (n_out, m) int64, input index of each entry; may repeat within a row, and is clamped to the axis.
         weights: (n_out, m) float64.
-        drop_below: Entries smaller than this, after adding up repeats, are left out of the band.
+        drop_below: Entries below this, after repeats are summed, are left out of the band.
 
     Returns:
         `first` and `weights` of an `AxisOperator`.
@@ -112,7 +112,7 @@ def band_of_entries(n_in: int, columns: Tensor, weights: Tensor, drop_below: flo
     dense.scatter_add_(1, columns - low, weights)
     kept = dense.abs() > drop_below
     first = kept.to(torch.uint8).argmax(1)
-    first = first.flip(0).cummin(0)[0].flip(0)  # ascending, also where rounding dropped a tap more
+    first = first.flip(0).cummin(0)[0].flip(0)  # ascending, also if rounding has dropped another tap
     last = dense.shape[1] - 1 - kept.flip(1).to(torch.uint8).argmax(1)
     taps = int((last - first).max()) + 1
     first = first.clamp(max=dense.shape[1] - taps)
@@ -134,8 +134,8 @@ def cut_blocks(
         matrix: (n_out, n_in), of any device.
         first: (n_out,) int64, the first input of each output.
         taps: Inputs per output.
-        start: The first output.
-        stop: The one after the last.
+        start: First output.
+        stop: Output after the last one.
         block_rows: Outputs of a block.
 
     Returns:

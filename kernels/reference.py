@@ -1,7 +1,7 @@
 """Plain torch version of every operation: readable, runs anywhere, and the oracle for the fast ones.
 
-Axes are (C, Z, Y, X), batched (N, C, Z, Y, X); spatial axes are counted from the end, -3 for z. Functions that take
-lists where any sequence would do are in the part of Python that torch.jit.script compiles.
+Axes are (C, Z, Y, X), batched (N, C, Z, Y, X); spatial axes are counted from the end, -3 for z. Functions with
+lists as arguments are in the part of Python that torch.jit.script compiles.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ LINE_VOXELS = 32768
 
 
 WORKING_BYTES = 16 * 2**20
-"""Planes resampled at once. glibc returns blocks over 32 MiB to the system, and fetching them anew costs more than
-the products: measured on 3 x 546 x 546 to 512 x 512, 28 MiB at once take 0.33 s for 140 planes, 57 MiB 1.1 s."""
+"""Bytes of planes that are resampled at once. glibc returns blocks over 32 MiB to the system, and allocating them again
+takes longer than the products: for 140 planes of 3 x 546 x 546 to 512 x 512, 28 MiB at once take 0.33 s and 57 MiB
+1.1 s."""
 
-Normalization = Sequence[tuple[float, float, float, float]]
-"""For each channel least, greatest, shift and scale of `(clamp(x, least, greatest) - shift) / scale`."""
+ClipShiftScale = Sequence[tuple[float, float, float, float]]
+"""Least, greatest, shift and scale of `(clamp(x, least, greatest) - shift) / scale` for each channel."""
 
 
 def normalize(data: Tensor, normalization: list[tuple[float, float, float, float]]) -> Tensor:
-    """Normalise each channel; what would change nothing is left out.
+    """Normalise each channel; steps that change nothing are skipped.
 
     Args:
         data: (C, Z, Y, X), any number type and strides.
-        normalization: One per channel, as `Normalization` says.
+        normalization: One entry per channel, see `ClipShiftScale`.
 
     Returns:
         As `data`, float32 and contiguous, never `data` itself.
@@ -55,22 +56,22 @@ def resample_axis(
     *,
     rows: tuple[int, int] | None = None,
     offset: int = 0,
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
     limits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Normalise, apply a linear operator along one spatial axis, and clamp.
 
     Args:
-        data: (C, Z, Y, X) float32; with a normalisation also of other number types.
-        operator: The map along the axis.
+        data: (C, Z, Y, X) float32; with a normalisation, any number type.
+        operator: Map along the axis.
         axis: -3, -2 or -1.
         rows: Half-open range of outputs to compute; all by default.
         offset: Index, on the operator's input axis, of the first element of `data` along `axis`.
-        normalization: Of the inputs, for each channel.
+        normalization: Normalisation of the inputs, for each channel.
         limits: Least and greatest output, each broadcast to the outputs.
 
     Returns:
-        As `data`, with `axis` of length `rows[1] - rows[0]`. May be `data` itself where nothing changes.
+        As `data`, with `axis` of length `rows[1] - rows[0]`. It may be `data` itself if nothing changes.
     """
     start, stop = rows or (0, operator.n_out)
     operator.require_inputs((start, stop), offset, data.shape[axis])
@@ -99,7 +100,7 @@ def multiply_blocks(
 
     Args:
         data: (C, Z, Y, X) float32.
-        blocks: What `operators.cut_blocks` gives for the outputs to compute, at least one.
+        blocks: Blocks from `operators.cut_blocks` for the outputs to compute, at least one.
         axis: -3, -2 or -1.
         offset: Index, on the operator's input axis, of the first element of `data` along `axis`.
         line_voxels: Columns per matrix product of a z step.
@@ -108,7 +109,7 @@ def multiply_blocks(
     shape = list(data.shape)
     shape[axis] = stop - start
     out = torch.empty(shape, dtype=data.dtype, device=data.device)
-    # A z step is a y step on planes flattened to lines, a stretch of line at a time.
+    # A z step is a y step on planes that are flattened to lines, for a part of each line at a time.
     source, target = (data.flatten(-2), out.flatten(-2)) if axis == -3 else (data, out)
     for first_out, last_out, low, high, matrix in blocks:
         first, last = first_out - start, last_out - start
@@ -122,7 +123,7 @@ def multiply_blocks(
 
 
 def planes_at_once(shape: list[int], voxels_out: int, working_bytes: int = WORKING_BYTES) -> int:
-    """How many planes of a (C, Z, Y, X) array make `working_bytes`, before or after resampling them in plane."""
+    """Number of planes of a (C, Z, Y, X) array that fit in `working_bytes`, before and after in-plane resampling."""
     return max(1, working_bytes // (4 * shape[0] * max(shape[2] * shape[3], voxels_out)))
 
 
@@ -133,12 +134,12 @@ def plane_groups(shape: Sequence[int], voxels_out: int) -> Iterator[slice]:
 
 
 def gather_tiles(volume: Tensor, corner: list[int], size: list[int], views: list[list[int]], out: Tensor) -> Tensor:
-    """Copy one tile of a volume, mirrored in several ways, into a batch; zero where it leaves the volume.
+    """Copy one tile of a volume, mirrored in several ways, into a batch; it is zero outside the volume.
 
     Args:
         volume: (C, Z, Y, X) float32.
-        corner: First voxel (z, y, x) of the tile; may lie outside.
-        size: Its size (z, y, x).
+        corner: First voxel (z, y, x) of the tile; it may lie outside the volume.
+        size: Size of the tile (z, y, x).
         views: For each view the spatial axes to flip, counted 0, 1, 2 for z, y, x.
         out: (len(views), C, *size), any floating dtype; written and returned.
     """
@@ -158,7 +159,7 @@ def gather_tiles(volume: Tensor, corner: list[int], size: list[int], views: list
 def accumulate_views(
     logits: Tensor, views: list[list[int]], weights: tuple[Tensor, Tensor, Tensor], out: Tensor
 ) -> None:
-    """Add the weighted sum of mirrored views of a tile to the volume they were cut from.
+    """Add the weighted sum of a tile's mirrored views to the sums of all tiles.
 
     `out += wz * wy * wx * sum over views of unflip(logits)`, one read-modify-write of `out` for all views.
 
@@ -178,7 +179,7 @@ def accumulate_views(
 
 
 def argmax_labels(logits: Tensor) -> Tensor:
-    """Index of the greatest logit; the first one where several are equal, as numpy's argmax.
+    """Index of the greatest logit; the first of equal ones, as in numpy's argmax.
 
     Class by class over whole planes: torch's own argmax over the first axis is some 200 times slower on a CPU.
 
@@ -193,7 +194,7 @@ def argmax_labels(logits: Tensor) -> Tensor:
     best = logits[0]
     for index in range(1, len(logits)):
         greater = (logits[index] > best).to(dtype)
-        # A later class wins over all earlier ones, and has the greater index: the maximum is the label.
+        # A class that wins over all earlier ones has the greatest index so far, so the maximum is the label.
         torch.maximum(labels, greater.mul_(index), out=labels)
         if index + 1 < len(logits):
             best = torch.maximum(best, logits[index])
@@ -201,7 +202,7 @@ def argmax_labels(logits: Tensor) -> Tensor:
 
 
 def region_labels(logits: Tensor, values: list[int]) -> Tensor:
-    """Paint regions over each other: region i takes its value wherever its probability exceeds one half.
+    """Paint regions over each other: region i is painted where its probability is above one half.
 
     Args:
         logits: (K, ...) floating, one per region; sigmoid(x) > 0.5 is x > 0.
@@ -226,17 +227,17 @@ def resample_labels(
     values: tuple[int, ...] | None = None,
     confidence: Tensor | None = None,
 ) -> None:
-    """Resample logits along y, x and z and write what they say, plane by plane.
+    """Resample logits along y, x and z, and write their labels, plane by plane.
 
     Args:
-        logits: (K, z, Y, X) float32: the planes from `offset` on that the rows read.
-        operators: The maps along z, y, x, of one or two taps.
+        logits: (K, z, Y, X) float32, the input planes of the rows.
+        operators: Maps along z, y, x, of one or two taps.
         out: (rows, Y', X') uint8 or uint16; written.
         rows: Half-open range of outputs along z.
         offset: Index of the first plane of `logits`.
-        values: Of regions, the label that each paints, in painting order; None for classes.
-        confidence: (rows, Y', X') float32, with the strides of `out`; receives the probability of the label written: of
-            the region that was painted last, 0 where none was.
+        values: For regions, the label that each paints, in painting order; None for classes.
+        confidence: (rows, Y', X') float32, with the strides of `out`; gets the probability of the written label. For
+            regions, this is the region that was painted last, and 0 if none was painted.
     """
     z, y, x = operators
     low, high = z.inputs_of(*rows)
@@ -257,7 +258,7 @@ def resample_labels(
 
 
 def weighted_sum(planes: list[Tensor], weights: list[float]) -> Tensor:
-    """Add neighbouring planes; may be one of them."""
+    """Add weighted planes; the result may be one of them."""
     if weights[0] == 1 and not any(weights[1:]):
         return planes[0]
     result = planes[0] * weights[0]

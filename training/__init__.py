@@ -1,1 +1,1 @@
-"""Produces multi-task models."""
+"""Trains and evaluates multi-task models."""

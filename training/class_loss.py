@@ -1,4 +1,4 @@
-"""The loss of the classification head: cross-entropy by case, weighted by what each patch shows of it."""
+"""The loss of the classification head: cross-entropy of each patch, weighted by the focus in the patch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..engine.model.classification import ClassificationScheme
 
 
 def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
-    """Weights that make every class count the same, with mean 1 over the cases.
+    """Weights that give every class the same total weight, with mean 1 over the cases.
 
     Args:
         labels: Class of every training case.
@@ -31,16 +31,16 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 
 
 def shown_content(target: Tensor, scheme: ClassificationScheme, ignore_label: int | None) -> tuple[Tensor, Tensor]:
-    """Where patches show what the class is about, and where anything but background.
+    """Find the voxels of the focus and of the foreground in patches.
 
     Args:
-        target: As nnU-Net gives it at full resolution: (N, 1, *patch) labels; or (N, R, *patch) of 0 and 1 by region,
-            with what is to be ignored as one more channel at the end where there is an ignore label.
-        scheme: Names the channels of the focus.
+        target: nnU-Net's target at full resolution: (N, 1, *patch) labels; or (N, R, *patch) of 0 and 1 by region, and
+            if there is an ignore label, one more channel of ignored voxels at the end.
+        scheme: Has the focus channels.
         ignore_label: Value of the ignore label, if there is one.
 
     Returns:
-        Focus and foreground, (N, *patch) bool each; neither holds what is to be ignored.
+        Focus and foreground, (N, *patch) bool each, without ignored voxels.
     """
     channels = list(scheme.focus_channels)
     if scheme.regions:
@@ -56,12 +56,12 @@ def shown_content(target: Tensor, scheme: ClassificationScheme, ignore_label: in
 
 
 def content_weights(focus: Tensor, foreground: Tensor, pancreas_weight: float) -> Tensor:
-    """How far each patch can tell the class of its case.
+    """Weight of each patch in the class loss.
 
     Args:
-        focus: (N, *patch) bool, what the class is about.
+        focus: (N, *patch) bool, voxels of the focus.
         foreground: (N, *patch) bool.
-        pancreas_weight: Of a patch with foreground but nothing of the focus.
+        pancreas_weight: Weight of a patch with foreground but without focus.
 
     Returns:
         (N,) float32: 1, `pancreas_weight` or 0.
@@ -81,7 +81,7 @@ def class_loss(logits: Tensor, labels: Tensor, by_class: Tensor, by_content: Ten
         label_smoothing: In 0 to 1.
 
     Returns:
-        Scalar `sum(by_content * ce) / N`: patches that show nothing do not make the others count more.
+        Scalar `sum(by_content * ce) / N`: patches of weight 0 do not raise the weight of others.
     """
     losses = F.cross_entropy(logits.float(), labels, weight=by_class, label_smoothing=label_smoothing, reduction="none")
     return (losses * by_content).mean()

@@ -1,6 +1,7 @@
 """The training side of the `nnturbo` command: argument parsing only.
 
-This module imports nothing heavy, so that `nnturbo --help` starts at once; commands import what they need.
+This module has only light imports, so that `nnturbo --help` starts at once; commands import other modules when they
+run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..engine.errors import EngineError
 
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
-# As in `phantom`, `planning` and `recipe`, which import numpy or torch; a test compares them.
+# Copies of constants in `phantom`, `planning` and `recipe`, which import numpy or torch; a test compares them.
 PHANTOM_COUNTS = {"train": 252, "validation": 36, "test": 72}
 PLANNERS = ("resenc", "plain", "compact")
 PRESETS = ("balanced", "conservative", "aggressive", "segmentation_focused")
@@ -238,7 +239,7 @@ def _train(options: argparse.Namespace) -> int:
     fold: int | str = int(options.f) if options.f.isdecimal() else options.f
     scans = []
     if options.lda is not None:
-        # What would stop the fit is said before hours of training.
+        # Errors that would stop the fit are raised before hours of training.
         scans = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold)
         subtypes = [scan.subtype for scan in scans]
         check_counts(subtypes, max(subtypes) + 1)

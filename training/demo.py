@@ -1,4 +1,4 @@
-"""The main job in one command: phantoms that no training saw, predicted, compared with the truth, and one picture."""
+"""A demonstration in one command: predicts phantoms, compares them with the truth, and draws one."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DEMO_SEED = 7
-"""Of the phantoms; the demo model was trained on those of another seed."""
+"""Seed of the phantoms; the demo model was trained on phantoms of another seed."""
 
 WINDOW_HU = (-110.0, 190.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """What a demonstration gave.
+    """Results of a demonstration.
 
     Attributes:
-        evaluation: Against the truth.
-        records: What `predictions.json` says, by case.
+        evaluation: Comparison with the truth.
+        records: Records of `predictions.json`, by case.
         picture: CT, truth and prediction of one case.
     """
 
@@ -59,11 +59,11 @@ def demonstrate(
 
     Args:
         model: Model folder.
-        output: Made if it is not there; earlier results of a demonstration are replaced.
+        output: Folder for the results; made if it does not exist. Results of an earlier demonstration are replaced.
         cases: Number of phantoms.
-        seed: Of the phantoms.
-        mirror: Average over mirrored views, which takes eight times as long.
-        device: Where the network runs.
+        seed: Seed of the phantoms.
+        mirror: Whether to average over mirrored views, which takes eight times as long.
+        device: Device of the network.
 
     Raises:
         EngineError: Where the model cannot be used, matplotlib is missing, or a case fails.

@@ -1,4 +1,4 @@
-"""What a training leaves to read: a line per epoch, and its curves."""
+"""Writes the history of a training: a line per epoch, and curves."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
     """Write `history.csv` and, of the same numbers, `curves.png`.
 
     Args:
-        lines: One per epoch; what was not measured in an epoch is left out of its line.
-        folder: Where; files of these names are replaced.
+        lines: One per epoch, without values that were not measured in that epoch.
+        folder: Folder for the files; files of these names are replaced.
     """
     from matplotlib.figure import Figure
 

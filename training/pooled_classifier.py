@@ -1,4 +1,4 @@
-"""A shrinkage discriminant analysis on pooled encoder features, fitted after training and kept in the checkpoint."""
+"""A shrinkage discriminant analysis on pooled encoder features, fitted after training and stored in the checkpoint."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ class ClassifiedScan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PooledFit:
-    """How well a fitted classifier did.
+    """Quality of a fitted classifier.
 
     Attributes:
-        cases: Number of cases that it was fitted on.
-        macro_f1: Of a five-fold cross-validation over them. The network has seen them all, so it flatters.
+        cases: Number of cases on which it was fitted.
+        macro_f1: Macro-F1 of a five-fold cross-validation over them. It is too high, because the network was trained on
+            all of them.
     """
 
     cases: int
@@ -60,7 +61,7 @@ class PooledFit:
 
 
 def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | str) -> list[ClassifiedScan]:
-    """Find scans and classes of the cases that a fold is trained on.
+    """Find scans and classes of the training cases of a fold.
 
     Args:
         raw_dataset: `nnUNet_raw/DatasetXXX_Name`.
@@ -68,7 +69,7 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
         fold: Number of a split, or "all" for every labelled case.
 
     Raises:
-        DatasetError: Where a file is missing, or a split is not there.
+        DatasetError: Where a file or the split is missing.
     """
     subtypes, _ = read_classes(preprocessed_dataset / LABELS_FILE)
     dataset = json.loads((preprocessed_dataset / "dataset.json").read_text())
@@ -94,15 +95,15 @@ def fit_pooled_classifier(
     device: str = "auto",
     progress: Callable[[int, int, object], None] | None = None,
 ) -> PooledFit:
-    """Fit a classifier on scans and put it into the checkpoint of a fold, where the engine finds it.
+    """Fit a classifier on scans, and write it into the checkpoint of a fold, where the engine finds it.
 
     Args:
-        model_folder: Of a multi-task model.
-        fold: Whose checkpoint.
-        scans: Those that the network was trained on.
+        model_folder: Folder of a multi-task model.
+        fold: Fold whose checkpoint is used.
+        scans: Training scans of the network.
         stages: Stages of the encoder to pool, counted from the finest, 0.
-        checkpoint: Its file name.
-        device: Where the network runs.
+        checkpoint: File name of the checkpoint.
+        device: Device of the network.
         progress: Called with the number done, the number of all, and the scan.
 
     Raises:
@@ -122,7 +123,7 @@ def fit_pooled_classifier(
     weight, bias = fit_discriminant(np.array(features), labels, scheme.num_classes)
     macro_f1 = _cross_validate(np.array(features), labels, scheme.num_classes)
     path = Path(model_folder) / f"fold_{fold}" / checkpoint
-    content = torch.load(path, map_location="cpu", weights_only=False)  # the caller's own training
+    content = torch.load(path, map_location="cpu", weights_only=False)  # the caller trained this checkpoint
     content["pooled_classifier"] = {"kind": "lda", "stages": list(stages), "weight": weight, "bias": bias}
     with written_atomically(path) as temporary:
         torch.save(content, temporary)
@@ -146,13 +147,13 @@ def _features(
 def case_outputs(
     network: MultiTaskUNet, plan: Plan, scans: Sequence[ClassifiedScan], device: torch.device
 ) -> Iterator[NDArray[np.float64]]:
-    """Say what a network's head gives for whole scans, as the engine does: over tiles, weighted by what they show.
+    """Compute the output of a network's head for whole scans as the engine does: a weighted mean over tiles.
 
     Args:
-        network: With any head.
-        plan: Of the network.
-        scans: Which.
-        device: Where the network runs.
+        network: Network with any head.
+        plan: Plan of the network.
+        scans: Scans to predict.
+        device: Device of the network.
 
     Yields:
         One vector, as long as the head's output, for each scan.
@@ -202,7 +203,7 @@ def fit_discriminant(
 
 
 def check_counts(labels: NDArray[np.integer[Any]] | Sequence[int], num_classes: int) -> None:
-    """Refuse what no classifier can be fitted on.
+    """Refuse classes with too few cases.
 
     Raises:
         ValueError: Where a class has fewer than two cases.

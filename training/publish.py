@@ -1,4 +1,4 @@
-"""Make a model folder to hand on: weights and what inference needs, nothing of the training's state."""
+"""Copies a model folder for publication: all that inference needs, without the state of the training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .history import CURVES_FILE, HISTORY_FILE
 
 INFERENCE_KEYS = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes", "pooled_classifier")
 RECORDS = (HISTORY_FILE, CURVES_FILE)
-"""What a training leaves that is worth reading."""
+"""Files of a training that are copied too."""
 
 
 def publish_model(
@@ -31,10 +31,10 @@ def publish_model(
     nnU-Net's predictor and the engine load the copy as they load the original.
 
     Args:
-        model_folder: Of a trained model.
-        target: Must not exist.
+        model_folder: Folder of a trained model.
+        target: The new folder; it must not exist.
         folds: Folds to copy; by default all that have the checkpoint.
-        checkpoint: Its file name.
+        checkpoint: File name of the checkpoint.
 
     Returns:
         The new folder.

@@ -1,4 +1,4 @@
-"""Where every source of random numbers stands, so that a resumed training draws what an uninterrupted one would."""
+"""Saves and restores the state of all random number generators, so that a resumed training draws the same numbers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from what `random_state` read."""
+    """Restore the states that `random_state` read."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
-        # Fewer devices may be there than when the state was read; training uses the first.
+        # There may be fewer devices now; training uses the first.
         for device, part in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(part.cpu(), device)

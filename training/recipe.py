@@ -1,4 +1,4 @@
-"""How a multi-task model is trained: one frozen recipe, four presets, and the learning rate over the epochs."""
+"""Recipes of multi-task trainings: all settings, four presets, and the learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AUGMENTATIONS = (
     "SimulateLowResolutionTransform",
     "GammaTransform",
 )
-"""Of nnU-Net's augmentations those that may be left out; the others also bring patches to their size or form."""
+"""nnU-Net's augmentations that may be left out; the others also change the size or form of patches."""
 
 
 _KINDS = {
@@ -29,7 +29,7 @@ _KINDS = {
     "tuple[int, ...]": ("whole numbers", lambda value: _all_are(value, int)),
     "tuple[str, ...]": ("texts", lambda value: _all_are(value, str)),
 }
-"""What values of each declared type must be, in words and as a test."""
+"""For each declared type: what its values must be, in words, and a test of it."""
 
 
 def _all_are(values: Any, kind: type) -> bool:
@@ -38,32 +38,32 @@ def _all_are(values: Any, kind: type) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that is chosen about a training.
+    """All settings of a training.
 
     Attributes:
         head: Kind of classification head, see `engine.classification.ClassificationScheme`.
-        head_stages: Encoder stages that feed it; shallow ones tell subtypes apart better.
-        head_hidden, head_queries, head_dropout: Of the head.
-        focus_labels: Names of the labels that the class is about.
-        optimizer: Of encoder and decoder: "sgd" with nnU-Net's Nesterov momentum of 0.99, or "adamw".
-        learning_rate, weight_decay: Of encoder and decoder.
+        head_stages: Encoder stages that the head reads; shallow ones separate subtypes better.
+        head_hidden, head_queries, head_dropout: Settings of the head.
+        focus_labels: Names of the focus labels, such as the lesion.
+        optimizer: Optimizer of encoder and decoder: "sgd" with nnU-Net's Nesterov momentum of 0.99, or "adamw".
+        learning_rate, weight_decay: Settings of that optimizer.
         gradient_clip: Greatest norm of the gradients of encoder and decoder.
-        head_learning_rate, head_weight_decay, head_gradient_clip: Of the head, which has an AdamW of its own: on
-            nnU-Net's SGD its cross-entropy sticks at ln 3.
-        epochs: The most there are.
+        head_learning_rate, head_weight_decay, head_gradient_clip: Settings of the head's own AdamW. With nnU-Net's SGD
+            the head's cross-entropy stays at ln 3.
+        epochs: Greatest number of epochs.
         iterations, validation_iterations: Batches per epoch.
         segmentation_epochs: Epochs at the beginning that train the segmentation alone.
         detached_epochs: Epochs after those in which the head learns without changing the encoder.
-        class_loss_weight: Of the classification loss in the sum, once it may change the encoder; 0 for never.
-        label_smoothing: Of the classification loss.
-        pancreas_weight: Weight of a patch that shows foreground but nothing of the focus; with focus it is 1, without
-            foreground 0.
+        class_loss_weight: Weight of the classification loss in the sum, when it may change the encoder; with 0 it never
+            does.
+        label_smoothing: Label smoothing of the classification loss.
+        pancreas_weight: Weight of a patch with foreground but without focus; with focus it is 1, without foreground 0.
         oversample_foreground: Share of the patches that are centred on foreground.
         left_out: Augmentations of nnU-Net's that are not applied, some of `AUGMENTATIONS`.
-        validate_every: Epochs between validations on whole cases; 0 for none, and then nothing stops early.
-        validation_cases: The most cases of such a validation, spread evenly over the split; 0 for all.
+        validate_every: Epochs between validations on whole cases; 0 for none, and then training does not stop early.
+        validation_cases: Greatest number of cases of such a validation, spread evenly over the split; 0 for all.
         patience: Epochs without a better score (mean of foreground DSC and macro-F1) before the learning rate anneals.
-        annealing_epochs: Epochs in which it then goes to zero.
+        annealing_epochs: Epochs in which the learning rate then goes to zero.
         save_every: Epochs between checkpoints.
     """
 
@@ -97,7 +97,7 @@ class Recipe:
     save_every: int = 5
 
     def __post_init__(self) -> None:
-        """Check what a person may have typed."""
+        """Check all values, because people may have typed them."""
         if wrong := [
             f"{field.name} must be {_KINDS[str(field.type)][0]}, got {getattr(self, field.name)!r:.80}"
             for field in fields(self)
@@ -140,7 +140,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Recipe:
-        """Read what `describe` wrote.
+        """Read the output of `describe`.
 
         Raises:
             ValueError: For unknown entries, or values out of range.
@@ -154,19 +154,19 @@ class Recipe:
         return cls(**arguments)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Give plain values for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 PRESETS: Mapping[str, Recipe] = {
-    # nnU-Net's own optimiser, and a head that hardly moves the encoder.
+    # nnU-Net's own optimizer, and a head that hardly changes the encoder.
     "conservative": Recipe(
         optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, class_loss_weight=0.1, detached_epochs=30
     ),
     "balanced": Recipe(),
-    # Both tasks from early on, with equal weight.
+    # Both tasks from an early epoch on, with equal weight.
     "aggressive": Recipe(segmentation_epochs=5, detached_epochs=5, class_loss_weight=1.0, learning_rate=2e-3),
-    # A long schedule, which the segmentation gains most from; the head never changes the encoder.
+    # A long schedule, from which the segmentation gains most; the head never changes the encoder.
     "segmentation_focused": Recipe(
         optimizer="sgd",
         learning_rate=1e-2,
@@ -182,7 +182,7 @@ PRESETS: Mapping[str, Recipe] = {
 
 
 def changed_recipe(preset: str, changes: Sequence[str]) -> Recipe:
-    """Take a preset and change what is asked for.
+    """Take a preset, and change some of its entries.
 
     Args:
         preset: One of `PRESETS`.
@@ -217,13 +217,13 @@ def _like(example: Any, text: str) -> Any:
 class Schedule:
     """Learning rate over the epochs, as a factor of the first one.
 
-    nnU-Net's polynomial decay; where training stops early, from there straight to zero, since a decay that is merely
-    cut off leaves the rate high.
+    nnU-Net's polynomial decay. If training stops early, the rate goes linearly to zero from there, because it is still
+    high at that point.
 
     Attributes:
-        epochs: That were planned.
-        annealing_epochs: In which the rate goes to zero after stopping early.
-        anneal_from: First epoch of those; `None` while nothing has stopped.
+        epochs: Planned number of epochs.
+        annealing_epochs: Number of epochs in which the rate goes to zero after an early stop.
+        anneal_from: First of these epochs; `None` before an early stop.
     """
 
     epochs: int
@@ -238,7 +238,7 @@ class Schedule:
         return min(self.epochs, self.anneal_from + self.annealing_epochs)
 
     def factor(self, epoch: int) -> float:
-        """What the first learning rate is multiplied with in an epoch, counted from 0."""
+        """Factor of the first learning rate in an epoch, counted from 0."""
         if self.anneal_from is None or epoch < self.anneal_from:
             return (1 - epoch / self.epochs) ** 0.9
         left = (self.last_epoch - epoch) / (self.last_epoch - self.anneal_from + 1)
@@ -249,8 +249,8 @@ class EpochScheduler:
     """Sets the learning rates of both optimizers at the start of an epoch, as nnU-Net's scheduler does for one.
 
     Args:
-        trainer: Has `schedule`, which may change, `recipe` and `head_optimizer`.
-        optimizer: Of encoder and decoder.
+        trainer: Object with `schedule`, which may change, `recipe` and `head_optimizer`.
+        optimizer: Optimizer of encoder and decoder.
     """
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
-from ..engine.model.folder import read_checkpoint
+from ..engine.model.checkpoint import read_checkpoint
 from .data.cases import SPLITS_FILE
 from .data.multi_task_plans import RECIPE_KEY
 from .data.planning import nnunet_environment
@@ -20,9 +20,10 @@ from .recipe import Recipe
 logger = logging.getLogger(__name__)
 
 RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-"""In nnU-Net's order."""
+"""Checkpoints from which a training resumes, in nnU-Net's order."""
 
 
+# Its parameters are the flags of `nnturbo train`.
 def train(
     dataset_name: str,
     configuration: str,
@@ -44,35 +45,28 @@ def train(
         dataset_name: Such as Dataset801_PancreasPhantom.
         configuration: Such as 3d_fullres.
         fold: Number of a split of `splits_final.json`, or "all".
-        recipe: How.
+        recipe: Settings of the training.
         plans_name: Plans file without its ending, such as nnUNetResEncUNetMPlans.
         raw: nnU-Net's nnUNet_raw.
         preprocessed: nnU-Net's nnUNet_preprocessed.
         results: nnU-Net's nnUNet_results.
         device: "auto", "cpu", "cuda" or "mps".
-        resume: Go on from the final, latest or best checkpoint, the first that is there; without one, begin. A finished
-            training stays as it is.
-        pretrained: Checkpoint whose weights a new training begins with, of nnU-Net's own trainer or of this one:
-            encoder and decoder must fit, a head is taken where it fits.
-        final_validation: Run nnU-Net's own validation of the final checkpoint afterwards.
+        resume: Whether to continue from the final, latest or best checkpoint, the first that exists; without one, the
+            training begins. A finished training is not changed.
+        pretrained: Checkpoint of nnU-Net's trainer or of this one, with whose weights a new training begins. Encoder
+            and decoder must fit; a head is used if it fits.
+        final_validation: Whether to run nnU-Net's own validation of the final checkpoint afterwards.
 
     Returns:
         The model folder, which holds `plans.json`, `dataset.json` and `fold_<fold>`.
 
     Raises:
         ValueError: For an unknown device, or a fold that the splits do not have.
-        DatasetError: Where the preprocessed data set is not there.
-        EngineError: Where nnU-Net is not installed, the device is not there, or a training would be overwritten.
+        DatasetError: Where the preprocessed data set is missing.
+        EngineError: Where nnU-Net is not installed, the device is missing, or a training would be overwritten.
     """
     folder = Path(preprocessed) / dataset_name
-    for name in (f"{plans_name}.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
-    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
-    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
-    arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
-    if not arrays.is_dir():
-        raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
+    plans, dataset = _read_preprocessed(folder, plans_name, configuration)
     fold = _check_fold(fold, folder / SPLITS_FILE)
     chosen = choose_device(device)
     if chosen.index is not None:
@@ -83,7 +77,7 @@ def train(
         except ImportError as error:
             raise EngineError(f"training needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
         plans |= {RECIPE_KEY: recipe.describe(), "continue_training": resume}
-        # By the name that the plans give themselves, as nnU-Net does, not by that of their file.
+        # As in nnU-Net, named by the plans' own name and not by their file.
         model = f"{nnUNetTrainerMultiTask.__name__}__{plans['plans_name']}__{configuration}"
         target = Path(results) / dataset_name / model
         present = [path for name in RESUMABLE if (path := target / f"fold_{fold}" / name).is_file()]
@@ -103,8 +97,21 @@ def train(
     return target
 
 
+def _read_preprocessed(folder: Path, plans_name: str, configuration: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read plans and `dataset.json` of a preprocessed data set, and check that the configuration is there."""
+    for name in (f"{plans_name}.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
+    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
+    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
+    if not arrays.is_dir():
+        raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
+    return plans, dataset
+
+
 def _check_fold(fold: int | str, splits_file: Path) -> int | str:
-    """Refuse a fold that is not there: nnU-Net would split at random, and mix validation cases into training."""
+    """Refuse a fold that does not exist: nnU-Net would split at random, and train on validation cases."""
     if fold == "all":
         return fold
     if not splits_file.is_file():

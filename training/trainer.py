@@ -1,4 +1,4 @@
-"""nnU-Net's trainer with a second task: a class per case, from a head on the encoder that segments."""
+"""nnU-Net's trainer with a second task: a class per case, from a head on the encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..engine.errors import EngineError
 from ..engine.files import written_atomically
-from ..engine.model.folder import read_checkpoint
+from ..engine.model.checkpoint import read_checkpoint
 from .class_loss import class_loss, class_weights, content_weights, shown_content
 from .data.cases import LABELS_FILE
 from .data.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
@@ -29,13 +29,13 @@ from .whole_cases import LabelledCase, find_labelled_cases, network_engine, vali
 
 
 class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainers by names of this form
-    """Trains a `MultiTaskUNet`; takes the recipe from the plans, and the preset "balanced" where they have none.
+    """Trains a `MultiTaskUNet` by the recipe in the plans, or the preset "balanced" if they have none.
 
-    nnU-Net's command finds it through `nnUNet_extTrainer`; `nnturbo train` makes it directly. What nnU-Net does with a
-    trained model, its final validation among it, works as ever: `forward` gives the segmentation alone.
+    nnU-Net's command finds it through `nnUNet_extTrainer`; `nnturbo train` makes it directly. nnU-Net's own prediction
+    and final validation work with the model, because `forward` gives only the segmentation.
     """
 
-    # nnU-Net fills these in later; each is `None` before.
+    # nnU-Net sets these later; each is `None` before.
     network: Any
     optimizer: Any
     logger: Any
@@ -73,10 +73,10 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self._random_state: dict[str, Any] | None = None
 
     def initialize(self) -> None:
-        """Build network, optimizers and loss; compile what may be compiled without changing the names of weights.
+        """Build network, optimizers and loss; compile the parts whose weights keep their names.
 
         Raises:
-            DatasetError: Where a case has no class, or a class no training case.
+            DatasetError: Where a case has no class, or a class has no training case.
         """
         training, validation = self.do_split()
         if unknown := sorted({str(case) for case in (*training, *validation)} - set(self.subtypes)):
@@ -95,13 +95,13 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             self.network.decoder.compile()
 
     def _do_i_compile(self) -> bool:
-        """Not as one: the two tasks enter the network by different methods."""
+        """Do not compile the network as a whole, because the two tasks call different methods."""
         return False
 
     def configure_optimizers(self) -> tuple[Any, Any]:
-        """Give the head an optimizer of its own; nnU-Net steps the other and calls the schedule once an epoch."""
+        """Give the head its own optimizer; nnU-Net steps the other one, and calls the schedule once an epoch."""
         recipe, head = self.recipe, list(self.network.head.parameters())
-        # Lists, since a checkpoint knows parameters by their place alone.
+        # Lists, because a checkpoint identifies parameters by their position.
         of_head = set(map(id, head))
         backbone = [parameter for parameter in self.network.parameters() if id(parameter) not in of_head]
         if recipe.optimizer == "sgd":
@@ -114,7 +114,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         return optimizer, EpochScheduler(self, optimizer)
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
-        """nnU-Net's augmentation without what the recipe leaves out."""
+        """nnU-Net's augmentation without the transforms that the recipe leaves out."""
         composed: Any = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         kept = [
             transform for transform in composed.transforms if _augmentation_name(transform) not in self.recipe.left_out
@@ -122,7 +122,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         return ComposeTransforms(kept)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One step of both tasks, or of the segmentation alone while it comes first."""
+        """Train one step of both tasks, or of the segmentation alone in the first epochs."""
         data, target, labels = self._to_device(batch)
         with_class = self.current_epoch >= self.recipe.segmentation_epochs
         joint = self.recipe.class_loss_weight > 0 and self.current_epoch >= (
@@ -160,7 +160,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         return class_loss(class_logits, labels, self.class_weights, by_content, self.recipe.label_smoothing)
 
     def _step(self, loss: Tensor, with_class: bool) -> None:
-        """Backward, each part's own gradient clip, both optimizers."""
+        """Run backward, clip the gradients of each part, and step both optimizers."""
         head = list(self.network.head.parameters())
         backbone = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
@@ -233,7 +233,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         """Cases of the validation split, as many as the recipe asks for, with their raw scans.
 
         Raises:
-            EngineError: Where there are none, or their scans are not in nnUNet_raw.
+            EngineError: Where there are no such cases, or their scans are not in nnUNet_raw.
         """
         if self.is_cascaded:
             raise EngineError(
@@ -250,24 +250,24 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
 
     def on_epoch_end(self) -> None:
         """Let nnU-Net log and keep its best checkpoint; then save, and write the history."""
-        self.save_every = self.num_epochs  # never here: it would save before it updates what it knows as the best
+        self.save_every = self.num_epochs  # not by nnU-Net, which would save before it updates its best score
         super().on_epoch_end()
         if self.current_epoch % self.recipe.save_every == 0 and self.current_epoch < self.schedule.last_epoch:
             self._write_checkpoint(Path(self.output_folder) / "checkpoint_latest.pth", self.current_epoch)
         write_history(self.history, Path(self.output_folder))
 
     def on_train_start(self) -> None:
-        """Make everything ready; after a resume, go on with the random numbers where they stopped."""
+        """Prepare the training; after a resume, restore the random number generators."""
         if not self.was_initialized:
             self.initialize()
         if self.recipe.validate_every:
-            self._validation_cases()  # what would fail after hours fails now
+            self._validation_cases()  # errors that would come after hours come now
         super().on_train_start()
         if self._random_state is not None:
             restore_random_state(self._random_state)
 
     def run_training(self) -> None:
-        """nnU-Net's loop, which ends where the schedule ends."""
+        """Run nnU-Net's loop until the schedule ends."""
         self.on_train_start()
         while self.current_epoch < self.schedule.last_epoch:
             self.num_epochs = self.schedule.last_epoch
@@ -289,7 +289,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self._write_checkpoint(Path(filename), self.current_epoch + 1)
 
     def _write_checkpoint(self, path: Path, next_epoch: int) -> None:
-        """Write everything that a resumed training needs, plain values and tensors only, complete or not at all."""
+        """Write all that a resumed training needs, as plain values and tensors, completely or not at all."""
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
@@ -320,10 +320,10 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         """Begin with trained weights, before the first epoch.
 
         Args:
-            weights: Parameters by name, at least those of encoder and decoder; others are taken where they fit.
+            weights: Parameters by name, at least those of encoder and decoder; others are used if they fit.
 
         Raises:
-            EngineError: Where encoder or decoder would not be complete.
+            EngineError: Where weights of encoder or decoder are missing.
         """
         self.initialize()
         own = self.network.state_dict()
@@ -336,15 +336,15 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self.network.load_state_dict({**own, **fitting})
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             CheckpointError: Where it is damaged, or holds more than weights and plain values.
-            EngineError: Where it is of another kind of training, of another head, or of another optimizer.
+            EngineError: Where it comes from another kind of training, or has another head or optimizer.
         """
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
-            read_checkpoint(Path(checkpoint))  # refuses what could run
+            read_checkpoint(Path(checkpoint))  # refuses content that could run code
             checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
         state = checkpoint.get("multi_task")
         if state is None:
@@ -355,7 +355,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         if not self.was_initialized:
             self.initialize()
         self._check_resumable(state)
-        # What nnU-Net's own method does; that of 2.8 takes no dictionary.
+        # As in nnU-Net's own method, which takes no dictionary in 2.8.
         self.network.load_state_dict(checkpoint["network_weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         self.head_optimizer.load_state_dict(state["head_optimizer_state"])
@@ -369,13 +369,13 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             (self.head_optimizer, self.recipe.head_weight_decay),
         ):
             for group in optimizer.param_groups:
-                group["weight_decay"] = decay  # the recipe's, as everything else
+                group["weight_decay"] = decay  # from the recipe, like all settings
         self.schedule = replace(self.schedule, anneal_from=state["anneal_from"])
         self._best, self.history = tuple(state["best"]), state["history"]
         self._random_state = state["random_state"]
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
-        """Compare head and recipe with those of a checkpoint; what would not fit is an error, the rest is logged."""
+        """Compare head and recipe with those of a checkpoint; unusable ones are errors, others are logged."""
         head, had = self.network.scheme.describe(), state["head"]
         if changed := [f"{key} {had.get(key)} is now {value}" for key, value in head.items() if had.get(key) != value]:
             raise EngineError(f"the checkpoint is of another head: {'; '.join(changed)}; resume with the same recipe")

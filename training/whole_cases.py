@@ -1,4 +1,4 @@
-"""Whole cases and what is true of them; validation on them by the engine's own path from scan to labels and class."""
+"""Validation on whole cases, with the engine's path from scan to labels and class."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LabelledCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationResult:
-    """How whole cases went.
+    """Scores on whole cases.
 
     Attributes:
         foreground_dsc: Mean DSC of everything that is not background.
@@ -51,7 +51,7 @@ class ValidationResult:
 
     @property
     def score(self) -> float:
-        """What decides whether training goes on: mean of foreground DSC and macro-F1."""
+        """Score that decides when training stops: mean of foreground DSC and macro-F1."""
         return self.foreground_dsc if math.isnan(self.macro_f1) else (self.foreground_dsc + self.macro_f1) / 2
 
 
@@ -62,7 +62,7 @@ def find_labelled_cases(
 
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
-        names: Of the cases.
+        names: Names of the cases.
         dataset: Content of `dataset.json`.
         subtypes: Class of each case.
 
@@ -73,7 +73,7 @@ def find_labelled_cases(
         raise DatasetError(f"{folder}: the split must have cases, it has none: prepare the data set again")
     ending = dataset["file_ending"]
     channels = range(len(dataset["modality" if "modality" in dataset else "channel_names"]))
-    listed = dataset.get("dataset", {})  # nnU-Net's way to leave scans where they are
+    listed = dataset.get("dataset", {})  # dataset.json may name scans in other folders
     cases = []
     for name in names:
         images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in channels]
@@ -94,14 +94,14 @@ def find_labelled_cases(
 def network_engine(
     network: nn.Module, plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str, device: torch.device
 ) -> Engine:
-    """Make an engine around a network as it is, without mirroring; in fp32 on a CPU and fp16 on a GPU.
+    """Make an engine that runs an existing network, without mirroring; in fp32 on a CPU and fp16 on a GPU.
 
     Args:
-        network: In evaluation mode, without deep supervision.
+        network: Network in evaluation mode, without deep supervision.
         plans: Content of `plans.json`.
         dataset: Content of `dataset.json`.
         configuration: Such as 3d_fullres.
-        device: Where the network lies.
+        device: Device of the network.
     """
     plan = parse_plan(plans, dataset, configuration)
     model = Model(

@@ -1,4 +1,4 @@
-"""Ways to run the network: each turns a model into a `Runner`, by way of files or not, and says where it cannot."""
+"""Ways to run the network: each turns a model into a `Runner`, some with compiled files, and says where it cannot."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Backend(Protocol):
     """One way of running networks.
 
     Args:
-        name: As `--backend` takes it.
-        compiles: Whether it writes what it runs: such a backend loads from a bundle's folder only.
-        bound_to: What its artefacts depend on, as `describe_machine` or a manifest's versions name it.
+        name: Name for `--backend`.
+        compiles: Whether it writes compiled files; such a backend loads only from a bundle's folder.
+        bound_to: Properties of a machine that its files depend on, named as in `describe_machine` or a manifest's
+            versions.
     """
 
     name: str
@@ -26,27 +27,27 @@ class Backend(Protocol):
     bound_to: tuple[str, ...]
 
     def unavailable(self, device: torch.device, precision: str) -> str | None:
-        """Return why this backend cannot run there, in words, or None where it can."""
+        """Return why this backend cannot run on a device in a precision, or None if it can."""
         ...
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Write what `load` needs.
+        """Write the files that `load` needs.
 
         Args:
-            model: With weights.
-            tiles: (N, C, *patch) float32, N at least 2, on the device to build for: what to trace and calibrate with.
-            precision: One that is available there.
-            folder: Where to write.
+            model: Model with weights.
+            tiles: (N, C, *patch) float32, N at least 2, on the device to build for; used to trace and to calibrate.
+            precision: A precision that is available on that device.
+            folder: Folder for the files.
         """
         ...
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> Runner:
-        """Make ready to run.
+        """Prepare to run.
 
         Args:
-            model: Without weights, where there is a folder.
-            folder: What `build` wrote; None for a backend that does not compile and a model with weights.
-            device: Where to run.
-            precision: The one it was built in.
+            model: Model; without weights if there is a folder.
+            folder: Files that `build` wrote; None for a backend that does not compile, with a model with weights.
+            device: Device to run on.
+            precision: Precision of the build.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which device, precision and backend a model runs on, in and with."""
+"""Chooses the device, the precision and the backend of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .torchscript import TorchScriptBackend
 logger = logging.getLogger(__name__)
 
 AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
-"""What "auto" tries on each kind of device, in this order; the others are for those who ask for them."""
+"""Backends that "auto" tries on each kind of device, in this order; others run only if they are named."""
 
 
 def backends() -> dict[str, Backend]:
@@ -40,10 +40,11 @@ def backends() -> dict[str, Backend]:
 
 
 def choose_device(device: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device of this machine.
 
     Raises:
-        BackendUnavailable: Where it is not.
+        ValueError: For another name.
+        BackendUnavailable: Where this machine does not have it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,13 +62,13 @@ def choose_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}")
     if chosen.type == "cuda" and chosen.index is None:
-        # The current device is another one in another thread.
+        # Another thread may have another current device.
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Turn "auto" into fp32 on a CPU and fp16 on a GPU, as nnU-Net."""
+    """Turn "auto" into fp32 on a CPU and fp16 on a GPU, as nnU-Net does."""
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
@@ -76,11 +77,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def usable_backends(name: str, device: torch.device, precision: str) -> list[Backend]:
-    """Find the backend asked for, or with "auto" all that run here, the best one first, and log which and why.
+    """Find the named backend, or with "auto" all that run here, the best first; log the choice and its reason.
 
     Raises:
-        ValueError: For a name that is no backend.
-        BackendUnavailable: Where none can run on this device in this precision.
+        ValueError: For an unknown name.
+        BackendUnavailable: Where no backend can run on this device in this precision.
     """
     known = backends()
     if name != "auto" and name not in known:
@@ -96,5 +97,5 @@ def usable_backends(name: str, device: torch.device, precision: str) -> list[Bac
 
 
 def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
-    """Find the backend asked for, or with "auto" the best one that runs here; see `usable_backends`."""
+    """Find the named backend, or with "auto" the best one that runs here; see `usable_backends`."""
     return usable_backends(name, device, precision)[0]

@@ -1,4 +1,4 @@
-"""The network's launches as one: what matters where kernels are so short that launching them takes longer."""
+"""Launches the network as one CUDA graph: a gain where launching a kernel takes longer than running it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MOST_RECORDED = 2
-"""Batch sizes kept: that of all calls for a tile but the last, and that of the last. Each holds memory of its own."""
+"""Batch sizes kept: the usual one, and that of the last call for a tile. Each holds its own memory."""
 
 TRIALS = 3
 WORTH_IT = 0.97
-"""A replay is used where it takes less than this share of the time of single launches."""
+"""A graph is used if it takes less than this share of the time of single launches."""
 
 Network = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Recording(NamedTuple):
-    """One batch size; outputs are overwritten by the next replay. Without a graph, launches one by one were as fast."""
+    """One batch size. The next replay overwrites the outputs. `graph` is None if single launches were as fast."""
 
     graph: torch.cuda.CUDAGraph | None
     inputs: Tensor
@@ -35,10 +35,10 @@ _NO_GRAPH = Recording(None, torch.empty(0), ())
 
 
 class GraphedNetwork:
-    """Runs a network on a CUDA device, from a CUDA graph for batch sizes where that is faster.
+    """Runs a network on a CUDA device, with a CUDA graph for batch sizes where that is faster.
 
     Args:
-        network: From tiles (N, C, *patch) to any number of tensors; must do the same for the same N.
+        network: From tiles (N, C, *patch) to any number of tensors; it must do the same work for the same N.
     """
 
     def __init__(self, network: Network) -> None:
@@ -53,14 +53,14 @@ class GraphedNetwork:
             try:
                 return self._run(tiles)
             except torch.OutOfMemoryError:
-                self._recordings.clear()  # they hold memory that whoever tries again with less may need
+                self._recordings.clear()  # their memory may be needed by the next, smaller try
                 raise
 
     def _run(self, tiles: Tensor) -> tuple[Tensor, ...]:
         recording = self._recordings.get(tiles.shape) or self._record(tiles)
         if recording.graph is None:
             return self._network(tiles)
-        # The call before may have been on another stream.
+        # The last call may have used another stream.
         torch.cuda.current_stream(tiles.device).wait_event(self._done)
         recording.inputs.copy_(tiles)
         recording.graph.replay()
@@ -86,14 +86,14 @@ class GraphedNetwork:
         return recording
 
     def _captured(self, inputs: Tensor, stream: torch.cuda.Stream) -> tuple[Recording, float]:
-        """Record the launches, and time a replay; a network that cannot be recorded runs as it did before."""
+        """Record the launches, and time a replay; a network that cannot be recorded runs without a graph."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on uploading.
+            # Other threads may upload scans meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = self._network(inputs)
             return Recording(graph, inputs, outputs), _least_ms(graph.replay)
-        except RuntimeError as error:  # among them that a graph of its own does not fit into memory
+        except RuntimeError as error:  # for example, the graph does not fit into memory
             logger.warning("the network cannot be a CUDA graph: %s", str(error).partition("\n")[0])
             return _NO_GRAPH, math.inf
 

@@ -1,4 +1,4 @@
-"""AOTInductor: the network as native code for this machine, in one file that Python and C++ load."""
+"""AOTInductor: the network compiled for this machine, in one file that Python and C++ load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "network.pt2"
 
 
 class InductorRunner:
-    """Runs a compiled network one tile at a time, which is what it was compiled for."""
+    """Runs a compiled network one tile at a time: it was compiled for one tile."""
 
     def __init__(self, compiled: Callable[[Tensor], Any], device: torch.device) -> None:
         self._compiled = compiled

@@ -1,4 +1,4 @@
-"""nnturbo's own kernels: fewer multiplications than there are products, for 3D networks on CPUs."""
+"""nnturbo's own kernels for 3D networks on CPUs: Winograd convolutions, which need fewer multiplications."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .torch import TorchBackend
 logger = logging.getLogger(__name__)
 
 LEAST_VOXELS = 2048
-"""Of the output of a convolution that is transformed: below, its weights take more than its voxels."""
+"""Least output size of a transformed convolution: below it, transforming weights takes longer than the voxels."""
 
 ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
 
 
 class Convolve(nn.Module):
-    """A convolution of one tensor, or of two that belong together, as nnturbo's kernels do it."""
+    """A convolution by nnturbo's kernels; its input is one tensor, or two that are concatenated."""
 
     def __init__(self, kernels: Kernels, convolution: nn.Conv3d) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class Convolve(nn.Module):
         if self._transforms:
             overwrite = self.may_overwrite and given[-1].shape[1] == len(self._bias)
             return kernels.convolve(given, self._taps[0], self._prepared, self._bias, overwrite=overwrite)
-        there = [values if isinstance(values, Tensor) else kernels.spread(values) for values in given]
-        values = channels_last(torch.cat(there, 1)) if len(there) > 1 else there[0]
+        tensors = [values if isinstance(values, Tensor) else kernels.spread(values) for values in given]
+        values = channels_last(torch.cat(tensors, 1)) if len(tensors) > 1 else tensors[0]
         return kernels.convolve_directly(values, self._taps, self._stride, self._prepared, self._bias)
 
     def _prepare(self, given: Sequence[Tensor | PendingUpsampling]) -> Tensor:
-        """Choose by the size of the first tile, which all others have too, and keep one form of the weights."""
+        """Choose the form of the weights by the first tile, whose size all tiles have, and keep only that form."""
         assert self._weight is not None  # it is the first tile
         whole = all(values.shape[1] % self._kernels.lanes == 0 for values in given)
         self._transforms = self._may_transform and whole and math.prod(given[0].shape[2:]) >= LEAST_VOXELS
@@ -70,7 +70,7 @@ class Convolve(nn.Module):
 
 
 class Spread(nn.Module):
-    """A transposed convolution whose kernel equals its stride, left for the next convolution to do."""
+    """A transposed convolution whose kernel equals its stride; the next convolution computes it."""
 
     def __init__(self, kernels: Kernels, convolution: nn.ConvTranspose3d) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Spread(nn.Module):
 
 
 class Project(nn.Module):
-    """The last convolution, of single voxels to logits."""
+    """The last convolution, with kernel size 1, which gives the logits."""
 
     def __init__(self, kernels: Kernels, convolution: nn.Conv3d) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions around which the input goes too."""
+    """Two convolutions, and a skip connection around them."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -123,12 +123,12 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """nnU-Net's decoder, without copies of what comes from the encoder.
+    """nnU-Net's decoder, without copies of the encoder's features.
 
     Args:
-        kernels: To compute with.
-        decoder: Its convolutions are those of the kernels already.
-        keep: Leave what comes from the encoder as it is, because it is needed afterwards.
+        kernels: Compiled kernels.
+        decoder: nnU-Net's decoder, whose convolutions are `Block` already.
+        keep: Do not overwrite the encoder's features, because a head reads them afterwards.
     """
 
     def __init__(self, kernels: Kernels, decoder: Any, keep: bool) -> None:
@@ -153,10 +153,10 @@ class Decoder(nn.Module):
 
 
 def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> InferenceNetwork:
-    """Let nnturbo's kernels do a network's convolutions and norms; changes it in place.
+    """Replace a network's convolutions and norms by nnturbo's kernels, in place.
 
     Raises:
-        BackendUnavailable: Where they cannot do all of them.
+        BackendUnavailable: Where the kernels cannot replace all of them.
     """
     from dynamic_network_architectures.building_blocks.residual import BasicBlockD
     from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
@@ -170,7 +170,7 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         return Residual(module) if suits else None
 
     def decoder(module: nn.Module) -> nn.Module | None:
-        # Heads see what comes from the encoder too.
+        # Heads read the encoder's features too.
         return Decoder(kernels, module, keep=network.multi_task) if type(module) is UNetDecoder else None
 
     replace_modules(network, block)
@@ -190,9 +190,9 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
 def plan_overwriting(network: nn.Module) -> list[Block]:
     """Find the blocks that may write into the memory of their last input, because they are the last to read it.
 
-    What a stage begins with is read again: an encoder's features by the decoder and the heads, what a residual block is
-    given by its skip. So the blocks behind the first of a chain may, and a decoder's first ones, which are the last to
-    read the encoder's features unless these are kept.
+    The input of a stage is read again: the encoder's features by the decoder and the heads, the input of a residual
+    block by its skip connection. So all blocks of a chain except the first may overwrite their input. The first block
+    of each decoder stage may too, because it is the last to read the encoder's features, unless these are kept.
     """
     from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 
@@ -223,7 +223,7 @@ def _may_spread(kernels: Kernels, module: nn.Module) -> bool:
 
 
 def _block(kernels: Kernels, block: Any) -> Block | None:
-    """Put a block's steps together, if they are those of nnU-Net."""
+    """Make one block of convolution, norm and activation; None if the layers are not nnU-Net's usual ones."""
     convolution, *others = [step for step in block.all_modules if not isinstance(step, nn.Dropout3d)]
     if not (isinstance(convolution, nn.Conv3d) and _suits(kernels, convolution) and 1 <= len(others) <= 2):
         return None
@@ -250,7 +250,7 @@ class NativeRunner:
 
     def __init__(self, network: InferenceNetwork, kernels: Kernels) -> None:
         self._network, self._kernels = network, kernels
-        self._one_at_a_time = threading.Lock()  # the threads of the kernels are those of the process
+        self._one_at_a_time = threading.Lock()  # all runners share the kernels' threads
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32."""
@@ -267,10 +267,10 @@ class NativeRunner:
 
 @lru_cache(maxsize=1)
 def compiled_kernels() -> Kernels:
-    """Compile the kernels for this machine, or take those that were compiled before.
+    """Compile the kernels for this machine, or load those that were compiled before.
 
     Raises:
-        BackendUnavailable: Where that fails.
+        BackendUnavailable: Where compiling fails.
     """
     try:
         root = cache_root()
@@ -284,7 +284,7 @@ def compiled_kernels() -> Kernels:
 
 
 class NativeBackend(TorchBackend):
-    """nnturbo's kernels, compiled for the processor at hand when they are first used."""
+    """nnturbo's kernels, compiled for this processor on first use."""
 
     name = "native"
 

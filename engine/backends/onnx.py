@@ -1,4 +1,4 @@
-"""ONNX: a file that ONNX Runtime runs anywhere, and that TensorRT builds its engines from."""
+"""ONNX: a file that ONNX Runtime runs on any machine, and from which TensorRT builds its engines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OnnxRunner:
         """Run a batch of tiles, (N, C, *patch) float32."""
         try:
             outputs = self._session.run(None, {INPUT: np.ascontiguousarray(tiles.cpu().numpy())})
-        except Exception as error:  # ONNX Runtime's own, which have no common base but this
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base
             raise RuntimeError(f"ONNX Runtime: {error}") from error
         return NetworkOutput(*map(torch.from_numpy, outputs))
 

@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest way to run a network on a CPU."""
+"""OpenVINO: networks on a CPU in fp32, bf16 or int8."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .quantization import INT8_FLOOR, quantize
 
 FILE = "network.xml"
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-"""What is not quantised in an int8 network runs in float32."""
+"""Precision of OpenVINO; the parts of an int8 network that are not quantised run in float32."""
 
 
 def _openvino() -> Any:
-    """Import OpenVINO without what it reports over the network: which operations a model has, from where."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO and NNCF do without it
+    """Import OpenVINO without its telemetry, which would report a model's operations and origin."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO and NNCF work without it
     try:
         import openvino
     except ImportError as error:
@@ -36,11 +36,11 @@ def _openvino() -> Any:
 
 
 class OpenVinoRunner:
-    """Runs a compiled network in main memory, one tile at a time: a CPU takes no less time for several at once."""
+    """Runs a compiled network one tile at a time: a CPU takes no less time per tile for several at once."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
-        self._one_at_a_time = threading.Lock()  # the request holds input and output of one tile
+        self._one_at_a_time = threading.Lock()  # a request holds input and output of one tile
         self._outputs = len(request.model_outputs)
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
@@ -59,7 +59,7 @@ class OpenVinoBackend:
     """Networks compiled by OpenVINO, for CPUs.
 
     Args:
-        floor: Dice with float32, of the label that agrees least, that int8 shall keep where it can.
+        floor: Least Dice with float32 for every label, which int8 keeps where it can.
     """
 
     name = "openvino"
@@ -106,9 +106,9 @@ def _convert(network: InferenceNetwork, tile: Tensor) -> Any:
     """Turn a network into an OpenVINO model for one tile, (1, C, *patch).
 
     Note:
-        `convert_model` by itself takes instance norms apart, into a dozen operations and three passes over their input.
-        Left whole, as in bf16 and int8, each becomes one MVN that takes in scale, shift and activation: 0.19 s in place
-        of 0.22 s for a tile of the demo model.
+        `convert_model` by default splits an instance norm into a dozen operations and three passes over its input. In
+        bf16 and int8 the norm is kept whole here: it becomes one MVN with scale, shift and activation, which takes
+        0.19 s in place of 0.22 s for a tile of the demo model.
     """
     openvino = _openvino()
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
@@ -130,12 +130,12 @@ def _compiled(model: Any, precision: str) -> Any:
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # several processes would take the same cores
+        "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
     }
     return _openvino().Core().compile_model(str(model) if isinstance(model, Path) else model, "CPU", options)
 
 
 def _segmentation(model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Run a model on one tile for its segmentation logits."""
+    """Make a function that runs a model on one tile and gives its segmentation logits."""
     runner = OpenVinoRunner(_compiled(model, "int8").create_infer_request())
     return lambda tile: runner(torch.from_numpy(tile)).seg_logits.numpy()

@@ -1,4 +1,4 @@
-"""Networks in int8, with as little kept in float as their labels need."""
+"""Quantises networks to int8, and keeps as few layers in float as the labels allow."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData")
 PASSIVE = ("Constant", "Parameter", "Result", "Concat", "Reshape", "Transpose")
-"""Operations that only move values: int8 may pass through them."""
+"""Operations that only move values, so that int8 can pass through them."""
 
 INT8_FLOOR = 0.98
-"""Least Dice with float32, of the label that agrees least, that is asked for by default."""
+"""Default of the least Dice with float32, of the label that agrees least."""
 
 MARGIN = 0.005
-"""What Dice on calibration tiles must be above the floor, since other scans may agree less."""
+"""Dice on calibration tiles must exceed the floor by this much, because other scans may agree less."""
 
 SMOOTHING = 0.15
 """Share of a channel's range that moves from activations to weights (SmoothQuant's alpha)."""
@@ -39,8 +39,9 @@ class Recipe:
     """A way to quantise.
 
     Args:
-        levels_in_float: How many of the finest resolutions stay in float; of 0, the first and the last convolution.
-        smoothed: Whether channels are brought to similar ranges first, which costs a multiplication of activations.
+        levels_in_float: Number of the finest resolutions that stay in float; with 0, only the first and the last
+            convolution stay.
+        smoothed: Whether channels are first scaled to similar ranges, which costs a multiplication of activations.
     """
 
     levels_in_float: int
@@ -53,7 +54,7 @@ RECIPES = (
     Recipe(levels_in_float=1, smoothed=True),
     Recipe(levels_in_float=2, smoothed=False),
 )
-"""The fastest first, and as measured the least accurate first."""
+"""In the order of speed, the fastest first; measured accuracy has the opposite order."""
 
 
 def quantize(
@@ -66,15 +67,15 @@ def quantize(
 ) -> Any:
     """Quantise the convolutions of an OpenVINO model to int8.
 
-    The first recipe whose labels agree well enough with float on the calibration tiles is taken, else the one that
-    agrees best, and where the tiles show nothing to segment the most careful one.
+    It takes the first recipe whose labels agree well enough with float on the calibration tiles. If none does, it takes
+    the one that agrees best. If the tiles show nothing to segment, it takes the last recipe.
 
     Args:
-        model: In float32, for one tile.
-        tiles: To calibrate with, (1, C, *patch) float32 each.
-        compiled: Makes a model ready to run: from a tile to segmentation logits (1, K, *patch).
-        floor: Dice that every label shall keep.
-        of_regions: Whether logits are of regions, which may overlap, and not of background and labels.
+        model: OpenVINO model in float32, for one tile.
+        tiles: Calibration tiles, (1, C, *patch) float32 each.
+        compiled: Compiles a model to a function from a tile to segmentation logits (1, K, *patch).
+        floor: Least Dice with float, for every label.
+        of_regions: Whether logits are of regions, which may overlap, instead of background and labels.
 
     Returns:
         The quantised model.
@@ -83,34 +84,15 @@ def quantize(
         BackendUnavailable: Where NNCF is not installed.
 
     Note:
-        NNCF by itself also quantises norms, sums, pooling and classification heads. On tiles of a multi-task model
-        class logits were then off by 3.9 in the mean, and by 0.2 with convolutions alone.
+        NNCF by default also quantises norms, sums, pooling and classification heads. On tiles of a multi-task model,
+        class logits then differed from float by 3.9 on average, and by 0.2 with convolutions alone.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of NNCF about the versions of others
-            import nncf
-    except ImportError as error:
-        raise BackendUnavailable(f"int8 needs NNCF to build ({error}): pip install 'nnturbo[openvino]'") from error
+    nncf = _import_nncf()
     exact = _masks(compiled(model), tiles, of_regions)
     shown = any(masks.any() for masks in exact)
     best, best_dice = None, -1.0
     for recipe in RECIPES if shown else RECIPES[-1:]:
-        with _quiet():
-            quantized = nncf.quantize(
-                model.clone(),
-                nncf.Dataset(list(tiles)),
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(tiles),
-                # NNCF smooths for this type of model alone.
-                model_type=nncf.ModelType.TRANSFORMER if recipe.smoothed else None,
-                ignored_scope=nncf.IgnoredScope(names=_kept_in_float(model, recipe.levels_in_float)),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    # Weights of 7 bits, since sums of two products overflow 16 bits on CPUs without VNNI.
-                    overflow_fix=nncf.OverflowFix.ENABLE,
-                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=SMOOTHING, matmul=-1),
-                ),
-            )
+        quantized = _quantize_by(nncf, recipe, model, tiles)
         dice = _lowest_dice(exact, _masks(compiled(quantized), tiles, of_regions))
         logger.info("int8, %s: Dice %.4f on the calibration tiles", recipe, dice)
         if dice > best_dice:
@@ -118,6 +100,35 @@ def quantize(
         if dice >= floor + MARGIN:
             break
     return best
+
+
+def _import_nncf() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NNCF warns about versions of other packages
+            import nncf
+    except ImportError as error:
+        raise BackendUnavailable(f"int8 needs NNCF to build ({error}): pip install 'nnturbo[openvino]'") from error
+    return nncf
+
+
+def _quantize_by(nncf: Any, recipe: Recipe, model: Any, tiles: Tiles) -> Any:
+    """Quantise a copy of a model by one recipe."""
+    with _quiet():
+        return nncf.quantize(
+            model.clone(),
+            nncf.Dataset(list(tiles)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(tiles),
+            # NNCF smooths only for this type of model.
+            model_type=nncf.ModelType.TRANSFORMER if recipe.smoothed else None,
+            ignored_scope=nncf.IgnoredScope(names=_kept_in_float(model, recipe.levels_in_float)),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # Weights of 7 bits, since sums of two products overflow 16 bits on CPUs without VNNI.
+                overflow_fix=nncf.OverflowFix.ENABLE,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=SMOOTHING, matmul=-1),
+            ),
+        )
 
 
 @contextlib.contextmanager
@@ -135,14 +146,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _kept_in_float(model: Any, levels: int) -> list[str]:
-    """Names of all operations that compute, but for the convolutions to quantise; of these at least one remains."""
+    """Names of all operations that compute, except the convolutions to quantise, of which at least one remains."""
     operations = model.get_ordered_ops()
     convolutions = [node for node in operations if node.get_type_name() in CONVOLUTIONS]
     sizes = {node.get_friendly_name(): math.prod(list(node.output(0).shape)[2:]) for node in convolutions}
     names = list(sizes)
     ends = _first_convolutions(model) | _last_convolutions(model)
     finest = sorted(set(sizes.values()), reverse=True)
-    # Shallow networks have no coarser level to leave to int8.
+    # At least the coarsest level is for int8, also in shallow networks.
     kept_sizes = finest[: min(levels, len(finest) - 1)]
     kept = {name for name in names if sizes[name] in kept_sizes} | ends
     others = [node for node in operations if node.get_type_name() not in (*CONVOLUTIONS, *PASSIVE)]
@@ -179,7 +190,7 @@ def _nearest_convolutions(ports: Sequence[Any], neighbours: Callable[[Any], list
 
 
 def _masks(run: Callable[[np.ndarray], np.ndarray], tiles: Tiles, of_regions: bool) -> Masks:
-    """Where each label or region is, (labels, *patch) bool for each tile; the background is left out."""
+    """Masks of all labels or regions except the background, (labels, *patch) bool for each tile."""
     logits = [run(tile)[0] for tile in tiles]
     if of_regions:
         return [of_tile > 0 for of_tile in logits]
@@ -189,7 +200,7 @@ def _masks(run: Callable[[np.ndarray], np.ndarray], tiles: Tiles, of_regions: bo
 
 
 def _lowest_dice(exact: Masks, other: Masks) -> float:
-    """Dice of the label that agrees least, over all tiles; 1 where there is none in either."""
+    """Dice of the label that agrees least, over all tiles; 1 if neither side has any label."""
     scores = [1.0]
     for label in range(len(exact[0])):
         common = sum(np.count_nonzero(a[label] & b[label]) for a, b in zip(exact, other, strict=True))

@@ -32,14 +32,15 @@ class TensorRtRunner:
     """Runs one engine per fold and averages their logits; tiles and logits stay on the GPU.
 
     Args:
-        library: What made the engines.
+        library: TensorRT package that built the engines.
         engines: One per fold, all with the same inputs and outputs.
-        device: Where they lie.
-        kernels: Where to keep what TensorRT-RTX compiles at the first run; None for `tensorrt`, which does so before.
+        device: GPU that holds the engines.
+        kernels: File for the kernels that TensorRT-RTX compiles in the first run; None for `tensorrt`, which compiles
+            earlier.
 
     Note:
-        Scratch memory is torch's, for the number of tiles at hand and shared by all folds. TensorRT's own would be for
-        the largest number of tiles, and once for each fold.
+        Scratch memory comes from torch, for the current number of tiles, and all folds share it. TensorRT itself would
+        allocate it for the largest number of tiles, and once for each fold.
     """
 
     def __init__(self, library: Library, engines: Sequence[Any], device: torch.device, kernels: Path | None) -> None:
@@ -53,7 +54,7 @@ class TensorRtRunner:
             self._contexts.append(context)
         names = [engines[0].get_tensor_name(index) for index in range(engines[0].num_io_tensors)]
         self._outputs = [name for name in OUTPUTS if name in names]
-        # On the default stream TensorRT would wait for the whole device, at every call.
+        # On the default stream TensorRT would wait for the whole device in every call.
         self._stream = torch.cuda.Stream(device)
         self._one_at_a_time = threading.Lock()  # a context holds the addresses of one run
 
@@ -92,7 +93,7 @@ class TensorRtRunner:
             current = torch.cuda.current_stream(tiles.device)
             self._stream.wait_stream(current)
             started = context.execute_async_v3(self._stream.cuda_stream)
-            # From here on memory freed by torch is used again only after the engine has run, on whichever stream.
+            # From here on, torch reuses freed memory only after the engine has run, on any stream.
             current.wait_stream(self._stream)
             for tensor in (tiles, *outputs, scratch):
                 tensor.record_stream(self._stream)
@@ -101,7 +102,7 @@ class TensorRtRunner:
         return outputs
 
     def _context(self, engine: Any, cache: Any) -> tuple[Any, Any]:
-        """Make what runs an engine and, for TensorRT-RTX, what holds the kernels of all engines."""
+        """Make the context of an engine and, for TensorRT-RTX, the cache of kernels that all engines share."""
         api = self._library.api
         managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._library.errors() as errors:
@@ -110,13 +111,13 @@ class TensorRtRunner:
             else:
                 config = engine.create_runtime_config()
                 config.set_execution_context_allocation_strategy(managed)
-                # Else the first calls run other kernels than later ones, and round otherwise.
+                # Otherwise the first calls run other kernels than later ones, with other rounding.
                 eager = api.DynamicShapesKernelSpecializationStrategy.EAGER
                 config.dynamic_shapes_kernel_specialization_strategy = eager
                 if cache is None:
                     cache = config.create_runtime_cache()
                     if self._kernels.is_file() and not cache.deserialize(self._kernels.read_bytes()):
-                        logger.info("%s is of another machine or version: kernels are compiled anew", self._kernels)
+                        logger.info("%s is from another machine or version: kernels are compiled again", self._kernels)
                 config.set_runtime_cache(cache)
                 context = engine.create_execution_context(config)
             if context is None:
@@ -128,13 +129,13 @@ class TensorRtBackend:
     """Networks compiled by TensorRT.
 
     Args:
-        compute_capabilities: Of the GPUs to build for, such as "8.6", where they are not in this machine. That takes
-            TensorRT-RTX. By default engines are for the GPU that is here.
+        compute_capabilities: GPUs to build for, such as "8.6", if they are not in this machine; needs TensorRT-RTX. By
+            default engines are built for this machine's GPU.
     """
 
     name = "tensorrt"
     compiles = True
-    # Engines know their library's version themselves, and only that of the one that built them matters.
+    # An engine contains the version of the library that built it; versions of other packages do not matter.
     bound_to: tuple[str, ...] = ("architecture", "system", "compute_capability")
 
     def __init__(self, compute_capabilities: Sequence[str] = ()) -> None:
@@ -143,7 +144,7 @@ class TensorRtBackend:
     def unavailable(self, device: torch.device, precision: str) -> str | None:
         """Return why it cannot run in this precision on this device, or None.
 
-        With compute capabilities named, this is about building for them, on any device.
+        If compute capabilities are given, this is about building for them, on any device.
         """
         if precision not in TOLERANCES:
             return f"it runs in fp16, its default, or in fp32, not in {precision}"
@@ -174,11 +175,11 @@ class TensorRtBackend:
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Build one engine for all folds, with the weights of each beside it, or one engine per fold.
 
-        One engine serves several folds where it can be tried at once, which takes a GPU: TensorRT 11.3 is known to
-        lose biases in such engines.
+        One engine serves several folds only if it can be tested here, which needs a GPU: TensorRT 11.3 is known to lose
+        biases in such engines.
 
         Raises:
-            ModelError: Where TensorRT does not know some part of the network.
+            ModelError: Where TensorRT does not support a part of the network.
             BackendUnavailable: Where it cannot build here.
         """
         with on_device(tiles.device):
@@ -212,7 +213,7 @@ class TensorRtBackend:
                 (folder / f"fold_{fold}.{library.name}.plan").write_bytes(plan)
 
     def _build_shared(self, library: Library, exported: Sequence[Path], usual_tiles: int, folder: Path) -> None:
-        """Build one engine without weights, and put those of each fold beside it."""
+        """Build one engine without weights, and write the weights of each fold beside it."""
         plan = library.build(exported[0].read_bytes(), usual_tiles=usual_tiles, refittable=True)
         (folder / f"network.{library.name}.plan").write_bytes(plan)
         for path in exported:
@@ -221,10 +222,10 @@ class TensorRtBackend:
     def _compare(
         self, model: Model, folds: Sequence[InferenceNetwork], tiles: Tensor, precision: str, folder: Path
     ) -> None:
-        """Run refitted engines on noise.
+        """Compare refitted engines with torch, on noise.
 
         Raises:
-            BundleError: Where they do not give torch's logits.
+            BundleError: Where their logits differ.
         """
         tiles = torch.randn(tiles.shape, device=tiles.device)
         output = self.load(model, folder, tiles.device, precision)(tiles)
@@ -239,7 +240,7 @@ class TensorRtBackend:
                 )
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TensorRtRunner:
-        """Open the engines on a GPU, and fill in the weights of each fold where one serves all.
+        """Open the engines on a GPU, and fill in the weights of each fold if one engine serves all.
 
         Raises:
             BackendUnavailable: Where TensorRT or a GPU is missing.
@@ -265,25 +266,25 @@ class TensorRtBackend:
 
 
 def _networks(model: Model, precision: str) -> list[InferenceNetwork]:
-    """Each fold for itself, with half convolutions for fp16."""
+    """One network per fold, with convolutions in half precision for fp16."""
     folds = [InferenceNetwork([network]).eval() for network in with_shuffles(inference_network(model)).networks]
     return folds if precision == "fp32" else [with_low_convolutions(fold, torch.float16) for fold in folds]
 
 
 def _built_by(folder: Path) -> str:
-    """Name the package that a bundle's engines are for.
+    """Name the package that built a bundle's engines.
 
     Raises:
-        BundleError: Where there are none.
+        BundleError: Where there are no engines.
     """
     for name in EXTRAS:
         if any(folder.glob(f"*.{name}.plan")):
             return name
-    raise BundleError(f"{folder} must hold engines of {' or '.join(EXTRAS)}; build the bundle anew")
+    raise BundleError(f"{folder} must hold engines of {' or '.join(EXTRAS)}; build the bundle again")
 
 
 def _compute_capability(device: torch.device) -> tuple[str, ...]:
-    """That of a GPU, where torch sees one."""
+    """Compute capability of a GPU, if torch sees one."""
     if not torch.cuda.is_available():
         return ()
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,6 +1,6 @@
-"""What nnturbo uses of TensorRT: networks parsed from ONNX, engines built, opened and given other weights.
+"""Calls of TensorRT: parse networks from ONNX; build, open and refit engines.
 
-Parsing and building ran with TensorRT-RTX 1.7; opening, refitting and running are not yet run on hardware.
+Parsing and building are tested with TensorRT-RTX 1.7. Opening, refitting and running have not run on hardware yet.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .onnx import INPUT
 logger = logging.getLogger(__name__)
 
 EXTRAS = {"tensorrt": "nnturbo[tensorrt]", "tensorrt_rtx": "nnturbo[tensorrt-rtx]"}
-"""The packages with TensorRT's interface, the one for data-centre GPUs first, and what installs them."""
+"""Packages with TensorRT's interface, the one for data-centre GPUs first, and the extra that installs each."""
 
 MOST_TILES = 8
-"""Tiles that an engine takes at once: all mirror views of one, in 3D."""
+"""Tiles that an engine takes at once: all mirror views of one 3D tile."""
 
 
 def installed() -> tuple[str, ...]:
-    """Names of the TensorRT packages that are here."""
+    """Names of the installed TensorRT packages."""
     return tuple(name for name in EXTRAS if importlib.util.find_spec(name) is not None)
 
 
 class Library:
-    """TensorRT under either of its names.
+    """One of the two TensorRT packages.
 
     Args:
         name: "tensorrt" or "tensorrt_rtx".
@@ -53,11 +53,11 @@ class Library:
 
     @property
     def version(self) -> str:
-        """Of the installed package."""
+        """Version of the installed package."""
         return str(self.api.__version__)
 
     def compute_capabilities(self) -> dict[str, Any]:
-        """Compute capabilities such as "8.6" that TensorRT-RTX builds for without a GPU; none for `tensorrt`."""
+        """Compute capabilities such as "8.6" for which TensorRT-RTX builds without a GPU; none for `tensorrt`."""
         members = self.api.ComputeCapability.__members__ if self.name == "tensorrt_rtx" else {}
         return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
 
@@ -72,13 +72,13 @@ class Library:
             self.log.listening.remove(errors)
 
     def parse(self, onnx: bytes) -> tuple[Any, Any]:
-        """Read a model into a strongly typed network: what is half in the file is half in the engine, and no more.
+        """Read a model into a strongly typed network: the engine keeps the precision of each operation in the file.
 
         Returns:
-            The builder and the network; the latter lives as long as the former.
+            The builder and the network. Keep the builder as long as the network is used.
 
         Raises:
-            ModelError: With TensorRT's words, where there is something it does not know.
+            ModelError: Where TensorRT does not support something; the text has its message.
         """
         with self.errors() as errors:
             builder = self.api.Builder(self.log)
@@ -102,17 +102,17 @@ class Library:
         """Build an engine for 1 to 8 tiles.
 
         Args:
-            onnx: What `export_onnx` wrote.
-            usual_tiles: How many it shall be fastest for.
-            compute_capabilities: What to build for, such as "8.6"; by default the GPU that is here.
-            refittable: Leave the weights out and let them be filled in later.
+            onnx: Content of the file from `export_onnx`.
+            usual_tiles: Number of tiles for which the engine is optimised.
+            compute_capabilities: GPUs to build for, such as "8.6"; by default this machine's GPU.
+            refittable: Build without weights; `refit` fills them in.
 
         Returns:
             The engine, serialised.
 
         Raises:
             ModelError: Where TensorRT cannot parse the model.
-            BackendUnavailable: Where it cannot build the engine here, such as for want of memory.
+            BackendUnavailable: Where it cannot build the engine here, for example because memory is short.
         """
         builder, network = self.parse(onnx)
         config = self.configure(builder, compute_capabilities, refittable)
@@ -127,10 +127,10 @@ class Library:
         return bytes(serialized)
 
     def configure(self, builder: Any, compute_capabilities: Sequence[str] = (), refittable: bool = False) -> Any:
-        """Say how and for which GPUs to build, see `build`.
+        """Make the configuration of a build; arguments as in `build`.
 
         Raises:
-            BackendUnavailable: For compute capabilities that it cannot build for.
+            BackendUnavailable: For compute capabilities that the package does not support.
         """
         known = self.compute_capabilities()
         if unknown := set(compute_capabilities) - set(known):
@@ -139,7 +139,7 @@ class Library:
                 f"only for {', '.join(known) or 'the GPU that is here'}"
             )
         config = builder.create_builder_config()
-        config.clear_flag(self.api.BuilderFlag.TF32)  # what is in fp32 is there for its bits
+        config.clear_flag(self.api.BuilderFlag.TF32)  # operations are in fp32 because they need all its bits
         config.profiling_verbosity = self.api.ProfilingVerbosity.DETAILED
         if refittable:
             config.set_flag(self.api.BuilderFlag.REFIT)
@@ -153,13 +153,13 @@ class Library:
 
     @contextmanager
     def _timing_cache(self, config: Any) -> Iterator[None]:
-        """Let a build use what earlier ones measured. TensorRT-RTX measures nothing, and would want a GPU for it."""
+        """Let a build use the timings of earlier builds. TensorRT-RTX times nothing, and its cache would need a GPU."""
         if self.name != "tensorrt":
             yield
             return
         path = cache_file(f"tensorrt-{self.version}.timing")
         cache = config.create_timing_cache(_read_or_empty(path))
-        if cache is None or not config.set_timing_cache(cache, False):  # of another GPU
+        if cache is None or not config.set_timing_cache(cache, False):  # the cache is from another GPU
             config.set_timing_cache(config.create_timing_cache(b""), False)
         yield
         keep(path, bytes(config.get_timing_cache().serialize()))
@@ -168,14 +168,14 @@ class Library:
         """Deserialise an engine on the current device.
 
         Raises:
-            BundleError: With TensorRT's words, where it cannot.
+            BundleError: Where TensorRT cannot open it; the text has its message.
         """
         with self.errors() as errors:
             engine = self.api.Runtime(self.log).deserialize_cuda_engine(path.read_bytes())
             if engine is None:
                 raise BundleError(
                     f"{path} must be an engine of {self.name} {self.version} for this GPU; it cannot be opened: "
-                    f"{_sentence(errors)}. Build the bundle anew where it shall run"
+                    f"{_sentence(errors)}. Build the bundle again on that machine"
                 )
         return engine
 
@@ -183,7 +183,7 @@ class Library:
         """Fill in an engine's weights from a model of the same shape.
 
         Raises:
-            BundleError: Where some are missing or do not fit.
+            BundleError: Where weights are missing or do not fit.
         """
         with self.errors() as errors:
             refitter = self.api.Refitter(engine, self.log)
@@ -192,12 +192,12 @@ class Library:
             if not (whole and refitter.refit_cuda_engine()):
                 raise BundleError(
                     f"{onnx} must hold every weight of the engine beside it: {_sentence(_found_by(parser) + errors)}. "
-                    "Build the bundle anew"
+                    "Build the bundle again"
                 )
 
 
 def profile(builder: Any, network: Any, usual_tiles: int) -> Any:
-    """Describe the tiles that an engine takes: from 1 to 8, and `usual_tiles` the fastest."""
+    """Describe the tiles that an engine takes: from 1 to 8, optimised for `usual_tiles`."""
     made = builder.create_optimization_profile()
     _, *sizes = network.get_input(0).shape
     made.set_shape(INPUT, (1, *sizes), (usual_tiles, *sizes), (MOST_TILES, *sizes))
@@ -205,7 +205,7 @@ def profile(builder: Any, network: Any, usual_tiles: int) -> Any:
 
 
 def _found_by(parser: Any) -> list[str]:
-    """What a parser did not like, with the operator it is about."""
+    """Errors of a parser, with the operator of each."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     return [f"{error.node_operator()} {error.node_name()} {error.desc()}".strip() for error in errors]
 
@@ -216,7 +216,7 @@ def _sentence(messages: Sequence[str]) -> str:
 
 @functools.cache
 def _log(name: str) -> Any:
-    """Make what TensorRT logs to; one for each package and process, since it keeps the first that it is given."""
+    """Make TensorRT's logger; one for each package and process, because TensorRT keeps the first one."""
     base: Any = importlib.import_module(name).ILogger
 
     class Log(base):
@@ -234,7 +234,7 @@ def _log(name: str) -> Any:
 
 
 def cache_file(name: str) -> Path:
-    """Where something lies that only saves time, beside the compiled models."""
+    """Path of a cache file that only saves time, beside the compiled models."""
     return (cache_root() or Path(tempfile.gettempdir())) / name
 
 
@@ -246,7 +246,7 @@ def _read_or_empty(path: Path) -> bytes:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a cache; where that fails, the next run takes longer, and the log says so."""
+    """Write a cache file; if that fails, the next run takes longer, and the log says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as temporary:

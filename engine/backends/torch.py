@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.folder import Model, read_checkpoint
+from ..model.checkpoint import read_checkpoint
+from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
 from ..model.runner import NetworkOutput
 from .cuda_graph import GraphedNetwork
@@ -20,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Let cuDNN's convolutions in float32 use all of its digits: TF32, torch's default, keeps 10 bits of 23."""
+    """Let cuDNN's convolutions in float32 use all bits: TF32, torch's default, keeps 10 of 23."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -30,16 +31,16 @@ def exact_float32() -> Iterator[None]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Make a GPU the current one, for libraries that ask for that."""
+    """Make a GPU the current one, for libraries that use the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TorchRunner:
-    """Runs a network as it is.
+    """Runs a network in eager torch.
 
     Args:
-        network: In evaluation mode, on the device.
-        device: Where it is.
+        network: Network in evaluation mode, on the device.
+        device: Device of the network.
         precision: "fp32"; "bf16" and "fp16" run under autocast, as nnU-Net does with fp16 on CUDA.
     """
 
@@ -50,7 +51,7 @@ class TorchRunner:
         self._run = GraphedNetwork(self._launched) if device.type == "cuda" else self._launched
 
     def _launched(self, tiles: Tensor) -> tuple[Tensor, ...]:
-        # Casts of weights are part of a graph only where they are not kept from another call.
+        # A CUDA graph contains the casts of weights only if torch does not cache them between calls.
         with torch.autocast(
             self._device.type, DTYPES[self._precision], enabled=self._precision != "fp32", cache_enabled=False
         ):
@@ -63,7 +64,7 @@ class TorchRunner:
 
 
 def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
-    """Return why torch cannot run in this precision on this device, in words, or None."""
+    """Return why torch cannot run in this precision on this device, or None."""
     if precision == "int8":
         return "it runs in fp32, bf16 or fp16; int8 is for openvino"
     if device.type == "cpu" and precision == "fp16":
@@ -72,7 +73,7 @@ def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
 
 
 class TorchBackend:
-    """Eager torch; nothing is compiled, so models run as they are read."""
+    """Eager torch; nothing is compiled."""
 
     name = "torch"
     compiles = False
@@ -83,7 +84,7 @@ class TorchBackend:
         return refuse_half_on_cpu(device, precision)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
-        """Write each fold as a checkpoint with nothing but what inference needs."""
+        """Write each fold as a checkpoint that holds only what inference needs."""
         fitted = model.pooled_classifiers or [None] * len(model.weights)
         for fold, weights, classifier in zip(model.folds, model.weights, fitted, strict=True):
             content = {
@@ -101,7 +102,7 @@ class TorchBackend:
         return TorchRunner(network.to(device), device, precision)
 
     def whole(self, model: Model, folder: Path | None) -> Model:
-        """Give a model its weights, from where `build` has put them."""
+        """Give a model its weights, from the files that `build` wrote."""
         if folder is not None:
             checkpoints = [read_checkpoint(folder / f"fold_{fold}.pth") for fold in model.folds]
             fitted = tuple(checkpoint.pooled_classifier for checkpoint in checkpoints)

@@ -1,4 +1,4 @@
-"""Torch-TensorRT: TensorRT engines inside a TorchScript file. Not yet run on hardware; follows 2.11 to 2.13."""
+"""Torch-TensorRT: TensorRT engines inside a TorchScript file. Written for 2.11 to 2.13; not run on hardware yet."""
 
 from __future__ import annotations
 
@@ -26,11 +26,35 @@ EXTRA = "nnturbo[torch-tensorrt]"
 def _torch_tensorrt() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about parts of it that nobody asked for
+            warnings.simplefilter("ignore")  # about optional parts
             import torch_tensorrt  # type: ignore[import-not-found]  # where there is no GPU, there is none
-    except (ImportError, OSError) as error:  # the latter for libraries of TensorRT that are missing
+    except (ImportError, OSError) as error:  # OSError if libraries of TensorRT are missing
         raise BackendUnavailable(f"torch_tensorrt cannot be imported ({error}): pip install '{EXTRA}'") from error
     return torch_tensorrt
+
+
+def _compile(torch_tensorrt: Any, exported: Any, tiles: Tensor, usual_tiles: int, timing_cache: Path) -> Any:
+    """Compile an exported network for 1 to 8 tiles; it is fastest for the usual number."""
+    shape = tiles.shape[1:]
+    return torch_tensorrt.compile(
+        exported,
+        ir="dynamo",
+        arg_inputs=[
+            torch_tensorrt.Input(
+                min_shape=(1, *shape),
+                opt_shape=(usual_tiles, *shape),
+                max_shape=(MOST_TILES, *shape),
+                dtype=torch.float32,
+            )
+        ],
+        device=tiles.device,
+        disable_tf32=True,  # layers are left in fp32 because they need all its bits
+        truncate_double=True,
+        immutable_weights=True,
+        # Otherwise the layers left to torch would be traced with the sizes of these tiles as constants.
+        require_full_compilation=True,
+        timing_cache_path=str(timing_cache),
+    )
 
 
 class TorchTensorRtRunner:
@@ -69,8 +93,7 @@ class TorchTensorRtBackend:
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Compile all folds and their average to `network.ts`, for 1 to 8 tiles.
 
-        Precision is that of the network's own weights and casts, which TensorRT keeps: `enabled_precisions` would be
-        ignored from 2.13 on.
+        TensorRT keeps the precision of the network's weights and casts; it ignores `enabled_precisions` from 2.13 on.
 
         Raises:
             BackendUnavailable: Where Torch-TensorRT cannot be imported or cannot compile the network here.
@@ -79,10 +102,9 @@ class TorchTensorRtBackend:
         network = with_shuffles(inference_network(model))
         if precision == "fp16":
             network = with_low_convolutions(network, torch.float16)
-        # It takes no cache of another GPU or version.
+        # It cannot use a cache of another GPU or version.
         gpu = torch.cuda.get_device_name(tiles.device).replace(" ", "-")
         kept = cache_file(f"torch_tensorrt-{torch_tensorrt.__version__}-{gpu}.timing")
-        views = len(model.views)
         batch = torch.export.Dim("batch", min=1, max=MOST_TILES)
         with (
             tempfile.TemporaryDirectory() as aside,
@@ -90,35 +112,17 @@ class TorchTensorRtBackend:
             warnings.catch_warnings(),
             torch.cuda.device(tiles.device),
         ):
-            warnings.simplefilter("ignore")  # of torch about TorchScript, and of 2.11 about defaults
-            timing_cache = Path(aside) / "timing"  # it writes there as it likes; what others read changes at once
+            warnings.simplefilter("ignore")  # torch warns about TorchScript, and 2.11 about defaults
+            timing_cache = Path(aside) / "timing"  # it writes this file in steps; the shared one is replaced at once
             if kept.is_file():
                 shutil.copy(kept, timing_cache)
             exported = torch.export.export(
                 network.to(tiles.device), (tiles,), dynamic_shapes=({0: batch},), strict=False
             )
             try:
-                compiled = torch_tensorrt.compile(
-                    exported,
-                    ir="dynamo",
-                    arg_inputs=[
-                        torch_tensorrt.Input(
-                            min_shape=(1, *tiles.shape[1:]),
-                            opt_shape=(views, *tiles.shape[1:]),
-                            max_shape=(MOST_TILES, *tiles.shape[1:]),
-                            dtype=torch.float32,
-                        )
-                    ],
-                    device=tiles.device,
-                    disable_tf32=True,  # what is in fp32 is there for its bits
-                    truncate_double=True,
-                    immutable_weights=True,
-                    # Else what is left to torch would be traced with the sizes of these tiles as constants.
-                    require_full_compilation=True,
-                    timing_cache_path=str(timing_cache),
-                )
+                compiled = _compile(torch_tensorrt, exported, tiles, len(model.views), timing_cache)
                 torch_tensorrt.save(compiled, str(folder / FILE), output_format="torchscript", arg_inputs=(tiles,))
-            except Exception as error:  # it asserts that there is an engine, and a broken cache is a TypeError
+            except Exception as error:  # without an engine an AssertionError, for a broken cache a TypeError
                 kept.unlink(missing_ok=True)
                 raise BackendUnavailable(f"torch_tensorrt could not compile this network here: {error}") from error
             if timing_cache.is_file():
@@ -134,7 +138,7 @@ class TorchTensorRtBackend:
         assert folder is not None  # it compiles
         if device.type != "cuda":
             raise BackendUnavailable(f"engines of TensorRT run on CUDA devices, not on {device.type}")
-        _torch_tensorrt()  # lets torch know the operator that runs engines
+        _torch_tensorrt()  # registers the operator that runs engines
         with warnings.catch_warnings(), torch.cuda.device(device):
             warnings.simplefilter("ignore")  # that torch.jit is deprecated
             try:
@@ -142,6 +146,6 @@ class TorchTensorRtBackend:
             except RuntimeError as error:
                 raise BundleError(
                     f"{folder / FILE} must be a network that Torch-TensorRT compiled for this GPU; it cannot be "
-                    f"loaded: {error}. Build the bundle anew where it shall run"
+                    f"loaded: {error}. Build the bundle again on that machine"
                 ) from error
             return TorchTensorRtRunner(script, device)

@@ -1,4 +1,4 @@
-"""TorchScript: one file that Python and C++ load without the network's code."""
+"""TorchScript: one file that Python and C++ load without the Python code of the network."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def trace(model: Model, tiles: Tensor, precision: str) -> torch.jit.ScriptModule
     """Turn a model's network into TorchScript, for any number of tiles.
 
     Args:
-        model: With weights.
+        model: Model with weights.
         tiles: (N, C, *patch), N at least 2, on the device to run on.
-        precision: "fp32"; in "bf16" and "fp16", convolutions alone are lower.
+        precision: "fp32"; with "bf16" and "fp16", only convolutions run in lower precision.
     """
     network = with_shuffles(inference_network(model))
     if precision != "fp32":

@@ -1,4 +1,4 @@
-"""A compiled model on disk: a manifest with everything inference needs, and a backend's artefacts, verified on load."""
+"""A bundle, a compiled model on disk: a manifest and a backend's files, which are verified when they are loaded."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from ..options import PRECISIONS
 SCHEMA = 1
 MANIFEST = "engine.json"
 WRITING = ".writing-"
-"""What the name of a bundle that is not complete begins with."""
+"""Prefix of the folder in which a bundle is written until it is complete."""
 LARGEST_MANIFEST_BYTES = 256 * 2**20
 PACKAGES = ("nnturbo", "torch", "openvino", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "torch-tensorrt")
-"""Those whose versions a manifest keeps."""
+"""Packages whose versions a manifest keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `engine.json` says.
+    """Content of `engine.json`.
 
     Args:
         schema: Version of this format.
         plans, dataset: Content of the model's `plans.json` and `dataset.json`.
-        configuration, folds, mirror_axes, trainer: Of the model.
-        classifier: What answers for the case, "head" or "lda"; None without classification.
+        configuration, folds, mirror_axes, trainer: As in `Model`.
+        classifier: What classifies the case, "head" or "lda"; None without classification.
         source: SHA-256 of each file that the weights come from, by its name within the model.
         backend, precision: How the network runs.
-        machine: What it was built for, see `describe_machine`.
-        versions: Of the packages it was built with.
-        files: SHA-256 of every artefact, by name.
-        agreement: How its labels compare with those of fp32 torch, see `Agreement`; None where it was not measured.
+        machine: Machine that it was built for, see `describe_machine`.
+        versions: Versions of the packages that built it.
+        files: SHA-256 of every file of the backend, by name.
+        agreement: Comparison of its labels with those of fp32 torch, see `Agreement`; None if it was not measured.
     """
 
     schema: int
@@ -68,7 +68,7 @@ class Manifest:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """What compiled code depends on: kind of device, instructions of the CPU, or the GPU's compute capability."""
+    """Properties that compiled code depends on: kind of device, CPU instructions, or the GPU's compute capability."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return describe_gpus([f"{major}.{minor}"])
@@ -76,7 +76,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def describe_gpus(compute_capabilities: Sequence[str]) -> dict[str, str]:
-    """The same for any of several GPUs, which need not be here."""
+    """The same for one of several GPUs, which need not be in this machine."""
     return {**_host("cuda"), "compute_capability": ", ".join(compute_capabilities)}
 
 
@@ -95,7 +95,7 @@ def source_hashes(model: Model, checkpoint: str) -> dict[str, str]:
 def plan_bundle(
     model: Model, source: Mapping[str, str], backend: Backend, precision: str, machine: Mapping[str, str]
 ) -> Manifest:
-    """Describe a bundle that is yet to be built for a machine, this one (`describe_machine`) or another."""
+    """Make the manifest of a bundle before it is built, for this machine (`describe_machine`) or another one."""
     scheme, fitted = model.plan.classification, model.pooled_classifiers
     return Manifest(
         schema=SCHEMA,
@@ -118,7 +118,7 @@ def plan_bundle(
 
 @contextlib.contextmanager
 def new_bundle(out: Path) -> Iterator[Path]:
-    """Give a folder to write a bundle in, which gets its name when the block ends well and else disappears.
+    """Give a temporary folder for a bundle. It gets its name when the block succeeds, and is removed otherwise.
 
     Raises:
         OutputError: Where `out` exists or cannot be written.
@@ -149,24 +149,27 @@ def compile_model(
     *,
     write_more: Callable[[Path], None] = lambda folder: None,
 ) -> Manifest:
-    """Write a backend's artefacts and the manifest; returns the latter with the artefacts' hashes.
+    """Write a backend's files and the manifest.
 
     Args:
-        model: With weights.
-        manifest: Of `plan_bundle`.
-        backend: What compiles.
+        model: Model with weights.
+        manifest: From `plan_bundle`.
+        backend: Backend that compiles.
         tiles: As `Backend.build` takes them.
-        folder: Where to write.
-        write_more: Writes what else belongs into the folder, before it is hashed.
+        folder: Folder of the bundle.
+        write_more: Called with the folder; writes further files before they are hashed.
+
+    Returns:
+        The manifest with the hashes of the files.
 
     Raises:
-        BackendUnavailable: Where the backend fails, running out of memory among the reasons.
+        BackendUnavailable: Where the backend fails, also if memory runs out.
     """
     try:
         backend.build(model, tiles, manifest.precision, folder)
     except (EngineError, OSError):
         raise
-    except Exception as error:  # whatever a compiler raises for a network that it does not know
+    except Exception as error:  # compilers raise many types for networks that they do not support
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise BackendUnavailable(
             f"{backend.name} could not compile this model in {manifest.precision}: {reason:.300}. Choose another "
@@ -179,12 +182,12 @@ def compile_model(
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a bundle's folder, judged by its manifest."""
+    """Whether a path is a bundle: a folder with a manifest."""
     return (Path(path) / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest and verify the hash of every artefact.
+    """Read a bundle's manifest and verify the hash of every file.
 
     Raises:
         BundleError: Where something is missing, changed, or of a newer version.
@@ -192,15 +195,15 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = _parse_manifest(folder / MANIFEST)
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
     if missing := set(manifest.files) - present:
-        raise BundleError(f"{folder} must hold {min(missing)!r:.120}, which its manifest names; build the bundle anew")
+        raise BundleError(f"{folder} must hold {min(missing)!r:.120}, which its manifest names; build the bundle again")
     if unknown := present - set(manifest.files):
         raise BundleError(
-            f"{folder} must hold what its manifest names and nothing else, it holds {min(unknown)!r:.120}: nothing "
-            "vouches for that. Remove it, or build the bundle anew"
+            f"{folder} must hold what its manifest names and nothing else, it holds {min(unknown)!r:.120}, which "
+            "cannot be verified. Remove it, or build the bundle again"
         )
     for name, digest in manifest.files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise BundleError(f"{folder / name} is not what was built: its SHA-256 differs. Build the bundle anew")
+            raise BundleError(f"{folder / name} is not what was built: its SHA-256 differs. Build the bundle again")
     return manifest
 
 
@@ -212,31 +215,34 @@ def _parse_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} must be a bundle's manifest; it cannot be read: {error}") from error
     if not isinstance(content, dict) or type(content.get("schema")) is not int:
-        raise BundleError(f"{path} must hold an object with a schema number; build the bundle anew")
+        raise BundleError(f"{path} must hold an object with a schema number; build the bundle again")
     if content["schema"] < 1:
-        raise BundleError(f"{path} must have a schema from 1 on, it has {content['schema']}; build the bundle anew")
+        raise BundleError(f"{path} must have a schema of 1 or more, it has {content['schema']}; build the bundle again")
     if content["schema"] > SCHEMA:
         raise BundleError(
             f"{path.parent} is a bundle of schema {content['schema']}, this nnturbo knows up to {SCHEMA}: update "
-            "nnturbo, or build the bundle anew"
+            "nnturbo, or build the bundle again"
         )
     if wrong := sorted({field.name for field in fields(Manifest)} ^ set(content)):
-        raise BundleError(f"{path} has too much or too little: {', '.join(wrong):.120}; build the bundle anew")
+        raise BundleError(
+            f"{path} must have exactly the fields of a manifest; "
+            f"missing or unknown are {', '.join(wrong):.120}; build the bundle again"
+        )
     kinds = {"str": str, "int": int, "Mapping": dict, "tuple": list}
     for field in fields(Manifest):
         optional = str(field.type).endswith("| None")
         kind = kinds[str(field.type).partition("[")[0].partition(" ")[0]]
         if not (isinstance(content[field.name], kind) or (optional and content[field.name] is None)):
-            raise BundleError(f"{path}: {field.name} must be a {kind.__name__}; build the bundle anew")
+            raise BundleError(f"{path}: {field.name} must be a {kind.__name__}; build the bundle again")
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
     return Manifest(**values)
 
 
 def check_machine(manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:
-    """Refuse a bundle whose artefacts run on other machines only.
+    """Refuse a bundle that runs only on other machines.
 
     Raises:
-        BundleError: It names what differs.
+        BundleError: It names the differences.
     """
     built = {**manifest.versions, **manifest.machine}
     here = {**_versions(), **describe_machine(device)}
@@ -248,12 +254,12 @@ def check_machine(manifest: Manifest, backend: Backend, device: torch.device, fo
     if differing:
         raise BundleError(
             f"{folder} was built by {manifest.backend} for another machine or version: {'; '.join(differing)}. Build "
-            "it anew where it shall run"
+            "it again on this machine"
         )
 
 
 def bundle_model(manifest: Manifest, folder: Path) -> Model:
-    """Describe the model of a bundle, without weights: those are in the artefacts.
+    """Make the model of a bundle, without weights: those are in the backend's files.
 
     Raises:
         ModelError: Where its plan is damaged.
@@ -263,12 +269,12 @@ def bundle_model(manifest: Manifest, folder: Path) -> Model:
             f"{folder} was built for {manifest.backend} in {manifest.precision}, which this nnturbo lacks"
         )
     if not all(isinstance(value, str) for value in manifest.machine.values()):
-        raise BundleError(f"{folder}: machine must be described in words; build the bundle anew")
+        raise BundleError(f"{folder}: machine must be described in words; build the bundle again")
     axes, folds = manifest.mirror_axes, manifest.folds
     if not all(type(axis) is int and 0 <= axis <= 2 for axis in axes) or len(set(axes)) != len(axes):
-        raise BundleError(f"{folder}: mirror_axes must be among 0, 1, 2 and differ; build the bundle anew")
+        raise BundleError(f"{folder}: mirror_axes must be among 0, 1, 2 and differ; build the bundle again")
     if not folds or not all(isinstance(fold, str) and Path(fold).name == fold for fold in folds):
-        raise BundleError(f"{folder}: folds must be one or more names; build the bundle anew")
+        raise BundleError(f"{folder}: folds must be one or more names; build the bundle again")
     return Model(
         plan=parse_plan(manifest.plans, manifest.dataset, manifest.configuration),
         weights=(),

@@ -11,7 +11,7 @@ from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, PRECISIONS
 from .output import DONE, say_rows
 
 PHANTOMS, PHANTOM_SEED = 4, 11
-"""What lower precision is measured on where no scans are given."""
+"""Number and seed of the phantoms on which lower precision is measured if no scans are given."""
 
 
 def add_build(commands: Any) -> None:
@@ -92,7 +92,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
-    """Find the scans to calibrate with; phantoms where none are given and labels may change."""
+    """Find the calibration scans; if none are given and labels may change, generate phantoms."""
     from ..backends.choose import choose_device, choose_precision
     from ..model.folder import read_model
 

@@ -1,4 +1,4 @@
-"""`nnturbo doctor`: what this machine offers."""
+"""`nnturbo doctor`: lists the hardware and packages of this machine."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _usable_cores() -> int:
 
 
 def _cpuinfo(key: str) -> str:
-    """Read one value of the first processor from /proc/cpuinfo; empty where there is none."""
+    """Read one value of the first processor from /proc/cpuinfo; empty if there is none."""
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else []:
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""`nnturbo inspect`: what is in a model or bundle, and how it can run here."""
+"""`nnturbo inspect`: describes a model or bundle, and how it can run here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .output import say_rows
 
 if TYPE_CHECKING:
     from ..bundles.manifest import Manifest
+    from ..model.architecture import Architecture
     from ..model.folder import Model
-    from ..model.plans import Architecture
 
 
 def add_inspect(commands: Any) -> None:
@@ -29,11 +29,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tuple[str, str]]:
-    """Look into a model folder, export zip or bundle.
+    """Describe a model folder, export zip or bundle.
 
     Args:
-        path: Which.
-        configuration: The one wanted, of a zip that holds several.
+        path: The folder or zip.
+        configuration: Name of the configuration, for a zip that holds several.
 
     Returns:
         Rows of (what, finding).
@@ -50,13 +50,13 @@ def describe(path: str | os.PathLike[str], configuration: str | None) -> list[tu
         model_rows = _model_rows(bundle_model(manifest, Path(path)))
         return [*model_rows, *_bundle_rows(manifest), ("here", _runs_here(manifest, Path(path)))]
     model = read_model(path, configuration=configuration)
-    inference_network(model)  # says here what would stop a prediction
+    inference_network(model)  # raises the errors that would stop a prediction
     return [*_model_rows(model), *_fitted_rows(model), *_backend_rows()]
 
 
 def _model_rows(model: Model) -> list[tuple[str, str]]:
     plan = model.plan
-    size = f", {model.num_parameters / 1e6:.2f} M parameters" if model.weights else ""  # a bundle's are compiled
+    size = f", {model.num_parameters / 1e6:.2f} M parameters" if model.weights else ""  # a bundle holds none
     regions = "" if plan.labels.regions_class_order is None else " (regions)"
     rows = [
         ("model", str(model.source)),
@@ -114,7 +114,7 @@ def _runs_here(manifest: Manifest, folder: Path) -> str:
 
 
 def _backend_rows() -> list[tuple[str, str]]:
-    """Which backends run here, in which precision, and why not."""
+    """Whether each backend runs here in each precision, and why not."""
     import torch
 
     from ..backends.choose import backends
@@ -130,7 +130,7 @@ def _backend_rows() -> list[tuple[str, str]]:
 
 
 def _fitted_rows(model: Model) -> list[tuple[str, str]]:
-    """What may answer for the case in place of the head; nothing for a model without classification."""
+    """The fitted classifiers, which can replace the head; empty for a model without classification."""
     if model.plan.classification is None:
         return []
     fitted = [

@@ -1,4 +1,4 @@
-"""The `nnturbo` command: reads arguments, calls the library, turns errors into one line and an exit status."""
+"""The `nnturbo` command: reads arguments, calls the library, and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     open_missing_streams()
-    logging.raiseExceptions = False  # nothing is lost to a log that cannot be written
+    logging.raiseExceptions = False  # a log that cannot be written ends nothing
     if sys.stdout is not None:
         with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may hold bytes that are not text
     logging.basicConfig(
         level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
         format="%(message)s",
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_build(commands)
     add_inspect(commands)
     add_doctor(commands)
-    # The command line is the one place above engine, training and benchmarks; what is imported here is light.
+    # Only the command line may import training and benchmarks; these two imports are light.
     from ...benchmarks.cli import add_benchmark
     from ...training.cli import add_commands
 

@@ -1,4 +1,4 @@
-"""What commands print, and how they end."""
+"""Printing and exit statuses of commands."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 DONE, SOME_FAILED, UNUSABLE = 0, 1, 2
-"""Exit statuses: all is done, some case failed, wrong usage or a model that cannot be used."""
+"""Exit statuses: all cases are done; some case failed; wrong usage, or a model that cannot be used."""
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line, if anybody can read it: no job is lost to a pipe that was closed or a disk that is full.
+    """Print a line; a closed pipe or a full disk does not end a job.
 
     Args:
         text: The line.
@@ -29,16 +29,16 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def open_missing_streams() -> None:
-    """Let no file get the number of a standard stream that is closed, so that nobody writes into it by mistake."""
+    """Open the null device for closed standard streams, so that no other file gets their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the least number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the least free number
 
 
 def _give_up(stream: Any) -> None:
-    """Send what else goes to a stream nowhere: what it holds would be tried once more when the process ends."""
+    """Send all further output of a stream to the null device; Python would try to write it again at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -46,7 +46,7 @@ def _give_up(stream: Any) -> None:
 
 
 def say_rows(rows: Sequence[tuple[str, str]]) -> int:
-    """Print a table of two columns, and end well."""
+    """Print a table of two columns, and return the exit status."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"{name:{width}}  {value}")

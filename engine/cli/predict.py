@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, LOADERS, PRECISIONS
 from .output import DONE, SOME_FAILED, say
+from .predict_flags import add_flags
 
 if TYPE_CHECKING:
     from ..jobs.cases import CaseFiles
     from ..jobs.events import Event
     from ..jobs.job import Job
-    from ..jobs.run import Outcome
+    from ..jobs.outcome import Outcome
 
 MOST_NAMES = 10
 
@@ -31,163 +31,25 @@ def add_predict(commands: Any) -> None:
         description="Exit status: 0 all cases done, 1 some failed (named on stderr and in predictions.json), "
         "2 wrong usage or unusable model.",
     )
-    add = predict.add_argument
-    add(
-        "-i",
-        required=True,
-        metavar="INPUT",
-        help="folder of scans named NAME_0000.nii.gz, one file, a DICOM folder, or a folder of DICOM folders",
-    )
-    add("-o", required=True, metavar="OUTPUT", help="folder for the segmentations; made if it is not there")
-    add(
-        "-m",
-        nargs="+",
-        action="extend",
-        metavar="MODEL",
-        help="model folder, nnU-Net export zip, or bundle; the probabilities of several are averaged",
-    )
-    add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
-    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
-    add("-c", metavar="CONFIGURATION", help="configuration, with -d or with a zip that holds several")
-    add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
-    add("-chk", default=DEFAULT_CHECKPOINT, metavar="FILE", help="checkpoint file (default: %(default)s)")
-    add(
-        "-step_size",
-        type=float,
-        default=0.5,
-        help="distance of tiles as a fraction of the patch (default: %(default)s)",
-    )
-    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-    add(
-        "--save_probabilities",
-        action="store_true",
-        help="also write .npz and .pkl, as nnU-Net; takes 4 bytes per class and voxel of memory",
-    )
-    add(
-        "--dicom_seg",
-        action="store_true",
-        help="also write NAME.dcm, a DICOM Segmentation object, for scans that are DICOM folders",
-    )
-    add(
-        "--continue_prediction",
-        "--c",
-        action="store_true",
-        help="leave alone the labels that are there, corrected ones and those of other programs among them",
-    )
-    add(
-        "--redo_outdated",
-        action="store_true",
-        help="with --continue_prediction, make again what nnturbo made with another model, other settings or another "
-        "version of the scan, unless somebody has changed it since",
-    )
-    add(
-        "-npp", type=int, default=3, help="how many scans are read at once, ahead; 0: none ahead (default: %(default)s)"
-    )
-    add(
-        "-nps", type=int, default=3, help="how many results are written at once, behind; 0: none (default: %(default)s)"
-    )
-    add("-prev_stage_predictions", metavar="FOLDER", help="labels of the previous stage, for cascades")
-    add("-num_parts", type=int, default=1, help="how many calls share the cases (default: %(default)s)")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0")
-    add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    add(
-        "--disable_progress_bar",
-        action="store_true",
-        help="no line of progress (one a minute without a terminal)",
-    )
-    add("--verbose", action="store_true", help="say what was chosen, and times by stage")
-    add("--log", metavar="FILE", help="add what happens to this file, as lines of JSON")
-    add("--report", action="store_true", help="also write report.html: a table of the cases, and pictures of each")
-    add("--not_on_device", action="store_true", help="keep planes and sums in main memory")
-    add("--backend", default="auto", help="how the network runs (default: %(default)s)")
-    add(
-        "--precision",
-        default="auto",
-        choices=("auto", *PRECISIONS),
-        help="auto is fp32 on a CPU and fp16 on a GPU, as nnU-Net (default: %(default)s)",
-    )
-    add(
-        "--classifier",
-        default="auto",
-        choices=CLASSIFIERS,
-        help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
-        "auto takes the latter where every fold has one (default: %(default)s)",
-    )
-    add(
-        "--aggregation",
-        default="foreground",
-        choices=AGGREGATIONS,
-        help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
-    )
-    add(
-        "--loader",
-        default="exact",
-        choices=LOADERS,
-        help="what reads, normalises and resamples: nnU-Net's way to rounding, or NVIDIA's DALI, whose cubic kernel is "
-        "another one (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that share the cases (default: one for each GPU; one on a CPU, where several share its cores)",
-    )
-    add(
-        "--ray",
-        metavar="ADDRESS",
-        help="do it on a Ray cluster: HOST:PORT, auto for the one this machine is in, or local; input, model and "
-        "output must be on storage that all machines share",
-    )
-    add("--cores", type=int, default=4, help="CPU cores of each process on a cluster (default: %(default)s)")
+    add_flags(predict)
     predict.set_defaults(run=_predict)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if not 0 <= options.part_id < options.num_parts:
-        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
-    if options.redo_outdated and not options.continue_prediction:
-        raise ValueError("--redo_outdated goes with --continue_prediction; without it, everything is made again")
-    for flag, threads in (("-npp", options.npp), ("-nps", options.nps)):
-        if threads < 0:
-            raise ValueError(f"{flag} must be 0 or more, got {threads}")
+    _check_flags(options)  # before torch is imported, so that a wrong flag or path is answered at once
     models = _models(options)
-    source = Path(options.i).absolute()
-    # Before torch is imported, so that a wrong path is answered at once.
-    if not source.exists():
-        what = f"is a broken link to {os.readlink(source)}" if source.is_symlink() else "does not exist"
-        raise ValueError(f"-i: {options.i} {what}")
+    source = _source(options.i)
 
     from ..errors import EngineError
-    from ..jobs.cases import find_cases
-    from ..jobs.job import Job
     from ..jobs.report import require_packages, write_report
-    from ..jobs.run import run_job
 
     if options.report:
         require_packages()
-
-    job = Job(
-        output=Path(options.o).absolute(),
-        save_probabilities=options.save_probabilities,
-        dicom_seg=options.dicom_seg,
-        skip_existing=options.continue_prediction,
-        redo_outdated=options.redo_outdated,
-        previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
-        readers=options.npp,
-        writers=options.nps,
-    )
+    job = _job(options)
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stopping())
         try:
-            on_event = _listeners(options, stack)
-
-            def cases_of(file_ending: str) -> list[CaseFiles]:
-                return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
-
-            workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
-            _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
-            outcome = run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
+            outcome = _run(options, models, source, job, stack)
         except KeyboardInterrupt:
             say(
                 "nnturbo: interrupted; all results are kept. --continue_prediction does what is missing, and with "
@@ -203,6 +65,56 @@ def _predict(options: argparse.Namespace) -> int:
             say(f"nnturbo: no report: {error}", error=True)
             return SOME_FAILED
     return status
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    if not 0 <= options.part_id < options.num_parts:
+        raise ValueError(f"-part_id must be from 0 to -num_parts - 1, got {options.part_id} of {options.num_parts}")
+    if options.redo_outdated and not options.continue_prediction:
+        raise ValueError("--redo_outdated goes with --continue_prediction; without it, everything is made again")
+    for flag, threads in (("-npp", options.npp), ("-nps", options.nps)):
+        if threads < 0:
+            raise ValueError(f"{flag} must be 0 or more, got {threads}")
+
+
+def _source(given: str) -> Path:
+    source = Path(given).absolute()
+    if not source.exists():
+        what = f"is a broken link to {os.readlink(source)}" if source.is_symlink() else "does not exist"
+        raise ValueError(f"-i: {given} {what}")
+    return source
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from ..jobs.job import Job
+
+    return Job(
+        output=Path(options.o).absolute(),
+        save_probabilities=options.save_probabilities,
+        dicom_seg=options.dicom_seg,
+        skip_existing=options.continue_prediction,
+        redo_outdated=options.redo_outdated,
+        previous_stage=Path(options.prev_stage_predictions).absolute() if options.prev_stage_predictions else None,
+        readers=options.npp,
+        writers=options.nps,
+    )
+
+
+def _run(
+    options: argparse.Namespace, models: Sequence[str], source: Path, job: Job, stack: contextlib.ExitStack
+) -> Outcome:
+    """Find the cases of this part, load the models, and predict."""
+    from ..jobs.cases import find_cases
+    from ..jobs.run import run_job
+
+    on_event = _listeners(options, stack)
+
+    def cases_of(file_ending: str) -> list[CaseFiles]:
+        return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
+
+    workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
+    _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
+    return run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
 
 
 def _say_outcome(outcome: Outcome, output: str) -> int:
@@ -222,7 +134,7 @@ def _say_outcome(outcome: Outcome, output: str) -> int:
 
 
 def _say_kept(kept: Mapping[str, str]) -> None:
-    """Say whose labels are left as they are although this job would make others; a few names for each reason."""
+    """Name cases whose labels this job did not make and did not replace; a few names for each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in kept.items():
         names.setdefault(reason, []).append(name)
@@ -232,28 +144,10 @@ def _say_kept(kept: Mapping[str, str]) -> None:
 
 
 def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
-    """Load the models here, in several processes, or on a cluster."""
+    """Load the models in this process, in several processes, or on a cluster."""
     from ..jobs.worker import ModelArguments, local_places
-    from ..options import EngineOptions
 
-    model_arguments = ModelArguments(
-        models=tuple(models),
-        arguments={
-            "folds": options.f,
-            "checkpoint": options.chk,
-            "configuration": options.c if options.m else None,
-            "backend": options.backend,
-            "precision": options.precision,
-            "tile_step_size": options.step_size,
-            "mirror": not options.disable_tta,
-            "options": EngineOptions(
-                sums_on_device=not options.not_on_device,
-                classifier=options.classifier,
-                aggregation=options.aggregation,
-                loader=options.loader,
-            ),
-        },
-    )
+    model_arguments = ModelArguments(models=tuple(models), arguments=_engine_arguments(options))
     if options.ray is not None:
         from ..jobs.ray_workers import RayWorkers
 
@@ -279,6 +173,27 @@ def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases
     return InProcess(load_predictor(model_arguments.models, device=places[0].device, **model_arguments.arguments), job)
 
 
+def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Give the arguments of `Engine.load` that the flags stand for."""
+    from ..options import EngineOptions
+
+    return {
+        "folds": options.f,
+        "checkpoint": options.chk,
+        "configuration": options.c if options.m else None,
+        "backend": options.backend,
+        "precision": options.precision,
+        "tile_step_size": options.step_size,
+        "mirror": not options.disable_tta,
+        "options": EngineOptions(
+            sums_on_device=not options.not_on_device,
+            classifier=options.classifier,
+            aggregation=options.aggregation,
+            loader=options.loader,
+        ),
+    }
+
+
 def _check_loader(options: argparse.Namespace) -> None:
     if options.loader != "exact":
         raise ValueError(
@@ -289,7 +204,7 @@ def _check_loader(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[dict[str, int]]:
-    """Let SIGTERM, which schedulers send, end a job as Ctrl-C does; gives which signal came."""
+    """Let SIGTERM, which schedulers send, end a job like Ctrl-C; gives the signal that came."""
     came: dict[str, int] = {}
 
     def stop(number: int, frame: object) -> None:
@@ -308,7 +223,7 @@ def _stopping() -> Iterator[dict[str, int]]:
 
 
 def _listeners(options: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[Event], None]:
-    """Open what shows how the job goes."""
+    """Make the listeners that show the progress of the job."""
     from ..jobs.progress import JsonLog, ProgressLine
 
     listeners: list[Callable[[Event], None]] = []
@@ -337,7 +252,7 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
 
 
 def _models(options: argparse.Namespace) -> list[str]:
-    """Find the models by -m, or one as nnU-Net does by -d, -tr, -p and -c."""
+    """Find the models of -m, or the one of -d, -tr, -p and -c, as nnU-Net does."""
     if bool(options.m) == bool(options.d):
         raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")
     if options.m:

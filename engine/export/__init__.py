@@ -1,1 +1,1 @@
-"""Building bundles, and the whole path as one file."""
+"""Builds bundles, and writes the whole path from a scan to its labels as one file."""

@@ -1,4 +1,4 @@
-"""How far the labels of one engine agree with those of another."""
+"""Measures how far the labels of two engines agree."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..pipeline.steps import Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Labels of several scans, compared.
+    """Comparison of the labels of several scans.
 
     Args:
-        scans: How many.
-        voxels: Of all scans.
-        different: Voxels whose label differs.
+        scans: Number of scans.
+        voxels: Number of voxels of all scans.
+        different: Number of voxels whose label differs.
         dice: By name of the label, over the voxels of all scans; None for a label that neither engine gives.
-        same_class: Scans with the same classification; None for models without.
-        what: Says what the scans were.
+        same_class: Number of scans with the same class; None for models without classes.
+        what: Description of the scans.
     """
 
     scans: int
@@ -36,16 +36,16 @@ class Agreement:
 
     @property
     def lowest_dice(self) -> float | None:
-        """Of the label that agrees least; None where neither engine gives any."""
+        """Dice of the label that agrees least; None if neither engine gives any label."""
         return min((dice for dice in self.dice.values() if dice is not None), default=None)
 
     def reaches(self, floor: float) -> bool:
-        """Whether every label agrees to that Dice at least; so it does where neither engine gives any."""
+        """Whether the Dice of every label is at least `floor`; true if neither engine gives any label."""
         return self.lowest_dice is None or self.lowest_dice >= floor
 
     @classmethod
     def parse(cls, content: Any) -> Agreement:
-        """Read what a bundle keeps of one.
+        """Read the agreement in a bundle's manifest.
 
         Raises:
             BundleError: Where it is anything else.
@@ -59,16 +59,16 @@ class Agreement:
             "what": str,
         }
         if not isinstance(content, dict) or set(content) != set(kinds):
-            raise BundleError(f"a bundle's agreement must have {', '.join(kinds)}; build the bundle anew")
+            raise BundleError(f"a bundle's agreement must have {', '.join(kinds)}; build the bundle again")
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):
-                raise BundleError(f"a bundle's agreement: {key} cannot be {content[key]!r:.80}; build the bundle anew")
+                raise BundleError(f"a bundle's agreement: {key} cannot be {content[key]!r:.80}; build the bundle again")
         if not all(dice is None or isinstance(dice, (int, float)) for dice in content["dice"].values()):
-            raise BundleError("a bundle's agreement: dice must be numbers by label; build the bundle anew")
+            raise BundleError("a bundle's agreement: dice must be numbers by label; build the bundle again")
         return cls(**content)
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Describe it in one line."""
         classes = "" if self.same_class is None else f", {self.same_class} of {self.scans} with the same class"
         dice = ", ".join(f"{name} {'not seen' if dice is None else f'{dice:.4f}'}" for name, dice in self.dice.items())
         return (
@@ -81,10 +81,10 @@ def measure_agreement(reference: Engine, engine: Engine, scans: Iterable[Image],
     """Predict scans with two engines and compare.
 
     Args:
-        reference: What is right.
-        engine: Of the same model.
-        scans: One or more.
-        what: Says what they are.
+        reference: Engine whose labels are taken as right.
+        engine: Another engine of the same model.
+        scans: One or more scans.
+        what: Description of the scans.
 
     Raises:
         EngineError: Where a scan cannot be read or predicted.

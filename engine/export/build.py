@@ -1,4 +1,4 @@
-"""A model compiled into a bundle, with the price of lower precision measured before it gets its name."""
+"""Compiles a model into a bundle; the labels of lower precision are compared with fp32 before it gets its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +32,22 @@ from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
-from ..model.runner import NetworkOutput
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
-from ..pipeline.sliding_window import SlidingWindow
 from ..pipeline.steps import Image
 from .agreement import Agreement, measure_agreement
+from .calibration import calibration_tiles, example_tiles
 
 logger = logging.getLogger(__name__)
 
 FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
-"""Least Dice with fp32, of the label that agrees least, for a bundle to be kept."""
+"""Least Dice with fp32, of the label that agrees least; a bundle below it is not kept."""
 
-CALIBRATION_TILES = 24
 
 FOR_CPP, PATH_FILE = ("torchscript", "inductor"), "path.ts"
-"""Backends whose bundles C++ programs open, and what they find there beside the network."""
+"""Backends whose bundles C++ programs open, and the file for them beside the network."""
 
 
+# Its parameters are the flags of `nnturbo build`; `build_whole_path` has those of --whole-path.
 def build(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -71,19 +69,20 @@ def build(
     Args:
         model: nnU-Net v2 model folder or export zip.
         out: Folder of the bundle; must not exist.
-        backend: As `Engine.load` takes it, like the next five.
+        backend: As in `Engine.load`, like the next five.
         precision: "auto" is fp32 on a CPU and fp16 on a GPU.
-        device: What to build for.
+        device: Device to build for.
         folds: Folds to average.
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted, of a zip that holds several.
-        classifier: As `EngineOptions` takes it.
-        calibration: Scans to measure the agreement with fp32 on, and to calibrate int8 with. A must below fp32.
-        calibration_name: What they are; the bundle keeps it.
+        configuration: Name of the configuration, for a zip that holds several.
+        classifier: As in `EngineOptions`.
+        calibration: Scans on which the agreement with fp32 is measured, and with which int8 is calibrated. Needed for
+            every precision below fp32.
+        calibration_name: Description of these scans, which the bundle stores.
         floor: Least Dice with fp32, of the label that agrees least, in 0 to 1; by default 0.9995 for fp32, 0.99
             for bf16 and fp16, 0.98 for int8.
-        compute_capabilities: Of GPUs that are not here, such as ("8.6", "12.0"), to build TensorRT engines for, in fp16
-            by default; their agreement cannot be measured.
+        compute_capabilities: GPUs that are not in this machine, such as ("8.6", "12.0"), to build TensorRT engines for,
+            by default in fp16. The agreement cannot be measured then.
 
     Returns:
         The bundle's folder.
@@ -92,20 +91,20 @@ def build(
         ValueError: For arguments out of range, and a precision below fp32 without scans.
         ModelError: Where the model cannot be used.
         BackendUnavailable: Where the backend cannot build here.
-        BundleError: Where the agreement is below the floor; there is no bundle then.
-        VolumeError: Where a calibration scan cannot be read, or does not suit the model.
+        BundleError: Where the agreement is below the floor; then there is no bundle.
+        VolumeError: Where a calibration scan cannot be read, or does not fit the model.
         OutputError: Where the folder exists or cannot be written.
     """
-    _check_arguments(floor, calibration, compute_capabilities)
-    if is_bundle(model):
-        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
+    _check_arguments(model, floor, calibration, compute_capabilities)
     target = _choose(backend, precision, device, compute_capabilities)
     if target.precision != "fp32" and not (calibration or compute_capabilities):
         raise ValueError(
             f"{target.precision} changes some labels, and a bundle says how many: scans are needed as calibration"
         )
-    which: dict[str, Any] = {"folds": folds, "checkpoint": checkpoint, "configuration": configuration}
-    loaded = with_classifier(read_model(model, **which), classifier)
+    source = _Source(
+        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
+    )
+    loaded = source.read()
     if calibration and loaded.plan.previous_stage is not None:
         raise ValueError(
             f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
@@ -115,11 +114,13 @@ def build(
     # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
     measured = (calibration[1::2] or calibration) if int8 else calibration
     floor = FLOORS[target.precision] if floor is None else floor
-    # Where int8 disappoints on those others, the recipe that agrees best is tried too.
+    # If int8 does not reach the floor there, the recipe that agrees best is tried too.
     attempts = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else target.backends
     hashes = source_hashes(loaded, checkpoint)
     with new_bundle(out) as aside:
-        tiles = _calibration_tiles(loaded, calibration[::2], target.device) if int8 else _example(loaded, target.device)
+        tiles = (
+            calibration_tiles(loaded, calibration[::2], target.device) if int8 else example_tiles(loaded, target.device)
+        )
         for attempt in attempts:
             is_last = attempt is attempts[-1]
             manifest = _compile(loaded, target, attempt, hashes, tiles, aside, is_last)
@@ -127,17 +128,7 @@ def build(
                 continue
             if not calibration:
                 break
-            reference = Engine.load(
-                model,
-                **which,
-                backend="torch",
-                precision="fp32",
-                device=device,
-                mirror=False,  # takes an eighth of the time, and what mirroring averages out counts in full
-                options=EngineOptions(classifier=classifier),
-            )
-            built = Engine.load(aside, device=device, mirror=False)
-            agreement = measure_agreement(reference, built, measured, calibration_name)
+            agreement = _measure(source, aside, device, measured, calibration_name)
             logger.info("%s: %s", out, agreement)
             if agreement.reaches(floor) or is_last or not int8:
                 _check_floor(agreement, floor, target.precision)
@@ -148,8 +139,37 @@ def build(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """The model that is compiled; all as `Engine.load` takes it."""
+
+    model: str | os.PathLike[str]
+    folds: Sequence[int | str] | None
+    checkpoint: str
+    configuration: str | None
+    classifier: str
+
+    def read(self) -> Model:
+        read = read_model(self.model, folds=self.folds, checkpoint=self.checkpoint, configuration=self.configuration)
+        return with_classifier(read, self.classifier)
+
+    def reference(self, device: str) -> Engine:
+        """Load the model in fp32, to compare with."""
+        return Engine.load(
+            self.model,
+            folds=self.folds,
+            checkpoint=self.checkpoint,
+            configuration=self.configuration,
+            backend="torch",
+            precision="fp32",
+            device=device,
+            mirror=False,  # takes an eighth of the time, and mirroring would average differences out
+            options=EngineOptions(classifier=self.classifier),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """What a bundle is built for: where it runs, in which precision, and what may compile it, the best one first."""
+    """Device, precision and machine of a bundle, and the backends that may compile it, the best first."""
 
     device: torch.device
     precision: str
@@ -157,7 +177,12 @@ class _Target:
     machine: Mapping[str, str]
 
 
-def _check_arguments(floor: float | None, calibration: Sequence[Image], compute_capabilities: Sequence[str]) -> None:
+def _check_arguments(
+    model: str | os.PathLike[str],
+    floor: float | None,
+    calibration: Sequence[Image],
+    compute_capabilities: Sequence[str],
+) -> None:
     if floor is not None and not 0 <= floor <= 1:
         raise ValueError(f"floor must be a Dice from 0 to 1, got {floor}")
     if floor is not None and not calibration:
@@ -167,10 +192,12 @@ def _check_arguments(floor: float | None, calibration: Sequence[Image], compute_
             "agreement cannot be measured for GPUs that are not here: leave out calibration and floor, or build where "
             "the GPU is"
         )
+    if is_bundle(model):
+        raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
 
 
 def _choose(backend: str, precision: str, device: str, compute_capabilities: Sequence[str]) -> _Target:
-    """Choose what a bundle is built for: a device of this machine, or, by TensorRT, GPUs that are not here."""
+    """Choose the target of a bundle: a device of this machine, or with TensorRT, GPUs that are not here."""
     if not compute_capabilities:
         target = choose_device(device)
         precision = choose_precision(precision, target)
@@ -202,7 +229,7 @@ def _compile(
     folder: Path,
     is_last: bool,
 ) -> Manifest | None:
-    """Compile a model by one backend; None where it cannot and others are left to try."""
+    """Compile a model with one backend; None if it cannot and other backends are left to try."""
     plan = plan_bundle(model, hashes, backend, target.precision, target.machine)
 
     def write_more(folder: Path) -> None:
@@ -219,7 +246,7 @@ def _compile(
 
 
 def _write_scan_path(model: Model, folder: Path) -> None:
-    """Write what lies around the network, for C++ programs, unless the model is one that only Python can run."""
+    """Write path.ts, the path around the network for C++ programs, unless only Python can run the model."""
     from .scripted.path import scan_path
 
     try:
@@ -239,40 +266,47 @@ def build_whole_path(
     classifier: str = "auto",
     aggregation: str = "foreground",
 ) -> Path:
-    """Write a model and all that surrounds it as one TorchScript file, in fp32.
+    """Write the whole path from a scan to labels, with the network, as one TorchScript file in fp32.
 
     `torch.jit.load(out)(image, spacing, tile_step_size=0.5, mirror=True)`, in Python or C++, takes a scan (C, Z, Y, X)
     of any size with its spacing in mm (z, y, x), and gives labels (Z, Y, X) and class probabilities.
 
     Args:
         model: nnU-Net v2 model folder or export zip.
-        out: The file; it is replaced.
-        device: Where it shall run.
+        out: The file; an existing one is replaced.
+        device: Device to run on.
         folds: Folds to average.
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted, of a zip that holds several.
-        classifier: As `EngineOptions` takes it.
-        aggregation: As `EngineOptions` takes it.
+        configuration: Name of the configuration, for a zip that holds several.
+        classifier: As in `EngineOptions`.
+        aggregation: As in `EngineOptions`.
 
     Returns:
         The file.
 
     Raises:
-        ModelError: Where the model cannot be used, or needs more than its scan: cascades, readers that reorient.
+        ModelError: Where the model cannot be used, or needs more than a scan (cascades, readers that reorient).
         OutputError: Where the file cannot be written.
     """
-    from .scripted.path import whole_path
+    from .scripted.whole_path import whole_path
 
-    read = with_classifier(
-        read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration), classifier
+    source = _Source(
+        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
     )
-    network = trace(read, _example(read, choose_device(device)), "fp32")
+    read = source.read()
+    network = trace(read, example_tiles(read, choose_device(device)), "fp32")
     script = whole_path(network, read.plan, read.mirror_axes, aggregation)
     if Path(out).is_dir():
         raise OutputError(f"{out} must be a file to write, it is a folder")
     with written_atomically(out, ending=".ts") as temporary:
         save_script(script, temporary)
     return Path(out)
+
+
+def _measure(source: _Source, bundle: Path, device: str, scans: Sequence[Image], name: str) -> Agreement:
+    """Compare the labels of a bundle with those of its model in fp32."""
+    reference = source.reference(device)
+    return measure_agreement(reference, Engine.load(bundle, device=device, mirror=False), scans, name)
 
 
 def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
@@ -286,44 +320,4 @@ def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
             f"{precision} must agree with fp32 to a Dice of {floor:g} for every label, it does to "
             f"{agreement.lowest_dice:.4f}: {agreement}. Build in a higher precision, calibrate with other scans, or "
             "accept it with a lower floor"
-        )
-
-
-def _example(model: Model, device: torch.device) -> Tensor:
-    """Tiles to trace with; two, since one would be taken for a constant."""
-    return torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
-
-
-def _calibration_tiles(model: Model, scans: Sequence[Image], device: torch.device) -> Tensor:
-    """Take tiles of preprocessed scans, (N, C, *patch), spread over all of them.
-
-    Raises:
-        VolumeError: Where a scan cannot be read, or does not suit the model.
-    """
-    recorder = _TileRecorder(model)
-    window = SlidingWindow.of_plan(model.plan)
-    engine = Engine(model, recorder, window=window, sums_device=device)
-    for scan in scans:
-        engine.predict(scan)
-    return torch.cat(recorder.tiles[:: -(-len(recorder.tiles) // CALIBRATION_TILES)]).to(device)
-
-
-class _TileRecorder:
-    """Stands for a network and keeps some of what it is given: all at first, and ever fewer of many."""
-
-    def __init__(self, model: Model) -> None:
-        self.tiles: list[Tensor] = []
-        self._plan = model.plan
-        self._seen, self._stride = 0, 1
-
-    def __call__(self, tiles: Tensor) -> NetworkOutput:
-        if self._seen % self._stride == 0:
-            self.tiles.append(tiles.clone())
-        if len(self.tiles) > 2 * CALIBRATION_TILES:
-            self.tiles, self._stride = self.tiles[::2], 2 * self._stride
-        self._seen += 1
-        scheme = self._plan.classification
-        return NetworkOutput(
-            tiles.new_zeros(len(tiles), self._plan.labels.num_outputs, *tiles.shape[2:]),
-            None if scheme is None else tiles.new_zeros(len(tiles), scheme.num_classes),
         )

@@ -1,1 +1,1 @@
-"""Many scans: what a job is, who does it, what it leaves. Imports nothing: workers begin with this, without torch."""
+"""Jobs of many scans: workers, records and reports. It imports nothing, because workers start without torch."""

@@ -1,4 +1,4 @@
-"""Which scans a folder holds."""
+"""Finds the scans in a folder."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ CHANNEL = re.compile(r"_\d{4}$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseFiles:
-    """One scan to predict: its name, which results are called by, and what to read."""
+    """One scan to predict: its name, from which results get theirs, and its files or folder."""
 
     name: str
     images: tuple[Path, ...]
 
 
 def find_cases(source: Path, file_ending: str, output: Path | None = None) -> list[CaseFiles]:
-    """List the cases in a folder of `<name>_0000<ending>` files, or of DICOM folders, or make one of a single scan.
+    """List the cases in a folder of `<name>_0000<ending>` files or of DICOM folders, or make one case of a single scan.
 
-    A folder without such files is one case if it holds DICOM slices itself, else every folder in it is one. The files
-    of a case are its channels in the order of their numbers, whatever these are, as in nnU-Net.
+    A folder without such files is one case if it holds DICOM slices; otherwise each folder in it is a case. The files
+    of a case are its channels in the order of their numbers. As in nnU-Net, the numbers may have gaps.
 
     Args:
         source: Folder, or file.
-        file_ending: Of the scans in a folder.
-        output: Where results go; what a job leaves there is no scan.
+        file_ending: File ending of scans in a folder.
+        output: Folder for results; files that a job wrote there are not scans.
 
     Raises:
         VolumeError: Where there is nothing to predict.
@@ -54,7 +54,7 @@ def find_cases(source: Path, file_ending: str, output: Path | None = None) -> li
     files = [name for name, is_folder in shown.items() if name.endswith(file_ending) and not is_folder]
     is_output = output is not None and output.exists() and output.samefile(source)
     stems = [name.removesuffix(file_ending) for name in files]
-    if is_output:  # results are called by their case, whose name may end as a channel does
+    if is_output:  # results are named by their case, and a case's name may end like a channel
         made = {CHANNEL.sub("", stem) for stem in stems if CHANNEL.search(stem, 1)}
         made |= {name.removesuffix(".json") for name in _names(source / RECORDS)}
         stems = [stem for stem in stems if stem not in made]
@@ -81,7 +81,7 @@ def find_cases(source: Path, file_ending: str, output: Path | None = None) -> li
 def _find_series(source: Path, shown: Mapping[str, bool], file_ending: str, output: Path | None) -> list[CaseFiles]:
     """Take a folder as one DICOM series, or the folders in it as several."""
     files = [name for name, is_folder in shown.items() if not is_folder]
-    # An index beside the folders, as on discs, looks like a slice.
+    # The index DICOMDIR, as on discs, looks like a slice.
     if any((source / name).is_file() and name != "DICOMDIR" and looks_like_dicom(source / name) for name in files):
         return [CaseFiles(name=source.resolve().name, images=(source,))]
     strangers = [name for name in files if CHANNEL.search(_without_ending(name, _ending(name)))]
@@ -99,10 +99,10 @@ def _find_series(source: Path, shown: Mapping[str, bool], file_ending: str, outp
 
 
 def _without_output(folders: list[Path], source: Path, output: Path) -> list[Path]:
-    """Leave out where results go, and their records.
+    """Leave out the output folder and its records.
 
     Raises:
-        VolumeError: Where scans lie there.
+        VolumeError: Where scans lie in the output folder.
     """
     output, home = output.resolve(), source.resolve()
     left, own = [], []
@@ -116,7 +116,7 @@ def _without_output(folders: list[Path], source: Path, output: Path) -> list[Pat
 
 
 def _shown(folder: Path) -> dict[str, bool]:
-    """What is in a folder, by name, and whether it is a folder; without what macOS leaves, and hidden files."""
+    """Entries of a folder by name, and whether each is a folder; without hidden files and macOS's own folder."""
     with os.scandir(folder) as entries:
         found = {entry.name: entry.is_dir() for entry in entries}
     return {name: found[name] for name in sorted(found) if not name.startswith(".") and name != "__MACOSX"}
@@ -127,7 +127,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _ending(name: str) -> str:
-    """Say how a file's name ends, that of a compressed one with what is compressed."""
+    """Give the ending of a file's name, with two parts for a compressed file, such as .nii.gz."""
     suffixes = Path(name).suffixes[-2:]
     return "".join(suffixes if suffixes[-1:] in ([".gz"], [".GZ"]) else suffixes[-1:]) or "no ending"
 

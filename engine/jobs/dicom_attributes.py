@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import VolumeError
 from ..scans.dicom import Slice, list_slices
-from ..scans.image_header import naming
+from ..scans.voxel_data import naming
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -1,4 +1,4 @@
-"""What happens in a job, as those who watch it are told, and what its workers say of themselves."""
+"""The events of a job, and the messages of its workers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happens in a job."""
+    """An event of a job."""
 
     @property
     def kind(self) -> str:
-        """Its name in logs: that of its class in lower case."""
+        """Name of the event in logs: the name of its class in lower case."""
         return type(self).__name__.lower()
 
     def to_json(self) -> dict[str, Any]:
-        """Give its name and its fields."""
+        """Give the name and the fields."""
         return {"event": self.kind, **asdict(self)}
 
 
 OnEvent = Callable[[Event], None]
-"""Is called with what happens."""
+"""A function that is called with each event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """A job begins: so many cases are to be predicted, so many have their results, so many labels are kept."""
+    """A job begins; numbers of cases to predict, of cases with results, and of labels that are kept."""
 
     cases: int
     skipped: int
@@ -39,7 +39,7 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles(Event):
-    """The network has done some tiles of a case."""
+    """The network has predicted some tiles of a case."""
 
     name: str
     done: int
@@ -57,7 +57,7 @@ class Done(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Event):
-    """A case failed, for good."""
+    """A case failed, and is not tried again."""
 
     name: str
     error: str
@@ -73,7 +73,7 @@ class Retried(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost(Event):
-    """A worker ended, with cases that it had not finished."""
+    """A worker ended before it had finished its cases."""
 
     how: str
     cases: Sequence[str]
@@ -87,7 +87,7 @@ class Finished(Event):
     failed: int
 
 
-# ---- what workers say, beside `Tiles` and the records of their cases -------------------------------------------------
+# ---- messages of workers, beside `Tiles` and records of cases --------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Unusable:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A worker met what ends the job."""
+    """A worker met an error that ends the job."""
 
     error: Exception
 

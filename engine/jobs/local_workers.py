@@ -1,4 +1,4 @@
-"""A job shared by processes of this machine."""
+"""Runs a job in several processes of this machine."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .worker_pool import Message, Worker, WorkerPool
 _SPAWN = get_context("spawn")
 _WAIT_S = 1.0
 _END_S = 60
-"""How long a process may take to end: the file that is being written, the tile that is being computed."""
+"""Time that a process has to end, for the file that it writes and the tile that it computes."""
 
 
 class LocalWorkers(WorkerPool[Place]):
-    """A process for each place; see `run.Workers`.
+    """Starts a process for each place; see `run.Workers`.
 
     Args:
-        model_arguments: What each loads.
-        job: Where to and how.
-        places: Where they work.
+        model_arguments: Model that each process loads.
+        job: Output folder and settings.
+        places: Device and cores of each process.
 
     Raises:
-        EngineError: Where none can load its model.
+        EngineError: Where no process can load the model.
     """
 
     def __init__(self, model_arguments: ModelArguments, job: Job, places: Sequence[Place]) -> None:
         self._model_arguments, self._job = model_arguments, job
-        # One is computed and one is read; more readers and writers have more in work.
+        # One case is computed and one is read; more readers and writers have more cases at once.
         super().__init__(places, ahead=2 + job.readers + job.writers)
 
     def _start(self, place: Place) -> Worker[Place]:
@@ -48,7 +48,7 @@ class LocalWorkers(WorkerPool[Place]):
         return Worker(place=place, handle=(process, ours))
 
     def _send(self, worker: Worker[Place], case: CaseFiles) -> None:
-        with contextlib.suppress(OSError):  # it is lost, and the next message says so
+        with contextlib.suppress(OSError):  # the process is lost, and the next message reports it
             worker.handle[1].send(case)
 
     def _messages(self) -> Iterable[tuple[Worker[Place], Message]]:

@@ -1,4 +1,4 @@
-"""What a person or a program sees of a job while it runs: one line, and a log in JSON lines."""
+"""Shows the progress of a job: one line for people, and a log in JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ON_TERMINAL_S, _ELSEWHERE_S = 0.2, 60.0
 
 
 class ProgressLine:
-    """Cases done and left, rate, time left and where the work is; one line that changes, or one a minute in a log file.
+    """One line with cases done, rate, time left and current tiles; it changes, or in a log file is written each minute.
 
     Args:
-        stream: Where to; a terminal has its line replaced.
-        clock: Seconds.
+        stream: Output stream; on a terminal, the line is replaced.
+        clock: Gives the time in seconds.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,7 +35,7 @@ class ProgressLine:
         self._began = self._said = clock()
 
     def __call__(self, event: Event) -> None:
-        """Take notice."""
+        """Note an event, and show the line if it is time."""
         match event:
             case Started(cases=cases):
                 self._cases, self._began = cases, self._clock()
@@ -66,7 +66,7 @@ class ProgressLine:
         self._show(text)
 
     def _show(self, text: str) -> None:
-        """Write, as long as somebody reads; a job is not lost to its progress."""
+        """Write; if the stream is closed, the job continues without progress."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -74,10 +74,10 @@ class ProgressLine:
             self._said = math.inf
 
     def text(self, now: float) -> str:
-        """Say how far the job is."""
+        """Describe the progress."""
         ended = self._done + self._failed
         parts = [f"{ended}/{self._cases} cases" + (f", {self._failed} failed" if self._failed else "")]
-        # Cases at work count as far as they are, so that there is a rate before the first one is done.
+        # Tiles of unfinished cases count too, so that there is a rate before the first case is done.
         share = ended + sum(done / total for done, total in self._tiles.values() if done < total)
         if share > 0 and now > self._began:
             rate = share / (now - self._began)

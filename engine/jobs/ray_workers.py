@@ -1,4 +1,4 @@
-"""A job shared by the machines of a Ray cluster."""
+"""Runs a job on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import BackendUnavailable, EngineError, OutputError
+from .case_record import Record
 from .cases import CaseFiles
 from .events import Ended, Ready, Stop, Unusable
 from .job import Job, ModelInfo, load_predictor
-from .records import Record
 from .worker import ModelArguments
 from .worker_pool import Message, QueuedEngine, Worker, WorkerPool
 
@@ -23,11 +23,11 @@ _CONNECT_S = 5.0
 
 
 class Actor:
-    """A loaded model on some machine of the cluster.
+    """A loaded model on a machine of the cluster.
 
     Args:
-        model_arguments: What to load.
-        job: Where to and how; on storage that all machines share.
+        model_arguments: Model to load.
+        job: Output folder, on storage that all machines share, and settings.
         device: As for `Engine.load`.
         cores: CPU cores to use.
     """
@@ -36,34 +36,34 @@ class Actor:
         self._model_arguments, self._job, self._device, self._cores = model_arguments, job, device, cores
 
     def load(self) -> ModelInfo:
-        """Load the model; not earlier, since Ray tells what a method raises, but not what a constructor does."""
+        """Load the model. This is not in the constructor, because Ray passes on only the errors of methods."""
         import torch
 
         torch.set_num_threads(self._cores)
         engine = load_predictor(self._model_arguments.models, device=self._device, **self._model_arguments.arguments)
-        self._resident = QueuedEngine(engine, self._job, lambda event: None)
-        return self._resident.info
+        self._engine_queue = QueuedEngine(engine, self._job, lambda event: None)
+        return self._engine_queue.info
 
     def predict(self, case: CaseFiles) -> Record:
-        """Do a case; several calls at a time overlap reading, computing and writing."""
-        return self._resident.submit(case).result()
+        """Predict a case; several calls at once overlap reading, computing and writing."""
+        return self._engine_queue.submit(case).result()
 
 
 class RayWorkers(WorkerPool[int]):
-    """An actor on each GPU, or on each so many CPU cores, of a Ray cluster; see `run.Workers`.
+    """Starts actors on the GPUs of a Ray cluster, or each on some CPU cores; see `run.Workers`.
 
     Args:
-        address: Of the cluster, "auto" for the one this machine is part of, or "local" for one of this machine alone,
-            which ends with the job.
-        model_arguments: What each loads; files are looked for on every machine.
-        job: Where to and how.
-        device: "cuda" for an actor per GPU, "cpu", or "auto": the former where the cluster has GPUs.
-        workers: How many actors; by default as many as the cluster has room for.
+        address: Address of the cluster, "auto" for the cluster of this machine, or "local" for a new one on this
+            machine, which ends with the job.
+        model_arguments: Model that each actor loads; every machine must have its files.
+        job: Output folder and settings.
+        device: "cuda" for an actor per GPU, "cpu", or "auto": "cuda" if the cluster has GPUs.
+        workers: Number of actors; by default as many as the cluster has room for.
         cores: CPU cores of each actor.
 
     Raises:
-        BackendUnavailable: Where Ray is not installed, or the cluster is not there or has no room.
-        EngineError: Where no actor can load its model.
+        BackendUnavailable: Where Ray is not installed, or the cluster does not answer or has no room.
+        EngineError: Where no actor can load the model.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class RayWorkers(WorkerPool[int]):
         return worker
 
     def _send(self, worker: Worker[int], case: CaseFiles) -> None:
-        there = replace(case, images=tuple(path.absolute() for path in case.images))
-        self._calls[worker.handle.predict.remote(there)] = (worker, case)
+        absolute = replace(case, images=tuple(path.absolute() for path in case.images))
+        self._calls[worker.handle.predict.remote(absolute)] = (worker, case)
 
     def _messages(self) -> Iterable[tuple[Worker[int], Message]]:
         finished, _ = self._ray.wait(list(self._calls), timeout=_WAIT_S)
         for call in finished:
-            if call not in self._calls:  # of an actor that was dropped meanwhile
+            if call not in self._calls:  # its actor was removed meanwhile
                 continue
             worker, case = self._calls.pop(call)
             yield worker, self._answer(call, case)
@@ -139,7 +139,7 @@ class RayWorkers(WorkerPool[int]):
             if case is None and isinstance(error.cause, (EngineError, ValueError)):
                 return Unusable(error.cause)
             return Ended(f"{error.cause!r:.200}")
-        except errors.RayError as error:  # of the actor, its process or its machine
+        except errors.RayError as error:  # the actor, its process or its machine failed
             return Ended(str(error).strip().partition("\n")[0])
         return Ready(answer) if case is None else answer
 
@@ -158,7 +158,7 @@ def _connected(address: str) -> Any:
         raise BackendUnavailable("a cluster needs Ray: pip install 'nnturbo[ray]'") from error
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
-        if host and port.isdecimal():  # Ray itself would wait for minutes
+        if host and port.isdecimal():  # Ray would wait for minutes
             socket.create_connection((host, int(port)), _CONNECT_S).close()
         if address == "local":
             ray.init(include_dashboard=False, logging_level=logging.ERROR)

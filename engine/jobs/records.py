@@ -1,9 +1,9 @@
-"""What a job has done: a record for each case, and the tables made of them.
+"""The records of a job's cases in the output folder, and the tables made from them.
 
-Results appear under their names only when they are complete, and replace what lay there before at that moment. The
-record that names their sizes and SHA-256 is written before, and once more when all are in place. So a job may be killed
-at any moment: what lies under a final name is whole (of a format of two files, after a kill between them, when the job
-goes on), and what is not recorded as nnturbo's own is left alone.
+Results get their names only when they are complete, and replace older files at that moment. The record with their sizes
+and SHA-256 is written before that, and again when all results have their names. So a job may be killed at any moment:
+files with a final name are complete. If a format has two files and the job was killed between them, they are complete
+after the job was continued. Files that no record names as nnturbo's are not changed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
-from ..files import remove_abandoned, sha256, write_json, written_atomically
+from ..files import remove_abandoned, write_json, written_atomically
 from ..scans.label_file import is_whole
+from .case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from .made_of import MadeOf
 
 logger = logging.getLogger(__name__)
@@ -32,131 +32,14 @@ SCHEMA = 1
 
 _TABLE_BEGINS = f'{{"schema": {SCHEMA}, "cases": [\n'
 
-WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fingerprint:
-    """What a file is known by again."""
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> Fingerprint:
-        """Look at a file."""
-        return cls(bytes=path.stat().st_size, sha256=sha256(path))
-
-    @classmethod
-    def if_there(cls, path: Path) -> Fingerprint | None:
-        """Look at a file that may not be there."""
-        try:
-            return cls.of(path)
-        except FileNotFoundError:
-            return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """How one case went; `predictions.json` is a list of them.
-
-    Args:
-        name: Of the case.
-        status: "done"; "failed"; "kept": labels are there that nnturbo did not make; "writing": results are being put
-            in place.
-        images: What is read.
-        results: Files in the output folder that nnturbo wrote, by name; those of a failed case are of an earlier job.
-        replaces: While results are put in place: those that they replace.
-        made_of: What the results are made of; None too for those of a version that recorded something else.
-        error: Why a case failed.
-        transient: Whether the same may go well another time; not kept.
-        kept: Why `--continue_prediction` left labels as they are that are not of this job.
-        classification, volumes_ml, timings_ms, warnings, provenance: As in `Prediction`.
-    """
-
-    name: str
-    status: str
-    images: tuple[str, ...] = ()
-    results: Mapping[str, Fingerprint] = field(default_factory=dict)
-    replaces: Mapping[str, Fingerprint] = field(default_factory=dict)
-    made_of: MadeOf | None = None
-    error: str | None = None
-    transient: bool = False
-    kept: str | None = None
-    classification: Mapping[str, Any] | None = None
-    volumes_ml: Mapping[str, float] | None = None
-    timings_ms: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] | None = None
-
-    def knows(self, file: str, fingerprint: Fingerprint) -> bool:
-        """Whether nnturbo wrote a file, for this result or for the one that it replaces."""
-        return fingerprint in (self.results.get(file), self.replaces.get(file))
-
-    def to_json(self) -> dict[str, Any]:
-        """Give what has something to say."""
-        content: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, bool):  # whether a failure is transient matters while the job runs
-                continue
-            if isinstance(value, MadeOf):
-                value = value.to_json()
-            is_empty = value is None or len(value) == 0
-            if is_empty and each.name not in ("name", *_ALWAYS[self.status]):
-                continue
-            content[each.name] = list(value) if isinstance(value, tuple) else value
-        for name in content.keys() & {"results", "replaces"}:
-            content[name] = {file: asdict(of) for file, of in content[name].items()}
-        return content
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Record:
-        """Read what `to_json` gave.
-
-        Raises:
-            ValueError, TypeError: For anything else.
-        """
-        if not isinstance(content, Mapping):
-            raise ValueError(f"a record must be a JSON object, got {type(content).__name__}")
-        known = {each.name for each in fields(cls)}
-        values = {name: value for name, value in content.items() if name in known}
-        for name in ("results", "replaces"):
-            if name in values:
-                values[name] = {file: Fingerprint(**of) for file, of in dict(values[name]).items()}
-        for name in ("images", "warnings"):
-            if name in values:
-                values[name] = tuple(map(str, values[name]))
-        if "made_of" in values:
-            values["made_of"] = _made_of(values["made_of"])
-        if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
-            raise ValueError("a record must have a name, and a status of its own")
-        return cls(**values)
-
-
-def _made_of(content: Any) -> MadeOf | None:
-    try:
-        return MadeOf.from_json(content)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-_ALWAYS = {
-    WRITING: ("images", "results"),
-    DONE: ("images", "results", "timings_ms", "warnings", "volumes_ml"),
-    FAILED: ("images", "error"),
-    KEPT: ("images", "kept"),
-}
-"""What a record of each status names even where it is empty."""
-
 
 @dataclass(frozen=True, slots=True)
 class CaseState:
-    """What there is of a case: nothing that counts, its results, or labels that are to be left as they are.
+    """The results of a case in the output folder: none, complete ones, or labels that must not be replaced.
 
     Args:
-        is_done: Whether all results are there, made of what the job would make them of.
-        kept: Why labels stay that are there and are not the job's.
+        is_done: Whether all results exist and were made from the job's inputs and models.
+        kept: Why labels that this job did not make are not replaced.
     """
 
     is_done: bool = False
@@ -165,11 +48,11 @@ class CaseState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordFolder:
-    """The records in an output folder; several jobs may share it, each with cases of its own.
+    """The records in an output folder; several jobs with different cases may share it.
 
     Args:
         output: The folder.
-        file_ending: Of segmentations, which the names in the table of classes keep.
+        file_ending: File ending of segmentations, which names in the table of classes have too.
         class_names: Classes of a case, or None for models without a classification head.
     """
 
@@ -178,7 +61,7 @@ class RecordFolder:
     class_names: Sequence[str] | None
 
     def begin(self) -> None:
-        """Make the folder ready.
+        """Prepare the folder.
 
         Raises:
             OutputError: Where the folder cannot be used, or holds tables that nnturbo did not write.
@@ -192,22 +75,22 @@ class RecordFolder:
             raise OutputError(f"the output folder {self.output} cannot be made: {error.strerror or error}") from error
 
     def has_own(self) -> bool:
-        """Whether a job has written here before."""
+        """Whether a job has written to the folder before."""
         return (self.output / PREDICTIONS).exists() or next(self.records(), None) is not None
 
     def state(
         self, name: str, results: Sequence[Path], made_of: MadeOf | None, *, redo_outdated: bool = False
     ) -> CaseState:
-        """Say what there is of a case.
+        """Find out which results of a case exist.
 
-        Labels that nnturbo did not write, or that were changed since, are kept if the file is whole. So are those of
-        another model, other settings or another scan, unless they are to be made again.
+        Labels that nnturbo did not write, or that were changed later, are kept if the file is complete. Labels of
+        another model, other settings or another scan are kept too, unless `redo_outdated` is true.
 
         Args:
-            name: Of the case.
+            name: Name of the case.
             results: Its files, the segmentation last.
-            made_of: What they must be made of.
-            redo_outdated: Whether results that nnturbo made of something else count for nothing.
+            made_of: Inputs and models of this job, as in `Record.made_of`.
+            redo_outdated: Whether nnturbo's results from other inputs or models are to be made again.
         """
         try:
             return self._judge(name, results, made_of, redo_outdated)
@@ -217,14 +100,14 @@ class RecordFolder:
     def _judge(self, name: str, results: Sequence[Path], made_of: MadeOf | None, redo_outdated: bool) -> CaseState:
         segmentation = results[-1]
         if segmentation.is_symlink() and not segmentation.exists():
-            return CaseState(kept="a link to what is not there")
+            return CaseState(kept="a link to a file that does not exist")
         there = {path.name: of for path in results if (of := Fingerprint.if_there(path)) is not None}
         if segmentation.name not in there:
             return CaseState()
         record = self.read(name) or Record(name=name, status=FAILED)
         foreign = [path for path in results if path.name in there and not record.knows(path.name, there[path.name])]
         if segmentation in foreign and not is_whole(segmentation):
-            logger.warning("%s is not whole, and is made again", segmentation)
+            logger.warning("%s is not complete, and is made again", segmentation)
             return CaseState()
         if segmentation in foreign:
             is_changed = segmentation.name in record.results
@@ -242,7 +125,7 @@ class RecordFolder:
         return CaseState(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
 
     def settle(self, name: str, images: Iterable[Path], state: CaseState) -> None:
-        """Record that a case is done, or why its labels are kept."""
+        """Record that an existing result is done, or why labels are kept."""
         before = self.read(name)
         if before is not None and (state.is_done or before.status == DONE):
             record = replace(before, status=DONE, replaces={}, kept=state.kept)
@@ -252,18 +135,18 @@ class RecordFolder:
             self.write(record)
 
     def publish(self, record: Record, folder: Path, files: Sequence[str]) -> Record:
-        """Put results in place of those that lay there before, and record it.
+        """Move results to their names, in place of older ones, and record it.
 
         Args:
-            record: What to record.
-            folder: Has the results.
-            files: Their names, the segmentation last.
+            record: Record of the case, without results.
+            folder: Folder with the results.
+            files: Names of the results, the segmentation last.
 
         Returns:
             The record, with the results.
 
         Raises:
-            OutputError: Where they cannot be put in place.
+            OutputError: Where they cannot be moved.
         """
         before, target = self._known(record.name), folder
         try:
@@ -273,7 +156,7 @@ class RecordFolder:
             for file in files:
                 target = self.output / file
                 (folder / file).replace(target)
-            for file in before.keys() - results.keys():  # of the labels that were replaced
+            for file in before.keys() - results.keys():  # files of the replaced result
                 target = self.output / file
                 target.unlink()
         except OSError as error:
@@ -282,11 +165,11 @@ class RecordFolder:
         return record
 
     def fail(self, record: Record) -> None:
-        """Record that a case failed; results of an earlier job stay, and stay known."""
+        """Record that a case failed; results of an earlier job stay, and the record names them."""
         self.write(replace(record, results=self._known(record.name)))
 
     def _known(self, name: str) -> dict[str, Fingerprint]:
-        """Find the files of a case that are there as nnturbo wrote them."""
+        """Find the files of a case that exist as nnturbo wrote them."""
         record = self.read(name)
         if record is None:
             return {}
@@ -299,13 +182,13 @@ class RecordFolder:
         return known
 
     def write(self, record: Record) -> None:
-        """Keep how a case went, in place of what was known of it."""
+        """Write the record of a case, in place of an older one."""
         write_json(self._path(record.name), record.to_json())
 
     def collect(self) -> None:
-        """Write the tables of all records in the folder, those of other jobs among them.
+        """Write the tables of all records in the folder, also of other jobs.
 
-        Of jobs that end at the same time, the last one to write has seen the records of all.
+        If several jobs end at the same time, the last one to write has read the records of all.
         """
         seen = None
         while seen != (found := self.stamps()):
@@ -322,7 +205,7 @@ class RecordFolder:
                 self._write_subtypes()
 
     def read(self, name: str) -> Record | None:
-        """Read the record of a case; what is none counts as not there, so that nothing is taken for its result."""
+        """Read the record of a case; None if it is missing or damaged, so that no file counts as its result."""
         path = self._path(name)
         try:
             record = Record.from_json(json.loads(path.read_text()))
@@ -345,20 +228,20 @@ class RecordFolder:
         return (record for record in self.records() if record.status != WRITING)
 
     def stamps(self) -> dict[str, int]:
-        """Say when each case's record was written, in nanoseconds, by name."""
+        """Time at which each case's record was written, in nanoseconds, by name."""
         with os.scandir(self.output / RECORDS) as entries:
             names = [entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json")]
         return {name: stamp for name in names if (stamp := self.stamp(name)) is not None}
 
     def stamp(self, name: str) -> int | None:
-        """Say when a case's record was written, in nanoseconds."""
+        """Time at which a case's record was written, in nanoseconds."""
         try:
             return self._path(name).stat().st_mtime_ns
         except OSError:
             return None
 
     def has_tables(self) -> bool:
-        """Whether all tables are there."""
+        """Whether all tables exist."""
         return all((self.output / name).exists() for name in (PREDICTIONS, *([SUBTYPES] if self.class_names else [])))
 
     def _write_subtypes(self) -> None:
@@ -372,10 +255,10 @@ class RecordFolder:
             table.writerows(sorted((name, subtype) for name, subtype in rows if subtype is not None))
 
     def _subtype(self, record: Record) -> str | None:
-        """Take the class from a record: its name where that is a number, else its index.
+        """Take the class from a record: its name if that is a number, else its index.
 
-        They differ for a data set that lacks the class 0. None where the record has no class, or one of other classes
-        than the model's.
+        The two differ for a data set without the class 0. None if the record has no class, or its classes are not the
+        model's.
         """
         names = self.class_names or ()
         match record.classification:
@@ -389,15 +272,16 @@ class RecordFolder:
 
 
 def _check_ours(path: Path) -> None:
-    """Refuse to replace a file of somebody else's."""
+    """Refuse to replace a file that nnturbo did not write."""
     try:
         with path.open("rb") as file:
-            if file.read(len(_TABLE_BEGINS)) == _TABLE_BEGINS.encode():  # a table of thousands takes a second to parse
+            # Parsing a table of thousands of cases takes a second.
+            if file.read(len(_TABLE_BEGINS)) == _TABLE_BEGINS.encode():
                 return
         content = json.loads(path.read_text())
         if content["schema"] == SCHEMA and isinstance(content["cases"], list):
             return
-        reason = "its schema is another one"
+        reason = "it has another schema"
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What people look at: one page of HTML with a table of cases, and outlines on three planes of each."""
+"""The report: one HTML page with a table of cases, and outlines of labels on slices of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from ..model.labels import LabelScheme, parse_labels
 from ..model.plans import read_channel_names
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
-from .records import DONE, FAILED, KEPT, WRITING, Record, RecordFolder
+from .case_record import DONE, FAILED, KEPT, WRITING, Record
+from .records import RecordFolder
 
 CT_WINDOW_HU = (-160.0, 240.0)
 MOST_SLICES = 24
@@ -30,7 +31,7 @@ MOST_PIXELS = 240
 MARGIN_MM = 25.0
 LEAST_EXTENT_MM = 120.0
 MOST_BYTES = 1_400_000
-"""Of the pictures of one case."""
+"""Largest size of the pictures of one case."""
 
 COLOURS = ("#ffb000", "#ff3c78", "#38c6f4", "#7ddc4a", "#b78bff", "#ff7f2a", "#34d9a5", "#f06ee0")
 LESION = re.compile(r"lesion|tumou?r|cyst|mass|cancer|metasta|nodule|carcinoma", re.IGNORECASE)
@@ -39,12 +40,12 @@ QUALITIES = (80, 65, 50, 35, 20)
 
 
 def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
-    """Write the page of the cases in an output folder; their scans are read again.
+    """Write the report of the cases in an output folder; their scans are read again.
 
     Args:
-        output: Where `nnturbo predict` wrote.
-        path: The page.
-        only: One case, in place of all.
+        output: Folder to which `nnturbo predict` wrote.
+        path: File for the page.
+        only: Name of a single case to show.
 
     Raises:
         BackendUnavailable: Where Pillow or SciPy are not installed.
@@ -52,15 +53,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         VolumeError: Where there are no predictions.
     """
     require_packages()
-    try:
-        dataset = json.loads((output / "dataset.json").read_text())
-        labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
-        file_ending = dataset["file_ending"]
-        reader = json.loads((output / "plans.json").read_text()).get("image_reader_writer", "SimpleITKIO")
-    except (OSError, ValueError, KeyError) as error:
-        raise VolumeError(
-            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
-        ) from error
+    labels, channel, file_ending, reader = _read_settings(output)
     record_folder = RecordFolder(output=output, file_ending=file_ending, class_names=None)
     known = [record for record in record_folder.records() if only in (None, record.name) and record.status != WRITING]
     if only is not None and not known:
@@ -75,15 +68,7 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
             shown = {"name": record.name, "labels": [], "colours": [], "planes": [], "note": f"no pictures: {error}"}
         return json.dumps(shown).replace("<", "\\u003c")
 
-    template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
-    before, after = template.split("<!-- cases -->")
-    counts = Counter(KEPT if record.kept is not None else record.status for record in known)
-    summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
-    summary += f", labels of {kept} left as they were" if (kept := counts[KEPT]) else ""
-    title = html.escape(f"nnturbo: {output.resolve().name}")
-    before = before.replace("<!-- title -->", title)
-    before = before.replace("<!-- summary -->", summary)
-    before = before.replace("<!-- rows -->", _table(known))
+    before, after = _frame(output.resolve().name, known)
     with (
         written_atomically(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
@@ -95,17 +80,43 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
         file.write(after)
 
 
+def _read_settings(output: Path) -> tuple[LabelScheme, str, str, str]:
+    """Read labels, name of the first channel, file ending and reader from the JSON files beside predictions."""
+    try:
+        dataset = json.loads((output / "dataset.json").read_text())
+        labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
+        file_ending = dataset["file_ending"]
+        reader = json.loads((output / "plans.json").read_text()).get("image_reader_writer", "SimpleITKIO")
+    except (OSError, ValueError, KeyError) as error:
+        raise VolumeError(
+            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
+        ) from error
+    return labels, channel, file_ending, reader
+
+
+def _frame(name: str, records: Sequence[Record]) -> tuple[str, str]:
+    """Write the page's parts before and after the pictures."""
+    template = resources.files("nnturbo.engine.jobs").joinpath("report.html").read_text(encoding="utf-8")
+    before, after = template.split("<!-- cases -->")
+    counts = Counter(KEPT if record.kept is not None else record.status for record in records)
+    summary = f"{counts[DONE]} cases done, {counts[FAILED]} failed"
+    summary += f", labels of {kept} left as they were" if (kept := counts[KEPT]) else ""
+    before = before.replace("<!-- title -->", html.escape(f"nnturbo: {name}"))
+    before = before.replace("<!-- summary -->", summary)
+    return before.replace("<!-- rows -->", _table(records)), after
+
+
 def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str, reader: str) -> dict[str, Any]:
-    """Cut three planes of slices through a case's labels, around its largest lesion; one plane of a 2D scan.
+    """Cut slices in three planes through a case's labels, around its largest lesion; one slice of a 2D scan.
 
     Returns:
-        What the page's script reads.
+        Data for the script of the page.
 
     Raises:
         VolumeError: Where the scan or its labels cannot be read, or do not fit together.
     """
     images = record.images
-    # From here on: from superior to inferior, anterior to posterior, and the patient's right to left.
+    # From here on, axes run from superior to inferior, anterior to posterior, and the patient's right to left.
     scan = _for_display(read_volume(images[0] if Path(images[0]).is_dir() else images[:1], reader=reader))
     segmentation = _for_display(read_volume(mask, channels=1, reader=reader))
     if scan.array.shape != segmentation.array.shape:
@@ -142,10 +153,10 @@ def case_pictures(record: Record, mask: Path, labels: LabelScheme, channel: str,
 
 
 def require_packages() -> None:
-    """Refuse to go on without what draws pictures.
+    """Check that the packages for pictures are installed.
 
     Raises:
-        BackendUnavailable: Where it is not installed.
+        BackendUnavailable: Where one is missing.
     """
     try:
         import PIL  # noqa: F401
@@ -160,13 +171,13 @@ def _for_display(volume: Volume) -> Volume:
 
 
 def _name(labels: LabelScheme, value: int) -> str:
-    """Name a label; of regions, the smallest that has it."""
+    """Name a label; if regions share it, the smallest region."""
     holds = {name: len(values) for name, values in labels.written.items() if value in values}
     return min(holds, key=lambda name: holds[name])
 
 
 def _centre(values: np.ndarray, present: Sequence[int], labels: LabelScheme) -> tuple[int, int, int]:
-    """Find the middle of the largest lesion; else of the greatest label's largest part, which is a lesion by custom."""
+    """Find the middle of the largest lesion; without a lesion, of the largest part of the greatest label."""
     from scipy import ndimage
 
     if not present:
@@ -174,14 +185,14 @@ def _centre(values: np.ndarray, present: Sequence[int], labels: LabelScheme) -> 
     lesions = [value for value in present if LESION.search(_name(labels, value))] or [max(present)]
     parts = np.asarray(ndimage.label(np.isin(values, lesions))[0])  # type: ignore[index]
     largest = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-    # The slice with most of it, for each plane.
+    # For each plane, the slice with most of its voxels.
     return tuple(  # type: ignore[return-value]
         int(np.argmax(largest.sum(axis=tuple(other for other in range(3) if other != axis)))) for axis in range(3)
     )
 
 
 def _box(values: np.ndarray, spacing: Sequence[float]) -> list[tuple[int, int]]:
-    """Bound what is shown: all labels and some way around them, or the whole scan where there are none."""
+    """Choose the box to show: all labels with a margin, or the whole scan if there are none."""
     box = []
     for axis, size in enumerate(values.shape):
         there = np.flatnonzero(values.any(axis=tuple(other for other in range(3) if other != axis)))
@@ -197,7 +208,7 @@ def _box(values: np.ndarray, spacing: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def _window(image: np.ndarray, box: Sequence[tuple[int, int]], channel: str) -> tuple[float, float]:
-    """Choose what becomes black and white."""
+    """Choose the values that become black and white."""
     if channel == "CT":
         return CT_WINDOW_HU
     sample = image[tuple(slice(low, high, 1 + (high - low) // 64) for low, high in box)]
@@ -208,7 +219,7 @@ def _window(image: np.ndarray, box: Sequence[tuple[int, int]], channel: str) -> 
 def _plane(
     name: str, axis: int, grey: np.ndarray, indices: np.ndarray, spacing: Sequence[float], start: int, quality: int
 ) -> dict[str, Any]:
-    """Make one plane's strips of slices, one below the other, with pixels that are square in mm."""
+    """Make strips of slices of one plane, one below the other, with pixels that are square in mm."""
     from PIL import Image
 
     rows, columns = [other for other in range(3) if other != axis]
@@ -235,7 +246,7 @@ def _plane(
 
 
 def _chosen(count: int, start: int) -> list[int]:
-    """Choose slices at equal distances, among them the first one to be shown."""
+    """Choose slices at equal distances; the slice that is shown first is among them."""
     step = math.ceil(count / MOST_SLICES)
     return list(range(start % step, count, step))
 

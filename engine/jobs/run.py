@@ -1,4 +1,4 @@
-"""A job of many scans: predict each, write what comes out; one bad case does not stop the others."""
+"""Runs a job of many scans: predicts each and writes its results; one bad case does not stop the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,181 +17,95 @@ import numpy as np
 import torch
 
 from ..errors import DeviceLost, EngineError, OutputError, PredictionError
-from ..files import staging_folder, write_json, written_atomically
+from ..files import staging_folder, written_atomically
 from ..model.classification import Classification
 from ..model.provenance import provenance_json
 from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
 from ..pipeline.steps import Request
 from ..predictor import Predictor
+from .case_record import DONE, FAILED, KEPT, Record
 from .cases import CaseFiles
 from .dicom_seg import write_dicom_seg
-from .events import Done, Failed, Finished, OnEvent, Retried, Started, Tiles
-from .job import DATASET, PLANS, Job, ModelInfo, check_dicom, check_overwriting
+from .events import OnEvent, Started, Tiles
+from .job import Job, ModelInfo, check_dicom, check_overwriting
 from .made_of import MadeOf
-from .records import DONE, FAILED, KEPT, CaseState, Record, RecordFolder
+from .outcome import Outcome, Run
 
 logger = logging.getLogger(__name__)
 
 
 class Workers(Protocol):
-    """Who predicts: this process, several, or a cluster."""
+    """What predicts the cases: this process, several processes, or a cluster."""
 
     info: ModelInfo
 
     def close(self) -> None:
-        """End what it has started."""
+        """End all processes that it has started."""
         ...
 
     def __call__(self, cases: Sequence[CaseFiles], *, on_event: OnEvent, alone: bool) -> Generator[Record, None, None]:
-        """Predict cases, write results and records of those that are done, and give the records of all.
+        """Predict cases, write results and records of those that are done, and yield the records of all.
 
         Args:
-            cases: What to predict.
-            on_event: Called with tiles and losses.
-            alone: Whether each process has one case at a time, so that it is clear which one ended it.
+            cases: Cases to predict.
+            on_event: Called with `Tiles` and `Lost`.
+            alone: Whether each process has one case at a time, so that it is clear which case ended it.
 
         Raises:
-            OutputError: Where results cannot be written, so that there is no use in going on.
+            OutputError: Where results cannot be written, so that the job must end.
         """
         ...
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a job went.
-
-    Args:
-        done: Cases with results.
-        skipped: Cases that had theirs before.
-        kept: Cases whose labels are left as they are although this job would not have made them, with the reason.
-        failed: Cases that failed, with the reason.
-        stopped: What ended the job before its time, such as a full disk.
-        left: Cases that it did not come to.
-    """
-
-    done: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    stopped: str | None = None
-    left: list[str] = field(default_factory=list)
 
 
 def predict_cases(
     engine: Predictor, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None
 ) -> Outcome:
-    """Do a job in this process; see `run_job`."""
+    """Run a job in this process; see `run_job`."""
     return run_job(InProcess(engine, job), cases, job, on_event=on_event)
 
 
 def run_job(workers: Workers, cases: Sequence[CaseFiles], job: Job, *, on_event: OnEvent | None = None) -> Outcome:
-    """Predict cases and write what comes out, with a record of each and `predictions.json` of all.
+    """Predict cases and write their results, a record of each, and `predictions.json` of all.
 
-    A case that failed by what may pass (`EngineError.transient`), or whose process was lost, is tried once more when
-    the others are done.
+    A case that failed by an error that may pass (`EngineError.transient`), or whose process was lost, is tried once
+    more when the others are done.
 
     Args:
-        workers: Who does it.
-        cases: What to predict.
-        job: Where to and how.
-        on_event: Called with what happens.
+        workers: What predicts the cases.
+        cases: Cases to predict.
+        job: Output folder and settings.
+        on_event: Called with each event.
 
     Raises:
         OutputError: Where the output folder cannot be used.
-        ValueError: Where two cases have the same name, or a result would replace what is read.
+        ValueError: Where two cases have the same name, or a result would replace an input.
     """
     info, on_event = workers.info, on_event or (lambda event: None)
-    if twice := sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1):
-        raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
+    _check_names(cases)
     check_overwriting(info, cases, job)
     if job.dicom_seg:
         check_dicom(cases)
-    record_folder = info.record_folder(job)
-    record_folder.begin()
-    write_json(job.output / PLANS, info.plans)
-    write_json(job.output / DATASET, info.dataset)
-
-    def state(case: CaseFiles) -> CaseState:
-        results = info.results(job, case.name)
-        return record_folder.state(case.name, results, info.made_of(job, case), redo_outdated=job.redo_outdated)
-
-    outcome = Outcome()
-    if job.skip_existing:
-        for case in cases:
-            found = state(case)
-            if found.is_done:
-                outcome.skipped.append(case.name)
-            elif found.kept is not None:
-                outcome.kept[case.name] = found.kept
-            if found != CaseState():
-                record_folder.settle(case.name, case.images, found)
-    left = {*outcome.skipped, *outcome.kept}
-    pending = {case.name: case for case in cases if case.name not in left}
-    before = record_folder.stamps()
-
-    def is_done_now(case: CaseFiles) -> bool:
-        return record_folder.stamp(case.name) != before.get(case.name) and state(case).is_done
-
-    on_event(Started(cases=len(pending), skipped=len(outcome.skipped), kept=len(outcome.kept)))
-    if not record_folder.has_tables():
-        record_folder.collect()
+    run = Run(info, job, on_event)
+    run.begin()
+    pending = run.without_existing(cases)
+    on_event(Started(cases=len(pending), skipped=len(run.outcome.skipped), kept=len(run.outcome.kept)))
+    run.write_missing_tables()
     try:
-        for last in (False, True):
-            again = {}
-            records = workers(list(pending.values()), on_event=on_event, alone=last)
-            with contextlib.closing(records):
-                for record in records:
-                    name = record.name
-                    if record.status == FAILED and record.transient and not last:
-                        logger.warning("%s failed, and is tried again at the end: %s", name, record.error)
-                        on_event(Retried(name=name, error=str(record.error)))
-                        again[name] = pending[name]
-                        continue
-                    if record.status == FAILED and not record.results and is_done_now(pending[name]):
-                        # Its process was lost between writing the record and sending it.
-                        record = record_folder.read(name) or record
-                    _note(record_folder, record, outcome, on_event)
-            pending = again
+        for is_last in (False, True):
+            records = workers(list(pending.values()), on_event=on_event, alone=is_last)
+            pending = run.count(records, pending, is_last=is_last)
     except (OutputError, DeviceLost) as error:
-        # What stops one case stops the next one too; some may have been finished meanwhile.
-        outcome.stopped = str(error)
-        ended = {*outcome.done, *left, *outcome.failed}
-        for case in cases:
-            if case.name not in ended:
-                (outcome.done if is_done_now(case) else outcome.left).append(case.name)
+        # Such an error would stop the next case too.
+        run.stop(str(error), cases)
     finally:
-        on_event(Finished(done=len(outcome.done), failed=len(outcome.failed)))
-        with contextlib.suppress(OutputError):  # a full disk does not take tables either
-            record_folder.collect()
-    return outcome
+        run.finish()
+    return run.outcome
 
 
-def _note(record_folder: RecordFolder, record: Record, outcome: Outcome, on_event: OnEvent) -> None:
-    """Count a case; those whose results were written have their records already."""
-    name = record.name
-    if record.status == FAILED:
-        if not record.results:
-            _record_failure(record_folder, record)
-        outcome.failed[name] = str(record.error)
-        logger.info("%s failed: %s", name, record.error)
-        on_event(Failed(name=name, error=str(record.error)))
-        return
-    if record.status == KEPT:
-        outcome.kept[name] = str(record.kept)
-        return
-    outcome.done.append(name)
-    logger.info("%s: %s", name, ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in record.timings_ms.items()))
-    on_event(Done(name=name, timings_ms=record.timings_ms, warnings=record.warnings))
-
-
-def _record_failure(record_folder: RecordFolder, record: Record) -> None:
-    try:
-        record_folder.fail(record)
-    except OutputError as error:
-        if not error.of_one_file:  # a name that is too long for a record too
-            raise
-        logger.warning("%s", error)
+def _check_names(cases: Sequence[CaseFiles]) -> None:
+    if twice := sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1):
+        raise ValueError(f"every case must have its own output name; {', '.join(twice)} come more than once")
 
 
 class InProcess:

@@ -1,4 +1,4 @@
-"""Processes of this machine that share a job: one for each GPU, or each with a share of the CPU's cores."""
+"""The body of a worker process on this machine, and the places of such processes: GPUs, or shares of the CPU cores."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .job import Job
 
-# No torch here: a process that begins sets its cores before that counts them.
+# This module does not import torch: a process sets its cores before torch counts them.
 
 _TILES_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process works.
+    """Device and cores of a process.
 
     Args:
         device: As for `Engine.load`.
-        cores: CPU cores it keeps to; none means all.
+        cores: CPU cores that it uses; empty for all.
     """
 
     device: str
@@ -38,19 +38,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArguments:
-    """What each process loads: arguments of `job.load_predictor`, but for the device."""
+    """Model that each process loads: the arguments of `job.load_predictor` without the device."""
 
     models: tuple[str, ...]
     arguments: Mapping[str, Any]
 
 
 def local_places(device: str, workers: int | None) -> list[Place]:
-    """Say where processes work on this machine.
+    """Choose the places of processes on this machine.
 
     Args:
-        device: "cpu", one GPU as "cuda:N", or all of them: "cuda" and, where there are any, "auto".
-        workers: How many; by default one for each GPU, or a single one on the CPU. More than there are GPUs share
-            them; on the CPU each gets its share of the cores.
+        device: "cpu", one GPU as "cuda:N", or all GPUs: "cuda", or "auto" if there are any.
+        workers: Number of processes; by default one for each GPU, or one on the CPU. If there are more than GPUs, they
+            share them; on the CPU each gets its share of the cores.
+
+    Raises:
+        ValueError: For fewer than one worker, or more workers than CPU cores.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -69,23 +72,29 @@ def local_places(device: str, workers: int | None) -> list[Place]:
     return [Place(device, tuple(cores[index::count])) for index in range(count)]
 
 
-def serve(connection: Connection, model_arguments: ModelArguments, job: Job, place: Place, level: int) -> None:
-    """Work on what comes through a connection until it is closed; the body of a process."""
-    # Signals to the whole group are for the process that gives cases out; it closes the connection then.
+def _set_up(place: Place, level: int) -> None:
+    """Prepare this process: it ignores signals, logs, and keeps to its cores."""
+    # Signals to the process group are for the main process, which then closes the connection.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    if place.cores and hasattr(os, "sched_setaffinity"):
+    if not place.cores:
+        return
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, place.cores)
+    import torch
+
+    torch.set_num_threads(len(place.cores))
+
+
+def serve(connection: Connection, model_arguments: ModelArguments, job: Job, place: Place, level: int) -> None:
+    """Predict cases that come through a connection, until it is closed; the body of a process."""
+    _set_up(place, level)
     from ..errors import EngineError, OutputError, PredictionError
     from .events import Ready, Stop, Unusable
     from .job import load_predictor
     from .worker_pool import QueuedEngine, throttled
 
-    if place.cores:
-        import torch
-
-        torch.set_num_threads(len(place.cores))
     try:
         engine = load_predictor(model_arguments.models, device=place.device, **model_arguments.arguments)
     except (EngineError, ValueError) as error:
@@ -95,7 +104,7 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
     saying = threading.Lock()
 
     def say(message: Any) -> None:
-        # Where nobody listens any more, that shows where cases are received.
+        # If the connection is closed, receiving the next case shows it.
         with saying, contextlib.suppress(OSError):
             connection.send(message)
 
@@ -111,9 +120,9 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
             say(Stop(error))
         except EngineError as error:  # a lost device
             logging.getLogger(__name__).warning("%s", error)
-            os._exit(1)  # the next process may have better luck
+            os._exit(1)  # a new process may succeed
         except BaseException:
-            logging.getLogger(__name__).exception("a process ends by an unexpected error")
+            logging.getLogger(__name__).exception("a process ends because of an unexpected error")
             os._exit(1)
 
     send_tiles = throttled(say, _TILES_EVERY_S, time.monotonic)

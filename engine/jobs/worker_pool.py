@@ -1,4 +1,4 @@
-"""Processes that share a job: who gets which case, and what happens where one of them is lost."""
+"""Distributes the cases of a job to processes, and handles processes that are lost."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
 from ..predictor import Predictor
+from .case_record import FAILED, Record
 from .cases import CaseFiles
 from .events import Ended, Lost, OnEvent, Ready, Stop, Tiles, Unusable
 from .job import Job, ModelInfo
-from .records import FAILED, Record
 from .run import InProcess
 
 logger = logging.getLogger(__name__)
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 _Place = TypeVar("_Place")
 
 _PATIENCE_S = 60.0
-"""After that a job says that it waits for a process to be ready."""
+"""Time after which a job logs that it waits for a process to be ready."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Worker(Generic[_Place]):
-    """A process that works.
+    """A worker process.
 
     Args:
-        place: Where it does.
-        handle: What is known of it to those who talk to it.
+        place: Place of the process, such as its device.
+        handle: Process and connection, or the actor.
         ready: Whether it has loaded its model.
-        given: The cases it has, by name.
+        given: Cases that it has, by name.
     """
 
     place: _Place
@@ -49,15 +49,15 @@ class Worker(Generic[_Place]):
 
 
 Message = Ready | Unusable | Stop | Ended | Tiles | Record
-"""What a worker says: how far it is, or how a case went."""
+"""A message of a worker: its state, its progress, or the record of a case."""
 
 
 class WorkerPool(ABC, Generic[_Place]):
-    """Gives cases out to processes as they get free, and takes those of lost ones back; see `run.Workers`.
+    """Gives cases to processes when they are free, and takes back the cases of lost processes; see `run.Workers`.
 
     Args:
-        places: Where to have a process each.
-        ahead: How many cases a process has at once.
+        places: Places of the processes, one for each.
+        ahead: Number of cases that a process has at once.
 
     Raises:
         EngineError: Where no process can load its model.
@@ -81,18 +81,18 @@ class WorkerPool(ABC, Generic[_Place]):
 
     @abstractmethod
     def _send(self, worker: Worker[_Place], case: CaseFiles) -> None:
-        """Let a process do a case."""
+        """Give a case to a process."""
 
     @abstractmethod
     def _messages(self) -> Iterable[tuple[Worker[_Place], Message]]:
-        """Wait for what happens, for a second or so."""
+        """Wait for messages, about a second."""
 
     @abstractmethod
     def _end(self, workers: Sequence[Worker[_Place]]) -> None:
-        """End processes; what they have not finished is abandoned."""
+        """End processes; their unfinished cases are dropped."""
 
     def _wait_for_messages(self) -> Iterator[tuple[Worker[_Place], Message]]:
-        """Pass messages on, and say so where the job only waits, such as for room on a cluster."""
+        """Pass on messages, and log if the job only waits, for example for room on a cluster."""
         now = time.monotonic()
         if any(worker.ready for worker in self._running):
             self._working_at = now
@@ -107,8 +107,8 @@ class WorkerPool(ABC, Generic[_Place]):
         self._running = []
 
     def _first_ready(self) -> ModelInfo:
-        """Wait until one process has its model; the others go on loading."""
-        reason: Exception = DeviceLost("there is no place to work at")
+        """Wait until one process has loaded its model; the others continue to load."""
+        reason: Exception = DeviceLost("there is no place for a process")
         while self._running:
             for worker, message in self._wait_for_messages():
                 match message:
@@ -143,12 +143,12 @@ class WorkerPool(ABC, Generic[_Place]):
                         case _:
                             yield from self._lost(worker, _how(message), on_event)
         finally:
-            # Whoever left before the end wants no more of it.
+            # If the caller stopped early, cases that were given out are not needed any more.
             self._end([worker for worker in self._running if worker.given])
             self._running = [worker for worker in self._running if not worker.given]
 
     def _refill(self, pending: int) -> None:
-        """Start new processes in place of those that are gone, as far as there is work."""
+        """Start processes in place of lost ones, if there are enough cases."""
         missing = list(self._places)
         for worker in self._running:
             missing.remove(worker.place)
@@ -158,7 +158,7 @@ class WorkerPool(ABC, Generic[_Place]):
             raise DeviceLost("no process is left that could load the model")
 
     def _distribute(self, pending: deque[CaseFiles], alone: bool) -> None:
-        """Give cases out, fewer at once towards the end, so that all processes end at the same time."""
+        """Give cases to processes, fewer at once towards the end, so that all processes end at about the same time."""
         for worker in self._running:
             while worker.ready and pending:
                 fair = math.ceil(len(pending) / (2 * len(self._running)))
@@ -183,7 +183,7 @@ class WorkerPool(ABC, Generic[_Place]):
             )
 
     def _drop(self, worker: Worker[_Place]) -> None:
-        """Forget a process; where it could not load, there will not be another one."""
+        """Remove a process; if it could not load its model, no other one is started at its place."""
         self._running.remove(worker)
         self._end([worker])
         if not worker.ready:
@@ -196,12 +196,12 @@ def _how(message: Message) -> str:
 
 
 class QueuedEngine:
-    """A loaded model that takes cases one at a time, and works on several steps of them at once.
+    """A loaded model that takes cases one by one, and overlaps reading, computing and writing.
 
     Args:
         engine: The model, or several.
-        job: Where to and how.
-        on_event: Called with tiles; what it raises ends the case in work.
+        job: Output folder and settings.
+        on_event: Called with `Tiles`; an exception from it ends the current case.
     """
 
     def __init__(self, engine: Predictor, job: Job, on_event: OnEvent) -> None:
@@ -213,11 +213,11 @@ class QueuedEngine:
         self._failure: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="nnturbo-resident", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="nnturbo-engine", daemon=True)
         self._thread.start()
 
     def submit(self, case: CaseFiles) -> Future[Record]:
-        """Begin with a case when there is room for it."""
+        """Queue a case; it begins when there is room for it."""
         future: Future[Record] = Future()
         with self._lock:
             if self._failure is not None:
@@ -228,7 +228,7 @@ class QueuedEngine:
         return future
 
     def close(self) -> None:
-        """End; cases that were not begun are not done any more."""
+        """End; cases that have not begun are dropped."""
         self._closed = True
         self._feed.put(None)
         self._thread.join()
@@ -239,7 +239,7 @@ class QueuedEngine:
 
     def _work(self) -> None:
         try:
-            # A reader may wait for the next case when the first result cannot be written.
+            # If a result cannot be written, a reader may still wait for the next case.
             leave = functools.partial(self._feed.put, None)
             for record in self._in_process(self._cases(), on_event=self._on_event, leave=leave):
                 with self._lock:
@@ -254,7 +254,7 @@ class QueuedEngine:
 
 
 def throttled(on_event: Callable[[Tiles], None], every_s: float, clock: Callable[[], float]) -> Callable[[Tiles], None]:
-    """Pass events on no more often than that, but always the last tile of a case."""
+    """Pass on at most one event in `every_s` seconds, but always the last tile of a case."""
     last = -math.inf
 
     def passed(event: Tiles) -> None:

@@ -1,4 +1,4 @@
-"""What a classification head is asked, and what it answers for a case."""
+"""The description of a classification head, and its answer for a case."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WIDEST_HEAD = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationScheme:
-    """What the classification head of a multi-task network answers, and how it is built.
+    """Classes and layers of a multi-task network's classification head.
 
     Args:
         kind: "gap_linear", "gap_mlp" or "attention".
-        stages: Stages of the encoder that feed it, counted from the finest, 0.
+        stages: Encoder stages that the head reads, counted from the finest, 0.
         class_names: One per class, in the order of the class logits.
-        focus_channels: Channels of the segmentation output whose voxels the class is about, such as the lesion's. Tiles
-            count by how much of them they show, and pooling can look there.
+        focus_channels: Channels of the segmentation output whose voxels decide the class, such as the lesion's. A
+            tile's weight is its share of such voxels, and heads can pool over them.
         regions: Whether the segmentation output has regions (sigmoid) instead of labels (softmax).
         hidden: Width of the hidden layer ("gap_mlp") or of keys and values ("attention").
         queries: Number of learned queries ("attention").
@@ -41,7 +41,7 @@ class ClassificationScheme:
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
-        """Check what a stranger's plan may say."""
+        """Check all values, because plans may come from strangers."""
         checks = {
             f"kind must be one of {', '.join(HEADS)}": self.kind in HEADS,
             "stages must be different numbers from 0": is_indices(self.stages),
@@ -84,7 +84,7 @@ class ClassificationScheme:
             raise ModelError(f"classification head: {error}; got {description!r:.200}") from error
 
     def describe(self) -> dict[str, Any]:
-        """Write what `parse` reads: plain values, as JSON has them."""
+        """Give the plain values that `parse` reads, for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
@@ -97,7 +97,7 @@ class Classification:
         name: Its name.
         probabilities: One per class; they add up to 1.
         logits: One per class; `probabilities` is their softmax.
-        class_names: What the classes are called, in their order.
+        class_names: Names of the classes, in the order of `probabilities`.
     """
 
     label: int
@@ -108,7 +108,7 @@ class Classification:
 
     @classmethod
     def from_logits(cls, logits: Sequence[float], class_names: Sequence[str]) -> Classification:
-        """Answer with the class of the greatest logit, the first one where several are equal."""
+        """Choose the class of the greatest logit, the first of equal ones."""
         greatest = max(logits)
         shares = [math.exp(logit - greatest) for logit in logits]
         total = math.fsum(shares)
@@ -123,7 +123,7 @@ class Classification:
 
     @classmethod
     def average(cls, answers: Sequence[Classification]) -> Classification:
-        """Average the probabilities that several models give for a case; the logits are then their logarithms."""
+        """Average the probabilities of several models; the logits are their logarithms."""
         columns = zip(*(answer.probabilities for answer in answers), strict=True)
         means = [math.fsum(column) / len(answers) for column in columns]
         smallest = sys.float_info.min  # a probability of 0 has no logarithm
@@ -131,7 +131,7 @@ class Classification:
 
 
 def is_indices(values: Any) -> bool:
-    """Whether these are one or more different numbers of stages or channels."""
+    """Whether a value is a tuple of one or more different indices of stages or channels."""
     return (
         isinstance(values, tuple)
         and len(values) > 0

@@ -1,4 +1,4 @@
-"""A trained nnU-Net v2 model, read from its folder or export zip without running anything it contains."""
+"""Reads a trained nnU-Net v2 model from its folder or export zip, and runs nothing that it contains."""
 
 from __future__ import annotations
 
@@ -6,50 +6,27 @@ import contextlib
 import json
 import logging
 import os
-import pickle
-import re
 import shutil
 import tempfile
-import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ModelError
 from ..options import DEFAULT_CHECKPOINT
+from .checkpoint import UNREADABLE, read_checkpoint
 from .heads import PooledClassifier
 from .mirroring import View, mirror_views
 from .plan_classes import remarks_on
 from .plans import Plan, parse_plan
-from .untrusted import is_plain
 
 logger = logging.getLogger(__name__)
 
 LARGEST_JSON_BYTES = 256 * 2**20
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What torch and zipfile raise for damaged files."""
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before parameter names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +34,15 @@ class Model:
     """One configuration of a trained model.
 
     Args:
-        plan: What plans.json and dataset.json say.
-        weights: Parameters by name, one mapping per fold; empty once a backend holds them, as in `Engine.model`.
+        plan: Checked content of plans.json and dataset.json.
+        weights: Parameters by name, one mapping per fold; empty after a backend has taken them, as in `Engine.model`.
         folds: Names of the folds, such as "0" or "all".
         mirror_axes: Spatial axes of the patch along which mirroring is allowed, counted from 0.
         trainer: Name of the trainer class.
-        source: The folder or zip it came from.
-        plans, dataset: The two JSON files as they were.
-        pooled_classifiers: Fitted after training, to answer in place of the network's classification head: one per
-            fold, None for a fold without. Empty where the head answers for all.
+        source: Folder or zip of the model.
+        plans, dataset: Content of the two JSON files.
+        pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
+            one per fold, None for a fold without. Empty if the head classifies in all folds.
     """
 
     plan: Plan
@@ -90,7 +67,7 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of one fold, counting those with several names once."""
+        """Number of parameters of one fold; a parameter with several names counts once."""
         return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights[0].values()}.values())
 
 
@@ -105,10 +82,10 @@ def read_model(
 
     Args:
         path: The folder or zip.
-        folds: Folds to ensemble, such as (0, 1) or ("all",); by default every numbered fold that has the checkpoint,
-            else fold "all".
+        folds: Folds to average, such as (0, 1) or ("all",). By default every numbered fold that has the checkpoint; if
+            there is none, fold "all".
         checkpoint: File name of the checkpoint in each fold.
-        configuration: The one wanted; needed for a zip that holds several.
+        configuration: Name of the configuration; needed for a zip that holds several.
 
     Raises:
         ModelError: Where something is missing or not supported.
@@ -146,10 +123,15 @@ def read_model(
 
 
 def with_classifier(model: Model, wanted: str) -> Model:
-    """Keep a model's fitted classifiers, or drop them so that the network's head answers.
+    """Keep a model's fitted classifiers, or remove them so that the network's head classifies.
+
+    Args:
+        model: The model.
+        wanted: "lda" for the fitted classifiers, "head" for the network's head, or "auto" for the fitted ones if every
+            fold has one.
 
     Raises:
-        ModelError: Where fitted classifiers are asked for and a fold has none.
+        ModelError: For "lda" where a fold has no fitted classifier.
     """
     if model.plan.classification is None:
         return model
@@ -169,7 +151,7 @@ def with_classifier(model: Model, wanted: str) -> Model:
 
 
 def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> None:
-    """Refuse a fitted classifier that answers another question than the plan's."""
+    """Refuse a fitted classifier whose classes are not the plan's."""
     if fitted is None:
         return
     if plan.classification is None:
@@ -180,7 +162,7 @@ def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> N
     if len(fitted.bias) != plan.classification.num_classes:
         raise CheckpointError(
             f"{where}: pooled_classifier must have the plan's {plan.classification.num_classes} classes, it has "
-            f"{len(fitted.bias)}. Fit it anew on this data set"
+            f"{len(fitted.bias)}. Fit it again on this data set"
         )
 
 
@@ -223,109 +205,9 @@ def _find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str
     return names
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What inference needs from one checkpoint file."""
-
-    weights: Mapping[str, Tensor]
-    configuration: str
-    mirror_axes: tuple[int, ...]
-    trainer: str
-    pooled_classifier: PooledClassifier | None
-
-
-def _harmless_types() -> list[Any]:
-    """Numpy's plain numbers, which nnU-Net keeps in its training log; unpickling them cannot run code."""
-    scalar = np.float64(0).__reduce__()[0]
-    numbers = (np.float64, np.float32, np.int64, np.int32, np.bool_)
-    # Checkpoints written under numpy 1 and 2 name the same function differently.
-    return [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *{type(np.dtype(number)) for number in numbers},
-    ]
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint with torch's restricted unpickler: weights and plain values, nothing that could run.
-
-    Raises:
-        CheckpointError: Where the file is damaged, holds other objects, or lacks what inference needs.
-    """
-    try:
-        with torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are refused below anyway
-            # Mapped, not read: the optimizer's state, twice the size of the weights, is never touched.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it names {named.group(1)}" if named else str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path} must hold weights and plain values only; {what:.160}. Nothing in it was run. If you "
-            f"trust it, load it with nnU-Net and save its network_weights anew"
-        ) from error
-    except UNREADABLE as error:
-        raise CheckpointError(
-            f"{path} must be a torch checkpoint; it cannot be read: {str(error).partition(chr(10))[0]:.160}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a dictionary, it holds a {type(content).__name__}")
-    weights, arguments = content.get("network_weights"), content.get("init_args")
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise CheckpointError(
-            f"{path} must have tensors under 'network_weights'; it has {', '.join(map(str, content))[:160]}"
-        )
-    if not isinstance(arguments, dict) or not isinstance(arguments.get("configuration"), str):
-        raise CheckpointError(f"{path} must name its configuration under 'init_args', as nnU-Net v2 checkpoints do")
-    axes = content.get("inference_allowed_mirroring_axes")
-    axes = () if axes is None else axes
-    if not isinstance(axes, (tuple, list)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
-        raise CheckpointError(f"{path}: inference_allowed_mirroring_axes must be among 0, 1, 2, got {axes!r:.80}")
-    return Checkpoint(
-        weights=_own_copies(weights, path),
-        configuration=arguments["configuration"],
-        mirror_axes=tuple(sorted(set(axes))),
-        trainer=str(content.get("trainer_name", "unknown")),
-        pooled_classifier=_pooled_classifier(content, path),
-    )
-
-
-def _pooled_classifier(content: Mapping[str, Any], path: Path) -> PooledClassifier | None:
-    if content.get("pooled_classifier") is None:
-        return None
-    try:
-        return PooledClassifier.parse(content["pooled_classifier"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Copy weights out of the mapped file as float32, tensors with several names once, names without wrappers.
-
-    Raises:
-        CheckpointError: For what no weight of a network is, and for tensors that claim more memory than the file holds.
-    """
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not is_plain(tensor):
-            raise CheckpointError(f"{path} must hold plain, dense weights, {name!r:.80} is none")
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    named = {}
-    for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in copies:
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{path} must hold finite weights, {name!r:.80} has NaN or infinity")
-            copies[key] = tensor.detach().to(torch.float32, copy=True).contiguous()
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name[name.index(".") + 1 :]
-        named[name] = copies[key]
-    return named
-
-
 @contextlib.contextmanager
 def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
-    """Give the model folder; for a zip, unpack what is needed to a folder that lives as long as the block."""
+    """Give the model folder; a zip is unpacked to a temporary folder that exists during the block."""
     if path.suffix == ".pth" or not (path.is_file() and zipfile.is_zipfile(path)):
         yield path
         return

@@ -1,4 +1,4 @@
-"""The network as engines run it: all folds, both answers, and a form that compilers like."""
+"""The network for inference: it averages all folds, gives both outputs, and can be rewritten for a backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 class InferenceNetwork(nn.Module):
-    """Averages the logits of several folds; what every backend runs or compiles.
+    """Averages the logits of several folds; every backend runs or compiles this network.
 
     Args:
         networks: One per fold, all of the same kind.
@@ -47,7 +47,7 @@ def _run(network: nn.Module, tiles: Tensor) -> tuple[Tensor, ...]:
 
 
 def inference_network(model: Model) -> InferenceNetwork:
-    """Build a model's network, one per fold, without the logits of deep supervision.
+    """Build a model's networks, one per fold, without the outputs for deep supervision.
 
     Raises:
         CheckpointError: Where weights do not fit the plan.
@@ -64,20 +64,20 @@ def inference_network(model: Model) -> InferenceNetwork:
 
 
 def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
-    """Turn transposed convolutions that only spread voxels into `Upsampling`; changes a network in place.
+    """Replace transposed convolutions whose kernel equals their stride by `Upsampling`, in place.
 
     For eager torch and TorchScript, whose transposed 3D convolutions are slow on CPUs (pytorch #194496), and for
-    TensorRT (as in NVIDIA's MLPerf 3D-UNet). OpenVINO, inductor and ONNX Runtime were faster with what the network has.
+    TensorRT (as in NVIDIA's MLPerf 3D-UNet). OpenVINO, inductor and ONNX Runtime were faster with the original layers.
     """
     replace_modules(network, lambda module: Upsampling(module) if only_spreads(module) else None)
     return network
 
 
 def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> InferenceNetwork:
-    """Run a network's convolutions in bfloat16 or float16, and all else in float32; changes it in place.
+    """Let a network run its convolutions in bfloat16 or float16 and all other layers in float32; changes it in place.
 
-    Norms, sums, activations and classification heads stay in float32, and so do the last convolutions, whose outputs
-    are the logits: rounding these is what changes labels.
+    Norms, sums, activations and classification heads stay in float32. So do the last convolutions, because their
+    outputs are the logits, and rounded logits change labels.
     """
     last = {id(layer) for fold in network.networks for layer in fold.get_submodule("decoder.seg_layers").children()}
     replace_modules(
@@ -90,9 +90,9 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
 
 
 def with_exact_norms(network: InferenceNetwork) -> InferenceNetwork:
-    """Turn instance norms into `ExactInstanceNorm`; changes a network in place.
+    """Replace instance norms by `ExactInstanceNorm`, in place.
 
-    For OpenVINO in float32, whose own norm adds up a whole plane in one float32 (docs/parity.md has what that does).
+    For OpenVINO in float32, whose own norm sums a whole plane in one float32 (docs/parity.md shows the effect).
     """
     norms = (nn.InstanceNorm2d, nn.InstanceNorm3d)
     replace_modules(
@@ -105,7 +105,7 @@ def with_exact_norms(network: InferenceNetwork) -> InferenceNetwork:
 
 
 def replace_modules(network: nn.Module, choose: Any) -> None:
-    """Put another module in the place of each for which `choose` gives one, under every name that it has."""
+    """Replace each module for which `choose` gives another one, under all of its names."""
     chosen: dict[int, nn.Module | None] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if id(module) not in chosen:
@@ -116,7 +116,7 @@ def replace_modules(network: nn.Module, choose: Any) -> None:
 
 
 class LowConvolution(nn.Module):
-    """A convolution in a lower precision between float32 tensors."""
+    """A convolution in lower precision, whose input and output are float32."""
 
     def __init__(self, convolution: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -129,20 +129,20 @@ class LowConvolution(nn.Module):
 
 
 class ExactInstanceNorm(nn.Module):
-    """An instance norm whose mean and variance are nearly as exact in float32 as torch's, which adds up in float64.
+    """An instance norm in float32 that is nearly as exact as torch's, which sums in float64.
 
     Note:
-        A float32 that adds up n numbers one by one is off by up to n / 2 of its last digits: for a tile that is blank,
-        whose features are constant but for a rim, more than their deviation. Means of means of few numbers are not,
-        and average pooling makes them in the layout that convolutions leave, so that nothing is copied. What is left
-        of the values when the mean of some of them is taken away has a mean of the size of their deviation: its square
-        can be taken from the mean square, and values need not be read a third time.
+        A float32 sum of n numbers, one by one, has an error of up to n / 2 of its last digits. In a blank tile, whose
+        features are constant except at a rim, this is more than their deviation. A mean of means of few numbers has no
+        such error. Average pooling computes it in the layout of the convolutions, so nothing is copied.
+        First the mean of some values is subtracted. The mean of the rest is then about as large as the deviation, so
+        its square can be subtracted from the mean square, and the values are not read a third time.
     """
 
     MOST = (11, 4)
-    """Numbers along an axis that are added up one by one, in 2D and in 3D: about a hundred in all."""
+    """Most numbers along an axis that are summed one by one, in 2D and in 3D: about a hundred in total."""
     EVERY = 8
-    """One in how many along an axis is looked at first."""
+    """Step along an axis between the values of the first, rough mean."""
 
     def __init__(self, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
         super().__init__()
@@ -160,20 +160,20 @@ class ExactInstanceNorm(nn.Module):
         return values * scale + (self.bias.view(shape) - mean * scale)
 
     def _rough_mean(self, values: Tensor) -> Tensor:
-        """(N, C, 1, 1, 1), the mean of some values of each axis, at least four of those that have as many."""
+        """(N, C, 1, 1, 1), the mean of some values along each axis, at least four if the axis is as long."""
         steps = [min(self.EVERY, max(1, n // 4)) for n in values.shape[2:]]
         some = values[(..., *(slice(step // 2, None, step) for step in steps))]
         return some.mean(tuple(range(2, values.ndim)), keepdim=True)
 
     def _mean(self, values: Tensor) -> Tensor:
-        """(N, C, 1, 1, 1)."""
+        """(N, C, 1, 1, 1), the mean of all values."""
         grid = values.shape[2:]
         pool = F.avg_pool2d if len(grid) == 2 else F.avg_pool3d
         together = 1
         while max(values.shape[2:]) > 1:
             kernel = [min(n, self.MOST[len(grid) - 2]) for n in values.shape[2:]]
             fill = [-n % k for n, k in zip(values.shape[2:], kernel, strict=True)]
-            if any(fill):  # with zeros, which count in no sum
+            if any(fill):  # with zeros, which do not change sums
                 values = F.pad(values, [part for n in reversed(fill) for part in (0, n)])
             values = pool(values, kernel, kernel)
             together *= math.prod(kernel)
@@ -181,7 +181,7 @@ class ExactInstanceNorm(nn.Module):
 
 
 def only_spreads(module: nn.Module) -> bool:
-    """Whether this is a transposed convolution whose outputs come from one input voxel each."""
+    """Whether a module is a transposed convolution in which each output voxel depends on one input voxel."""
     return (
         isinstance(module, (nn.ConvTranspose3d, nn.ConvTranspose2d))
         and module.kernel_size == module.stride
@@ -196,8 +196,8 @@ class Upsampling(nn.Module):
     """A transposed convolution whose kernel equals its stride, as a pointwise convolution and a shuffle of voxels.
 
     Note:
-        Each output voxel is the channels of one input voxel times one position of the kernel. A pointwise convolution
-        to channels times positions makes them all; what remains is to move positions into place.
+        Each output voxel is a product of one input voxel's channels and one position of the kernel. A pointwise
+        convolution to channels times positions computes all of them; then the positions are moved into place.
     """
 
     def __init__(self, convolution: nn.ConvTranspose3d | nn.ConvTranspose2d) -> None:

@@ -1,4 +1,4 @@
-"""Classification heads: from the stages of an encoder to class logits, in fp32 whatever the rest runs in."""
+"""Classification heads: from the stages of an encoder to class logits, always in fp32."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from .classification import ClassificationScheme, is_indices
 from .untrusted import is_plain
 
 SMALLEST_FOCUS = 1e-4
-"""Probability below which a voxel counts as if it were not of the focus at all."""
+"""Least probability of a voxel to belong to the focus; lower ones are raised to it."""
 
 
 def focus_map(seg_logits: Tensor, scheme: ClassificationScheme) -> Tensor:
-    """Probability of each voxel to belong to what the class is about, (N, 1, *patch) in 0 to 1.
+    """Probability of each voxel to belong to the focus of the class, (N, 1, *patch) in 0 to 1.
 
     Args:
         seg_logits: (N, K, *patch) float32.
-        scheme: Names the channels; probabilities of labels are added, of overlapping regions the greatest is taken.
+        scheme: Has the focus channels. Probabilities of labels are added; of overlapping regions, the greatest is
+            taken.
     """
     return focus_of_channels(seg_logits, list(scheme.focus_channels), scheme.regions)
 
 
 def focus_of_channels(seg_logits: Tensor, channels: list[int], regions: bool) -> Tensor:
-    """Compute `focus_map` from the channels of a scheme, and whether they are regions; TorchScript can compile this."""
+    """Compute `focus_map` from focus channels and whether they are regions; TorchScript can compile this."""
     values = torch.sigmoid(seg_logits) if regions else torch.softmax(seg_logits, 1)
-    # Indexing by a list would copy it to a GPU each time, and wait for that.
+    # Indexing with a list would copy the list to the GPU in each call, and wait for it.
     shown = torch.stack([values[:, channel] for channel in channels], 1)
     return shown.amax(1, keepdim=True) if regions else shown.sum(1, keepdim=True)
 
 
 def _pool(values: Tensor, grid: Sequence[int]) -> Tensor:
-    """Average over the voxels that share one voxel of a coarser grid, whose size divides the finer one's."""
+    """Average over the voxels of each voxel of a coarser grid, whose size divides the finer one's."""
     block = [fine // coarse for fine, coarse in zip(values.shape[2:], grid, strict=True)]
     return F.avg_pool3d(values, block, block) if len(grid) == 3 else F.avg_pool2d(values, block, block)
 
 
 def _rim(values: Tensor) -> Tensor:
-    """What lies within two voxels around, but not inside: a dilation, along one axis after the other, less the map.
+    """The rim of two voxels around a map: its dilation, along one axis after the other, minus the map.
 
-    Maxima of shifted maps are the same as pooling, which torch does thirty times slower on a CPU.
+    Maxima of shifted maps equal max pooling, which takes torch thirty times longer on a CPU.
     """
     dilated = values
     for axis in range(2, values.ndim):
@@ -59,13 +60,13 @@ def _rim(values: Tensor) -> Tensor:
 
 
 POOLED_KINDS = ("lda",)
-"""How a classifier that replaces a network's head may have been fitted."""
+"""Kinds of fitted classifiers that can replace a network's head."""
 
 
 class Head(nn.Module):
     """From features of the encoder's stages, (N, C, *grid) each, and a focus map to (N, S).
 
-    Features come in the precision of the network; each head turns those that it reads into fp32.
+    Features have the precision of the network; each head converts those that it reads to fp32.
     """
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class Head(nn.Module):
 
 
 class PooledHead(Head):
-    """Averages over the patch, of one stage or several, then one layer or two.
+    """Averages features of one or several stages over the patch, followed by one or two linear layers.
 
-    The averages are normalised first: instance normalisation leaves them small, and what is small learns slowly.
+    The averages are normalised first: after instance normalisation they are small, and small inputs learn slowly.
     """
 
     def __init__(self, scheme: ClassificationScheme, channels: Sequence[int]) -> None:
@@ -90,17 +91,17 @@ class PooledHead(Head):
         self.layers = nn.Sequential(*layers, nn.Dropout(scheme.dropout), nn.Linear(width, scheme.num_classes))
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
-        """Answer for each tile; the focus map is not looked at."""
+        """Answer for each tile; the focus map is not used."""
         return self.layers(torch.cat([features[stage].float().flatten(2).mean(2) for stage in self.stages], 1))
 
 
 class AttentionHead(Head):
-    """Learned queries choose where in each stage to look.
+    """Attention: learned queries choose voxels in each stage.
 
     Note:
         Scores are `q k / sqrt(d) + g log p`, with p the focus map at the stage's resolution and g one learned number
-        per query, which starts at 1 for the first half of the queries and at 0 for the others: those begin
-        as an average over the focus and over the whole patch.
+        per query. At the start g is 1 for the first half of the queries, which average over the focus, and 0 for the
+        others, which average over the whole patch.
     """
 
     def __init__(self, scheme: ClassificationScheme, channels: Sequence[int]) -> None:
@@ -110,7 +111,7 @@ class AttentionHead(Head):
         self.keys = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
         self.values = nn.ModuleList(nn.Linear(width, scheme.hidden) for width in widths)
         self.queries = nn.Parameter(torch.empty(len(widths), scheme.queries, scheme.hidden))
-        if not self.queries.is_meta:  # where torch would import itself for a second to do nothing
+        if not self.queries.is_meta:  # for meta tensors torch would only import modules, for a second
             nn.init.normal_(self.queries, std=0.02)
         guided = [float(query < (scheme.queries + 1) // 2) for query in range(scheme.queries)]
         self.guidance = nn.Parameter(torch.tensor([guided] * len(widths)))
@@ -129,7 +130,7 @@ class AttentionHead(Head):
             keys = self.keys[index](voxels)  # (N, V, D)
             scores = self.queries[index] @ keys.transpose(1, 2) / math.sqrt(keys.shape[2])  # (N, Q, V)
             attention = torch.softmax(scores + self.guidance[index][:, None] * prior, 2)
-            # Averaging comes before the linear layer: the same values, without making one for every voxel.
+            # Averaging before the linear layer gives the same values without computing them for every voxel.
             pooled.append(self.values[index](attention @ voxels).flatten(1))
         return self.layers(torch.cat(pooled, 1))
 
@@ -177,11 +178,11 @@ class LinearClassifier(Head):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PooledClassifier:
-    """A linear classifier that was fitted after training and can answer in place of a network's own head.
+    """A linear classifier that was fitted after training and can replace a network's own head.
 
     Args:
         kind: How it was fitted: "lda", a linear discriminant analysis.
-        stages: Stages of the encoder that `FocusPooling` makes its features of.
+        stages: Encoder stages that `FocusPooling` pools.
         weight: (S, F) float32 by class and feature; F is three times the channels of all stages.
         bias: (S,) float32.
     """
@@ -193,10 +194,10 @@ class PooledClassifier:
 
     @classmethod
     def parse(cls, description: Any) -> PooledClassifier:
-        """Read what a checkpoint has under "pooled_classifier": the four values, numbers as lists or tensors.
+        """Read the entry "pooled_classifier" of a checkpoint: four values, with numbers as lists or tensors.
 
         Raises:
-            CheckpointError: Where it is anything else.
+            CheckpointError: Where the entry is anything else.
         """
         keys = ("kind", "stages", "weight", "bias")
         if not isinstance(description, dict) or set(description) != set(keys):
@@ -221,21 +222,21 @@ class PooledClassifier:
         """Build the head for an encoder with these channels by stage.
 
         Raises:
-            CheckpointError: Where the encoder has no such stage, or stages of other widths.
+            CheckpointError: Where the encoder lacks a stage, or its stages have other widths.
         """
         if max(self.stages) >= len(channels):
             raise CheckpointError(
                 f"pooled_classifier reads stages {list(self.stages)}, the encoder has {len(channels)}, from 0. "
-                "Was it fitted to this network? Fit it anew, or take the network's head with --classifier head"
+                "Was it fitted to this network? Fit it again, or take the network's head with --classifier head"
             )
         wanted = 3 * sum(channels[stage] for stage in self.stages)
         if self.weight.shape[1] != wanted:
             raise CheckpointError(
                 f"pooled_classifier: weight must have {wanted} features, 3 for each channel of stages "
-                f"{list(self.stages)}; it has {self.weight.shape[1]}. Was it fitted to this network? Fit it anew, or "
+                f"{list(self.stages)}; it has {self.weight.shape[1]}. Was it fitted to this network? Fit it again, or "
                 "take the network's head with --classifier head"
             )
-        # What all classes share says nothing, and is so large in discriminant functions that it costs digits.
+        # The part that all classes share does not change the answer, and is so large that it costs digits.
         return LinearClassifier(self.stages, self.weight - self.weight.mean(0), self.bias - self.bias.mean())
 
 

@@ -1,4 +1,4 @@
-"""What a network's outputs mean: labels and regions, as `dataset.json` names them and as nnU-Net writes them."""
+"""The meaning of a network's outputs: labels and regions as in `dataset.json`, and the values that nnU-Net writes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .json_values import take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScheme:
-    """What the network's outputs mean.
+    """The meaning of the network's outputs.
 
     Args:
-        labels: Name -> value in dataset.json, or values for a region; without "ignore". What is written: `written`.
-        regions_class_order: The label each region paints, in painting order; None for plain labels.
+        labels: Name -> value in dataset.json, or values of a region; without "ignore". Segmentations hold `written`.
+        regions_class_order: Label that each region paints, in painting order; None for plain labels.
     """
 
     labels: Mapping[str, int | tuple[int, ...]]
@@ -32,11 +32,11 @@ class LabelScheme:
 
     @property
     def written(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the values that mean it in what is predicted, ascending; without background.
+        """Name -> its values in a predicted segmentation, ascending; without background.
 
         Note:
-            nnU-Net: LabelManager.convert_probabilities_to_segmentation. Plain labels are numbered from the least value
-            on, without gaps. A region is where it was painted, or a region inside it.
+            nnU-Net: LabelManager.convert_probabilities_to_segmentation. Plain labels are numbered without gaps, in the
+            order of their values. A region consists of its own label and the labels of regions inside it.
         """
         if self.regions_class_order is None:
             numbers = {value: (number,) for number, value in enumerate(self.foreground, 1)}
@@ -50,7 +50,7 @@ class LabelScheme:
 
     @property
     def renumbered(self) -> dict[str, tuple[int, ...]]:
-        """Those of `written` whose values are not the ones of dataset.json."""
+        """Entries of `written` whose values differ from dataset.json."""
         written = self.written
         present = {value for values in written.values() for value in values}
         return {
@@ -59,7 +59,7 @@ class LabelScheme:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Say where labels are written by other values than those of dataset.json."""
+        """Warnings about labels that are written with other values than in dataset.json."""
         listed = ", ".join(f"{name} as {' or '.join(map(str, values))}" for name, values in self.renumbered.items())
         return (f"as in nnU-Net, labels are written by other values than dataset.json's: {listed}",) if listed else ()
 
@@ -70,7 +70,7 @@ class LabelScheme:
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
-        """Data type of a segmentation (nnU-Net: uint16 from 255 foreground labels on)."""
+        """Data type of a segmentation (nnU-Net: uint16 for 255 or more foreground labels)."""
         return np.uint8 if len(self.foreground) < 255 else np.uint16
 
 
@@ -80,7 +80,7 @@ def _values(label: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _label_value(value: Any, what: str, kind: str = "an integer") -> int:
-    """Read a label's value, of which nnU-Net takes int(): 1, 1.0 and "1" are the same."""
+    """Read a label's value; nnU-Net applies int(), so that 1, 1.0 and "1" are the same."""
     number = value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -91,7 +91,7 @@ def _label_value(value: Any, what: str, kind: str = "an integer") -> int:
 
 
 def _by_name(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn labels that are written as value -> name, as nnU-Net v1 wrote them, into name -> value."""
+    """Turn labels in the form value -> name, as in nnU-Net v1, into name -> value."""
     if "background" in labels or not all(isinstance(name, str) for name in labels.values()):
         return dict(labels)
     if not all(value.isdecimal() for value in labels):
@@ -106,8 +106,8 @@ def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
     """Read the `labels` and `regions_class_order` of a `dataset.json`.
 
     Note:
-        nnU-Net: LabelManager. It takes int() of each value; fractions, which it cuts off, are refused here. Labels
-        written as value -> name are read here though nnU-Net v2 refuses them: they can mean one thing only.
+        nnU-Net: LabelManager. It applies int() to each value; fractions, which it cuts off, are refused here. Labels
+        in the form value -> name are read here although nnU-Net v2 refuses them, because their meaning is clear.
     """
     raw = _by_name(take(dataset, "labels", dict, "dataset.json"))
     ignore = raw.pop("ignore", None)
@@ -136,7 +136,7 @@ def parse_labels(dataset: Mapping[str, Any]) -> LabelScheme:
 
 
 def _check_ignore(ignore: Any, labels: Mapping[str, int | tuple[int, ...]]) -> None:
-    """Refuse what nnU-Net refuses of the label that training passed over."""
+    """Refuse the values of the label "ignore" that nnU-Net refuses."""
     highest = max(max(_values(value)) for value in labels.values())
     if ignore is not None and not (type(ignore) is int and ignore == highest + 1):
         raise ModelError(
@@ -148,7 +148,7 @@ def _check_ignore(ignore: Any, labels: Mapping[str, int | tuple[int, ...]]) -> N
 def _regions_class_order(
     dataset: Mapping[str, Any], raw: Mapping[str, Any], labels: Mapping[str, int | tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Read the label that each region paints; `raw` is what `labels` were read from."""
+    """Read the label that each region paints; `raw` holds the values of `labels` as they are in the file."""
     given = take(dataset, "regions_class_order", list, "dataset.json with regions")
     order = tuple(_label_value(value, "regions_class_order", "integers") for value in given)
     background = [name for name, value in labels.items() if not any(_values(value))]

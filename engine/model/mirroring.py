@@ -14,10 +14,10 @@ def mirror_views(mirror_axes: Sequence[int], dimensions: int = 3) -> tuple[View,
 
     Args:
         mirror_axes: Axes of the patch along which mirroring is allowed, counted from 0.
-        dimensions: Of the patch; those of a 2D one are the last ones of a 3D tile.
+        dimensions: Dimensions of the patch; the axes of a 2D patch are the last two of a 3D tile.
 
     Returns:
-        In the axes (z, y, x) of a 3D tile.
+        The views, in the axes (z, y, x) of a 3D tile.
     """
     axes = sorted(axis + 3 - dimensions for axis in mirror_axes if axis < dimensions)
     return tuple(view for count in range(len(axes) + 1) for view in itertools.combinations(axes, count))

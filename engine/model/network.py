@@ -1,4 +1,4 @@
-"""From a plan's architecture and a checkpoint's weights to a torch network; only classes on a short list are made."""
+"""Builds a torch network from a plan's architecture and a checkpoint's weights; only listed classes are allowed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
+from .architecture import Architecture
 from .classification import ClassificationScheme
 from .heads import Head, PooledClassifier, focus_map, make_head
 from .plan_classes import argument_classes, network_class, remarks_on
-from .plans import MULTI_TASK_NETWORK, Architecture, Plan
+from .plans import MULTI_TASK_NETWORK, Plan
 
 USUAL_TRAINERS = re.compile(
     r"nnUNetTrainer(_\d+epochs?|Benchmark|(_|No)?DA|_noDummy|NoMirroring|_NoMirroring|_onlyMirror|_warmup|CosAnneal|Ada|Vanilla|"
     r"Dice|Topk|CELoss|_probabilisticOversampling|NoDeepSupervision|MultiTask|$)"
 )
-"""Trainers that train the network of their plan; any other may train its own."""
+"""Trainers that train the network of their plan; other trainers may train another network."""
 
 MOST_STAGES = 16
 MOST_FEATURES = 16384
@@ -37,20 +38,20 @@ CONSTRUCTION_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What the architecture library raises for arguments that make no network."""
+"""Exceptions of the architecture library for wrong arguments."""
 
 
 class MultiTaskUNet(nn.Module):
-    """A U-Net whose encoder also feeds a classification head; both answers take one pass through the encoder.
+    """A U-Net with a classification head on its encoder; both outputs need one pass through the encoder.
 
-    Parameters of encoder and decoder are named as in the U-Net itself, those of the head begin with `head`.
+    Parameters of encoder and decoder have the names of the U-Net; names of the head's parameters begin with `head`.
 
     Args:
-        input_channels, num_classes: Of the U-Net, as nnU-Net gives them to every network.
+        input_channels, num_classes: As nnU-Net passes them to every network.
         backbone: Class of the U-Net, such as "dynamic_network_architectures.architectures.unet.PlainConvUNet".
-        head: What `ClassificationScheme` describes, as in `plans.json`.
+        head: Description of the head as in `plans.json`, see `ClassificationScheme`.
         deep_supervision: Whether the decoder gives logits at every resolution.
-        arguments: Of the U-Net.
+        arguments: Further arguments of the U-Net.
 
     Raises:
         ModelError: For a class that is not allowed, or a head that the U-Net cannot feed.
@@ -70,7 +71,7 @@ class MultiTaskUNet(nn.Module):
         unet: Any = network_class(backbone)(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments
         )
-        # What nnU-Net asks of a network: its own first weights, and the names that loading pretrained weights needs.
+        # nnU-Net needs these: initial weights, and names for loading pretrained weights.
         self.initialize = unet.initialize
         self.key_to_encoder, self.key_to_stem = unet.key_to_encoder, unet.key_to_stem
         self.keys_to_in_proj = unet.keys_to_in_proj
@@ -82,33 +83,33 @@ class MultiTaskUNet(nn.Module):
         return self.decoder(self.encoder(tiles))
 
     def forward_multitask(self, tiles: Tensor, *, detached: bool = False) -> tuple[Tensor | list[Tensor], Tensor]:
-        """Both answers.
+        """Give both outputs.
 
         Args:
             tiles: (N, C, *patch).
-            detached: Keep the head's gradients out of the encoder.
+            detached: Whether the head's gradients stop before the encoder.
 
         Returns:
-            What `forward` gives, and class logits (N, S) float32.
+            The output of `forward`, and class logits (N, S) float32.
         """
         features = self.encoder(tiles)
         seg_logits = self.decoder(features)
         finest = seg_logits[0] if isinstance(seg_logits, list) else seg_logits
         seen = [feature.detach() for feature in features] if detached else features
-        # Half precision is enough for the many features, not for the few numbers that are made of them.
+        # Half precision is enough for the features, but not for the few numbers that the head computes.
         with _without_autocast(tiles.device):
             return seg_logits, self.head(seen, focus_map(finest.detach().float(), self.scheme))
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the precision of the tensors; the meta device, where shapes are checked, has no autocast at all."""
+    """Turn autocast off; the meta device, on which shapes are checked, has no autocast."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _check_size(arguments: Mapping[str, Any]) -> None:
-    """Refuse descriptions that would take for ever to build."""
+    """Refuse descriptions of networks that are too large to build."""
     stages = arguments.get("n_stages")
     if not isinstance(stages, int) or not 1 <= stages <= MOST_STAGES:
         raise ModelError(f"the architecture's n_stages must be 1 to {MOST_STAGES}, got {stages!r:.80}")
@@ -124,10 +125,10 @@ def _check_size(arguments: Mapping[str, Any]) -> None:
 
 
 def make_network(architecture: Architecture, input_channels: int, num_outputs: int) -> nn.Module:
-    """Build a network without weights (on torch's meta device, taking no memory).
+    """Build a network without weights, on torch's meta device, which takes no memory.
 
     Raises:
-        ModelError: For a class that is not allowed, or arguments that make no network.
+        ModelError: For a class that is not allowed, or wrong arguments.
     """
     _check_size(architecture.arguments)
     arguments = argument_classes(architecture)
@@ -135,7 +136,7 @@ def make_network(architecture: Architecture, input_channels: int, num_outputs: i
     chosen = MultiTaskUNet if multi_task else network_class(architecture.class_name)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initial values, which the checkpoint replaces
+            warnings.simplefilter("ignore")  # torch warns about initial values, which the checkpoint replaces
             return chosen(
                 input_channels=input_channels, num_classes=num_outputs, **{**arguments, "deep_supervision": False}
             )
@@ -154,19 +155,34 @@ def build_network(
 
     Args:
         plan: The plan.
-        weights: Parameters by name. Deep-supervision heads may be missing: inference does not use them.
-        pooled_classifier: Takes the place of a multi-task network's classification head.
-        trainer: Class that trained them, for messages.
+        weights: Parameters by name. Layers for deep supervision may be missing: inference does not use them.
+        pooled_classifier: Replaces a multi-task network's classification head.
+        trainer: Class that trained the network, for messages.
 
     Raises:
-        ModelError: Where the plan's architecture makes no network, or not one for its patch size.
-        CheckpointError: Where weights are missing, unknown, or of another shape than the plan asks for, or the fitted
+        ModelError: Where the plan's architecture cannot be built, or does not fit its patch size.
+        CheckpointError: Where weights are missing, unknown, or do not have the shapes of the plan, or the fitted
             classifier does not fit the encoder.
     """
     network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
     _check_patch(network, plan)
-    expected = network.state_dict(keep_vars=True)
-    # The library registers most parameters under several names; one of them is enough.
+    complete, problems = _complete_weights(network.state_dict(keep_vars=True), weights)
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint's weights must fit the network of plans.json; {'; '.join(problems)}. "
+            f"{_likely_reason(plan.architecture, trainer)}"
+        )
+    network.load_state_dict(complete, assign=True)
+    if pooled_classifier is not None:
+        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
+    return network.requires_grad_(False).eval()
+
+
+def _complete_weights(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Give a network's parameters their weights under all their names, and say what does not fit."""
+    # The library registers most parameters under several names; the checkpoint needs one of them.
     known = {id(expected[name]): name for name in expected if name in weights}
     last_layer = max((int(name.split(".")[2]) for name in expected if _is_seg_layer(name)), default=0)
     complete, missing = {}, []
@@ -188,19 +204,11 @@ def build_network(
         for names, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape"))
         if names
     ]
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint's weights must fit the network of plans.json; {'; '.join(problems)}. "
-            f"{_likely_reason(plan.architecture, trainer)}"
-        )
-    network.load_state_dict(complete, assign=True)
-    if pooled_classifier is not None:
-        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
-    return network.requires_grad_(False).eval()
+    return complete, problems
 
 
 def _likely_reason(architecture: Architecture, trainer: str) -> str:
-    """Say in a sentence why weights may not fit a plan's network."""
+    """Say in a sentence why the weights may not fit the plan's network."""
     if not USUAL_TRAINERS.match(trainer):
         network = architecture.class_name.rpartition(".")[2]
         return (
@@ -210,11 +218,11 @@ def _likely_reason(architecture: Architecture, trainer: str) -> str:
     return "; ".join(remarks_on(architecture)) or "Are checkpoint and plans from the same training?"
 
 
-def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
-    """Whether a network's arguments alone tell that it suits its patch, as those of nnU-Net's planners do.
+def is_known_to_fit(architecture: Architecture, patch_size: Sequence[int]) -> bool:
+    """Whether a network's arguments alone show that it fits its patch, as those of nnU-Net's planners do.
 
-    Convolutions with an odd number of taps keep the size of what they are given, or divide it by their stride; pooling
-    and transposed convolutions go by the stride alone.
+    Convolutions with an odd number of taps keep the size of their input, or divide it by their stride. Pooling and
+    transposed convolutions depend only on the stride.
     """
     arguments, axes = architecture.arguments, len(patch_size)
     names = [str(arguments.get(key)).rpartition(".")[2] for key in ("conv_op", "norm_op", "dropout_op", "nonlin")]
@@ -234,12 +242,12 @@ def surely_fits(architecture: Architecture, patch_size: Sequence[int]) -> bool:
         return False
     overall = [math.prod(along) for along in zip(*strides, strict=True)]
     divides = all(size % stride == 0 for size, stride in zip(patch_size, overall, strict=True))
-    # A norm over a single voxel is refused by torch.
+    # torch refuses a norm over a single voxel.
     return divides and math.prod(patch_size) > math.prod(overall)
 
 
 def _are_sizes(given: Any, axes: int) -> TypeGuard[list[list[int]]]:
-    """Whether these are positive numbers for each axis of each stage."""
+    """Whether a value holds a positive integer for each axis of each stage."""
     return (
         isinstance(given, list)
         and bool(given)
@@ -251,8 +259,8 @@ def _are_sizes(given: Any, axes: int) -> TypeGuard[list[list[int]]]:
 
 
 def _check_patch(network: nn.Module, plan: Plan) -> None:
-    """Run one patch through the network on the meta device, which takes no memory, but a second to import."""
-    if surely_fits(plan.architecture, plan.patch_size):
+    """Run one patch through the network on the meta device: this takes no memory, but a second of imports."""
+    if is_known_to_fit(plan.architecture, plan.patch_size):
         return
     tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
     wanted = [(1, plan.labels.num_outputs, *plan.patch_size)]

@@ -1,4 +1,4 @@
-"""The classes that a plan names: found as nnU-Net finds them, but only in torch.nn and the architecture library."""
+"""Finds the classes that a plan names as nnU-Net does, but only in torch.nn and the architecture library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from .plans import MULTI_TASK_NETWORK, Architecture
+from .architecture import Architecture
+from .plans import MULTI_TASK_NETWORK
 
 LIBRARY = "dynamic_network_architectures."
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -18,17 +19,20 @@ CLASS_ENTRIES = ("conv_op", "norm_op", "dropout_op", "nonlin", "block")
 """Arguments of these networks that are classes."""
 
 NEEDED = ("conv_op", "block")
-"""Those without which nnU-Net builds no network; without another it builds one that lacks it."""
+"""Arguments without which nnU-Net builds no network; without another one it builds a network that lacks it."""
 
 PATHS = re.compile(r"(torch\.nn|dynamic_network_architectures)(\.[A-Za-z_]\w*)+")
-"""What may be imported."""
+"""Paths that may be imported."""
 
 
 def network_class(name: str) -> type[nn.Module]:
-    """Take the architecture library's network of a name, whatever path leads to it.
+    """Find a network of the architecture library by its name; the path before the name is ignored.
+
+    Raises:
+        ModelError: For a network that is not supported.
 
     Note:
-        nnU-Net imports the path, and where it leads nowhere searches the library for the last name
+        nnU-Net imports the path; if it does not exist, it searches the library for the name
         (get_network_from_plans). Here the path is never imported; weights of another network do not fit.
     """
     short = name.rpartition(".")[2]
@@ -46,12 +50,13 @@ def argument_classes(architecture: Architecture) -> dict[str, Any]:
     """Give a network's arguments with classes in place of their names.
 
     Raises:
-        ModelError: For an entry that is not listed as a class, that names another class than those allowed, or without
-            which there is no network.
+        ModelError: For an entry that is not listed as a class, a class that is not allowed, or a class that does not
+            exist although every network needs it.
 
     Note:
-        nnU-Net resolves each entry of `_kw_requires_import` by pydoc.locate, which gives None for a path that is not
-        there (get_network_from_plans). It then builds the network without: so does nnturbo, see `remarks_on`.
+        nnU-Net resolves each entry of `_kw_requires_import` by pydoc.locate, which gives None for a path that does not
+        exist (get_network_from_plans). It then builds the network without the entry, and so does nnturbo; see
+        `remarks_on`.
     """
     arguments = dict(architecture.arguments)
     for entry in architecture.class_arguments:
@@ -72,7 +77,7 @@ def argument_classes(architecture: Architecture) -> dict[str, Any]:
 
 
 def remarks_on(architecture: Architecture) -> tuple[str, ...]:
-    """Say what is odd about the classes of a plan whose network is built all the same."""
+    """Warn about unusual classes of a plan whose network can be built."""
     remarks = []
     name = architecture.class_name
     if not name.startswith(LIBRARY) and name != MULTI_TASK_NETWORK:
@@ -83,7 +88,7 @@ def remarks_on(architecture: Architecture) -> tuple[str, ...]:
     for entry in architecture.class_arguments:
         path = architecture.arguments.get(entry)
         if entry in NEEDED or not isinstance(path, str) or not PATHS.fullmatch(path):
-            continue  # an error, when the network is built
+            continue  # building the network gives an error
         if _located(path) is None:
             remarks.append(
                 f"plans.json: {entry} names {path:.120}, which does not exist{_instead(path)}: as in nnU-Net, the "
@@ -93,7 +98,7 @@ def remarks_on(architecture: Architecture) -> tuple[str, ...]:
 
 
 def _argument_class(entry: str, path: Any) -> type[nn.Module] | None:
-    """Find a class as nnU-Net does; None where the path leads nowhere and nnU-Net goes on."""
+    """Find a class as nnU-Net does; None if it does not exist and nnU-Net builds the network without it."""
     if not isinstance(path, str) or not PATHS.fullmatch(path):
         raise ModelError(
             f"plans.json: {entry} must name a module of torch.nn or one of {', '.join(BLOCKS)} by its whole path, got "

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ModelError
 from ..scans.image_header import IMAGE_ENDINGS
 from ..scans.pictures import PICTURE_READERS
+from .architecture import Architecture, parse_architecture
 from .classification import ClassificationScheme
 from .json_values import take
 from .labels import LabelScheme, parse_labels
@@ -31,14 +32,14 @@ READERS = {
     "NaturalImage2DIO": False,
     "Tiff3DIO": False,
 }
-"""nnU-Net's readers, and whether they turn the scan to RAS before the network sees it."""
+"""nnU-Net's readers, and whether they turn scans to RAS for the network."""
 
 FILE_ENDINGS = {
     **dict.fromkeys(("SimpleITKIO", "SimpleITKIOWithReorient"), IMAGE_ENDINGS),
     **dict.fromkeys(("NibabelIO", "NibabelIOWithReorient"), (".nii.gz", ".nii")),
     **PICTURE_READERS,
 }
-"""What each reads and writes, in lower or upper case; a data set names one ending, and result files are named by it."""
+"""File endings of each reader, in lower or upper case. A data set names one of them, and result files have it."""
 
 LARGEST_PATCH_VOXELS = 2**31
 
@@ -47,12 +48,12 @@ MULTI_TASK_NETWORK = "nnturbo.engine.network.MultiTaskUNet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelNormalization:
+class NormalizationScheme:
     """How one input channel is normalised.
 
     Args:
         scheme: One of `NORMALIZATIONS`.
-        use_mask: Take statistics from, and change, only the non-zero region (z-score only).
+        use_mask: Whether only the non-zero region is measured and changed (z-score only).
         low, high, mean, std: Clip bounds and statistics of the training set's foreground (CT only).
     """
 
@@ -62,15 +63,6 @@ class ChannelNormalization:
     high: float = math.inf
     mean: float = 0.0
     std: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """The network a plan asks for: class name, its arguments, and which of those name classes themselves."""
-
-    class_name: str
-    arguments: Mapping[str, Any]
-    class_arguments: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +77,9 @@ class Plan:
         channels: One per image channel.
         channel_names: Their names.
         previous_stage: The configuration whose labels are further input channels, or None.
-        reader: The class of nnU-Net's that read the training scans; one of `READERS`.
-        file_ending: Of images and segmentations, with the dot.
-        classification: What a multi-task network says about the case as a whole, or None.
+        reader: nnU-Net's class that read the training scans; one of `READERS`.
+        file_ending: File ending of images and segmentations, with the dot.
+        classification: Classes and head of a multi-task network, or None.
     """
 
     dataset_name: str
@@ -95,7 +87,7 @@ class Plan:
     patch_size: tuple[int, ...]
     spacing: tuple[float, ...]
     transpose_forward: tuple[int, int, int]
-    channels: tuple[ChannelNormalization, ...]
+    channels: tuple[NormalizationScheme, ...]
     channel_names: tuple[str, ...]
     labels: LabelScheme
     resampling_data: Resampling
@@ -128,7 +120,7 @@ class Plan:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether JSON holds a finite number here that a float can hold."""
+    """Whether a JSON value is a finite number that a float can hold."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(float(value))
     except OverflowError:
@@ -148,14 +140,14 @@ def _numbers(source: Mapping[str, Any], key: str, where: str, *, whole: bool = F
 
 
 def read_channel_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-    """Read what `dataset.json` calls the channels, in their order."""
+    """Read the names of the channels from `dataset.json`, in their order."""
     key = "modality" if "modality" in dataset else "channel_names"
     names = take(dataset, key, (dict, list), "dataset.json")
     return tuple(str(name) for name in (names.values() if isinstance(names, dict) else names))
 
 
 def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Look a configuration up, with what it inherits from others filled in."""
+    """Find a configuration, and fill in values that it inherits from others."""
     configurations = take(plans, "configurations", dict, "plans.json")
     chain: list[str] = []
     resolved: dict[str, Any] = {}
@@ -173,8 +165,8 @@ def _resolve(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _channel_normalizations(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], count: int
-) -> tuple[ChannelNormalization, ...]:
-    """Read how each of the channels is normalised; of more entries than channels nnU-Net takes the first."""
+) -> tuple[NormalizationScheme, ...]:
+    """Read how each channel is normalised; nnU-Net takes the first entries if there are more than channels."""
     schemes = take(configuration, "normalization_schemes", list, "plans.json")
     masks = take(configuration, "use_mask_for_norm", list, "plans.json")
     if len(schemes) < count or len(masks) < count:
@@ -194,7 +186,7 @@ def _channel_normalizations(
             raise ModelError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, the plan names {scheme!r}")
         use_mask = mask and scheme == "ZScoreNormalization"
         if scheme != "CTNormalization":
-            channels.append(ChannelNormalization(scheme=scheme, use_mask=use_mask))
+            channels.append(NormalizationScheme(scheme=scheme, use_mask=use_mask))
             continue
         where = f"plans.json: intensity properties of channel {index}"
         values = take(properties, str(index), dict, "plans.json: foreground_intensity_properties_per_channel")
@@ -203,51 +195,12 @@ def _channel_normalizations(
         if not all(map(_is_number, numbers)) or numbers[-1] < 0:
             raise ModelError(f"{where} must be finite, with a std of at least 0; got {numbers!r:.120}")
         low, high, mean, std = map(float, numbers)
-        channels.append(ChannelNormalization(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
+        channels.append(NormalizationScheme(scheme=scheme, use_mask=False, low=low, high=high, mean=mean, std=std))
     return tuple(channels)
 
 
-def _architecture(configuration: Mapping[str, Any]) -> Architecture:
-    """Read the network's description; plans from before nnU-Net 2.4 spread it over the configuration."""
-    if "architecture" in configuration:
-        described = take(configuration, "architecture", dict, "plans.json")
-        where = "plans.json: architecture"
-        return Architecture(
-            class_name=take(described, "network_class_name", str, where),
-            arguments=take(described, "arch_kwargs", dict, where),
-            class_arguments=tuple(map(str, take(described, "_kw_requires_import", list, where))),
-        )
-    where = "plans.json without 'architecture'"
-    name = take(configuration, "UNet_class_name", str, where)
-    blocks = take(configuration, "n_conv_per_stage_encoder", list, where)
-    base = take(configuration, "UNet_base_num_features", int, where)
-    most = take(configuration, "unet_max_num_features", int, where)
-    dimensions = len(take(configuration, "patch_size", list, where))
-    arguments = {
-        "n_stages": len(blocks),
-        "features_per_stage": [min(base * 2**stage, most) for stage in range(min(len(blocks), 32))],
-        "conv_op": f"torch.nn.Conv{dimensions}d",
-        "kernel_sizes": take(configuration, "conv_kernel_sizes", list, where),
-        "strides": take(configuration, "pool_op_kernel_sizes", list, where),
-        "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": blocks,
-        "n_conv_per_stage_decoder": take(configuration, "n_conv_per_stage_decoder", list, where),
-        "conv_bias": True,
-        "norm_op": f"torch.nn.InstanceNorm{dimensions}d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    return Architecture(
-        class_name=f"dynamic_network_architectures.architectures.unet.{name}",
-        arguments=arguments,
-        class_arguments=("conv_op", "norm_op", "dropout_op", "nonlin"),
-    )
-
-
 def _classification(architecture: Architecture, labels: LabelScheme) -> ClassificationScheme | None:
-    """Read what a multi-task network's head answers."""
+    """Read the description of a multi-task network's head; None for other networks."""
     if architecture.class_name != MULTI_TASK_NETWORK:
         return None
     where = "plans.json: arch_kwargs"
@@ -279,42 +232,17 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         ModelError: Where something is missing, of the wrong kind, or not supported; the text names it.
     """
     configuration = _resolve(plans, configuration_name)
-    patch_size = _numbers(configuration, "patch_size", "plans.json", whole=True)
-    spacing = _numbers(configuration, "spacing", "plans.json")
-    if len(patch_size) not in (2, 3) or len(spacing) != len(patch_size):
-        raise ModelError(
-            f"plans.json: patch_size and spacing must both have 2 or 3 entries, got {patch_size}, {spacing}"
-        )
-    if math.prod(patch_size) > LARGEST_PATCH_VOXELS:
-        raise ModelError(f"plans.json: a patch must have at most 2^31 voxels, patch_size is {patch_size}")
-    reader = str(plans.get("image_reader_writer", "SimpleITKIO"))
-    if reader not in READERS:
-        raise ModelError(
-            f"nnturbo reads volumes as {', '.join(READERS)} do; this model was trained with {reader!r:.80}"
-        )
-    for key, known in (("preprocessor_name", "DefaultPreprocessor"), ("label_manager", "LabelManager")):
-        named = configuration.get(key, plans.get(key, known))
-        if named != known:
-            raise ModelError(f"nnturbo does what nnU-Net's {known} does; this model was trained with {named!r:.80}")
-    file_ending = take(dataset, "file_ending", str, "dataset.json")
-    if file_ending.lower() not in FILE_ENDINGS[reader]:
-        endings = ", ".join(FILE_ENDINGS[reader])
-        raise ModelError(f"dataset.json: file_ending must be one of {endings} for {reader}, got {file_ending!r:.80}")
+    patch_size, spacing = _patch_and_spacing(configuration)
+    reader = _reader(plans)
+    _check_preprocessor(plans, configuration)
+    file_ending = _file_ending(dataset, reader)
     names = read_channel_names(dataset)
     previous = configuration.get("previous_stage")
-    functions = []
-    for kind in ("data", "seg", "probabilities"):
-        arguments = take(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json")
-        functions.append(parse_resampling(take(configuration, f"resampling_fn_{kind}", str, "plans.json"), arguments))
-        of_labels = kind == "seg"
-        if functions[-1].function == "none" or (of_labels and previous is None):
-            continue  # it is not read
-        if bool(arguments.get("is_seg", False)) is not of_labels:
-            raise ModelError(
-                f"plans.json: resampling_fn_{kind}_kwargs must have is_seg {str(of_labels).lower()}, got "
-                f"{arguments.get('is_seg')!r:.80}: nnturbo resamples {'labels' if of_labels else 'numbers'} there"
-            )
-    labels, architecture = parse_labels(dataset), _architecture(configuration)
+    data, segmentation, logits = (
+        _resampling(configuration, kind, is_read=kind != "seg" or previous is not None)
+        for kind in ("data", "seg", "probabilities")
+    )
+    labels, architecture = parse_labels(dataset), parse_architecture(configuration)
     return Plan(
         dataset_name=str(plans.get("dataset_name", "unnamed")),
         configuration=configuration_name,
@@ -324,12 +252,61 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         channels=_channel_normalizations(plans, configuration, len(names)),
         channel_names=names,
         labels=labels,
-        resampling_data=functions[0],
-        resampling_segmentation=functions[1],
-        resampling_logits=functions[2],
+        resampling_data=data,
+        resampling_segmentation=segmentation,
+        resampling_logits=logits,
         architecture=architecture,
         previous_stage=None if previous is None else str(previous),
         reader=reader,
         file_ending=file_ending,
         classification=_classification(architecture, labels),
     )
+
+
+def _patch_and_spacing(configuration: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    patch_size = _numbers(configuration, "patch_size", "plans.json", whole=True)
+    spacing = _numbers(configuration, "spacing", "plans.json")
+    if len(patch_size) not in (2, 3) or len(spacing) != len(patch_size):
+        raise ModelError(
+            f"plans.json: patch_size and spacing must both have 2 or 3 entries, got {patch_size}, {spacing}"
+        )
+    if math.prod(patch_size) > LARGEST_PATCH_VOXELS:
+        raise ModelError(f"plans.json: a patch must have at most 2^31 voxels, patch_size is {patch_size}")
+    return patch_size, spacing
+
+
+def _reader(plans: Mapping[str, Any]) -> str:
+    reader = str(plans.get("image_reader_writer", "SimpleITKIO"))
+    if reader not in READERS:
+        raise ModelError(
+            f"nnturbo reads volumes as {', '.join(READERS)} do; this model was trained with {reader!r:.80}"
+        )
+    return reader
+
+
+def _check_preprocessor(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+    for key, known in (("preprocessor_name", "DefaultPreprocessor"), ("label_manager", "LabelManager")):
+        named = configuration.get(key, plans.get(key, known))
+        if named != known:
+            raise ModelError(f"nnturbo does what nnU-Net's {known} does; this model was trained with {named!r:.80}")
+
+
+def _file_ending(dataset: Mapping[str, Any], reader: str) -> str:
+    file_ending = take(dataset, "file_ending", str, "dataset.json")
+    if file_ending.lower() not in FILE_ENDINGS[reader]:
+        endings = ", ".join(FILE_ENDINGS[reader])
+        raise ModelError(f"dataset.json: file_ending must be one of {endings} for {reader}, got {file_ending!r:.80}")
+    return file_ending
+
+
+def _resampling(configuration: Mapping[str, Any], kind: str, *, is_read: bool) -> Resampling:
+    """Read how scans ("data"), labels ("seg") or logits ("probabilities") are resampled."""
+    arguments = take(configuration, f"resampling_fn_{kind}_kwargs", dict, "plans.json")
+    resampling = parse_resampling(take(configuration, f"resampling_fn_{kind}", str, "plans.json"), arguments)
+    of_labels = kind == "seg"
+    if is_read and resampling.function != "none" and bool(arguments.get("is_seg", False)) is not of_labels:
+        raise ModelError(
+            f"plans.json: resampling_fn_{kind}_kwargs must have is_seg {str(of_labels).lower()}, got "
+            f"{arguments.get('is_seg')!r:.80}: nnturbo resamples {'labels' if of_labels else 'numbers'} there"
+        )
+    return resampling

@@ -1,4 +1,4 @@
-"""Which of nnU-Net's resampling functions a plan names, with which arguments; `pipeline.resampling` does it."""
+"""Reads which of nnU-Net's resampling functions a plan names, and its arguments; `pipeline.resampling` runs it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ..errors import ModelError
 
 ANISOTROPY_THRESHOLD = 3.0
-"""nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled on its own."""
+"""nnU-Net's ANISO_THRESHOLD: above this ratio of spacings the coarse axis is resampled separately."""
 
 
 class Resampling(NamedTuple):
@@ -16,16 +16,17 @@ class Resampling(NamedTuple):
         function: "spline" (resample_data_or_seg_to_shape), "torch" (resample_torch_fornnunet),
             "torch_simple" (resample_torch_simple) or "none" (no_resampling_hack).
         order: Spline order in plane.
-        order_coarse: Spline order along the coarse axis where it is resampled on its own.
-        separate: Resample the coarse axis on its own: True, False, or None to decide by the spacings.
-        threshold: Ratio of spacings from which None means True.
+        order_coarse: Spline order along the coarse axis if it is resampled separately.
+        separate: Whether to resample the coarse axis separately; None decides by the spacings.
+        threshold: Ratio of spacings above which None means True.
         mode: torch's mode in plane.
         mode_coarse: torch's mode along the coarse axis.
-        majority: Whether torch's functions give a voxel the label whose share is above one half, and 0 where none is
+        majority: Whether torch's functions give a voxel the label whose share is above one half, or 0 if there is none
             (memefficient_seg_resampling), instead of the label with the greatest share.
 
     Note:
-        A NamedTuple, whose fields have types and not their text, is what torch.jit.script can hold (`export.scripted`).
+        It is a NamedTuple, because torch.jit.script can hold that (`export.scripted`). Its annotations must be types,
+        not text.
     """
 
     function: str
@@ -39,13 +40,13 @@ class Resampling(NamedTuple):
 
 
 def coarse_axis(resampling: Resampling, old_spacing: list[float], new_spacing: list[float]) -> int:
-    """Find the axis to resample on its own (nnU-Net: determine_do_sep_z_and_axis), -1 for none."""
+    """Find the axis to resample separately (nnU-Net: determine_do_sep_z_and_axis); -1 for none."""
     separate = resampling.separate
     if resampling.function in ("torch_simple", "none") or (separate is not None and not separate):
         return -1
     for spacing in (old_spacing, new_spacing):
         if separate is not None or max(spacing) / min(spacing) > resampling.threshold:
-            # Where two or three axes share the coarse spacing, nnU-Net does not separate.
+            # If two or three axes have the coarse spacing, nnU-Net separates none.
             coarsest = -1
             for axis in range(3):
                 if max(spacing) / spacing[axis] == 1:
@@ -90,7 +91,7 @@ FUNCTIONS = {
     ),
     "no_resampling_hack": ("none", {}),
 }
-"""nnU-Net's functions: our name, and for each of their arguments our field (None: does not change the result)."""
+"""By nnU-Net's name: our name, and our field for each argument (None for arguments that change nothing)."""
 
 TORCH_MODES = ("linear", "nearest", "nearest-exact")
 
@@ -107,7 +108,7 @@ def parse_resampling(function: str, arguments: Mapping[str, Any]) -> Resampling:
     if unknown := sorted(set(arguments) - set(fields)):
         raise ModelError(f"{function} takes {', '.join(fields) or 'no arguments'}, the plan also gives {unknown}")
     values = {fields[name]: value for name, value in arguments.items() if fields[name] is not None}
-    # nnU-Net's own defaults differ: the spline function separates on request only, the torch function by itself.
+    # nnU-Net's defaults differ: the spline function separates only on request, the torch function by the spacings.
     values.setdefault("separate", None if ours == "torch" else False)
     for field in ("order", "order_coarse"):
         if type(values.get(field, 0)) is not int or not 0 <= values.get(field, 0) <= 5:

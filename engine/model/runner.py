@@ -1,4 +1,4 @@
-"""A network, ready to run: what backends give and the pipeline calls."""
+"""A network, ready to run: backends make it, and the pipeline calls it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says about a batch of tiles.
+    """The network's output for a batch of tiles.
 
     Args:
         seg_logits: (N, K, *patch).
@@ -23,5 +23,5 @@ class Runner(Protocol):
     """A network, ready to run on its device; averages over the model's folds."""
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
-        """Run a batch of tiles, (N, C, *patch) float32 on any device; the output lies on the runner's own."""
+        """Run a batch of tiles, (N, C, *patch) float32 on any device; the output is on the runner's device."""
         ...

@@ -1,4 +1,4 @@
-"""What may pass for numbers in a file from a stranger."""
+"""Checks of tensors in files from strangers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense real numbers in main memory, and claims no more of it than its storage has."""
+    """Whether a tensor holds dense real numbers in main memory, and claims no more memory than its storage has."""
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_nested:
         return False
     if tensor.is_complex() or tensor.is_quantized:

@@ -1,8 +1,8 @@
-"""What nnU-Net's resampling functions read along an axis, and which of them a plan's arguments ask for.
+"""Weights with which nnU-Net's resampling functions read samples along an axis, for a plan's arguments.
 
-All of it but `prefilter` is in the part of Python that torch.jit.script compiles: `resampling` calls it for the engine,
-`export.scripted` for path.ts. Compiled functions see no globals, so constants reach them as arguments; a NamedTuple's
-fields must have types, not the text that `from __future__ import annotations` makes of them.
+All functions but `prefilter` are in the part of Python that torch.jit.script compiles: `resampling` calls them for the
+engine, and `export.scripted` for path.ts. Compiled functions cannot read globals, so constants are passed as arguments.
+The annotations of a NamedTuple must be types, so this module has no `from __future__ import annotations`.
 """
 
 import math
@@ -30,22 +30,22 @@ SPLINE_POLES = {
 """Poles of the B-splines' prefilters, by order (Unser, Aldroubi, Eden: B-spline signal processing, part II, 1993)."""
 
 SPLINE_DENOMINATORS = {2: 8, 3: 6, 4: 384, 5: 120}
-"""One over the least value that a B-spline has at whole numbers, by order."""
+"""Reciprocal of the least value of a B-spline at whole numbers, by order."""
 
 SPLINE_PADDING = 12
-"""scipy.ndimage repeats the edge this often before filtering with mode "nearest"."""
+"""Number of samples by which scipy.ndimage repeats the edge before it filters with mode "nearest"."""
 
 SPLINE_ROUNDING = 3e-9
-"""What is left of a pole's powers where they are cut off; below float32 rounding."""
+"""Size of the first power of a pole that is left out; below float32 rounding."""
 
 
 class Prefilter(NamedTuple):
-    """How the coefficients of a B-spline follow from samples: the response to an impulse is sum of gain * pole^|n|.
+    """The filter from samples to coefficients of a B-spline; its response to an impulse is sum of gain * pole^|n|.
 
     Attributes:
-        poles: One, or two.
-        gains: Of each.
-        reach: Samples on each side that a coefficient depends on.
+        poles: One or two poles.
+        gains: Gain of each pole.
+        reach: Samples on each side on which a coefficient depends.
     """
 
     poles: list[float]
@@ -70,7 +70,7 @@ def prefilter(order: int) -> Prefilter:
 
 
 PREFILTERS = {order: prefilter(order) for order in SPLINE_POLES}
-"""Of every order that has one."""
+"""By order."""
 
 
 def b_spline(order: int, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def b_spline(order: int, x: Tensor) -> Tensor:
 def spline_entries(
     n_in: int, x: Tensor, order: int, by: Prefilter, padding: int = SPLINE_PADDING
 ) -> tuple[Tensor, Tensor]:
-    """Find what a spline of order 2 to 5 reads of a signal at the coordinates x, (n_out,) float64.
+    """Find the samples and weights of a spline of order 2 to 5 at the coordinates x, (n_out,) float64.
 
     Returns:
         Index of each sample, (n_out, m), which may lie outside the signal or repeat; and its weight.
@@ -116,7 +116,7 @@ def spline_entries(
 
 
 def spline_band(n_in: int, n_out: int, order: int, prefilters: dict[int, Prefilter]) -> tuple[Tensor, Tensor]:
-    """Find what scipy.ndimage reads along an axis, as the band of an operator (`resampling.spline_operator`)."""
+    """Make the band of the operator that scipy.ndimage applies along an axis (`resampling.spline_operator`)."""
     if n_in == n_out:
         return torch.arange(n_in), torch.ones(n_in, 1)
     x = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
@@ -132,7 +132,7 @@ def spline_band(n_in: int, n_out: int, order: int, prefilters: dict[int, Prefilt
 
 
 def torch_band(n_in: int, n_out: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Find what torch's interpolate reads along an axis, as the band of an operator (`resampling.torch_operator`)."""
+    """Make the band of the operator that torch's interpolate applies along an axis (`resampling.torch_operator`)."""
     if n_in == n_out:
         return torch.arange(n_in), torch.ones(n_in, 1)
     if mode != "linear":
@@ -143,28 +143,28 @@ def torch_band(n_in: int, n_out: int, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def method_along(resampling: Resampling, axis: int, coarse: int) -> tuple[int, str]:
-    """Say how an axis is resampled, where `coarse` is the one that is resampled on its own, or -1.
+    """Say how an axis is resampled; `coarse` is the axis that is resampled separately, or -1.
 
     Returns:
-        Order of the spline and "", or -1 and torch's mode.
+        The order of the spline and "", or -1 and torch's mode.
     """
     if resampling.function == "spline":
         return resampling.order_coarse if axis == coarse else resampling.order, ""
     if axis == coarse:
         return -1, resampling.mode_coarse
-    # resample_torch_fornnunet hands its mode on only where it separates an axis.
+    # resample_torch_fornnunet uses its mode only if it separates an axis.
     return -1, "linear" if coarse < 0 and resampling.function == "torch" else resampling.mode
 
 
 def clip_of(resampling: Resampling, coarse: int) -> str:
-    """Say where values are clipped, as `resampling.GridMap` has it."""
+    """Choose the value of `resampling.GridMap.clip`."""
     if resampling.function != "spline" or resampling.order < 2:
         return "none"
     return "volume" if coarse < 0 else "slice"
 
 
 def extremes(data: Tensor, clip: str, last_axis: int) -> tuple[Tensor, Tensor]:
-    """Find the least and greatest values of (C, Z, Y, X) that a `resampling.GridMap` clips to, shaped to broadcast."""
+    """Find the least and greatest values of (C, Z, Y, X) to which a `resampling.GridMap` clips, shaped to broadcast."""
     axes = [1, 2, 3]
     if clip == "slice":
         axes.pop(last_axis)

@@ -1,4 +1,4 @@
-"""Labels of a cascade's previous stage on another grid, by nnU-Net's rules for segmentations."""
+"""Resamples the labels of a cascade's previous stage, by nnU-Net's rules for segmentations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model.resampling_function import Resampling, coarse_axis
 from .resampling import GridMap, grid_map, resample, spline_operator
 
 NEAR_TIE = 1e-5
-"""Scores in float32 that differ by less may be equal in float64."""
+"""Scores whose float32 values differ by less than this may be equal in float64."""
 
 
 def resample_label_map(
@@ -25,21 +25,21 @@ def resample_label_map(
     old_spacing: Sequence[float],
     new_spacing: Sequence[float],
 ) -> Tensor:
-    """Resample labels: the mask of each is resampled, and a rule chooses among these scores.
+    """Resample labels: each label's mask is resampled to scores, and a rule chooses a label for each voxel.
 
     Args:
         labels: (Z, Y, X) integers.
         resampling: The plan's function for segmentations.
         new_shape: Size of the new grid (z, y, x).
-        old_spacing: mm, of the labels' grid.
-        new_spacing: mm, of the new one.
+        old_spacing: Spacing of the labels' grid in mm.
+        new_spacing: Spacing of the new grid in mm.
 
     Returns:
         (Z, Y, X) int32.
 
     Note:
-        nnU-Net: resample_data_or_seg and resample_torch_simple with is_seg. Where the coarse axis is resampled on its
-        own, it begins from the labels that the others gave, and the spline function takes the majority along it.
+        nnU-Net: resample_data_or_seg and resample_torch_simple with is_seg. If the coarse axis is resampled separately,
+        it starts from the labels of the other axes, and the spline function takes the majority along it.
     """
     grid = grid_map(resampling, labels.shape, new_shape, old_spacing, new_spacing)
     values = torch.from_numpy(labels.astype(np.float32))
@@ -61,7 +61,7 @@ def _with_operators(grid: GridMap, operators: Sequence[AxisOperator]) -> GridMap
 
 
 def _resampled(labels: Tensor, grid: GridMap, resampling: Resampling, axes: tuple[int, ...]) -> Tensor:
-    """Resample labels (Z, Y, X) float32 over a grid map that changes these axes at most."""
+    """Resample labels (Z, Y, X) float32 by a grid map that changes no other axes than `axes`."""
     values = labels.unique().tolist()
     if len(values) == 1 or all(operator.is_selection for operator in grid.operators):
         return resample(labels[None], grid)[0]
@@ -90,7 +90,7 @@ def _resampled(labels: Tensor, grid: GridMap, resampling: Resampling, axes: tupl
 
 
 def _greatest_in_half(labels: Tensor, values: Sequence[float], grid: GridMap) -> Tensor:
-    """Give each voxel the label of the greatest score; of those equal in fp16, the least label."""
+    """Give each voxel the label with the greatest score; if scores are equal in fp16, the least of these labels."""
     winner, best = torch.full(grid.shape, values[0]), torch.zeros(grid.shape, dtype=torch.float16)
     for value in values:
         score = (1000 * _score(labels, value, grid)).half()
@@ -107,21 +107,22 @@ def _settled(
     voxels: Tensor,
     nearest: Tensor,
 ) -> Tensor:
-    """Decide voxels by linear scores in float64, rounded as scipy rounds them: for equal ones there is another rule.
+    """Decide voxels by linear scores in float64, rounded as in scipy; equal scores have a rule of their own.
 
     Args:
-        labels: (Z, Y, X), before.
+        labels: (Z, Y, X) on the old grid.
         values: All labels, ascending.
         shape: Size of the new grid.
-        axes: Those that change.
-        voxels: (n, 3) of the new grid.
-        nearest: (n,) labels of the nearest voxels before.
+        axes: Axes that change.
+        voxels: (n, 3) indices of voxels of the new grid.
+        nearest: (n,) labels of the nearest voxels of the old grid.
 
     Returns:
-        (n,): the label with the greatest score; of several, the nearest voxel's, else the least.
+        (n,): the label with the greatest score. If several have it: the nearest voxel's label if it is among them, else
+        the least.
 
     Note:
-        scipy's NI_ZoomShift multiplies the weights of a neighbour along z, y, x and adds up neighbours in that order;
+        scipy's NI_ZoomShift multiplies the weights of a neighbour along z, y, x, and adds neighbours in that order.
         batchgenerators' resize_segmentation compares the sums exactly (since 0.25.4).
     """
     ways = []

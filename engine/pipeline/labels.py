@@ -1,4 +1,4 @@
-"""Finished planes of logits become labels, or probabilities, on the scan's own grid."""
+"""Turns finished planes of logits into labels, or probabilities, on the scan's own grid."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def segment(
 
     Args:
         planes: Finished logits in ascending z, (K, planes, Y, X) on the network's grid.
-        case: Where they come from.
-        labels: What they mean.
-        timings: Receives "labels".
-        save_probabilities: Keep probabilities too; they take 4 K bytes per voxel of the scan.
+        case: Case of the logits.
+        labels: Meaning of the logits' channels.
+        timings: Gets the time of "labels".
+        save_probabilities: Whether to keep probabilities too; they take 4 K bytes per voxel of the scan.
 
     Returns:
         Segmentation (Z, Y, X) on the scan's grid and axes, on the case's device, and probabilities (K, Z, Y, X) float32
@@ -34,7 +34,7 @@ def segment(
     scan_axes = tuple(case.transpose_forward.index(axis) for axis in range(3))
     scan_shape = tuple(case.full_shape[axis] for axis in scan_axes)
     crop = tuple(slice(start, stop) for start, stop in case.box)
-    # Written through views with the network's axis order, so that the results are contiguous in the scan's.
+    # Results are contiguous in the scan's axis order, and written through views with the network's axis order.
     dtype = torch.uint8 if labels.dtype == np.uint8 else torch.uint16
     segmentation = torch.zeros(scan_shape, dtype=dtype, device=case.device)
     target = segmentation.permute(case.transpose_forward)[crop]
@@ -46,7 +46,7 @@ def segment(
     if save_probabilities:
         probabilities = np.zeros((labels.num_outputs, *scan_shape), dtype=np.float32)
         if labels.regions_class_order is None:
-            probabilities[0] = 1  # what was cropped away is background
+            probabilities[0] = 1  # voxels outside the crop are background
         axes = (0, *(axis + 1 for axis in case.transpose_forward))
         cropped_probabilities = probabilities.transpose(axes)[(slice(None), *crop)]
     for index, logits in enumerate(resampled_planes(planes, case.logits_grid, timings)):
@@ -63,26 +63,26 @@ def segment(
 
 
 def can_fuse(grid: GridMap) -> bool:
-    """Whether resampling and labelling may be one operation: of one or two taps along each axis, without clipping."""
+    """Whether resampling and labelling can be one operation: one or two taps along each axis, and no clipping."""
     return grid.clip == "none" and all(operator.taps <= 2 for operator in grid.operators)
 
 
 def write_labels(
     slabs: Iterable[Tensor], grid: GridMap, values: tuple[int, ...] | None, target: Tensor, timings: Timings
 ) -> None:
-    """Resample logits and write their labels, as soon as the planes that they need are there.
+    """Resample logits and write labels, each plane as soon as its input planes have come.
 
     Args:
         slabs: (K, planes, Y, X) in ascending z.
-        grid: From the logits' grid to the target's, with `can_fuse`.
+        grid: Map from the logits' grid to the target's, for which `can_fuse` is true.
         values: Labels of regions in painting order, or None for classes.
-        target: (Z, Y, X) of the new grid, uint8 or uint16.
-        timings: Receives "labels".
+        target: (Z, Y, X) of the new grid, uint8 or uint16, which gets the labels.
+        timings: Gets the time of "labels".
     """
     z = grid.operators[0]
-    last_read = z.first + z.taps  # ascends
+    last_read = z.first + z.taps  # ascending
     seen = made = 0
-    held: Tensor | None = None  # the last plane of the slab before, which this one's first plane may be mixed with
+    held: Tensor | None = None  # last plane of the previous slab: a plane may need it and the first plane of this slab
     for slab in slabs:
         with timings("labels"):
             if held is not None and made < z.n_out and z.first[made] < seen:
@@ -107,10 +107,10 @@ def segment_probabilities(probabilities: np.ndarray, labels: LabelScheme) -> np.
 
     Args:
         probabilities: (K, Z, Y, X) float32 of classes, or of regions.
-        labels: What they mean.
+        labels: Meaning of the channels.
 
     Returns:
-        (Z, Y, X): the most probable class, or each region painted where it is more probable than not.
+        (Z, Y, X): the most probable class, or regions painted where their probability is above one half.
     """
     segmentation = np.empty(probabilities.shape[1:], dtype=labels.dtype)
     for z, plane in enumerate(torch.from_numpy(probabilities).unbind(1)):
@@ -123,15 +123,15 @@ def segment_probabilities(probabilities: np.ndarray, labels: LabelScheme) -> np.
 
 
 def resampled_planes(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -> Iterator[Tensor]:
-    """Resample logits, yielding each plane of the new grid as soon as the planes it needs are there.
+    """Resample logits, and yield each plane of the new grid as soon as its input planes have come.
 
     Args:
         slabs: (K, planes, Y, X) in ascending z.
-        grid: The map; one that clips needs all logits at once, and then they are kept.
-        timings: Receives "labels".
+        grid: Map from the logits' grid. A map that clips needs all logits at once, so they are kept.
+        timings: Gets the time of "labels".
 
     Yields:
-        (K, Y, X) float32, z of the new grid ascending.
+        (K, Y, X) float32, in ascending z of the new grid.
     """
     if grid.clip != "none":
         whole = torch.cat([slab.clone() for slab in slabs], dim=1)
@@ -155,12 +155,12 @@ def resampled_planes(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -
 
 
 def _in_plane(slabs: Iterable[Tensor], grid: GridMap, timings: Timings) -> Iterator[Tensor]:
-    """Resample along y and x, a few planes at a time, and yield the planes (K, Y, X), each its own memory."""
+    """Resample along y and x, a few planes at a time, and yield planes (K, Y, X) that no buffer shares."""
     _, y, x = grid.operators
     for slab in slabs:
         for part in plane_groups(slab.shape, y.n_out * x.n_out):
             with timings("labels"):
-                # Planes that stay as they are still have to leave the buffer that the next slab overwrites.
+                # Unchanged planes are copied too, because the next slab overwrites their buffer.
                 planes = resample_axis(resample_axis(slab[:, part], y, -2), x, -1)
                 planes = planes.movedim(1, 0).clone() if y.is_identity and x.is_identity else planes.movedim(1, 0)
             yield from planes

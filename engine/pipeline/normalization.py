@@ -1,4 +1,4 @@
-"""nnU-Net's normalization schemes as numbers for a scan: `(clamp(x, low, high) - shift) / scale`."""
+"""Turns nnU-Net's normalization schemes into numbers for a scan: `(clamp(x, low, high) - shift) / scale`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from ...kernels import normalize
 from ..errors import VolumeError
-from ..model.plans import ChannelNormalization
+from ..model.plans import NormalizationScheme
 
 STATISTICS_PLANES = 16
-"""Planes per step when the whole scan is looked through; bounds the float copy that is alive."""
+"""Planes per step when the statistics of a scan are computed; limits the size of the float copy."""
 
 EPSILON = 1e-8
-"""Least standard deviation or range that nnU-Net divides by."""
+"""Least standard deviation or range by which nnU-Net divides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalization:
     """`(clamp(x, low, high) - shift) / scale`; zero outside the mask of a masked channel.
 
-    Every scheme of nnU-Net is this with its own numbers; the order and the float32 rounding are nnU-Net's too.
+    Every scheme of nnU-Net has this form with its own numbers. The order of steps and the float32 rounding are
+    nnU-Net's.
     """
 
     low: float = -np.inf
@@ -35,23 +36,23 @@ class Normalization:
 
     @property
     def numbers(self) -> tuple[float, float, float, float]:
-        """What `kernels.normalize` takes for a channel."""
+        """Low, high, shift and scale, as `kernels.normalize` takes them for a channel."""
         return self.low, self.high, self.shift, self.scale
 
 
 def choose_normalization(
-    channel: ChannelNormalization, image: np.ndarray, mask: np.ndarray | None, name: str
+    channel: NormalizationScheme, image: np.ndarray, mask: np.ndarray | None, name: str
 ) -> Normalization:
     """Turn a plan's scheme into numbers for this scan.
 
     Args:
-        channel: What the plan says.
+        channel: The plan's scheme.
         image: (Z, Y, X), one cropped channel.
         mask: (Z, Y, X) bool, the non-zero region, or None.
-        name: Of the scan, for messages.
+        name: Name of the scan, for messages.
 
     Raises:
-        VolumeError: For values an RGB channel cannot have.
+        VolumeError: For values that an RGB channel cannot have.
     """
     of_plan, measured = (channel.low, channel.high, channel.mean, channel.std), (0.0, 0.0)
     if channel.scheme == "ZScoreNormalization":
@@ -74,14 +75,14 @@ def normalization_numbers(
     """Turn a scheme into the numbers of `kernels.normalize`; TorchScript can compile this.
 
     Args:
-        scheme: nnU-Net's name of it.
-        of_plan: Low, high, mean and standard deviation, for CT.
+        scheme: nnU-Net's name of the scheme.
+        of_plan: Low, high, mean and standard deviation from the plan, for CT.
         measured: Mean and standard deviation of the channel, for z-score; its least and greatest value, for
             RescaleTo01 and RGBTo01.
-        epsilon: Least standard deviation or range to divide by.
+        epsilon: Least divisor.
 
     Raises:
-        ValueError: For values an RGB channel cannot have.
+        ValueError: For values that an RGB channel cannot have.
     """
     if scheme == "CTNormalization":
         return of_plan[0], of_plan[1], of_plan[2], max(of_plan[3], epsilon)
@@ -101,7 +102,7 @@ def normalization_numbers(
 
 
 def _statistics(image: np.ndarray, region: np.ndarray | None) -> tuple[float, float]:
-    """Mean and standard deviation of a channel, of a region where there is one."""
+    """Mean and standard deviation of a channel, within a region if there is one."""
     count, total = 0, 0.0
     for step in _steps(len(image)):
         values = image[step] if region is None else image[step][region[step]]
@@ -122,7 +123,7 @@ def _steps(length: int) -> Iterator[slice]:
 def normalize_within(
     image: Tensor, numbers: list[tuple[float, float, float, float]], masked: list[bool], mask: Tensor
 ) -> Tensor:
-    """Normalise planes (C, Z, Y, X) with the numbers of each channel; zero outside a mask (Z, Y, X) where masked."""
+    """Normalise planes (C, Z, Y, X) by each channel's numbers; masked channels are zero outside a mask (Z, Y, X)."""
     image = normalize(image, numbers)
     for channel, is_masked in zip(image, masked):  # noqa: B905  # TorchScript knows no strict
         if is_masked:

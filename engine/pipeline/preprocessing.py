@@ -1,6 +1,6 @@
-"""A scan becomes planes of the network's grid: transpose, crop to non-zero, normalise, resample.
+"""Turns a scan into planes of the network's grid: transpose, crop to non-zero, normalise, resample.
 
-Planes are made when the sliding window asks for them, so the resampled scan never exists as a whole.
+Planes are made when the sliding window needs them, so the whole resampled scan is never in memory.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from .normalization import Normalization, choose_normalization, normalize_within
 from .resampling import GridMap, grid_map, resample_rows
 
 LARGEST_GROWTH = 1000
-"""Voxels that resampling may make of one; more means that a spacing is wrong, and would take for ever."""
+"""Largest growth of the number of voxels in resampling; more means that a spacing is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A scan, cropped, with everything needed to make planes of the network's grid from it and to come back.
+    """A cropped scan with all that is needed to make planes of the network's grid, and to map logits back.
 
     Args:
-        image: (C, Z, Y, X) on the device, any number type and strides; the cropped scan with the network's axis order.
+        image: (C, Z, Y, X), the cropped scan in the network's axis order, on the device, of any number type and
+            strides.
         normalizations: One per channel.
-        mask: (Z, Y, X) bool, the non-zero region with holes filled, where a channel is normalised within it.
-        grid: From the cropped scan to the network's grid.
-        limits: The normalised range that resampling clips to (`resampling.value_range`).
+        mask: (Z, Y, X) bool, the non-zero region with holes filled; None if no channel is normalised within it.
+        grid: Map from the cropped scan to the network's grid.
+        limits: Normalised range to which resampling clips (`resampling.value_range`).
         previous: (Z, Y, X) labels of the previous stage on the network's grid, for cascades.
-        previous_labels: The foreground labels that become its channels.
-        logits_grid: From the network's grid back to the cropped scan.
+        previous_labels: Foreground labels of the previous stage, which become input channels.
+        logits_grid: Map from the network's grid back to the cropped scan.
         box: Half-open (start, stop) of the crop along each axis.
         full_shape: Shape before cropping.
-        transpose_forward: Axis of the scan that each axis of `full_shape` is.
-        device: Where planes are made.
+        transpose_forward: For each axis of `full_shape`, the axis of the scan.
+        device: Device on which planes are made.
     """
 
     image: Tensor
@@ -67,7 +68,7 @@ class Case:
         return len(self.image) + (0 if self.previous is None else len(self.previous_labels))
 
     def to(self, device: torch.device) -> Case:
-        """Move what planes are made of to another device, in a type that can be read there."""
+        """Move the case to another device, in a type that the device can read."""
         low, high = self.limits
         return replace(
             self,
@@ -100,7 +101,7 @@ class Case:
 
 
 def to_device(image: np.ndarray, device: torch.device) -> Tensor:
-    """Make a scan a tensor on a device; on a CPU without a copy, wherever torch can read it as it lies."""
+    """Turn a scan into a tensor on a device; on a CPU without a copy, if torch can read the array."""
     if not image.dtype.isnative or image.dtype == np.longdouble:
         image = image.astype(np.float32)
     if not image.flags.writeable or any(stride < 0 for stride in image.strides):
@@ -114,14 +115,14 @@ def to_device(image: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _readable_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Say what a scan's type becomes: a GPU's kernels read few; that of most CT is half the way of float32."""
+    """Choose the type of a scan on a device: CUDA kernels read few types; int16 needs half of float32's transfer."""
     return dtype if device.type == "cpu" or dtype in (torch.int16, torch.uint8) else torch.float32
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Smallest box around the voxels that are not zero in every channel; the whole array where all are zero.
+    """Smallest box around all voxels with a channel that is not zero; the whole array if all voxels are zero.
 
-    Planes are looked at from each end until one is not empty, so a scan without a zero border costs six planes.
+    Planes are checked from each end until one is not empty, so a scan without a zero border costs six planes.
 
     Args:
         image: (C, Z, Y, X).
@@ -141,7 +142,7 @@ def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tu
 
 
 def filled_mask(image: np.ndarray) -> np.ndarray:
-    """(Z, Y, X) bool: where any channel is not zero, with enclosed holes filled (nnU-Net: create_nonzero_mask)."""
+    """(Z, Y, X) bool: voxels with a channel that is not zero, and enclosed holes (nnU-Net: create_nonzero_mask)."""
     import SimpleITK as sitk
 
     mask = sitk.GetImageFromArray(np.any(image != 0, axis=0).astype(np.uint8))
@@ -149,12 +150,18 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
 
 
 def _limits(
-    image: np.ndarray, normalizations: Sequence[Normalization], mask: np.ndarray | None, grid: GridMap
-) -> tuple[np.ndarray, np.ndarray]:
+    image: np.ndarray,
+    normalizations: Sequence[Normalization],
+    mask: np.ndarray | None,
+    grid: GridMap,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
     """Least and greatest normalised value, per channel and, where the grid map clips by slice, per slice.
 
-    Normalising keeps the order of values, so it is enough to normalise the raw extremes.
+    Normalising keeps the order of values, so it is enough to normalise the raw extremes. None if nothing is clipped.
     """
+    if grid.clip == "none":
+        return None, None
     axes = tuple(axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis)
     lows, highs = [], []
     for channel, of_channel in zip(image, normalizations, strict=True):
@@ -172,7 +179,7 @@ def _limits(
             low, high = np.where(outside, np.minimum(low, 0), low), np.where(outside, np.maximum(high, 0), high)
         lows.append(low)
         highs.append(high)
-    return np.stack(lows), np.stack(highs)
+    return torch.from_numpy(np.stack(lows)).to(device), torch.from_numpy(np.stack(highs)).to(device)
 
 
 def shape_at_spacing(
@@ -184,10 +191,10 @@ def shape_at_spacing(
         shape: (z, y, x) voxels.
         spacing: mm.
         new_spacing: mm, of the model.
-        most: Times that the scan may grow.
+        most: Largest growth of the number of voxels.
 
     Raises:
-        ValueError: Where nothing is left of an axis, or the scan becomes too large.
+        ValueError: Where an axis would have no voxel, or the scan would become too large.
     """
     # Python's round is half to even, as in nnU-Net; TorchScript's is too, and gives a float.
     new_shape = [int(round(spacing[axis] / new_spacing[axis] * shape[axis])) for axis in range(3)]  # noqa: RUF046
@@ -205,22 +212,18 @@ def shape_at_spacing(
 
 
 def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.ndarray | None = None) -> Case:
-    """Work out how a scan maps to the network's grid (nnU-Net: DefaultPreprocessor.run_case_npy).
+    """Find how a scan maps to the network's grid (nnU-Net: DefaultPreprocessor.run_case_npy).
 
     Args:
-        volume: The scan, one channel per image channel of the plan.
+        volume: The scan, with the channels of the plan.
         plan: The model's plan.
-        device: Where its planes will be made.
+        device: Device on which its planes will be made.
         previous: (Z, Y, X) labels of the previous stage on the scan's grid, for cascades.
 
     Raises:
-        VolumeError: Where the scan does not suit the plan.
+        VolumeError: Where the scan does not fit the plan.
     """
-    if volume.geometry.is_2d and len(plan.patch_size) != 2:
-        raise VolumeError(
-            f"{volume.name}: the configuration {plan.configuration} takes 3D scans, got a 2D image: pass a 3D scan, or "
-            "use a 2d configuration"
-        )
+    _check_dimensions(volume, plan)
     order = plan.transpose_forward
     image = volume.array.transpose(0, *(axis + 1 for axis in order))
     full_shape = image.shape[1:]
@@ -241,26 +244,18 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     mask = filled_mask(image) if masked else None
     labels = None
     if previous is not None and mask is not None:
-        cropped = previous.transpose(order)[crop].astype(np.int32)
-        # As in nnU-Net, the surroundings of the body are a label of their own, and what has a label is body.
-        cropped[(cropped == 0) & ~mask] = -1
-        mask = cropped >= 0
+        cropped, mask = _previous_labels(previous.transpose(order)[crop], mask)
         labels = resample_label_map(cropped, plan.resampling_segmentation, new_shape, spacing, new_spacing).to(device)
     normalizations = tuple(
         choose_normalization(channel, data, mask, volume.name)
         for channel, data in zip(plan.channels, image, strict=True)
     )
-    limits = (None, None)
-    if grid.clip != "none":
-        low, high = _limits(image, normalizations, mask, grid)
-        limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
-
     return Case(
         image=to_device(image, device),
         normalizations=normalizations,
         mask=mask if any(channel.masked for channel in normalizations) else None,
         grid=grid,
-        limits=limits,
+        limits=_limits(image, normalizations, mask, grid, device),
         previous=labels,
         previous_labels=plan.labels.foreground if previous is not None else (),
         logits_grid=grid_map(plan.resampling_logits, grid.shape, shape, new_spacing, spacing),
@@ -269,3 +264,18 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         transpose_forward=order,
         device=device,
     )
+
+
+def _check_dimensions(volume: Volume, plan: Plan) -> None:
+    if volume.geometry.is_2d and len(plan.patch_size) != 2:
+        raise VolumeError(
+            f"{volume.name}: the configuration {plan.configuration} takes 3D scans, got a 2D image: pass a 3D scan, or "
+            "use a 2d configuration"
+        )
+
+
+def _previous_labels(cropped: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give a previous stage's labels with -1 around the body, as in nnU-Net, and the body that includes all labels."""
+    labels = cropped.astype(np.int32)
+    labels[(labels == 0) & ~mask] = -1
+    return labels, labels >= 0

@@ -1,8 +1,9 @@
-"""What nnU-Net keeps beside probabilities (`.pkl`), so that its own tools can write labels from them."""
+"""The properties that nnU-Net stores beside probabilities (`.pkl`), from which its tools write labels."""
 
 from typing import Any
 
-from ..scans.volume import Geometry, Volume
+from ..scans.geometry import Geometry
+from ..scans.volume import Volume
 from .preprocessing import Case
 
 
@@ -10,9 +11,9 @@ def nnunet_properties(reader: str, original: Geometry, volume: Volume, case: Cas
     """Describe a scan as one of nnU-Net's readers does, in plain types and numpy arrays.
 
     Args:
-        reader: The class, as `Plan.reader` names it.
-        original: Where the scan is as it is stored.
-        volume: The scan as the reader gives it, turned where it turns scans.
+        reader: nnU-Net's reader class, as `Plan.reader` names it.
+        original: Geometry of the scan as it is stored.
+        volume: The scan as the reader gives it; some readers turn scans.
         case: The scan after preprocessing.
 
     Note:

@@ -1,7 +1,7 @@
 """nnU-Net's resampling functions as one linear operator per axis.
 
-skimage's `resize` and torch's `interpolate` are linear and separable, so each axis is a banded matrix, built once
-per (length before, length after) and applied as small matrix products.
+skimage's `resize` and torch's `interpolate` are linear and separable. So each axis is a banded matrix, which is built
+once for each (old length, new length) and applied as small matrix products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import AxisOperator, plane_groups, resample_axis
-from ...kernels.reference import Normalization
+from ...kernels.reference import ClipShiftScale
 from ..model.resampling_function import Resampling, coarse_axis
 from .interpolation import PREFILTERS, clip_of, extremes, method_along, spline_band, torch_band
 
@@ -25,8 +25,8 @@ def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
     """Build the operator that scipy.ndimage applies along an axis (mode "nearest", pixel centres aligned).
 
     Args:
-        n_in: Length before, in voxels.
-        n_out: Length after.
+        n_in: Old length in voxels.
+        n_out: New length in voxels.
         order: 0 nearest, 1 linear, 2 to 5 B-spline.
 
     Note:
@@ -37,11 +37,11 @@ def spline_operator(n_in: int, n_out: int, order: int) -> AxisOperator:
 
 @lru_cache(maxsize=128)
 def torch_operator(n_in: int, n_out: int, mode: str) -> AxisOperator:
-    """Build the operator that torch.nn.functional.interpolate applies along an axis, from what it does to impulses.
+    """Build the operator that torch.nn.functional.interpolate applies along an axis, from its response to impulses.
 
     Args:
-        n_in: Length before.
-        n_out: Length after.
+        n_in: Old length in voxels.
+        n_out: New length in voxels.
         mode: "linear", "nearest" or "nearest-exact".
     """
     return AxisOperator(n_in, *torch_band(n_in, n_out, mode))
@@ -49,13 +49,13 @@ def torch_operator(n_in: int, n_out: int, mode: str) -> AxisOperator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridMap:
-    """How one grid becomes another: an operator for each of (z, y, x), and where values are clipped on the way.
+    """The map from one grid to another: an operator for each of (z, y, x), and where values are clipped.
 
     Args:
-        operators: Along z, y, x.
-        last_axis: The axis resampled after the others (the coarse one where nnU-Net separates it), 0, 1 or 2.
-        clip: "none"; "volume": to the input's range, after all axes; "slice": to the range of each input slice
-            across `last_axis`, before that axis is resampled. Per channel.
+        operators: Operators along z, y, x.
+        last_axis: Axis that is resampled last, 0, 1 or 2: the coarse one, if nnU-Net separates it.
+        clip: "none"; "volume": clip to the input's range after all axes; "slice": clip to the range of each input slice
+            across `last_axis`, before that axis is resampled. Each channel has its own range.
     """
 
     operators: tuple[AxisOperator, AxisOperator, AxisOperator]
@@ -82,7 +82,7 @@ def grid_map(
     old_spacing: Sequence[float],
     new_spacing: Sequence[float],
 ) -> GridMap:
-    """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
+    """Make the map between two grids; shapes are in voxels and spacings in mm, (z, y, x)."""
     if resampling.function == "none" or tuple(old_shape) == tuple(new_shape):
         return GridMap.identity(old_shape)
     coarse = coarse_axis(resampling, list(old_spacing), list(new_spacing))
@@ -100,18 +100,18 @@ def grid_map(
 
 
 def resample(data: Tensor, grid: GridMap) -> Tensor:
-    """Resample a whole array, clipping as the grid map says.
+    """Resample a whole array, and clip it if the grid map clips.
 
     Args:
         data: (C, Z, Y, X) float32.
-        grid: The map from its grid to the new one.
+        grid: Map from its grid to the new one.
     """
     low, high = value_range(data, grid)
     return resample_rows(data, grid, rows=(0, grid.shape[0]), offset=0, limits=(low, high))
 
 
 def value_range(data: Tensor, grid: GridMap) -> tuple[Tensor | None, Tensor | None]:
-    """Least and greatest values that a grid map clips to, shaped to broadcast; (None, None) where it does not."""
+    """Least and greatest values to which a grid map clips, shaped to broadcast; (None, None) if it does not clip."""
     if grid.clip == "none":
         return None, None
     return extremes(data, grid.clip, grid.last_axis)
@@ -124,17 +124,17 @@ def resample_rows(
     rows: tuple[int, int],
     offset: int,
     limits: tuple[Tensor | None, Tensor | None],
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
 ) -> Tensor:
     """Resample to the planes [rows[0], rows[1]) of the new grid.
 
     Args:
-        data: (C, z, Y, X): the input planes from `offset` on that these rows need; float32, or normalised on the way.
-        grid: The map from the whole input grid to the new one.
+        data: (C, z, Y, X), the input planes that these rows need; float32, or any type with `normalization`.
+        grid: Map from the whole input grid to the new one.
         rows: Half-open range along z of the new grid.
         offset: Index of the first plane in `data`.
-        limits: What `value_range` gives for the whole input, normalised.
-        normalization: Of the input, for each channel.
+        limits: Result of `value_range` for the whole normalised input.
+        normalization: Clip bounds, shift and scale of each channel, applied to the input first.
     """
     z, y, x = grid.operators
     clamps: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def _in_plane(
     y: AxisOperator,
     x: AxisOperator,
     clamps: Mapping[str, Any],
-    normalization: Normalization | None = None,
+    normalization: ClipShiftScale | None = None,
 ) -> Tensor:
     """Resample (C, Z, Y, X) along y and x, a few planes at a time."""
     if y.is_identity and x.is_identity and normalization is None and not clamps:

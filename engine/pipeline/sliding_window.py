@@ -1,7 +1,7 @@
-"""Tiles over the network's grid, mirrored and Gaussian-weighted, finished from the top of the scan downwards.
+"""Covers the network's grid with tiles, and adds their mirrored, Gaussian-weighted logits row by row.
 
-Tiles run in z order, so once the next row of tiles starts below a plane, that plane's logits are final: they are
-handed on and forgotten. Memory holds one row of tiles, whatever the length of the scan.
+Tiles run in z order. When the next row of tiles starts below a plane, that plane's logits are final, and it is passed
+on and dropped. So memory holds one row of tiles, independent of the length of the scan.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .voting import Votes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingWindow:
-    """How tiles cover a grid.
+    """The tiles that cover a grid.
 
     Args:
         patch_size: (z, y, x) voxels of a tile.
         tile_step_size: Distance of neighbouring tiles as a fraction of the patch, in (0, 1].
-        views: The mirror views of each tile, the unflipped one first.
+        views: Mirror views of each tile, the unflipped one first.
         views_per_call: Views that go through the network at once.
-        slicewise: Every plane is a row of tiles of its own and the network takes (N, C, y, x) (2d configurations).
-        use_gaussian: Voxels in the middle of a tile count more; else all alike.
+        slicewise: Whether every plane is a row of tiles and the network takes (N, C, y, x), as in 2d configurations.
+        use_gaussian: Whether voxels in the middle of a tile count more, as in nnU-Net; else all count alike.
     """
 
     patch_size: tuple[int, int, int]
@@ -121,23 +121,23 @@ def predict_logits(
     votes: Votes | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Run the network over a case and yield finished planes of logits in ascending z.
+    """Run the network on all tiles of a case, and yield finished planes of logits in ascending z.
 
     Args:
         case: The scan.
         runner: The network.
-        window: How tiles cover the grid.
+        window: Tiles that cover the grid.
         num_outputs: K, channels of the network's segmentation output.
-        timings: Receives "preprocess", "network" and "stitch".
-        votes: Receives what a multi-task network says about each tile.
-        progress: Called with (tiles done, tiles in all).
+        timings: Gets the times of "preprocess", "network" and "stitch".
+        votes: Gets the class logits of each tile from a multi-task network.
+        progress: Called with (tiles done, all tiles).
 
     Raises:
         PredictionError: Where the network fails or its logits are not finite.
 
     Yields:
-        (K, planes, Y, X) float32 on the case's device: averaged over views and tiles, without padding. Each is a view
-        of a buffer that the next step overwrites.
+        (K, planes, Y, X) float32 on the case's device: averaged over views and tiles, without padding. It is a view of
+        a buffer, which the next step overwrites.
     """
     sums = _RowSums(case, window, num_outputs)
     rows = _RowInputs(case, sums.before[0], sums.starts[0], window.patch_size[0])
@@ -155,7 +155,7 @@ def predict_logits(
                 progress(done, len(sums.starts[0]) * len(sums.tiles))
         with timings("stitch"):
             finished = sums.finished(row)
-            # Of the row before: a GPU has this one to go on with, and need not wait for the answer.
+            # This checks the previous row, so that a GPU has work while the answer is fetched.
             _require(all_finite)
             all_finite = _finite(finished)
         if finished.shape[1]:
@@ -166,21 +166,21 @@ def predict_logits(
 
 
 Tile = tuple[int, int]
-"""Which tile of a row this is, along y and x."""
+"""Index of a tile in its row, along y and x."""
 
 
 class _RowSums:
     """Weighted sums of the logits of one row of tiles, over the padded grid; planes that rows share are kept.
 
     Args:
-        case: Whose grid is covered.
-        window: How.
+        case: Case whose grid is covered.
+        window: Tiles that cover it.
         num_outputs: K.
 
     Attributes:
         starts: First voxels of the tiles along z, y and x of the padded grid.
         before: Voxels of padding before the grid, along z, y and x.
-        tiles: Of every row.
+        tiles: Indices of the tiles of every row.
     """
 
     def __init__(self, case: Case, window: SlidingWindow, num_outputs: int) -> None:
@@ -197,7 +197,7 @@ class _RowSums:
         self._sums = torch.zeros(num_outputs, window.patch_size[0], *self._padded[1:], device=case.device)
 
     def read_from(self, tile: Tile) -> tuple[int, int, int]:
-        """First voxel of a tile in the rows of the grid, which has no padding along y and x."""
+        """First voxel of a tile in its row of the input, which has no padding along y and x."""
         y, x = tile
         return 0, self.starts[1][y] - self.before[1], self.starts[2][x] - self.before[2]
 
@@ -209,12 +209,12 @@ class _RowSums:
         accumulate_views(logits, views, (self._weights[0][row], self._weights[1][y], self._weights[2][x]), place)
 
     def finished(self, row: int) -> Tensor:
-        """View the planes of a row that no later one adds to, padding along y and x included, along z not."""
+        """View the planes that no later row adds to, with padding along y and x, but without padding along z."""
         top, before = self.starts[0][row], self.before[0]
         return self._sums[:, max(before - top, 0) : min(before + self._shape[0] - top, self._planes_ended(row))]
 
     def without_padding(self, planes: Tensor) -> Tensor:
-        """View what is no padding along y and x, of (K, planes, Y, X)."""
+        """View (K, planes, Y, X) without padding along y and x."""
         (_, top, left), (_, height, width) = self.before, self._shape
         return planes[:, :, top : top + height, left : left + width]
 
@@ -234,9 +234,9 @@ class _TileNetwork:
         runner: The network.
         window: Size and views of tiles.
         num_outputs: K.
-        device: Where tiles are cut, and logits are wanted.
-        timings: Receives "network" and "stitch".
-        votes: Receives what a multi-task network says.
+        device: Device of the tiles and of the returned logits.
+        timings: Gets the times of "network" and "stitch".
+        votes: Gets the class logits from a multi-task network.
     """
 
     def __init__(
@@ -276,21 +276,21 @@ class _TileNetwork:
                 self._votes.add(output)
             return logits
         except torch.OutOfMemoryError:
-            raise  # there are ways to do with less
+            raise  # the caller tries again with less memory
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Find out whether all are numbers, on their device; least and greatest value show it without a mask in memory."""
+    """Whether all logits are finite, as a tensor on their device; least and greatest value show it without a mask."""
     if logits.numel() == 0:
         return torch.ones((), dtype=torch.bool)
     return torch.isfinite(torch.stack(torch.aminmax(logits))).all()
 
 
 def _require(all_finite: Tensor) -> None:
-    """Refuse what would become labels without meaning."""
+    """Refuse logits that are not finite."""
     if not all_finite:
         raise PredictionError(
             "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
@@ -307,11 +307,11 @@ def shift_planes(buffer: Tensor, planes: int) -> None:
 
 
 class _RowInputs:
-    """The input of one row of tiles after another, padded along z; planes that rows share are kept."""
+    """The input of each row of tiles in turn, padded along z; planes that rows share are kept."""
 
     def __init__(self, case: Case, before: int, starts: Sequence[int], depth: int) -> None:
         self._buffer = torch.zeros(case.num_channels, depth, *case.shape[1:], device=case.device)
-        # What each row adds to the one before, in planes of the padded grid.
+        # Planes of the padded grid that each row needs and the previous row does not have.
         self._added = [
             (max(start, previous + depth), start + depth)
             for previous, start in zip([-depth, *starts], starts, strict=False)

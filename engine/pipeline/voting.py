@@ -1,4 +1,4 @@
-"""What a multi-task network says about tiles becomes one answer per case."""
+"""Combines a multi-task network's class logits of tiles into one answer per case."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..model.runner import NetworkOutput
 
 
 def mean_vote(logits: Tensor, shown: Tensor) -> Tensor:
-    """Weigh tiles by what they show, as `Votes` says; TorchScript can compile this.
+    """Compute the weighted mean of the tiles' logits, as `Votes` describes; TorchScript can compile this.
 
     Args:
         logits: (tiles, views, S).
-        shown: (tiles, views), what each view counts.
+        shown: (tiles, views), weight of each view.
 
     Returns:
         (S,) float64 on the CPU.
@@ -28,24 +28,24 @@ def mean_vote(logits: Tensor, shown: Tensor) -> Tensor:
 
 
 class Votes:
-    """Collects the class logits of all tiles of one case while they run, and weighs them at the end.
+    """Collects the class logits of all tiles of one case, and averages them at the end.
 
     Args:
-        scheme: What is asked.
-        views: Mirror views of each tile.
-        aggregation: "foreground": a tile counts by how much of it shows what the class is about; "mean": all alike.
+        scheme: Classes and focus channels.
+        views: Number of mirror views of each tile.
+        aggregation: "foreground": a tile's weight is its share of focus voxels; "mean": all tiles have the same weight.
 
     Note:
-        A case's logits are `sum_t w[t] c[t] / sum_t w[t]`: `c[t]` is the mean over the views of tile t of their class
-        logits, `w[t]` the mean of `focus_map` over the voxels of these views. Where no tile shows anything, and for
-        "mean", every tile has the same weight. Padding is part of a tile.
+        A case's logits are `sum_t w[t] c[t] / sum_t w[t]`. `c[t]` is the mean of the class logits over the views of
+        tile t, and `w[t]` the mean of `focus_map` over the voxels of these views. If all weights are 0, and for "mean",
+        every tile has the same weight. Padding is part of a tile.
     """
 
     def __init__(self, scheme: ClassificationScheme, *, views: int, aggregation: str) -> None:
         self._scheme = scheme
         self._views = views
         self._by_foreground = aggregation == "foreground"
-        # They stay on the network's device until the end: fetching each would make the device wait.
+        # They stay on the network's device until the end, because each copy would make the device wait.
         self._logits: list[Tensor] = []
         self._weights: list[Tensor] = []
 
@@ -55,7 +55,7 @@ class Votes:
             raise PredictionError("the network must give class logits, as the plan says; its backend gave none")
         self._logits.append(output.class_logits.float())
         if self._by_foreground:
-            # View by view: for many labels, what the softmax needs is large.
+            # View by view, because the softmax of many labels needs much memory.
             shown = [focus_map(view[None].float(), self._scheme).mean() for view in output.seg_logits]
             self._weights.append(torch.stack(shown))
 

@@ -13,19 +13,19 @@ def find_data_file(header: Path, named: str, several: str) -> Path:
     Args:
         header: The header's own file.
         named: What the header says, its bytes as Latin-1: a path relative to the header's folder.
-        several: Regular expression for how the format names several files at once.
+        several: Regular expression that matches names which stand for several files in this format.
 
     Returns:
-        Path of an existing regular file, not resolved: ITK goes the same way.
+        Path of an existing regular file. Links are not resolved, since ITK does not resolve them either.
 
     Raises:
         VolumeError: If the header names several files, an absolute path, or no regular file.
 
     Note:
-        A header may come from a stranger, and its voxels leave the machine again at most as labels. So it may point at
-        regular files, through `..` and links as in ITK and nnU-Net, since data sets keep voxels in folders beside the
-        headers. It may not point at devices and pipes, which would give endless bytes or block, nor at absolute paths,
-        which make sense on one machine only. What it points at must also be as long as the header claims.
+        A header may come from a stranger. It may name regular files, also through `..` and links, as in ITK and
+        nnU-Net, because data sets keep voxels in folders beside the headers: all that leaves the machine again is
+        labels. It may not name devices and pipes, which give endless bytes or block. It may not name absolute paths,
+        which are valid on one machine only. The file must also be as long as the header claims.
     """
     named = os.fsdecode(named.encode("latin-1"))
     if re.match(several, named):

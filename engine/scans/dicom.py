@@ -1,6 +1,6 @@
 """A folder with the slices of one DICOM series -> one scan.
 
-Slices are ordered by their position along the normal of the image plane; neither file names nor instance numbers count.
+Slices are ordered by their position along the normal of the image plane. File names and instance numbers are ignored.
 """
 
 import tempfile
@@ -14,13 +14,13 @@ from .dicom_files import DicomFile, find_slices, summary
 from .dicom_header import Header
 from .dicom_pixels import PixelFormat, check_pixel_data, read_format, read_stored, rescale
 from .image_file import ImageSource
-from .image_header import naming
 from .itk import check_memory
+from .voxel_data import naming
 
 _FARTHEST_MM = 1e6
 _SAME_POSITION_MM = 0.01
-_UNEVEN = 0.01  # part of the usual slice distance by which one may differ
-_SIDEWAYS = 0.5  # part of the in-plane spacing by which slices may drift
+_UNEVEN = 0.01  # largest deviation, as a part of the usual slice distance
+_SIDEWAYS = 0.5  # largest drift of slices, as a part of the in-plane spacing
 _SKEW = 0.01  # cosine between rows and columns, which should be 0
 
 
@@ -42,12 +42,12 @@ class Slice:
 
     @property
     def normal(self) -> np.ndarray:
-        """Unit vector along which slices are stacked: the third column of the direction."""
+        """Unit vector from slice to slice: the third column of the direction."""
         return np.array(self.direction[2::3])
 
     @property
     def position_mm(self) -> float:
-        """Place along the normal."""
+        """Position along the normal."""
         return float(np.dot(self.origin, self.normal))
 
 
@@ -56,8 +56,8 @@ def open_series(folder: Path) -> ImageSource:
 
     Returns:
         The grid of the stacked slices, with a function that reads the voxels; rescale slope and intercept are applied.
-        The spacing along z is the mean distance between slice positions, as in ITK. What is unusual is told in
-        warnings: files that are left out, gaps, and, once the voxels are read, padding.
+        The spacing along z is the mean distance between slice positions, as in ITK. Warnings name files that are left
+        out, gaps and, after the voxels are read, padding.
 
     Raises:
         VolumeError: As `list_slices`.
@@ -85,14 +85,14 @@ def list_slices(folder: Path) -> tuple[list[Slice], tuple[str, ...]]:
     """Read the headers of all DICOM slices in a folder, check that they are one series, and put them in order.
 
     Args:
-        folder: Existing folder with at least two slices of one series. What lies beside them is left out; subfolders
-            are not searched.
+        folder: Existing folder with at least two slices of one series. Other files are left out; subfolders are not
+            searched.
 
     Returns:
-        The slices, and warnings about what is left out.
+        The slices, and warnings about files that are left out.
 
     Raises:
-        VolumeError: If there are no slices, several series, or slices that are damaged or do not fit each other.
+        VolumeError: If there are no slices or several series, or if slices are damaged or do not fit together.
     """
     with naming(folder.name):
         found, warnings = find_slices(folder)
@@ -139,7 +139,7 @@ def _read_direction(header: Header) -> tuple[float, ...]:
     """Read the direction of the axes (x, y, z), as nine cosines.
 
     Note:
-        As in ITK, itkGDCMImageIO.cxx: columns keep their direction where the two are not quite at a right angle.
+        As in ITK, itkGDCMImageIO.cxx: if the two are not exactly at a right angle, columns keep their direction.
     """
     cosines = header.decimals("ImageOrientationPatient", 6)
     if cosines is None:
@@ -160,7 +160,7 @@ def _read_direction(header: Header) -> tuple[float, ...]:
 
 
 def _check_same_plane(slices: list[Slice]) -> None:
-    """Refuse slices of another size, in-plane spacing or orientation than the first."""
+    """Refuse slices whose size, in-plane spacing or orientation differs from the first slice."""
     first = slices[0]
     for part in slices:
         for what, mine, others, tolerance in (
@@ -213,7 +213,7 @@ def _check_positions(slices: list[Slice]) -> tuple[list[str], float]:
 
 
 def _check_rescaling(slices: list[Slice]) -> list[str]:
-    """Warn where slices lack the slope and intercept that CT and PET must have, or that others of the series have."""
+    """Warn if slices have no slope and intercept although CT and PET must have them, or other slices do."""
     without = [part for part in slices if not part.pixels.is_rescaled]
     if not without or (len(without) == len(slices) and without[0].header.text("Modality") not in ("CT", "PT")):
         return []
@@ -222,7 +222,7 @@ def _check_rescaling(slices: list[Slice]) -> list[str]:
 
 
 def _stack(name: str, slices: list[Slice], dtype: np.dtype, warnings: list[str]) -> np.ndarray:
-    """Read slice after slice into one array (Z, Y, X), and add warnings about what their pixels hold."""
+    """Read slice after slice into one array (Z, Y, X), and add warnings about padding and extra bits."""
     voxels = np.empty((len(slices), *reversed(slices[0].size)), dtype)
     padding: dict[tuple[int, int], int] = {}
     with_more = []

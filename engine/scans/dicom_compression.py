@@ -1,7 +1,7 @@
-"""Compressed pixels of a DICOM slice -> stored bits, by GDCM.
+"""Compressed pixels of a DICOM slice -> stored bits, with GDCM.
 
-GDCM reads values by rules of its own: it inverts MONOCHROME1, and rescales some kinds of objects but not others. So it
-is given a file that holds what decompression needs and nothing else.
+GDCM has its own rules for values: it inverts MONOCHROME1, and rescales some kinds of objects but not others. So it gets
+a file that holds only what decompression needs.
 """
 
 import re
@@ -17,11 +17,11 @@ _SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7\0"
 RLE = "1.2.840.10008.1.2.5"
 _JPEGS = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(50|51|57|70|80|81|90|91)")  # JPEG, JPEG-LS, JPEG 2000
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
-_SIZES = b"\xff\x4f\xff\x51"  # markers of JPEG 2000: start, and the segment that tells sizes
+_SIZES = b"\xff\x4f\xff\x51"  # markers of JPEG 2000: start, and the segment with the sizes
 
 
 def check_syntax(syntax: str) -> None:
-    """Refuse transfer syntaxes that are not read here.
+    """Refuse transfer syntaxes that nnturbo does not read.
 
     Raises:
         VolumeError: If the syntax is not one of them.
@@ -46,19 +46,19 @@ def decompress(
     """Decompress the pixels of one slice.
 
     Args:
-        data: Its fragments, with the items around them.
-        syntax: Its transfer syntax.
+        data: Fragments of the slice, with the items around them.
+        syntax: Transfer syntax of the slice.
         shape: (rows, columns).
-        bits_allocated: As in its header.
-        bits_stored: The same.
-        is_signed: The same.
-        scratch: Name of a file that may be written.
+        bits_allocated: From the header.
+        bits_stored: From the header.
+        is_signed: From the header.
+        scratch: Path of a temporary file.
 
     Returns:
-        Array (rows, columns) of numbers without sign, whose lower `bits_stored` bits are the stored ones.
+        Array (rows, columns) of unsigned numbers, whose lower `bits_stored` bits are the stored ones.
 
     Raises:
-        VolumeError: If they are damaged, or not what the header says.
+        VolumeError: If the pixels are damaged, or do not match the header.
     """
     precision, has_sign = _compressed_as(data) if syntax != RLE else (bits_stored, is_signed)
     if (has_sign and not is_signed) or (precision < bits_stored and has_sign != is_signed):
@@ -67,7 +67,7 @@ def decompress(
             f"{'with' if is_signed else 'without'} a sign, the pixels have {precision} "
             f"{'with' if has_sign else 'without'}: decompress the series with the program that wrote it"
         )
-    bits = min(max(bits_stored, precision, 8), bits_allocated)  # GDCM takes no fewer than 8, and cuts off further ones
+    bits = min(max(bits_stored, precision, 8), bits_allocated)  # GDCM needs 8 or more, and cuts off bits above
     _write_for_gdcm(scratch, data, syntax, (*shape, bits_allocated, bits))
     stored = read_voxels(str(scratch), "GDCMImageIO")
     if stored.shape != (1, *shape) or stored.dtype.itemsize * 8 != bits_allocated:
@@ -85,7 +85,7 @@ def decompress(
 
 
 def _fits(stored: np.ndarray, bits: int, bits_stored: int, is_signed: bool, has_sign: bool) -> bool:
-    """Whether the lower `bits_stored` of `bits` hold every value: those between are 0, or repeat the sign."""
+    """Whether the lower `bits_stored` of `bits` hold every value: the bits above them are 0, or repeat the sign."""
     between = (stored >> bits_stored) & ((1 << bits - bits_stored) - 1)
     if not is_signed:
         return not between.any()
@@ -95,7 +95,7 @@ def _fits(stored: np.ndarray, bits: int, bits_stored: int, is_signed: bool, has_
 
 
 def _write_for_gdcm(path: Path, data: bytes, syntax: str, sizes: tuple[int, ...]) -> None:
-    """Write an image without rescaling, of numbers without sign: GDCM leaves their bits as they are."""
+    """Write an image of unsigned numbers without rescaling: GDCM does not change their bits."""
     rows, columns, bits_allocated, bits_stored = sizes
     meta = (
         _element(2, 2, b"UI", _SECONDARY_CAPTURE)
@@ -126,7 +126,7 @@ def _write_for_gdcm(path: Path, data: bytes, syntax: str, sizes: tuple[int, ...]
 
 
 def _element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
-    """Encode an element with a short value."""
+    """Encode an element of a DICOM file with a short value."""
     value += bytes(len(value) % 2)
     return struct.pack("<HH2sH", group, number, kind, len(value)) + value
 
@@ -146,4 +146,4 @@ def _compressed_as(data: bytes) -> tuple[int, bool]:
         if data[place + 1] in _FRAME_HEADERS:
             return data[place + 4], False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return 64, False  # GDCM will say what is wrong
+    return 64, False  # GDCM reports what is wrong

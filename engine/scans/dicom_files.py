@@ -1,4 +1,4 @@
-"""Which files of a folder are the slices of a scan, and which only lie beside them."""
+"""Finds the slices of a scan among the files of a folder."""
 
 import enum
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..errors import IncompleteFile, VolumeError
 from .dicom_header import Header, looks_like_dicom, read_header
-from .image_header import naming
+from .voxel_data import naming
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
-_SCAN_CLASSES = {  # CT, MR and PET images, and their forms of many frames in one file, which are refused later
+_SCAN_CLASSES = {  # CT, MR and PET images; also with many frames in one file, which is refused later
     _STORAGE + number for number in ("2", "2.1", "2.2", "4", "4.1", "4.4", "128", "128.1", "130")
 }
 _NAMED_CLASSES = {"1.2.840.10008.1.3.10": "directory", _STORAGE + "7": "secondary capture"}
@@ -19,17 +19,17 @@ _SCAN_MODALITIES = ("CT", "MR", "PT")
 _LOCALIZERS = ("LOCALIZER", "SCOUT")  # values of ImageType
 _SLICE_NAME = re.compile(r"[^.]*|.*\.(dcm|ima|\d+)", re.IGNORECASE)  # without an ending, as UIDs are
 _PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-_LEAST_BYTES = 132  # of a preamble and the mark behind it
+_LEAST_BYTES = 132  # the preamble and the mark behind it
 _MOST_NAMES = 5
 
 
 class Kind(enum.IntEnum):
-    """What a DICOM file is; the lowest kind that a folder holds is taken for the scan."""
+    """What a DICOM file is; the files of the lowest kind in a folder are taken as the scan."""
 
     SLICE = 0
     LOCALIZER = 1
     OTHER_IMAGE = 2
-    """A single image with a place in the patient: old exporters store slices as secondary captures."""
+    """A single image with a position in the patient: old exporters store slices as secondary captures."""
     NO_IMAGE = 3
 
 
@@ -53,18 +53,18 @@ class DicomFile:
 
     @property
     def has_place(self) -> bool:
-        """Whether it says where in the patient its pixels are."""
+        """Whether it gives the position of its pixels in the patient."""
         return all(self.header.text(key) for key in _PLACE)
 
     @property
     def is_slice_of_scan(self) -> bool:
-        """Whether it may be a slice: with a place in the patient, and grey."""
+        """Whether it may be a slice: it is grey and has a position in the patient."""
         grey = self.header.text("PhotometricInterpretation") in ("", "MONOCHROME1", "MONOCHROME2")
         return self.has_one_frame and self.has_place and grey
 
     @property
     def what(self) -> str:
-        """Say in a word or two what it is."""
+        """What it is, in a word or two."""
         if self.kind is Kind.LOCALIZER:
             return "localizer"
         named = _NAMED_CLASSES.get(self.header.sop_class)
@@ -74,11 +74,11 @@ class DicomFile:
 def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
     """Find the images of one series in a folder, in the order of their names.
 
-    Images of CT, MR and PET are slices, but not localizers. Only where there are no such, localizers are taken, or else
-    other images that have a place in the patient. All that lies beside them is left out.
+    Images of CT, MR and PET are slices, except localizers. If there are none, localizers are taken, and if there are no
+    localizers, other images that have a position in the patient. All other files are left out.
 
     Returns:
-        The images, and warnings about what was taken and what was left out.
+        The images, and warnings about which images were taken and which files were left out.
 
     Raises:
         VolumeError: If there are none, several series, or files that are damaged and may be slices.
@@ -90,7 +90,7 @@ def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
         with naming(path.name):
             if looks_like_dicom(path):
                 files.append(_read_file(path))
-            elif not path.name.startswith("."):  # hidden ones are left by systems, such as .DS_Store
+            elif not path.name.startswith("."):  # hidden files such as .DS_Store come from operating systems
                 _refuse_cut_off(path)
                 others[path.name] = "no DICOM"
     kind = min((file.kind for file in files), default=Kind.NO_IMAGE)
@@ -118,13 +118,15 @@ def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
 
 def summary(names: Iterable[str]) -> str:
     """List names, at most a few of them."""
-    names = [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]  # names need not be text
+    names = [
+        name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names
+    ]  # file names may hold bytes that are not text
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read_file(path: Path) -> DicomFile:
-    """Read a DICOM file's header and tell what it is.
+    """Read a DICOM file's header and find out what it is.
 
     Raises:
         VolumeError: If it is damaged and may have been a slice.
@@ -148,7 +150,7 @@ def _read_file(path: Path) -> DicomFile:
 
 
 def _refuse_cut_off(path: Path) -> None:
-    """Refuse a file that is named like a slice and ends before it could say that it is one."""
+    """Refuse a file that is named like a slice but is too short to be one."""
     size = path.stat().st_size
     if size < _LEAST_BYTES and _SLICE_NAME.fullmatch(path.name):
         raise IncompleteFile(
@@ -158,7 +160,7 @@ def _refuse_cut_off(path: Path) -> None:
 
 
 def _of_other_series(files: list[DicomFile]) -> list[DicomFile]:
-    """Find dose sheets, protocols and pictures that scanners store as CT images in series of their own."""
+    """Find dose sheets, protocols and pictures that scanners store as CT images in a separate series."""
     series = {file.series for file in files if file.is_slice_of_scan}
     if not series:
         return []

@@ -1,6 +1,6 @@
-"""The few elements of a DICOM file that tell whether it is a slice, where it lies, and how its values are stored.
+"""Reads the few elements of a DICOM file that say whether it is a slice, where it lies, and how values are stored.
 
-They are read without a DICOM library: hundreds of slices in a moment, and no memory for lengths that cannot be.
+It does so without a DICOM library: hundreds of slices take a moment, and impossible lengths take no memory.
 """
 
 import mmap
@@ -43,7 +43,7 @@ _PIXEL_DATA = 0x7FE00010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
 _LONG_KINDS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-_UNKNOWN_KINDS = (b"??", b"\0\0")  # which some old exports have
+_UNKNOWN_KINDS = (b"??", b"\0\0")  # found in some old exports
 _LETTERS = re.compile(rb"[A-Z]{2}")
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -51,13 +51,13 @@ _BIG_ENDIAN, _DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 _GE_PRIVATE = "1.2.840.113619.5.2"  # little-endian with big-endian pixels
 _NOT_COMPRESSED = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _BIG_ENDIAN, _DEFLATED, _GE_PRIVATE)
 _MOST_INFLATED_BYTES = 256 << 20
-_LONGEST_VALUE = 1024  # bytes that are kept
+_LONGEST_VALUE = 1024  # bytes of a value that are kept
 
 _ByteOrder = Literal["little", "big"]
 
 
 class PixelData(NamedTuple):
-    """Where the pixel data lie in the data set, their type (VR), and whether they are in fragments, as compressed."""
+    """Where the pixel data lie in the data set, their type (VR), and whether they are in fragments (if compressed)."""
 
     offset: int
     length: int
@@ -71,8 +71,8 @@ class Header:
 
     Attributes:
         syntax: Transfer syntax; empty where the file does not name it.
-        byte_order: Of numbers in the data set.
-        inflated_from: Where the deflated data set begins, if it is one; places are then those of the inflated one.
+        byte_order: Byte order of numbers in the data set.
+        inflated_from: Byte at which a deflated data set begins, else None. Offsets then count in the inflated data set.
         pixels: Where the pixel data lie, if there are any.
         is_whole: Whether the file is as long as its elements claim.
     """
@@ -86,7 +86,7 @@ class Header:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the pixel data are compressed: all transfer syntaxes but a few are for that."""
+        """Whether the pixel data are compressed; all but a few transfer syntaxes are."""
         return self.syntax not in _NOT_COMPRESSED
 
     @property
@@ -96,7 +96,7 @@ class Header:
 
     @property
     def sop_class(self) -> str:
-        """What kind of object it is, by its SOP class UID; empty where it does not say."""
+        """SOP class UID, which says what kind of object it is; empty if the file has none."""
         return self.text("SOPClassUID") or self.text("MediaStorageSOPClassUID")
 
     def text(self, keyword: str) -> str:
@@ -137,7 +137,7 @@ class Header:
 
 
 def looks_like_dicom(path: Path) -> bool:
-    """Recognise a preamble with its mark or, in old exports, a first tag of group 0002 or 0008."""
+    """Whether a file has a preamble with its mark or, as in old exports, begins with a tag of group 0002 or 0008."""
     with path.open("rb") as file:
         start = file.read(132)
     return start[128:] == b"DICM" or (start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0")
@@ -174,7 +174,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_pixel_data(path: Path, header: Header) -> bytes:
-    """Read the pixel data as they are stored; those that are compressed, with all their fragments."""
+    """Read the pixel data as they are stored; compressed ones with all their fragments."""
     if header.pixels is None:
         return b""
     with path.open("rb") as file:
@@ -185,7 +185,7 @@ def read_pixel_data(path: Path, header: Header) -> bytes:
 
 
 class _Damaged(Exception):
-    """The file cannot be walked over, or ends before its elements do."""
+    """The elements cannot be read one after the other, or the file ends before they do."""
 
 
 def _syntax(values: dict[str, bytes]) -> str:
@@ -203,11 +203,11 @@ def _inflate(content: bytes | mmap.mmap, place: int) -> bytes:
 def _walk(values: dict[str, bytes], dataset: bytes | mmap.mmap, place: int, order: str) -> PixelData | None:
     """Keep the elements that are not inside sequences, and find the pixel data.
 
-    Sequences of a stated length are stepped over, others are stepped into, so that no recursion is needed.
+    Sequences with a stated length are skipped, others are entered, so that no recursion is needed.
     """
-    # What the first element looks like decides: not all files are encoded as they claim.
+    # The first element decides, because not all files are encoded as they claim.
     is_explicit = _LETTERS.fullmatch(dataset[place + 4 : place + 6]) is not None
-    outside: list[bool] = []  # for each sequence or item that is open, the encoding of what is around it
+    outside: list[bool] = []  # for each open sequence or item: the encoding of the elements around it
     while place + 8 <= len(dataset):
         element = _element(dataset, place, is_explicit, order)
         tag, kind, offset, length = element
@@ -247,7 +247,7 @@ def _element(content: bytes | mmap.mmap, place: int, is_explicit: bool, order: s
 
 
 def _keep(values: dict[str, bytes], content: bytes | mmap.mmap, element: tuple[int, bytes, int, int]) -> int:
-    """Keep an element's value if it is one of those that are asked for; give the place behind it."""
+    """Keep an element's value if it is in `_KEYWORDS`; return the offset behind it."""
     tag, _, offset, length = element
     if offset + length > len(content):
         raise _Damaged
@@ -257,7 +257,7 @@ def _keep(values: dict[str, bytes], content: bytes | mmap.mmap, element: tuple[i
 
 
 def _end_of_fragments(dataset: bytes | mmap.mmap, place: int, order: str) -> int:
-    """Step over the fragments of compressed pixel data."""
+    """Find the end of the fragments of compressed pixel data."""
     while True:
         tag, _, offset, length = _element(dataset, place, False, order)
         place = offset + length

@@ -10,24 +10,24 @@ from ..errors import VolumeError
 from .dicom_compression import RLE, check_syntax, decompress
 from .dicom_header import Header, read_pixel_data
 
-_RLE_RATIO = 64  # it makes at most 128 bytes of two, PS3.5, annex G.3
+_RLE_RATIO = 64  # RLE stores at most 128 bytes in two, PS3.5, annex G.3
 _EXPORT_AGAIN = "export the series again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelFormat:
-    """How the stored bits of a slice are to be read.
+    """How to read the stored bits of a slice.
 
     Attributes:
         rows: Height in pixels.
         columns: Width in pixels.
-        bits_allocated: For each pixel: 8, 16 or 32.
-        bits_stored: The lower ones of these, which hold the value.
+        bits_allocated: Bits for each pixel: 8, 16 or 32.
+        bits_stored: Lower bits that hold the value.
         is_signed: Whether values are in two's complement.
-        slope: Of the rescaling to grey values; a whole number is an int.
-        intercept: The same.
-        is_rescaled: Whether the header gives the two.
-        padding: The stored values from the first to the second are no measurements; None if there are none.
+        slope: Slope of the rescaling to grey values; a whole number is an int.
+        intercept: Intercept of the rescaling; a whole number is an int.
+        is_rescaled: Whether the header gives slope and intercept.
+        padding: First and last of the stored values that are no measurements; None if there are none.
     """
 
     rows: int
@@ -47,7 +47,7 @@ class PixelFormat:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the grey values: the smallest integers that hold all that may come, or float64 as in pydicom."""
+        """Type of the grey values: the smallest integers that hold all possible values, or float64, as in pydicom."""
         if (self.slope, self.intercept) == (1, 0):
             return self.stored_dtype
         if isinstance(self.slope, float) or isinstance(self.intercept, float):
@@ -61,10 +61,10 @@ class PixelFormat:
 
 
 def read_format(header: Header) -> PixelFormat:
-    """Read how the pixels are stored, and refuse what would not become the right grey values.
+    """Read how the pixels are stored, and refuse pixels that would get wrong grey values.
 
     Raises:
-        VolumeError: If it is colour, has a look-up table, or contradicts itself or the standard.
+        VolumeError: If the slice is in colour, has a look-up table, or contradicts itself or the standard.
 
     Note:
         DICOM PS3.3, sections C.7.6.3 (image pixels), C.7.5.1 (padding) and C.11.1 (look-up tables and rescaling).
@@ -138,11 +138,11 @@ def _whole(number: float) -> float:
 
 
 def _read_padding(header: Header, bits_stored: int, is_signed: bool) -> tuple[int, int] | None:
-    """Read which stored values stand for no measurement; what cannot be among them is no such value."""
+    """Read which stored values mean no measurement; values that pixels cannot have are ignored."""
     try:
         first = header.integer("PixelPaddingValue", is_signed)
         last = header.integer("PixelPaddingRangeLimit", is_signed)
-    except VolumeError:  # nothing depends on it but a warning
+    except VolumeError:  # only a warning depends on it
         return None
     lowest = -(1 << bits_stored - 1) if is_signed else 0
     if first is None or not lowest <= first < lowest + (1 << bits_stored):
@@ -152,10 +152,10 @@ def _read_padding(header: Header, bits_stored: int, is_signed: bool) -> tuple[in
 
 
 def check_pixel_data(header: Header, pixels: PixelFormat) -> None:
-    """Check, without reading them, that the pixel data can be what the header says.
+    """Check, without reading the pixel data, that they can be what the header says.
 
     Raises:
-        VolumeError: If they are missing, too short, or compressed in a way that is not read here.
+        VolumeError: If they are missing, too short, or compressed in a way that nnturbo does not read.
     """
     if header.is_compressed:
         check_syntax(header.syntax)
@@ -171,13 +171,13 @@ def check_pixel_data(header: Header, pixels: PixelFormat) -> None:
 
 
 def read_stored(path: Path, header: Header, pixels: PixelFormat, scratch: Path) -> np.ndarray:
-    """Read the bits of a slice as numbers without sign, one for each pixel.
+    """Read the bits of a slice as unsigned numbers, one for each pixel.
 
     Args:
         path: The slice.
         header: Its header.
         pixels: As `read_format` gives it.
-        scratch: Name of a file that may be written, for compressed slices.
+        scratch: Path of a temporary file, which is written for compressed slices.
 
     Returns:
         Array (rows, columns) of a type with at least `bits_stored` bits.
@@ -212,14 +212,14 @@ def rescale(stored: np.ndarray, pixels: PixelFormat, out: np.ndarray) -> tuple[i
     Args:
         stored: As `read_stored` gives it.
         pixels: How to read it.
-        out: (rows, columns) of a type that holds `pixels.dtype`; is written to.
+        out: Array (rows, columns) that gets the grey values, of a type that holds `pixels.dtype`.
 
     Returns:
-        How many pixels are padding, and whether bits above `bits_stored` were set, which do not belong to the values.
+        Number of pixels that are padding, and whether bits above `bits_stored` were set, which are no part of values.
 
     Note:
-        grey value = slope * stored + intercept, for padding too: the standard gives it no grey value, and so it is what
-        ITK and with it nnU-Net makes of it.
+        grey value = slope * stored + intercept, for padding too. The standard gives padding no grey value; ITK, and
+        nnU-Net with it, computes it like this.
     """
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     unused = 8 * stored.itemsize - pixels.bits_stored
@@ -227,7 +227,7 @@ def rescale(stored: np.ndarray, pixels: PixelFormat, out: np.ndarray) -> tuple[i
     has_more = False
     if unused:
         values = (stored << unused).view(values.dtype) >> unused
-        # Above a negative value they may be 1, or 0 as compression leaves them.
+        # Bits above a negative value may be 1, or 0 as compression leaves them.
         has_more = bool(((values.view(stored.dtype) != stored) & (stored >> pixels.bits_stored != 0)).any())
     out[...] = values
     if (pixels.slope, pixels.intercept) != (1, 0):

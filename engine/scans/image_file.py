@@ -1,7 +1,8 @@
-"""One image file -> its grid and, when asked for, its voxels, proved complete.
+"""One image file -> its grid and, later, its voxels, with a proof that they are complete.
 
-ITK fills what is missing in a cut-off .nii.gz with zeros, does not look at checksums, and turns NaN in NIfTI into 0. So
-a file's size is compared with its header before memory is taken, and the checksum at its end with the voxels ITK gave.
+ITK fills the missing part of a cut-off .nii.gz with zeros, ignores checksums, and turns NaN in NIfTI into 0. So the
+file's size is compared with its header before memory is taken. The checksum at its end is compared with the voxels that
+ITK gave.
 """
 
 import contextlib
@@ -17,16 +18,17 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import IncompleteFile, VolumeError
-from .image_header import GZIP_MAGIC, VoxelData, image_ending, locate_voxels, naming
+from .image_header import image_ending, locate_voxels
 from .itk import check_memory, check_pixels, read_information, read_voxels
 from .nifti import header_warnings
 from .orientation import LPS_TO_RAS
+from .voxel_data import GZIP_MAGIC, VoxelData, naming
 
-_DEFLATE_RATIO = 1032  # deflate cannot expand a byte to more than this many, https://zlib.net/zlib_tech.html
+_DEFLATE_RATIO = 1032  # deflate expands a byte to at most this many, https://zlib.net/zlib_tech.html
 _PIECE_BYTES = 1 << 20
 
 SLICE_SPACINGS = 999
-"""Distance of slices that nnU-Net gives a 2D image, in units of its largest spacing."""
+"""Slice distance that nnU-Net gives a 2D image, as a multiple of its largest spacing."""
 
 NOT_FINITE = (
     "voxels must be finite, got NaN or infinity: set them, with numpy by array[~numpy.isfinite(array)] = 0 "
@@ -41,14 +43,15 @@ class ImageSource:
     Attributes:
         name: File name or folder name, for messages.
         size: Voxels along (x, y, z); one along z for a 2D image.
-        spacing: Millimetres along (x, y, z); nnU-Net's stand-in along z for a 2D image.
+        spacing: Millimetres along (x, y, z); for a 2D image nnU-Net's own value along z.
         origin: Position of the first voxel in mm, LPS (x, y, z).
         direction: Nine cosines, row-major; its columns belong to the axes x, y, z.
-        voxels: Reads the voxels as an array (Z, Y, X), or (C, Z, Y, X); raises `VolumeError` if they are damaged.
-        channels: How many the file holds.
+        voxels: Function that reads the voxels as an array (Z, Y, X), or (C, Z, Y, X). It raises `VolumeError` if they
+            are damaged.
+        channels: Number of channels in the file.
         is_2d: Whether the file has no third axis.
-        warnings: What the user should know although the scan can be used; complete once the voxels are read.
-        resampling_spacing: Millimetres along (x, y, z), where nnU-Net resamples by others than `spacing`.
+        warnings: Facts that the user should know although the scan can be used; complete after the voxels are read.
+        resampling_spacing: Millimetres along (x, y, z) by which nnU-Net resamples, if they differ from `spacing`.
     """
 
     name: str
@@ -73,7 +76,7 @@ def open_image_file(path: Path) -> ImageSource:
         Its grid, with a function that reads the voxels.
 
     Raises:
-        VolumeError: If the file is no image of plain numbers in 3D or 2D, is incomplete, or cannot be read.
+        VolumeError: If the file is not an image of plain numbers in 3D or 2D, is incomplete, or cannot be read.
     """
     with naming(path.name):
         if path.stat().st_size == 0:
@@ -109,7 +112,7 @@ def check_claim(size: tuple[int, ...], expected_bytes: int, data: VoxelData) -> 
 
     Args:
         size: Voxels along (x, y, z).
-        expected_bytes: What they take, decompressed, with what the stream holds before them.
+        expected_bytes: Their decompressed bytes, including the bytes before them in the stream.
         data: Where they are.
 
     Raises:
@@ -123,7 +126,7 @@ def check_claim(size: tuple[int, ...], expected_bytes: int, data: VoxelData) -> 
 
 
 def _warnings(data: VoxelData, info: Any) -> tuple[str, ...]:
-    """Tell what a NIfTI header says twice, and which of it ITK took."""
+    """Warn about facts that a NIfTI header gives twice, and say which of them ITK used."""
     if data.nifti is None:
         return ()
     axes = info.GetDimension()
@@ -134,19 +137,19 @@ def _warnings(data: VoxelData, info: Any) -> tuple[str, ...]:
 
 
 def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray:
-    """Read (Z, Y, X) with ITK, and make sure that nothing is missing and no bit is wrong.
+    """Read (Z, Y, X) with ITK, and check that nothing is missing and no bit is wrong.
 
     Note:
-        The usual file is decompressed once, and its checksum computed from the voxels. Only where this does not match
-        is the stream decompressed a second time to decide: either it is damaged, or what ITK gives are not the stored
-        bytes (NaN or infinity, scaled or big-endian NIfTI, several gzip members, bytes behind the voxels).
+        The usual file is decompressed once, and its checksum is computed from the voxels. If the checksum does not
+        match, the stream is decompressed a second time. Then either the file is damaged, or ITK gives other bytes than
+        the stored ones (NaN or infinity, scaled or big-endian NIfTI, several gzip members, bytes behind the voxels).
     """
     with naming(path.name):
         is_plain = data.compression == "none"
         is_suspect = is_plain and data.float_type != ""
         if data.compression == "gzip":
             is_suspect = _last_number(data, 0) != expected_bytes % 2**32
-        if is_suspect:  # now, before memory is taken
+        if is_suspect:  # check now, before memory is taken
             check_stored(data, expected_bytes)
         with _name_for_itk(path) as itk_name:
             voxels = read_voxels(itk_name, _image_io(path))
@@ -156,16 +159,17 @@ def _read_voxels(path: Path, data: VoxelData, expected_bytes: int) -> np.ndarray
 
 
 def _image_io(path: Path) -> str:
-    """Name ITK's reader for a file."""
+    """Name ITK's reader class for a file."""
     formats = {".nii": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".gipl": "GiplImageIO"}
     return formats.get(image_ending(path).removesuffix(".gz"), "MetaImageIO")
 
 
 @contextlib.contextmanager
 def _name_for_itk(path: Path) -> Iterator[str]:
-    """Give a name under which ITK reads this file and no other.
+    """Give a path by which ITK reads this file and no other.
 
-    ITK's NIfTI reader, asked for v.nii.gz, takes the voxels of v.nii if there is one; and it needs lower-case endings.
+    When ITK's NIfTI reader is given v.nii.gz, it reads the voxels of v.nii if that exists. It also needs lower-case
+    endings.
     """
     ending = image_ending(path)
     has_twin = ending == ".nii.gz" and path.with_suffix("").exists()
@@ -185,7 +189,7 @@ def _name_for_itk(path: Path) -> Iterator[str]:
 
 
 def check_stored_voxels(path: Path, voxels: np.ndarray) -> None:
-    """Check that a file just written holds these voxels, without reading them all where they are compressed.
+    """Check that a file just written holds these voxels; compressed ones are checked by their checksum.
 
     Args:
         path: File with one of `IMAGE_ENDINGS`.
@@ -209,14 +213,14 @@ def _checksum_agrees(data: VoxelData, voxels: np.ndarray) -> bool:
 
 
 def _last_number(data: VoxelData, bytes_behind: int, order: Literal["little", "big"] = "little") -> int:
-    """Read the 32-bit number with so many bytes behind it: in a gzip stream 0 for its length, 4 for its checksum."""
+    """Read the 32-bit number before the last `bytes_behind` bytes; of gzip: 0 gives its length, 4 its checksum."""
     with data.path.open("rb") as file:
         file.seek(max(data.offset, data.offset + data.stored_bytes - bytes_behind - 4))
         return int.from_bytes(file.read(4), order)
 
 
 def check_stored(data: VoxelData, expected_bytes: int) -> None:
-    """Go through what a file stores in small pieces, and check length, checksums and, where ITK hides it, NaN.
+    """Read a file's stored bytes in small pieces, and check length, checksums and, where ITK hides them, NaN values.
 
     Raises:
         VolumeError: If the stream ends early, is too short, fails its checksum, or holds NaN or infinity.
@@ -238,7 +242,7 @@ def check_stored(data: VoxelData, expected_bytes: int) -> None:
 
 
 def stored_pieces(data: VoxelData) -> Iterator[bytes]:
-    """Read what is stored, decompressed: the prefix, the voxels, and what is behind them.
+    """Read the stored bytes, decompressed: the prefix, the voxels, and any bytes behind them.
 
     Raises:
         IncompleteFile: If a compressed stream ends early or fails its checksum.
@@ -258,7 +262,7 @@ def stored_pieces(data: VoxelData) -> Iterator[bytes]:
 
 
 def _decompressed(data: VoxelData) -> Iterator[bytes]:
-    """Decompress zlib or gzip, one gzip member after the other; like ITK, ignore what follows the last one."""
+    """Decompress zlib or gzip, one gzip member after the other; ignore bytes behind the last one, like ITK."""
     inflater = zlib.decompressobj(wbits=47)
     pending = b""
     with data.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The little that is asked of SimpleITK, made safe: errors of one line, nothing on stderr, memory with an owner."""
+"""Calls of SimpleITK, made safe: errors take one line, nothing is printed to stderr, and memory has an owner."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VolumeError
-from .image_header import check_dimension
+from .voxel_data import check_dimension
 
 
 def read_information(name: str, image_io: str) -> Any:
@@ -19,7 +19,7 @@ def read_information(name: str, image_io: str) -> Any:
 
     Args:
         name: Path of the file.
-        image_io: ITK's reader to use; left to itself, ITK tries them all.
+        image_io: Name of ITK's reader class; without one, ITK tries them all.
 
     Returns:
         A SimpleITK.ImageFileReader that knows the image's grid, type and tags.
@@ -44,10 +44,10 @@ def read_voxels(name: str, image_io: str) -> np.ndarray:
 
     Args:
         name: Path of the file.
-        image_io: ITK's reader to use.
+        image_io: Name of ITK's reader class.
 
     Returns:
-        Array (Z, Y, X), or (Y, X) of a 2D image, on ITK's own memory, which it keeps alive; it may be written to.
+        Array (Z, Y, X), or (Y, X) for a 2D image. It uses ITK's memory, keeps that alive, and may be written to.
 
     Raises:
         VolumeError: If ITK cannot read it.
@@ -96,7 +96,7 @@ def check_pixels(info: Any) -> np.dtype:
 
 
 def check_memory(size: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuse what this machine cannot hold, where the system tells how much it has.
+    """Refuse scans that this machine cannot hold, if the system tells its memory.
 
     Raises:
         VolumeError: If the voxels alone need more than the physical memory.
@@ -114,10 +114,11 @@ def check_memory(size: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 class _OwnedVoxels:
-    """Memory of a SimpleITK image in a form that numpy keeps alive.
+    """Memory of a SimpleITK image that numpy keeps alive.
 
-    SimpleITK's own view does not keep its image: reading it after the image is gone crashes. An array made from this
-    object has it as its base, and so the image too. The image has no other owner, so the array may be written to.
+    SimpleITK's own view does not keep its image alive: reading the view after the image is freed crashes. An array
+    made from this object keeps the object, and so the image. The image has no other owner, so the array may be written
+    to.
     """
 
     def __init__(self, image: Any) -> None:
@@ -161,9 +162,9 @@ _QUIET_ITK = _QuietItk()
 
 
 class _FirstRead:
-    """Lets the first thread that reads a format be alone, until it has read a whole file.
+    """Lets one thread alone read a format for the first time, until it has read a whole file.
 
-    ITK and the libraries in it set themselves up when they are first used, which two threads must not do at once.
+    ITK and its libraries initialise themselves on first use, and two threads must not do that at the same time.
     """
 
     def __init__(self) -> None:
@@ -172,11 +173,11 @@ class _FirstRead:
 
     @contextlib.contextmanager
     def alone(self, image_io: str, *, ends: bool = False) -> Iterator[None]:
-        """Wait for others as long as nobody has read this format.
+        """Wait for other threads while no thread has read this format.
 
         Args:
             image_io: ITK's reader of the format.
-            ends: Whether the format has been read when the block ends well.
+            ends: Whether a whole file has been read when the block ends without an error.
         """
         if image_io in self._over:
             yield
@@ -191,14 +192,14 @@ _FIRST_READ = _FirstRead()
 
 
 def itk_alone(what: str) -> contextlib.AbstractContextManager[None]:
-    """Let the first thread that uses ITK for something else than reading be alone, until it is done."""
+    """Let one thread alone use ITK for something other than reading for the first time."""
     return _FIRST_READ.alone(what, ends=True)
 
 
 def _itk_reason(error: BaseException) -> str:
-    """Shorten ITK's exception text to the line that says why, without addresses."""
+    """Shorten ITK's exception text to the line with the reason, without addresses."""
     reason = re.split(r"ERROR:", str(error))[-1].split("Reason:")[0]
     lines = [line.strip() for line in re.sub(r"\w+\(0x[0-9a-f]+\):", "", reason).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return (lines[-1] if lines[-1].startswith("[") else lines[0])[:300]  # NRRD's reader tells the cause last
+    return (lines[-1] if lines[-1].startswith("[") else lines[0])[:300]  # the NRRD reader gives the reason last

@@ -1,44 +1,39 @@
-"""Files of labels: written in the formats that nnU-Net's readers take, and known for whole."""
-
-from __future__ import annotations
+"""Label files: written in the formats that nnU-Net's readers take, and checked for completeness."""
 
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import EngineError, IncompleteFile, VolumeError
+from .geometry import IDENTITY_DIRECTION, Geometry
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
-from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, naming, read_nifti
+from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, read_nifti
 from .itk import itk_alone
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS, write_nifti_labels
 from .pictures import FLAT_ENDINGS, PICTURE_ENDINGS, PICTURE_SPACING, read_picture, write_picture, write_stack
-
-if TYPE_CHECKING:
-    from .volume import Geometry
+from .voxel_data import naming
 
 LABEL_ENDINGS = (*IMAGE_ENDINGS, *PICTURE_ENDINGS)
 
 _LOOKED_AT_BYTES = 512
-_MOST_SHEAR = 1e-3  # cosine between axes; ITK's NIfTI writer moves them apart without a word
+_MOST_SHEAR = 1e-3  # cosine between axes; beyond it, ITK's NIfTI writer changes axes without a message
 
 
 def as_stored(geometry: Geometry, ending: str) -> Geometry:
-    """Return what a format keeps of a geometry: a TIFF stack its spacing, GIPL no direction, pictures nothing.
+    """Return the part of a geometry that a format stores: TIFF stacks the spacing, GIPL no direction, pictures nothing.
 
     Args:
         geometry: Of the labels.
         ending: One of `LABEL_ENDINGS`.
     """
-    no_origin, no_direction = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     if ending == ".gipl":
-        return replace(geometry, direction=no_direction)
+        return replace(geometry, direction=IDENTITY_DIRECTION)
     if ending not in PICTURE_ENDINGS:
         return geometry
     spacing = PICTURE_SPACING if geometry.is_2d or ending in FLAT_ENDINGS else geometry.spacing
-    return replace(geometry, spacing=spacing, origin=no_origin, direction=no_direction)
+    return replace(geometry, spacing=spacing, origin=(0.0, 0.0, 0.0), direction=IDENTITY_DIRECTION)
 
 
 def second_file(labels: Path, reader: str) -> Path | None:
@@ -46,7 +41,7 @@ def second_file(labels: Path, reader: str) -> Path | None:
 
     Args:
         labels: File with one of `LABEL_ENDINGS`.
-        reader: The class of nnU-Net's whose form it has, as `Plan.reader` names it.
+        reader: nnU-Net's reader class whose format the file has, as `Plan.reader` names it.
     """
     endings = {
         ".mhd": ".zraw",
@@ -60,19 +55,19 @@ def second_file(labels: Path, reader: str) -> Path | None:
 def write_label_file(
     path: Path, voxels: np.ndarray, geometry: Geometry, *, stem: str, ending: str, reader: str
 ) -> None:
-    """Write labels, and beside them what the format has in a second file.
+    """Write labels and, for formats of two files, the second file beside them.
 
     Args:
         path: Temporary file whose name has the ending.
         voxels: C-contiguous (Z, Y, X) uint8 or uint16, (Y, X) to write in 2D.
         geometry: Of the labels.
-        stem: Final name without the ending, which the second file is called by.
+        stem: Final name without the ending; the second file is named after it.
         ending: One of `LABEL_ENDINGS`.
-        reader: The class of nnU-Net's whose form it gets, as `Plan.reader` names it.
+        reader: nnU-Net's reader class whose format the file gets, as `Plan.reader` names it.
 
     Raises:
-        VolumeError, RuntimeError, OSError: If the file did not come out complete.
-        BackendUnavailable: If what writes pictures is not installed.
+        VolumeError, RuntimeError, OSError: If the file is not complete.
+        BackendUnavailable: If the libraries that write pictures are not installed.
     """
     is_sheared = np.abs(geometry.axes.T @ geometry.axes - np.eye(3)).max() > _MOST_SHEAR
     if ending in NIFTI_ENDINGS and is_sheared and reader not in NIBABEL_READERS:
@@ -81,7 +76,7 @@ def write_label_file(
         write_nifti_labels(path, voxels, geometry.affine)
         check_stored_voxels(path, voxels)
     elif ending not in PICTURE_ENDINGS:
-        # A header names its data file by its own stem: it gets its temporary name afterwards.
+        # A header contains the name of its data file, made of its own stem: so it is renamed afterwards.
         written = path.with_name(f"{stem}{ending}") if ending in DETACHED_ENDINGS else path
         _write_image(written, voxels, geometry)
         written.replace(path)
@@ -94,7 +89,7 @@ def write_label_file(
 
 
 def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
-    """Write a file and look at it: when the disk is full, ITK's NIfTI writer stops midway and says nothing."""
+    """Write a file and check it: when the disk is full, ITK's NIfTI writer stops without an error."""
     import SimpleITK
 
     image = SimpleITK.GetImageFromArray(voxels)
@@ -108,15 +103,15 @@ def _write_image(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a label file was written to its end; what cannot be read for another reason counts as whole."""
+    """Whether a label file was written to its end; one that cannot be read for another reason counts as whole."""
     try:
         with path.open("rb") as file:
             start = file.read(_LOOKED_AT_BYTES)
-        if not any(start):  # empty, or what a file system gives back after a crash
+        if not any(start):  # empty, or zeros, as some file systems leave after a crash
             return False
         if path.name.lower().endswith(PICTURE_ENDINGS):
             read_picture(path)
-        elif image_ending(path) in NIFTI_ENDINGS:  # also those whose axes ITK refuses
+        elif image_ending(path) in NIFTI_ENDINGS:  # ITK would refuse some axes
             with naming(path.name):
                 header, data = read_nifti(path, versions=(1, 2))
                 size = header.dim[1 : header.dim[0] + 1]

@@ -1,4 +1,4 @@
-"""NIfTI headers: what they say about the place of the voxels, as nibabel understands them; and files of labels.
+"""NIfTI headers as nibabel reads them: where the voxels lie; and label files in NIfTI.
 
 The format: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h and nifti2.h
 """
@@ -21,9 +21,12 @@ NIBABEL_READERS = ("NibabelIO", "NibabelIOWithReorient")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 HEADER_BYTES = {1: 348, 2: 540}  # by version
-LEAST_OFFSET = {1: 352, 2: 544}  # of the voxels behind the header and the flag of extensions
+LEAST_OFFSET = {1: 352, 2: 544}  # by version: header and extension flag come before the voxels
 
-_FIELDS = {  # name: format and place in NIfTI-1 and in NIfTI-2
+DATA_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+"""Codes of plain numbers, and numpy's names of their types without the byte order."""
+
+_FIELDS = {  # name: format and offset in NIfTI-1, and in NIfTI-2
     "dim": (("8h", 40), ("8q", 16)),
     "datatype": (("h", 70), ("h", 12)),
     "pixdim": (("8f", 76), ("8d", 104)),
@@ -57,12 +60,12 @@ class NiftiHeader:
         order: "<" or ">", the byte order.
         dim: Number of axes, then seven lengths (x, y, z, ...).
         datatype: Code of the voxels' type.
-        pixdim: Sign of the third axis for the qform, then seven spacings.
+        pixdim: Sign of the third axis in the qform, then seven spacings.
         voxel_offset: Byte at which voxels begin.
         scaling: Slope and intercept.
         unit: Units of length (the lowest three bits) and time.
-        qform_code: Above 0 where the qform says where the scan is.
-        sform_code: Above 0 where the sform does.
+        qform_code: Above 0 if the qform is valid.
+        sform_code: Above 0 if the sform is valid.
         quaternion: Last three parts of the qform's unit quaternion.
         qoffset: RAS position (x, y, z) of the first voxel.
         sform: Three rows of the affine from voxels (x, y, z) to RAS.
@@ -93,30 +96,35 @@ class NiftiHeader:
         return cls(version=version, order=order, **fields)
 
     @property
+    def dtype(self) -> np.dtype:
+        """Type of the voxels as they are stored; `datatype` must be one of `DATA_TYPES`."""
+        return np.dtype(self.order + DATA_TYPES[self.datatype])
+
+    @property
     def spacing(self) -> tuple[float, float, float]:
-        """`pixdim` as nibabel mends it: 0 means 1, and signs do not count."""
+        """`pixdim` as nibabel corrects it: 0 means 1, and signs are ignored."""
         x, y, z = (abs(step) or 1.0 for step in self.pixdim[1:4])
         return x, y, z
 
     @property
     def unit_mm(self) -> float:
-        """What ITK multiplies lengths by; nibabel, and so nnU-Net with it, ignores the unit."""
+        """Factor by which ITK multiplies lengths; nibabel ignores the unit, and nnU-Net with it."""
         return _UNITS.get(self.unit & 7, ("", 1.0))[1]
 
     def affine(self) -> np.ndarray:
-        """Tell where voxels (x, y, z) are in RAS: 4x4, by the sform, else by the qform, else by the spacing alone.
+        """Give the 4x4 affine from voxels (x, y, z) to RAS: the sform, else the qform, else one from the spacing.
 
         Raises:
-            VolumeError: If the qform is asked for and its quaternion is longer than 1.
+            VolumeError: If the qform is used and its quaternion is longer than 1.
 
         Note:
-            nibabel: `Nifti1Header.get_best_affine` of a header that `check_fix` has mended.
+            nibabel: `Nifti1Header.get_best_affine` of a header that `check_fix` has corrected.
         """
         if self.sform_code in _CODES:
             return self.sform_affine()
         if self.qform_code in _CODES:
             return self.qform_affine()
-        spacing = np.array(self.spacing) * (-1, 1, 1)  # nibabel's custom for scans without a place
+        spacing = np.array(self.spacing) * (-1, 1, 1)  # nibabel's default for scans without a position
         return _affine(np.diag(spacing), -(np.array(self.dim[1:4]) - 1) / 2 * spacing)
 
     def sform_affine(self) -> np.ndarray:
@@ -153,24 +161,24 @@ class NiftiHeader:
 
 
 def _affine(steps: np.ndarray, first: np.ndarray | tuple[float, ...]) -> np.ndarray:
-    """Put the steps along the axes (columns) and the place of the first voxel together."""
+    """Make a 4x4 affine of the steps along the axes (columns) and the position of the first voxel."""
     affine = np.eye(4)
     affine[:3, :3] = steps
     affine[:3, 3] = first
     return affine
 
 
-# ---- what a header says twice ----------------------------------------------------------------------------------------
+# ---- facts given twice -----------------------------------------------------------------------------------------------
 
 
 def header_warnings(header: NiftiHeader, used: np.ndarray, spacing: tuple[float, ...], unit_mm: float) -> list[str]:
-    """Tell what a header says twice and differently, and which of it is used.
+    """Warn about facts that a header gives twice with different values, and say which value is used.
 
     Args:
         header: The header.
-        used: 4x4 affine to RAS that the scan was given.
+        used: 4x4 affine to RAS that the scan got.
         spacing: Along (x, y, z), by which the scan is resampled; along (x, y) of a 2D image.
-        unit_mm: What lengths in the header were multiplied by.
+        unit_mm: Factor by which lengths in the header were multiplied.
 
     Returns:
         One sentence for each difference beyond rounding.
@@ -194,7 +202,7 @@ def header_warnings(header: NiftiHeader, used: np.ndarray, spacing: tuple[float,
 def _compare_places(header: NiftiHeader, used: np.ndarray, unit_mm: float, axes: int) -> Iterator[str]:
     try:
         qform = header.qform_affine()
-    except VolumeError:  # nobody can say where it puts the scan
+    except VolumeError:  # it gives no position
         return
     sform, qform = (np.diag([unit_mm] * 3 + [1]) @ affine for affine in (header.sform_affine(), qform))
     lengths = np.array([np.linalg.norm(affine[:3, :axes], axis=0) for affine in (sform, qform)])
@@ -228,7 +236,7 @@ def write_nifti_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> No
     Args:
         path: Ends with .nii or .nii.gz.
         labels: (Z, Y, X) uint8 or uint16, C-contiguous.
-        affine: 4x4, voxels (x, y, z) to RAS; any that is not singular, sheared ones too.
+        affine: 4x4, voxels (x, y, z) to RAS; it must not be singular, and may be sheared.
 
     Raises:
         OSError: If the file cannot be written.
@@ -236,7 +244,7 @@ def write_nifti_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> No
     """
     if max(labels.shape) > LONGEST_AXIS:
         raise VolumeError(f"NIfTI-1 holds at most {LONGEST_AXIS} voxels along an axis, got {labels.shape} (z, y, x)")
-    code = {1: 2, 2: 512}[labels.itemsize]
+    code = next(code for code, name in DATA_TYPES.items() if name == labels.dtype.str[1:])
     header = bytearray(LEAST_OFFSET[1])
     struct.pack_into("<i", header, 0, HEADER_BYTES[1])
     struct.pack_into("<8h", header, 40, 3, *labels.shape[::-1], 1, 1, 1, 1)

@@ -1,6 +1,6 @@
-"""One NIfTI file -> its grid and voxels as nibabel gives them, and nnU-Net's readers that use it.
+"""One NIfTI file -> its grid and voxels as nibabel gives them, for nnU-Net's readers that use nibabel.
 
-ITK understands some headers differently: it prefers the qform, converts units, and refuses shear and NIfTI-2.
+ITK reads some headers differently: it prefers the qform, converts units, and refuses sheared axes and NIfTI-2.
 """
 
 import math
@@ -10,12 +10,12 @@ import numpy as np
 
 from ..errors import IncompleteFile, VolumeError
 from .image_file import ImageSource, check_claim, stored_pieces
-from .image_header import VoxelData, naming, read_nifti
+from .image_header import read_nifti
 from .itk import check_memory
 from .nifti import LEAST_OFFSET, LONGEST_AXIS, NiftiHeader, header_warnings
 from .orientation import LPS_TO_RAS, canonical_axes
+from .voxel_data import VoxelData, naming
 
-_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _UNTURNED = ((0, 1, 2), (False, False, False))
 
 
@@ -33,14 +33,14 @@ def open_as_nibabel(path: Path, reader: str) -> ImageSource:
         VolumeError: If the file is not a 3D image of plain numbers, is incomplete, or nibabel cannot read it.
 
     Note:
-        nnU-Net: nnunetv2/imageio/nibabel_reader_writer.py. A singular affine, which it takes, has no orientation and
-        is refused.
+        nnU-Net: nnunetv2/imageio/nibabel_reader_writer.py. It accepts a singular affine, which has no orientation;
+        that is refused here.
     """
     with naming(path.name):
         header, data = read_nifti(path, versions=(1, 2))
         _check(header, reader)
         x, y, z = header.dim[1:4]
-        dtype = np.dtype(header.order + _TYPES[header.datatype])
+        dtype = header.dtype
         check_memory((x, y, z), dtype)
         check_claim((x, y, z), len(data.prefix) + math.prod((x, y, z)) * dtype.itemsize, data)
         affine = header.affine()
@@ -68,7 +68,7 @@ def open_as_nibabel(path: Path, reader: str) -> ImageSource:
 
 
 def _check(header: NiftiHeader, reader: str) -> None:
-    """Refuse what nibabel cannot read, or reads as something that cannot be meant."""
+    """Refuse headers that nibabel cannot read, or whose values make no sense."""
     if header.dim[0] < 3:
         raise VolumeError(
             f"models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D image of one slice"
@@ -96,7 +96,7 @@ def _is_slope(slope: float) -> bool:
 
 
 def _read_voxels(path: Path, header: NiftiHeader, data: VoxelData, dtype: np.dtype) -> np.ndarray:
-    """Read all that is stored, whose end holds the checksum, and keep the voxels."""
+    """Read the whole stream, because the checksum is at its end, and keep the voxels."""
     shape = header.dim[3:0:-1]
     stored = np.empty(shape, dtype)
     content = stored.reshape(-1).view(np.uint8)
@@ -116,17 +116,17 @@ def _read_voxels(path: Path, header: NiftiHeader, data: VoxelData, dtype: np.dty
 
 
 def _scaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """Apply slope and intercept in 64 bits and round to 32, as nnU-Net does; integers without them stay as they are.
+    """Apply slope and intercept in 64 bits and round to 32, as nnU-Net does; without them, integers are not changed.
 
     Note:
-        nibabel: `get_fdata`; it ignores slopes of 0 and those that are not finite, with their intercepts.
+        nibabel: `get_fdata`; it ignores slope and intercept if the slope is 0 or not finite.
     """
     if not _is_slope(slope):
         slope, intercept = 1.0, 0.0
     if (slope, intercept) == (1, 0) and stored.dtype.str[1:] not in ("i8", "u8"):
         return stored.astype(stored.dtype.newbyteorder("="), copy=False)
     scaled = np.empty(stored.shape, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
         for plane, target in zip(stored, scaled, strict=True):
             target[:] = np.multiply(plane, slope, dtype=np.float64) + intercept
     return scaled

@@ -1,4 +1,4 @@
-"""Axes of a scan and of the patient: which follows which, and in what direction."""
+"""Which axis of a scan follows which axis of the patient, and in what direction."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
 def canonical_axes(axes: np.ndarray) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Find how to turn an array so that its axes (z, y, x) run to Superior, Anterior and Right, as near as they can.
+    """Find how to turn an array so that its axes (z, y, x) run to Superior, Anterior and Right, as far as possible.
 
     Args:
         axes: 3x3; column k is the unit vector of image axis k of (x, y, z), in LPS.

@@ -1,7 +1,7 @@
 """Pictures and TIFF stacks, read and written as nnU-Net's `NaturalImage2DIO` and `Tiff3DIO` do.
 
-The pixels come from the libraries that nnU-Net takes them from, imageio (Pillow) and tifffile. Both go on with what is
-left of some damaged files; what they only log, and checksums that they skip, are looked at here.
+The pixels come from the libraries that nnU-Net uses, imageio (Pillow) and tifffile. Both read some damaged files
+without an error. So problems that they only log, and checksums that they skip, are checked here.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from types import ModuleType
 import numpy as np
 
 from ..errors import BackendUnavailable, EngineError, IncompleteFile, VolumeError
+from .geometry import IDENTITY_DIRECTION
 from .image_file import SLICE_SPACINGS, ImageSource
-from .image_header import naming
 from .itk import check_memory
+from .voxel_data import naming
 
 PICTURE_READERS = {
     "NaturalImage2DIO": (".png", ".bmp", ".tif", ".tiff"),
@@ -29,17 +30,16 @@ PICTURE_READERS = {
 
 PICTURE_ENDINGS = PICTURE_READERS["NaturalImage2DIO"]
 FLAT_ENDINGS = (".png", ".bmp")
-"""Of formats that hold no stack."""
+"""Endings of formats that hold a single slice."""
 PICTURE_SPACING = (float(SLICE_SPACINGS), 1.0, 1.0)
 
 TIFF_ENDINGS = PICTURE_READERS["Tiff3DIO"]
-_MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and deflate's most
+_MOST_GROWTH = {1: 1, 8: 1032, 32946: 1032}  # by TIFF's code: uncompressed, and the most of deflate
 _CUT_OFF = re.compile(r"truncat|broken|corrupt|incomplete|failed to read|bad_data", re.IGNORECASE)
-_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def open_picture(path: Path, reader: str) -> ImageSource:
-    """Read what a picture's or a TIFF stack's header says.
+    """Read the header of a picture or a TIFF stack.
 
     Args:
         path: Existing file.
@@ -50,12 +50,12 @@ def open_picture(path: Path, reader: str) -> ImageSource:
         one slice and a spacing of 1, or a stack as one channel with the spacing of the file beside it.
 
     Raises:
-        VolumeError: If the file is none that nnU-Net's reader takes, is damaged, or needs more memory than there is.
+        VolumeError: If nnU-Net's reader does not take the file, it is damaged, or it needs more memory than there is.
         BackendUnavailable: If the libraries are not installed.
 
     Note:
-        nnU-Net's imageio/natural_image_reader_writer.py and tif_reader_writer.py; and skimage's `imread`, which both
-        swaps axes (`_with_channels_last`) and chooses tifffile by the file's ending.
+        nnU-Net's imageio/natural_image_reader_writer.py and tif_reader_writer.py; skimage's `imread`, which swaps axes
+        (`_with_channels_last`) and chooses tifffile by the file's ending.
     """
     with naming(path.name):
         if not path.name.lower().endswith(PICTURE_READERS[reader]):
@@ -72,7 +72,7 @@ def open_picture(path: Path, reader: str) -> ImageSource:
         size=(size[2], size[1], size[0]),
         spacing=(spacing[2], spacing[1], spacing[0]),
         origin=(0.0, 0.0, 0.0),
-        direction=_DIRECTION,
+        direction=IDENTITY_DIRECTION,
         voxels=lambda: _arranged(_pixels(path, shape), is_2d),
         is_2d=is_2d,
         warnings=(*complaints, *told),
@@ -86,7 +86,7 @@ def read_picture(path: Path) -> np.ndarray:
         path: Existing file with one of `PICTURE_ENDINGS`.
 
     Raises:
-        VolumeError: As `open_picture`, and an `IncompleteFile` if the file was not written to its end.
+        VolumeError: As `open_picture` does; an `IncompleteFile` if the file was not written to its end.
         BackendUnavailable: If the libraries are not installed.
     """
     with naming(path.name):
@@ -95,7 +95,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def _header(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Find the pixels' shape without decoding them, and what tifffile has to say about the file."""
+    """Find the pixels' shape without decoding them, and tifffile's warnings about the file."""
     told: tuple[str, ...] = ()
     if path.is_file() and path.stat().st_size == 0:
         raise IncompleteFile("the file is empty: export or copy it again")
@@ -151,7 +151,7 @@ def _pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _arranged(pixels: np.ndarray, is_2d: bool) -> np.ndarray:
-    """Put axes in the order (C, Z, Y, X) as nnU-Net's readers do."""
+    """Put the axes in the order (C, Z, Y, X), as nnU-Net's readers do."""
     if not is_2d:
         if pixels.ndim != 3:
             raise VolumeError(
@@ -170,7 +170,7 @@ def _arranged(pixels: np.ndarray, is_2d: bool) -> np.ndarray:
 
 
 def _with_channels_last(pixels: np.ndarray) -> np.ndarray:
-    """Move an axis of 3 or 4 from the front to the end where there is none (skimage/io/_io.py, imread)."""
+    """Move an axis of length 3 or 4 from the front to the end, if the end has none (skimage/io/_io.py, imread)."""
     if pixels.ndim > 2 and pixels.shape[-1] not in (3, 4) and pixels.shape[-3] in (3, 4):
         return np.moveaxis(pixels, -3, -1)
     return pixels
@@ -200,7 +200,7 @@ def write_picture(path: Path, segmentation: np.ndarray) -> None:
     """Write labels as a picture, as nnU-Net's `NaturalImage2DIO` does.
 
     Args:
-        path: Its ending, one of `PICTURE_ENDINGS` in lower case, tells the format.
+        path: File whose ending, one of `PICTURE_ENDINGS` in lower case, decides the format.
         segmentation: (Y, X) uint8 or uint16.
 
     Raises:
@@ -210,7 +210,7 @@ def write_picture(path: Path, segmentation: np.ndarray) -> None:
     if path.suffix in TIFF_ENDINGS:
         _library("tifffile").imwrite(path, segmentation, photometric="minisblack")
         return
-    if path.suffix == ".bmp" and segmentation.max() < 256:  # 16 bits that labels of this picture do not need
+    if path.suffix == ".bmp" and segmentation.max() < 256:  # these labels do not need 16 bits
         segmentation = segmentation.astype(np.uint8)
     _library("imageio.v3").imwrite(path, segmentation, plugin="pillow")
 
@@ -229,7 +229,7 @@ def write_stack(path: Path, segmentation: np.ndarray, spacing: tuple[float, ...]
         BackendUnavailable: If the libraries are not installed.
     """
     side.write_text(json.dumps({"spacing": list(spacing)}, indent=4), encoding="utf-8")
-    # Without the word for grey, tifffile takes 3 or 4 slices for colours.
+    # Without `photometric`, tifffile takes 3 or 4 slices as colours.
     _library("tifffile").imwrite(path, segmentation, photometric="minisblack", compression="zlib")
 
 
@@ -246,7 +246,7 @@ def _library(name: str) -> ModuleType:
 
 
 def _check_checksums(path: Path) -> None:
-    """Go through the checksums of a PNG file: Pillow reads over one that is cut off behind its last pixel."""
+    """Check the checksums of a PNG file: Pillow accepts a file that is cut off behind its last pixel."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -258,7 +258,7 @@ def _check_checksums(path: Path) -> None:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Turn whatever a decoder raises for a file that it cannot read into one line."""
+    """Turn any exception of a decoder into an error of one line."""
     try:
         yield
     except EngineError:
@@ -266,7 +266,7 @@ def _readable() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        if type(error).__name__ == "DecompressionBombError":  # of Pillow, which is imported only where it is used
+        if type(error).__name__ == "DecompressionBombError":  # Pillow's class; Pillow is imported only where it is used
             raise VolumeError(f"the picture is larger than Pillow reads ({error}): split it") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         kind = IncompleteFile if _CUT_OFF.search(reason) else VolumeError
@@ -274,7 +274,7 @@ def _readable() -> Iterator[None]:
 
 
 def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
-    """Refuse what tifffile calls an error, and return what it calls a warning."""
+    """Refuse files for which tifffile logs an error, and return its warnings."""
     said = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in complaints]
     for record, text in zip(complaints, said, strict=True):
         if record.levelno >= logging.ERROR or "Missing data are zeroed" in text:
@@ -283,7 +283,7 @@ def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
 
 
 class _Complaints(logging.Filter):
-    """Keeps what tifffile logs in a thread that listens, and lets nothing of it through."""
+    """Collects what tifffile logs in a thread, in place of the usual log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ class _Complaints(logging.Filter):
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[list[logging.LogRecord]]:
-        logging.getLogger("tifffile").addFilter(self)  # which does nothing the second time
+        logging.getLogger("tifffile").addFilter(self)  # a second call changes nothing
         self._of_thread.heard = heard = []
         try:
             yield heard

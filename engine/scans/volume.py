@@ -1,6 +1,6 @@
-"""A scan in memory: an array and where its voxels lie; read from files and DICOM folders, turned, and written.
+"""A scan in memory: an array and where its voxels lie. It is read from files or DICOM folders, turned, and written.
 
-Which files are trusted is decided in `image_file` (one file) and `dicom` (a folder of slices).
+The checks of files are in `image_file` (one file) and `dicom` (a folder of slices).
 """
 
 import contextlib
@@ -9,105 +9,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 
 from ..errors import OutputError, VolumeError
 from ..files import written_atomically
-from .dicom import open_series
-from .image_file import NOT_FINITE, ImageSource, open_image_file
-from .image_header import DETACHED_ENDINGS, locate_voxels, naming
+from .channels import (
+    check_channel_count,
+    check_finite,
+    check_same_grid,
+    geometry_of,
+    open_source,
+    read_channels,
+)
+from .geometry import IDENTITY_DIRECTION, Geometry, Triple
+from .image_file import ImageSource
+from .image_header import DETACHED_ENDINGS, locate_voxels
 from .label_file import LABEL_ENDINGS, as_stored, write_label_file
-from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
-from .nifti_file import open_as_nibabel
-from .orientation import LPS_TO_RAS, canonical_axes
-from .pictures import FLAT_ENDINGS, PICTURE_READERS, open_picture, side_file
-
-Triple: TypeAlias = tuple[float, float, float]
-
-_LEAST_SPACING_MM, _MOST_MM = 1e-6, 1e6  # beyond these, ITK's own matrices overflow
-_LEAST_DETERMINANT = 1e-6
-_MOST_COSINE = 1.001
-_SAME_SPACING = 1e-4  # relative
-_SAME_DIRECTION = 1e-3  # per cosine
-_SAME_ORIGIN = 0.05  # part of the smallest spacing
+from .orientation import canonical_axes
+from .pictures import FLAT_ENDINGS, PICTURE_READERS, side_file
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """Where the voxels of an array lie in the patient.
-
-    Attributes:
-        spacing: Distance between voxels in mm, (z, y, x): the order of the array's axes.
-        origin: Position of the first voxel in mm, LPS (x, y, z), as in SimpleITK.
-        direction: Nine cosines, row-major, as in SimpleITK: the columns are the directions of the axes x, y, z in LPS.
-            They need not be perpendicular.
-        is_2d: Whether the scan was a 2D image, which has no axis z: its one slice gets a spacing of 999 times the
-            larger one along z, as in nnU-Net, and labels are written in 2D again.
-
-    Raises:
-        ValueError: If there are not 3, 3 and 9 numbers.
-        VolumeError: If a number is not finite, a spacing is not above 0, or the direction is singular or no cosines.
-    """
-
-    spacing: Triple
-    origin: Triple
-    direction: tuple[float, ...]
-    is_2d: bool = False
-
-    def __post_init__(self) -> None:
-        for field, count in (("spacing", 3), ("origin", 3), ("direction", 9)):
-            numbers = tuple(float(number) + 0.0 for number in getattr(self, field))  # + 0.0 turns -0.0 into 0.0
-            if len(numbers) != count:
-                raise ValueError(f"{field} must be {count} numbers, got {len(numbers)}: {numbers}")
-            if not (np.abs(numbers) <= _MOST_MM).all():  # so written, NaN fails too
-                raise VolumeError(f"{field} must be finite and below {_MOST_MM:g}, got {numbers}: correct the header")
-            object.__setattr__(self, field, numbers)
-        if min(self.spacing) < _LEAST_SPACING_MM:
-            raise VolumeError(f"spacing must be above 0 mm, got {self.spacing} (z, y, x): correct the header")
-        if np.abs(self.axes).max() > _MOST_COSINE or abs(np.linalg.det(self.axes)) < _LEAST_DETERMINANT:
-            raise VolumeError(
-                f"direction must be nine cosines and not singular, got {self.direction}: correct the header"
-            )
-
-    def matches(self, other: "Geometry") -> bool:
-        """Whether two grids of the same shape lie in the same place, within what formats round."""
-        return (
-            np.allclose(self.spacing, other.spacing, rtol=_SAME_SPACING, atol=0)
-            and np.allclose(self.origin, other.origin, rtol=0, atol=_SAME_ORIGIN * min(other.spacing))
-            and np.allclose(self.direction, other.direction, rtol=0, atol=_SAME_DIRECTION)
-        )
-
-    @property
-    def axes(self) -> np.ndarray:
-        """Direction as a 3x3 matrix: column k is the unit vector of image axis k of (x, y, z), in LPS."""
-        return np.array(self.direction).reshape(3, 3)
-
-    @property
-    def in_simpleitk(self) -> dict[str, tuple[float, ...]]:
-        """Spacing, origin and direction as a SimpleITK image has them: along (x, y, z), or (x, y) of a 2D image."""
-        axes = 2 if self.is_2d else 3
-        return {
-            "spacing": self.spacing[::-1][:axes],
-            "origin": self.origin[:axes],
-            "direction": tuple(self.axes[:axes, :axes].ravel().tolist()),
-        }
-
-    @property
-    def affine(self) -> np.ndarray:
-        """Place of voxel (x, y, z) in mm, RAS, as a 4x4 matrix, as nibabel has it."""
-        affine = np.eye(4)
-        affine[:3, :3] = LPS_TO_RAS @ self.axes * self.spacing[::-1]
-        affine[:3, 3] = LPS_TO_RAS @ self.origin
-        return affine
-
-    @property
-    def voxel_mm3(self) -> float:
-        """Volume of a voxel."""
-        return float(np.prod(self.spacing) * abs(np.linalg.det(self.axes)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,15 +39,15 @@ class Volume:
 
     Attributes:
         array: (C, Z, Y, X), any integer, float or bool type; it may be a view with any strides.
-        geometry: Of the last three axes.
+        geometry: Where the last three axes lie.
         name: File or folder name, for messages.
-        warnings: What the user should know although the scan can be used, such as missing slices.
-        resampling_spacing: Millimetres (z, y, x), where nnU-Net resamples by others than those of `geometry`: through
-            nibabel it takes a header's `pixdim`, whatever the affine says.
+        warnings: Facts that the user should know although the scan can be used, such as missing slices.
+        resampling_spacing: Millimetres (z, y, x) by which nnU-Net resamples, if they differ from those of `geometry`:
+            through nibabel it takes them from the header's `pixdim`, also if the affine has others.
 
     Raises:
         TypeError: If `array` is not a numpy array of plain numbers in the machine's byte order.
-        VolumeError: If it is not 4D, or is empty.
+        VolumeError: If `array` is not 4D, or is empty.
     """
 
     array: np.ndarray
@@ -151,10 +74,10 @@ class Volume:
         spacing: Sequence[float],
         *,
         origin: Sequence[float] = (0.0, 0.0, 0.0),
-        direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        direction: Sequence[float] = IDENTITY_DIRECTION,
         name: str = "volume",
     ) -> "Volume":
-        """Make a volume of an array, without copying it.
+        """Make a volume from an array, without a copy.
 
         Args:
             array: (Z, Y, X) for one channel, or (C, Z, Y, X).
@@ -177,25 +100,25 @@ class Volume:
 
     @property
     def spacing(self) -> Triple:
-        """Millimetres between voxels (z, y, x), by which the scan is resampled."""
+        """Spacing (z, y, x) in mm by which the scan is resampled."""
         return self.resampling_spacing or self.geometry.spacing
 
     def reoriented(self) -> "Volume":
-        """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as near as its grid allows.
+        """Turn the volume so that its axes (z, y, x) run to Superior, Anterior and Right, as far as its grid allows.
 
-        Models trained with nnU-Net's `NibabelIOWithReorient` or `SimpleITKIOWithReorient` see scans so.
+        Models trained with nnU-Net's `NibabelIOWithReorient` or `SimpleITKIOWithReorient` need this orientation.
 
         Returns:
             A volume of the same voxels at the same places; its array is a view, with negative strides where axes are
-            flipped. `restore_orientation` is the way back.
+            flipped. `restore_orientation` undoes it.
         """
         return self._rearranged(*canonical_axes(self.geometry.axes))
 
     def oriented_as(self, other: Geometry) -> "Volume":
-        """Turn the volume so that its axes run as near to those of another grid as it allows.
+        """Turn the volume so that its axes follow those of another grid, as far as its own grid allows.
 
         Args:
-            other: As it is read, not reoriented.
+            other: Geometry of the other grid as it was read, not reoriented.
 
         Returns:
             A volume of the same voxels at the same places; its array is a view.
@@ -205,7 +128,7 @@ class Volume:
         return self.reoriented()._rearranged(back, tuple(flipped[axis] for axis in back))
 
     def _rearranged(self, source: tuple[int, ...], flipped: tuple[bool, ...]) -> "Volume":
-        """Take for each axis (z, y, x) the one of that number, and flip it then where asked."""
+        """Reorder the axes (z, y, x) by their numbers in `source`, then flip those marked in `flipped`."""
         array = self.array.transpose(0, *(1 + axis for axis in source))
         array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flipped))]
         spacing, resampling = (
@@ -250,41 +173,41 @@ def read_volume(
     Args:
         image: One file, a folder with the slices of one DICOM series, a list of these with one for each channel, or a
             Volume, which is returned as it is.
-        channels: How many channels the model takes; any number if None.
-        reader: The class of nnU-Net's whose way to read a file is followed, as `Plan.reader` names it.
+        channels: Number of channels that the model takes; None allows any number.
+        reader: nnU-Net's reader class whose way to read files is followed, as `Plan.reader` names it.
 
     Returns:
-        The scan in the type it is stored in; channels of different types get one that holds them all.
+        The scan in its stored type; channels of different types get a type that holds all of them.
 
     Raises:
         VolumeError: If something is missing, damaged, not finite, or does not fit together.
         TypeError: If `image` is something else.
     """
     if isinstance(image, Volume):
-        _check_channel_count(image.name, len(image.array), channels)
-        _check_finite(image.name, image.array)
+        check_channel_count(image.name, len(image.array), channels)
+        check_finite(image.name, image.array)
         return image
     if isinstance(image, np.ndarray):
         raise TypeError("an array needs its spacing: pass Volume.from_array(array, spacing)")
     paths = [Path(path).absolute() for path in ([image] if isinstance(image, str | os.PathLike) else image)]
     if not paths:
         raise VolumeError("a scan must have at least one file, got an empty list: pass one path for each channel")
-    sources = [_open(path, reader) for path in paths]
-    _check_channel_count(paths[0].name, sum(source.channels for source in sources), channels)
+    sources = [open_source(path, reader) for path in paths]
+    check_channel_count(paths[0].name, sum(source.channels for source in sources), channels)
     if sources[0].is_2d and reader not in ("SimpleITKIO", *PICTURE_READERS):
         raise VolumeError(
             f"{sources[0].name}: models trained through {reader} take no 2D images, as in nnU-Net: save it as a 3D "
             "image of one slice"
         )
-    geometries = [_geometry(source) for source in sources]
+    geometries = [geometry_of(source) for source in sources]
     if reader.endswith("WithReorient"):
         sources = [_turned(*each, geometries[0]) for each in zip(sources, geometries, strict=True)]
-        geometries = [_geometry(source) for source in sources]
-    _check_same_grid(sources, geometries)
-    geometry, resampling = geometries[0], sources[0].resampling_spacing
+        geometries = [geometry_of(source) for source in sources]
+    check_same_grid(sources, geometries)
+    resampling = sources[0].resampling_spacing
     volume = Volume(
-        array=_read_channels(sources),
-        geometry=geometry,
+        array=read_channels(sources),
+        geometry=geometries[0],
         name=sources[0].name,
         warnings=tuple(f"{source.name}: {warning}" for source in sources for warning in source.warnings),
         resampling_spacing=None if resampling is None else cast(Triple, resampling[::-1]),
@@ -294,26 +217,8 @@ def read_volume(
     return volume
 
 
-def _open(path: Path, reader: str) -> ImageSource:
-    if not str(path).isprintable() and any("\udc80" <= character <= "\udcff" for character in str(path)):
-        raise VolumeError(f"{str(path)!r}: the libraries that read scans need names in UTF-8: rename it")
-    if reader in PICTURE_READERS and (path.is_file() or path.is_dir()):
-        return open_picture(path, reader)
-    if path.is_dir():
-        return open_series(path)
-    if path.is_file() and reader in NIBABEL_READERS and path.name.lower().endswith(NIFTI_ENDINGS):
-        return open_as_nibabel(path, reader)
-    if path.is_file():
-        return open_image_file(path)
-    if path.exists():
-        raise VolumeError(f"{path}: a scan must be a file or a folder, got a device, pipe or socket: pass a file")
-    if path.is_symlink():
-        raise VolumeError(f"{path.name}: a link to {os.readlink(path)}, which is not there: mend the link")
-    raise VolumeError(f"{str(path)!r}: there is no such file or folder: check the path")
-
-
 def files_of(image: Path, reader: str) -> list[Path]:
-    """Name every file that a scan is read from: slices, the data file of a header, the spacing beside a TIFF stack.
+    """List every file that a scan is read from: slices, the data file of a header, the spacing beside a TIFF stack.
 
     Args:
         image: File or folder, as `read_volume` takes it.
@@ -330,24 +235,8 @@ def files_of(image: Path, reader: str) -> list[Path]:
     return [image]
 
 
-def _check_channel_count(name: str, count: int, expected: int | None) -> None:
-    if expected is not None and count != expected:
-        raise VolumeError(
-            f"{name}: the model takes {expected} channel(s), got {count}: pass one file per channel in the order of "
-            "training, such as case_0000.nii.gz, case_0001.nii.gz (a picture holds 1, 3 for RGB, or 4 with alpha)"
-        )
-
-
-def _geometry(source: ImageSource) -> Geometry:
-    x_mm, y_mm, z_mm = source.spacing
-    with naming(source.name):
-        return Geometry(
-            spacing=(z_mm, y_mm, x_mm), origin=source.origin, direction=source.direction, is_2d=source.is_2d
-        )
-
-
 def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSource:
-    """Turn a channel as the first one is turned: nnU-Net's readers that turn scans turn each file by itself."""
+    """Turn a channel like the first one: those readers of nnU-Net that turn scans turn each file separately."""
     if geometry.is_2d or canonical_axes(geometry.axes) == canonical_axes(first.axes):
         return source
 
@@ -369,64 +258,25 @@ def _turned(source: ImageSource, geometry: Geometry, first: Geometry) -> ImageSo
     )
 
 
-def _check_same_grid(sources: list[ImageSource], geometries: list[Geometry]) -> None:
-    """Check that all channels lie on the grid of the first."""
-    first = geometries[0]
-    origin_mm = _SAME_ORIGIN * min(first.spacing)
-    for source, other in zip(sources, geometries, strict=True):
-        for what, mine, expected, relative, absolute in (
-            ("number of dimensions", 2 if other.is_2d else 3, 2 if first.is_2d else 3, 0, 0),
-            ("shape (x, y, z)", source.size, sources[0].size, 0, 0),
-            ("spacing (z, y, x)", other.spacing, first.spacing, _SAME_SPACING, 0),
-            ("pixdim (x, y, z)", *(each.resampling_spacing or each.spacing for each in (source, sources[0])), 1e-6, 0),
-            ("origin", other.origin, first.origin, 0, origin_mm),
-            ("direction", other.direction, first.direction, 0, _SAME_DIRECTION),
-        ):
-            if not np.allclose(mine, expected, rtol=relative, atol=absolute):
-                raise VolumeError(
-                    f"{source.name}: all channels must have the same {what}, got {mine}, but {sources[0].name} has "
-                    f"{expected}: resample the channels to one grid"
-                )
-
-
-def _read_channels(sources: list[ImageSource]) -> np.ndarray:
-    """Read all channels into (C, Z, Y, X); those of one file alone are not copied."""
-    channels = []
-    for source in sources:
-        channels.append(source.voxels().reshape(source.channels, *source.size[::-1]))
-        _check_finite(source.name, channels[-1])
-    return channels[0] if len(channels) == 1 else np.concatenate(channels)
-
-
-def _check_finite(name: str, array: np.ndarray) -> None:
-    """Refuse NaN and infinity; minimum and maximum show them without a mask in memory."""
-    if array.dtype.kind != "f":
-        return
-    with np.errstate(invalid="ignore"):
-        is_finite = np.isfinite(array.min()) and np.isfinite(array.max())
-    if not is_finite:
-        raise VolumeError(f"{name}: {NOT_FINITE}")
-
-
 def write_segmentation(
     path: str | os.PathLike[str], segmentation: np.ndarray, geometry: Geometry, *, reader: str = "SimpleITKIO"
 ) -> None:
-    """Write labels in the format of the file name's ending; the file appears under its name only when complete.
+    """Write labels in the format of the file name's ending; the file gets its name only when it is complete.
 
-    Of formats with two files (.mhd, .nhdr; a TIFF stack and its spacing), the named one comes last.
+    Some formats have two files (.mhd, .nhdr, a TIFF stack and its spacing): the named one is written last.
 
     Args:
         path: File in an existing folder, with one of `LABEL_ENDINGS` in lower or upper case; an existing file is
             replaced.
         segmentation: (Z, Y, X) uint8 or uint16; one slice for a 2D geometry.
-        geometry: Written as it is.
-        reader: The class of nnU-Net's whose way to write a file is followed, as `Plan.reader` names it.
+        geometry: Geometry of the labels.
+        reader: nnU-Net's reader class whose way to write files is followed, as `Plan.reader` names it.
 
     Raises:
-        ValueError: If the ending is none of these, or `segmentation` is not 3D, is empty, or is not of the geometry.
+        ValueError: If the ending is unknown, or `segmentation` is not 3D, is empty, or does not fit the geometry.
         TypeError: If `segmentation` is not uint8 or uint16.
         OutputError: If the file cannot be written completely, or the format cannot hold the geometry.
-        BackendUnavailable: If what writes pictures is not installed.
+        BackendUnavailable: If the libraries that write pictures are not installed.
     """
     path = Path(path)
     ending = next((ending for ending in LABEL_ENDINGS if path.name.lower().endswith(ending)), None)

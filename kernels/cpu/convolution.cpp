@@ -138,7 +138,7 @@ class Crew {
   bool stopped_ = false;
 };
 
-// Never ended: threads may outlive static objects. A process that was forked has none of the threads, and begins anew.
+// Never ended: threads may outlive static objects. A process that was forked has none of the threads, and starts new ones.
 Crew*& made() {
   static Crew* of_process = new Crew;
   return of_process;

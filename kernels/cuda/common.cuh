@@ -1,6 +1,6 @@
 // What every kernel uses; pasted in front of each file, so that one string is all there is to compile and to cache.
 //
-// Parameters are pointers and 64-bit integers alone: a launch is a list of integers, whoever makes it. Types are macros:
+// Parameters are only pointers and 64-bit integers, so every launch is a list of integers. Types are macros:
 // each combination is compiled for itself. Half and bfloat16 are bits here: no header of CUDA is needed, and the same text
 // compiles for a CPU.
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine.errors import CheckpointError, ModelError
+from nnturbo.engine.model.architecture import Architecture
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.labels import parse_labels
 from nnturbo.engine.model.network import build_network, make_network
 from nnturbo.engine.model.plan_classes import remarks_on
-from nnturbo.engine.model.plans import Architecture, parse_plan
+from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.model.resampling_function import parse_resampling
 from nnturbo.engine.pipeline.label_maps import resample_label_map
 from scipy.ndimage import gaussian_filter

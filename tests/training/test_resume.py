@@ -16,7 +16,7 @@ import pytest
 import torch
 from nnturbo.engine import Engine, EngineError
 from nnturbo.engine.errors import CheckpointError
-from nnturbo.engine.model.folder import read_checkpoint
+from nnturbo.engine.model.checkpoint import read_checkpoint
 from nnturbo.training.recipe import Schedule
 from nnturbo.training.train import train
 from nnturbo.training.whole_cases import ValidationResult

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import Engine, EngineError
-from nnturbo.engine.model.folder import read_checkpoint
+from nnturbo.engine.model.checkpoint import read_checkpoint
 from nnturbo.engine.scans.volume import read_volume
 from nnturbo.training.recipe import Recipe
 from nnturbo.training.whole_cases import find_labelled_cases, network_engine, validate

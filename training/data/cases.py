@@ -24,10 +24,10 @@ TABLE_COLUMNS = ("filename", "subtype", "split")
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")  # what looks like an image is never passed over
+_IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")  # never ignored without a message
 _LABELLED_NAME = re.compile(r"quiz_(\d+)_\d+")
 _TEST_NAME = re.compile(r"quiz_\d+")
-_FARTHEST_FROM_INTEGER = 0.01  # labels that went through a scaling of 16-bit numbers are 1.0000153
+_FARTHEST_FROM_INTEGER = 0.01  # labels that were scaled as 16-bit numbers are 1.0000153
 _SAME_SPACING = 1e-4  # relative
 _SAME_DIRECTION = 1e-3  # per cosine
 _SAME_ORIGIN = 0.05  # part of the smallest spacing
@@ -40,7 +40,7 @@ class SourceCase:
     Attributes:
         name: Without channel number and ending, such as "quiz_0_041".
         split: "train", "validation" or "test".
-        subtype: 0, 1 or 2; `None` where a test case's is not known.
+        subtype: 0, 1 or 2; `None` if a test case's subtype is not known.
         image: The scan.
         mask: The labels; `None` for test cases.
     """
@@ -66,10 +66,10 @@ def find_cases(
             ending of the image, of the mask, or none.
 
     Returns:
-        The cases, split by split, and one line for everything that is missing or wrong with names and places.
+        The cases, split by split, and one line for each problem with missing files, names and folders.
 
     Raises:
-        DatasetError: If `source` is no folder, or the table cannot be read.
+        DatasetError: If `source` is not a folder, or the table cannot be read.
     """
     source = Path(source)
     if not source.is_dir():
@@ -89,7 +89,7 @@ def case_name(filename: str) -> str:
 
 
 def subtype_in_name(name: str) -> int | None:
-    """Subtype that a name `quiz_<subtype>_<nnn>` tells, or `None`."""
+    """Subtype in a name `quiz_<subtype>_<nnn>`, or `None`."""
     match = _LABELLED_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -117,7 +117,7 @@ def _cases_of_folders(source: Path, problems: list[str]) -> Iterator[SourceCase]
 
 
 def _case_folders(source: Path, split: str, problems: list[str]) -> list[Path]:
-    """Folders of a split that hold files; others are named."""
+    """Folders of a split that hold files; problems name the others."""
     root = source / split
     if split == "test":
         return [root] if root.is_dir() else []
@@ -177,10 +177,10 @@ def _cases_of_table(source: Path, table: Path, problems: list[str]) -> Iterator[
 
 
 def images_below(folder: Path) -> list[Path]:
-    """What lies below a folder under the name of an image and is not hidden, sorted.
+    """Files below a folder that have the name of an image and are not hidden, sorted.
 
     Raises:
-        DatasetError: If a folder cannot be listed; `Path.rglob` would take it for an empty one.
+        DatasetError: If a folder cannot be listed; `Path.rglob` would treat it as empty.
     """
 
     def refuse(error: OSError) -> None:
@@ -195,7 +195,7 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def _files_of(folder: Path, problems: list[str]) -> list[Path]:
-    """Images and masks that lie in a folder; what looks like one but is not where and what it must be is named."""
+    """Images and masks in a folder; problems name files that look like one but are in a wrong place or no file."""
     files = []
     for path in images_below(folder):
         if path.parent != folder or not path.name.endswith(ENDING):
@@ -224,11 +224,11 @@ def read_mask(path: str | os.PathLike[str]) -> tuple[Volume, bool]:
         path: Mask with labels 0, 1 and 2, each at most 0.01 off.
 
     Returns:
-        The labels, (1, Z, Y, X) uint8, and whether any of them had to be rounded.
+        The labels, (1, Z, Y, X) uint8, and whether a value was rounded.
 
     Raises:
         VolumeError: If the file cannot be read.
-        DatasetError: If a value is none of the labels.
+        DatasetError: If a value is not one of the labels.
     """
     stored = read_volume(path, channels=1)
     labels = np.rint(stored.array)
@@ -240,7 +240,7 @@ def read_mask(path: str | os.PathLike[str]) -> tuple[Volume, bool]:
 
 
 def grid_difference(mask: Volume, image: Volume) -> str | None:
-    """Tell in words how the grid of a mask differs from that of its image, or `None` if it is the same."""
+    """Say how the grid of a mask differs from that of its image; `None` if it is the same."""
     mine, its = mask.geometry, image.geometry
     for what, found, expected, relative, absolute in (
         ("shape (z, y, x)", mask.array.shape[1:], image.array.shape[1:], 0, 0),

@@ -1,4 +1,4 @@
-"""Plans for the multi-task network: nnU-Net's own, with a head on the network they name."""
+"""Plans for the multi-task network: nnU-Net's plans with a head on their network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from .tables import DatasetError, read_table
 
 RECIPE_KEY = "nnturbo_recipe"
-"""Where plans carry the recipe of a training."""
+"""Key of the recipe in plans."""
 
 
 def read_classes(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -48,7 +48,7 @@ def multi_task_plans(
     recipe: Recipe,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Put a head on the network that a configuration plans, in place of one that is there already.
+    """Add a head to the network of a configuration; an existing head is replaced.
 
     Args:
         plans: Content of nnU-Net's plans file.
@@ -58,12 +58,12 @@ def multi_task_plans(
         class_names: One per class.
 
     Returns:
-        A copy that names `MultiTaskUNet` and carries the recipe.
+        A copy that names `MultiTaskUNet` and contains the recipe.
 
     Raises:
-        ValueError: Where the plans have no such configuration with a network of its own, or the recipe's focus labels
+        ValueError: Where the plans lack the configuration or it has no network of its own, or the recipe's focus labels
             are not labels of the data set.
-        ModelError: Where the head cannot be built so, or there are fewer than two classes.
+        ModelError: Where the head cannot be built, or there are fewer than two classes.
     """
     plans = copy.deepcopy(dict(plans))
     plans[RECIPE_KEY] = recipe.describe()

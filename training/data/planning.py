@@ -1,4 +1,4 @@
-"""Run nnU-Net's planning and preprocessing without letting validation cases into the plans."""
+"""Run nnU-Net's planning and preprocessing; only training cases influence the plans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Planner = Literal["resenc", "plain", "compact"]
 PLANNERS: tuple[Planner, ...] = ("resenc", "plain", "compact")
 
-# What a preprocessed case takes, relative to its gzipped image; measured 2.4 to 4.
+# Size of a preprocessed case relative to its gzipped image; measured 2.4 to 4.
 PREPROCESSED_RATIO = 4
 
 COMPACT_FEATURES = (16, 32, 64, 128, 128)
@@ -41,23 +41,24 @@ def plan_and_preprocess(
     configurations: Sequence[str] = ("3d_fullres",),
     processes: int = 4,
 ) -> Path:
-    """Plan and preprocess with nnU-Net, showing the planner the training cases alone.
+    """Plan and preprocess with nnU-Net; the planner sees only the training cases.
 
     Args:
         dataset_folder: `nnUNet_raw/DatasetXXX_Name` as `prepare_dataset` writes it.
         preprocessed_folder: nnU-Net's `nnUNet_preprocessed`; made if it does not exist.
         planner: "resenc" for `nnUNetPlannerResEncM`, "plain" for `ExperimentPlanner`, "compact" for the latter
             with larger pixels and a small network, for CPUs.
-        configurations: Which to preprocess, such as "3d_fullres"; those the plans do not have are refused.
-        processes: That nnU-Net starts.
+        configurations: Configurations to preprocess, such as "3d_fullres"; the plans must have them.
+        processes: Number of processes that nnU-Net starts.
 
     Returns:
         The plans file, in `preprocessed_folder/DatasetXXX_Name`, with the splits and class labels beside it.
 
     Raises:
         ValueError: If an argument is out of its range.
-        DatasetError: If `dataset_folder` is no such folder, or data preprocessed with another split are there already.
-        OutputError: If the disk has too little room; nothing is written then.
+        DatasetError: If `dataset_folder` is not a prepared data set, or the target has data that were preprocessed with
+            another split.
+        OutputError: If the disk has too little room; then nothing is written.
         EngineError: If nnU-Net is not installed or fails.
 
     Note:
@@ -73,12 +74,12 @@ def plan_and_preprocess(
     raw, preprocessed = Path(dataset_folder).absolute(), Path(preprocessed_folder).absolute()
     training_cases = _training_cases(raw, preprocessed / raw.name)
     _check_room(raw, preprocessed, len(configurations))
-    # Its planner takes as many threads as n_proc_DA says, and fails where a training was given none.
+    # nnU-Net's planner uses n_proc_DA threads, and fails if a training has set it to 0.
     with nnunet_environment(raw=raw.parent, preprocessed=preprocessed, n_proc_DA=processes), _logged_prints():
         try:
             plans_file = _plan(raw.name, preprocessed, planner, training_cases, processes)
             _preprocess(raw.name, plans_file, configurations, processes)
-        except RuntimeError as error:  # as nnU-Net says that one of its processes died
+        except RuntimeError as error:  # nnU-Net raises this if one of its processes died
             raise EngineError(f"nnU-Net failed on {raw}: {error}; if memory ran out, take fewer processes") from error
     references = plans_file.parent / "gt_segmentations"
     references.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def plan_and_preprocess(
 
 
 def _check_room(dataset_folder: Path, preprocessed: Path, configurations: int) -> None:
-    """Refuse to begin what would fill the disk."""
+    """Refuse to begin if the disk has too little room."""
     stored = sum(path.stat().st_size for path in (dataset_folder / "imagesTr").glob(f"*{ENDING}"))
     needed = PREPROCESSED_RATIO * stored * configurations
     existing = next(folder for folder in (preprocessed, *preprocessed.parents) if folder.exists())
@@ -102,7 +103,7 @@ def _check_room(dataset_folder: Path, preprocessed: Path, configurations: int) -
 
 
 def require_nnunet() -> None:
-    """Check that nnU-Net is installed, before work is done for it.
+    """Check that nnU-Net is installed, before other work begins.
 
     Raises:
         EngineError: If it is not.
@@ -136,7 +137,7 @@ def _first_split(path: Path) -> dict[str, frozenset[str]]:
 
 @contextlib.contextmanager
 def nnunet_environment(**settings: Path | int) -> Iterator[None]:
-    """Set what nnU-Net takes from the environment: its folders (raw, preprocessed, results), and n_proc_DA."""
+    """Set nnU-Net's environment variables: its folders (raw, preprocessed, results), and n_proc_DA."""
     wanted = {
         f"nnUNet_{name}": str(value.absolute() if isinstance(value, Path) else value)
         for name, value in settings.items()
@@ -165,7 +166,7 @@ def _logged_prints() -> Iterator[None]:
 
 
 def _plan(name: str, preprocessed: Path, planner: str, training_cases: frozenset[str], processes: int) -> Path:
-    """Extract the fingerprint and plan the experiment, both from the training cases alone."""
+    """Extract the fingerprint and plan the experiment, both from the training cases only."""
     try:
         from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -194,7 +195,7 @@ def _plan(name: str, preprocessed: Path, planner: str, training_cases: frozenset
 def _make_compact(configuration: dict[str, Any]) -> None:
     """Replace the network that was planned for a GPU."""
     depth = len(COMPACT_FEATURES)
-    # Larger pixels, so that a patch shows most of the region at once: what a small network lacks most is context.
+    # Larger pixels, so that a patch shows most of the region: a small network needs context most.
     slice_mm, *pixel_mm = configuration["spacing"]
     configuration["spacing"] = [slice_mm, *(COMPACT_PIXELS * mm for mm in pixel_mm)]
     slices, *pixels = configuration["median_image_size_in_voxels"]

@@ -1,7 +1,7 @@
-"""Turn the pancreas data set into what nnU-Net trains from: raw folder, splits, class labels.
+"""Convert the pancreas data set to nnU-Net's raw format, with splits and class labels.
 
-Finding the cases is `cases`; what comes after, nnU-Net's own planning, is `planning`. Everything is checked before the
-first file is written, and the folder appears under its name only when it is complete.
+`cases` finds the cases before, and `planning` runs nnU-Net's planning afterwards. Everything is checked before the
+first file is written, and the folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["LABELS_FILE", "SPLITS_FILE", "DatasetError", "PreparedDataset", "pla
 
 logger = logging.getLogger(__name__)
 
-_SPARE_BYTES = 1 << 20  # for the small files, and what folders take
+_SPARE_BYTES = 1 << 20  # for small files and folders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ class PreparedDataset:
     """An nnU-Net raw data set.
 
     Attributes:
-        folder: `.../DatasetXXX_Name`; `splits_final.json` and `classification_labels.csv` lie in it.
-        cases: Where each case came from, split by split.
+        folder: `.../DatasetXXX_Name`, which also holds `splits_final.json` and `classification_labels.csv`.
+        cases: Source files of each case, split by split.
         rounded: Names of the cases whose masks held numbers that are not integers.
-        without_lesion: Names of the cases whose masks hold no lesion, which in the task none lacks.
-        linked: How many images are hard links to the source; the others are copies.
+        without_lesion: Names of the cases whose masks hold no lesion; in the task every case has one.
+        linked: Number of images that are hard links to the source; the others are copies.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ def prepare_dataset(
         raw_folder: nnU-Net's `nnUNet_raw`; made if it does not exist.
         dataset_id: 1 to 999.
         dataset_name: Letters, digits, - and _; the folder is `DatasetXXX_<dataset_name>`.
-        table: csv or xlsx with the columns filename, subtype and split, if the folders do not tell them.
+        table: csv or xlsx with the columns filename, subtype and split, if the folders do not have this information.
         overwrite: Whether an existing folder of this name is replaced.
         progress: Called after each case was checked with the number done, the number of all, and the name.
 
@@ -91,15 +91,15 @@ def prepare_dataset(
         What was written.
 
     Raises:
-        ValueError: If the id or the name cannot be one.
-        DatasetError: If anything in the data set is missing, doubled or does not fit together; all problems at once.
+        ValueError: If the id or the name is not valid.
+        DatasetError: If files of the data set are missing, doubled or do not fit together; it lists all problems.
         OutputError: If the folder or another data set of this id exists, the source lies in the folder, the disk has
-            too little room, or a file cannot be written. Whatever is raised, nothing under the final name has changed.
+            too little room, or a file cannot be written. After any error, nothing under the final name has changed.
 
     Note:
-        Images are hard-linked where the file system allows it, so editing a source image in place edits the data set.
-        Those of the validation split lie in `imagesVal` too, which nnU-Net passes over: a folder to predict from.
-        While it is written, the folder has a hidden name: nnU-Net refuses an id that two `DatasetXXX...` folders have.
+        Images are hard links if the file system allows it, so editing a source image in place edits the data set. Those
+        of the validation split are also in `imagesVal`, a folder for prediction that nnU-Net ignores. While the folder
+        is written it has a hidden name, because nnU-Net refuses an id that two `DatasetXXX...` folders have.
     """
     if not 1 <= dataset_id <= 999:
         raise ValueError(f"dataset_id must lie in 1 to 999, got {dataset_id}")
@@ -134,7 +134,7 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
 
 
 def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
-    """Refuse to begin what would fill the disk; rounded masks are smaller than those they come from."""
+    """Refuse to begin if the disk has too little room; rounded masks are smaller than the original ones."""
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     status = os.stat(existing)
     files = [case.mask for case in cases if case.mask is not None]
@@ -152,10 +152,10 @@ def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
 def _check_scans(
     cases: Sequence[SourceCase], progress: Callable[[int, int, str], None] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
-    """Read all files; return the names whose masks need rounding, those without lesion, and what is wrong.
+    """Read all files; return the names of cases to round, of cases without lesion, and the problems.
 
     Note:
-        Scans are compared by their voxels as float32, so that a copy is recognised in other compression or type too.
+        Scans are compared by their voxels as float32, so that copies with another compression or type are found too.
     """
     rounded, without_lesion, problems, seen = [], [], [], dict[bytes, SourceCase]()
     for done, case in enumerate(cases, start=1):
@@ -192,7 +192,7 @@ def _voxel_digest(image: Volume) -> bytes:
 
 @contextlib.contextmanager
 def _built_aside(target: Path) -> Iterator[Path]:
-    """Give a hidden folder that takes the place of `target` when the block ends well, and vanishes if it does not."""
+    """Give a hidden folder that replaces `target` when the block succeeds, and is removed if it fails."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     displaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     try:
@@ -226,14 +226,14 @@ def _write_cases(folder: Path, cases: Sequence[SourceCase]) -> int:
             _link_or_copy(case.image, folder / "imagesVal" / f"{case.name}{IMAGE_ENDING}")
         if case.mask is not None:
             mask, _ = read_mask(case.mask)
-            # With the image's own geometry, so that nothing downstream stumbles over the last digit of a header.
+            # With the image's own geometry, so that headers do not differ in the last digit.
             geometry = read_volume(case.image).geometry
             write_segmentation(folder / "labelsTr" / f"{case.name}{ENDING}", mask.array[0], geometry)
     return linked
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
-    """Give a file a second name, or a copy where that is not possible; return whether it is linked."""
+    """Link a file, or copy it if that is not possible; return whether it is linked."""
     try:
         os.link(source.resolve(), target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Find the masks and subtypes that predictions are compared with, in any of the layouts they come in."""
+"""Find the true masks and subtypes for an evaluation, in any of the known folder layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LABELLED_SPLITS = ("train", "validation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What is true: masks by case, and those of the subtypes that are known."""
+    """True masks by case, and known true subtypes."""
 
     masks: dict[str, Path]
     subtypes: dict[str, int]
@@ -35,16 +35,16 @@ def find_references(
     Args:
         folder: One of: a prepared data set (`labelsTr` with `classification_labels.csv` beside it) or its `labelsTr`;
             the original data set (`train|validation/subtype<s>/`); any other folder of masks `<name>.nii.gz`, at any
-            depth, with or without a `subtype_results.csv`, such as `test_answers`. Images (`_0000`) are passed over.
-        subtypes: By case; or a csv or xlsx with the columns case (or Names, or filename) and subtype. By default the
-            table the folder holds, else names `quiz_<subtype>_<nnn>`.
+            depth, with or without a `subtype_results.csv`, such as `test_answers`. Images (`_0000`) are ignored.
+        subtypes: Subtypes by case; or a csv or xlsx with the columns case (or Names, or filename) and subtype. By
+            default the table in the folder, else names `quiz_<subtype>_<nnn>`.
         split: Only the cases of this split, such as "validation"; all if `None`.
 
     Returns:
-        The masks, and the subtypes known of them.
+        The masks, and their known subtypes.
 
     Raises:
-        ValueError: If a split is asked for where neither the folder nor `subtypes` tells splits.
+        ValueError: If `split` is given, and neither the folder nor `subtypes` has splits.
         DatasetError: If there are no masks, a case occurs twice, or the table cannot be used.
     """
     folder = Path(folder)
@@ -80,7 +80,7 @@ def find_references(
 
 
 def holds_splits(folder: str | os.PathLike[str]) -> bool:
-    """Whether references tell train from validation cases by themselves."""
+    """Whether a reference folder has splits."""
     table = _labels_table(Path(folder))
     return _is_original(Path(folder)) or (table is not None and table.name == LABELS_FILE)
 
@@ -130,7 +130,7 @@ def _labels_table(folder: Path) -> Path | None:
 
 
 def _read_true_subtypes(table: Path, split: str | None) -> dict[str, int]:
-    """Subtypes by case, of one split or all; rows without a subtype are passed over."""
+    """Subtypes by case, of one split or all; rows without a subtype are ignored."""
     columns = ("case", "subtype", *(["split"] if split else []))
     subtypes: dict[str, int] = {}
     problems = []

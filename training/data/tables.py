@@ -1,4 +1,4 @@
-"""Read tables of cases: csv, and xlsx where openpyxl is installed."""
+"""Read tables of cases: csv, and xlsx if openpyxl is installed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RESULTS_HEADER = ("Names", "Subtype")
 
 
 class DatasetError(EngineError):
-    """A data set, or what is compared with it, cannot be used; the text names each file, one problem a line."""
+    """A data set or a folder of predictions cannot be used; the text has one problem a line, with the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRow:
-    """One row of a table: its number, the header's being 1, and its cells by column, stripped."""
+    """One row of a table: its number (the header is 1), and its stripped cells by column."""
 
     line: int
     cells: dict[str, str]
@@ -31,7 +31,7 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raise all problems as one error, if there are any.
 
     Raises:
-        DatasetError: On one line if there is one problem; else with `what` on the first, and a line for each.
+        DatasetError: On one line if there is one problem; otherwise `what` on the first line, then a line for each.
     """
     if len(problems) == 1:
         raise DatasetError(f"{what}: {problems[0]}; nothing was written")
@@ -41,7 +41,7 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
 
 
 def parse_subtype(text: str) -> int | None:
-    """Read a subtype as tables hold it ("1", or "1.0" from a spreadsheet); `None` if it is not 0, 1 or 2."""
+    """Read a subtype from a table ("1", or "1.0" from a spreadsheet); `None` if it is not 0, 1 or 2."""
     try:
         number = float(text)
     except ValueError:
@@ -61,15 +61,15 @@ def read_table(
     Args:
         path: File whose first row that is not empty is the header. A csv is UTF-8; its cells are separated by commas,
             semicolons or tabs, as spreadsheets write them.
-        columns: Names that the header must hold, upper or lower case being the same.
-        exact: Whether the header must be these columns, written so and separated by commas, and nothing else.
+        columns: Names that the header must hold, in upper or lower case.
+        exact: Whether the header must be exactly these columns, separated by commas.
         aliases: Other names of columns, in lower case, and which column each means.
 
     Returns:
         The rows, with the cells of these columns.
 
     Raises:
-        DatasetError: If it cannot be read, or a column is missing or occurs twice.
+        DatasetError: If the file cannot be read, or a column is missing or occurs twice.
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".xlsx"):
@@ -105,7 +105,7 @@ def read_table(
 
 def _csv_lines(path: Path, delimiter: str, others: str) -> list[list[str]]:
     """Read cells separated by `delimiter`, or by one of `others` where the header holds only that one."""
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark in front
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
         header = next((line for line in file if line.strip()), "")
         if delimiter not in header:
             delimiter = next((other for other in others if other in header), delimiter)
@@ -121,18 +121,18 @@ def _xlsx_lines(path: Path) -> list[list[str]]:
             f"{path}: reading xlsx needs openpyxl, which is not installed: pip install openpyxl, or save as csv"
         ) from None
     with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about styles and the like, which no cell depends on
+        warnings.simplefilter("ignore")  # openpyxl warns about styles, which do not change cells
         try:
             sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
-            sheet.reset_dimensions()  # some programs write a size that is too small
+            sheet.reset_dimensions()  # some programs write a table size that is too small
             values = list(sheet.values)
-        except Exception as error:  # whatever a damaged file leads openpyxl into: KeyError, ParseError, zlib.error, ...
+        except Exception as error:  # openpyxl raises many types: KeyError, ParseError, zlib.error, ...
             raise ValueError(f"it is no workbook with a sheet of cells ({type(error).__name__}: {error})") from error
     return [["" if cell is None else str(cell) for cell in line] for line in values]
 
 
 def read_subtype_results(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Read predicted subtypes as `nnturbo predict` writes them and the task's submission demands.
+    """Read predicted subtypes, in the form of `nnturbo predict` and of the task's submission.
 
     Args:
         path: csv with the header `Names,Subtype` and names that end with .nii.gz.
@@ -141,7 +141,7 @@ def read_subtype_results(path: str | os.PathLike[str]) -> dict[str, int]:
         The subtype of each case, by its name without the ending.
 
     Raises:
-        DatasetError: If it cannot be read, or a row is no such pair or names a case again.
+        DatasetError: If the file cannot be read, a row is not such a pair, or a case occurs twice.
     """
     subtypes: dict[str, int] = {}
     problems = []

@@ -1,6 +1,6 @@
 """Compare predictions with the truth: segmentation, volumes and subtype, case by case and on average.
 
-The measures themselves are `metrics`, their results `results`; what people read is `evaluation_report`.
+`metrics` has the measures, `results` their dataclasses, and `evaluation_report` writes tables and figures.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+# Its parameters are the flags of `nnturbo evaluate`.
 def evaluate(
     predictions_folder: str | os.PathLike[str],
     reference_folder: str | os.PathLike[str],
@@ -54,17 +55,17 @@ def evaluate(
             `quiz_<subtype>_<nnn>`.
         predicted_subtypes: Predicted classes by case, or a csv with the header `Names,Subtype` and names that end with
             .nii.gz; by default `subtype_results.csv` in `predictions_folder`, if there is one.
-        split: Evaluate only the cases of this split, such as "validation", where the references tell splits.
-        out: Folder to write JSON, CSV and figure to, see `write_evaluation`.
-        resamples: Of the bootstrap over cases.
-        seed: Of the bootstrap.
+        split: Evaluate only the cases of this split, such as "validation"; the references must have splits.
+        out: Folder for JSON, CSV and figure, see `write_evaluation`.
+        resamples: Number of resamples of the bootstrap over cases.
+        seed: Seed of the bootstrap.
 
     Returns:
         The evaluation.
 
     Raises:
-        ValueError: If `split` is given where nothing tells splits, or `resamples` is below 1.
-        DatasetError: If a folder, mask or table cannot be used, or the grids of two masks differ; all at once.
+        ValueError: If `split` is given and the references have no splits, or `resamples` is below 1.
+        DatasetError: If a folder, mask or table cannot be used, or the grids of two masks differ; it lists all.
         OutputError: If `out` cannot be written.
     """
     if resamples < 1:
@@ -133,7 +134,7 @@ def _compare_masks(prediction: Path | None, reference: Path) -> tuple[StructureM
     measured = []
     for least in (LABELS["pancreas"], LABELS["lesion"]):  # the lesion lies in the pancreas and has the highest label
         metrics = compare_structure(found.array[0] >= least, truth.array[0] >= least, truth.geometry.spacing)
-        # A mask that is missing has found nothing, not even that there is nothing.
+        # A missing mask counts as 0, also if the true mask is empty.
         measured.append(metrics if prediction else replace(metrics, dsc=0.0, nsd_1mm=0.0, nsd_2mm=0.0))
     return measured[0], measured[1]
 
@@ -141,7 +142,7 @@ def _compare_masks(prediction: Path | None, reference: Path) -> tuple[StructureM
 def _summarise(
     cases: Sequence[CaseEvaluation], predicted: set[str], guesses: Mapping[str, int] | None, resamples: int, seed: int
 ) -> Evaluation:
-    """Means, intervals, and what is missing or too much."""
+    """Compute means and intervals, and list missing and additional cases."""
     names = {case.name for case in cases}
     subtypes, missing_subtypes = None, ()
     if guesses is not None:

@@ -23,14 +23,14 @@ FIGURE_FILE = "evaluation.png"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One measure beside what was asked for and what others reached.
+    """One measure beside its target and the best published value.
 
     Attributes:
-        measure: In words.
-        value: What was measured; `None` if it was not evaluated.
-        interval: Bootstrap 95 % interval of it.
-        target: What the task asks for.
-        best_published: By others, on the task's 36 validation cases.
+        measure: Name of the measure.
+        value: Measured value; `None` if it was not evaluated.
+        interval: Bootstrap 95 % interval of the value.
+        target: Target of the task.
+        best_published: Best value of others, on the task's 36 validation cases.
     """
 
     measure: str
@@ -69,7 +69,7 @@ def compare_with_targets(evaluation: Evaluation) -> tuple[Comparison, ...]:
 
 
 def comparison_table(evaluation: Evaluation) -> str:
-    """Markdown table of `compare_with_targets`, with a line for what is missing or too much."""
+    """Markdown table of `compare_with_targets`, with a line about missing and additional cases."""
     lines = [
         f"| over {len(evaluation.cases)} cases | measured | 95 % interval | target | reached | best published |",
         "|---|---|---|---|---|---|",
@@ -95,8 +95,8 @@ def write_evaluation(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
     """Write `evaluation.json` (everything), `evaluation_cases.csv` (a row a case) and `evaluation.png`.
 
     Args:
-        evaluation: What `evaluate` returns.
-        folder: Made if it does not exist; files of these names are replaced.
+        evaluation: Result of `evaluate`.
+        folder: Folder for the files; made if it does not exist. Files of these names are replaced.
 
     Returns:
         The three files, in this order.

@@ -15,7 +15,7 @@ _ROUNDING_MM = 1e-6  # a distance of three steps of 0.7 mm is 2.0999999999999996
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructureMetrics:
-    """How well one structure was found, in one case or on average.
+    """Agreement of one structure with the truth, in one case or on average.
 
     Attributes:
         dsc: Dice similarity coefficient, 0 to 1.
@@ -34,7 +34,7 @@ class StructureMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationMetrics:
-    """How well the classes were told apart.
+    """Quality of a classification.
 
     Attributes:
         macro_f1: Mean of the F1 of the classes that occur in truth or prediction.
@@ -70,7 +70,7 @@ def dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
 
 
 def surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Voxels of a mask with a face to the outside; what lies beyond the array is outside."""
+    """Voxels of a mask with a face to the outside; voxels beyond the array are outside."""
     return mask & ~ndimage.binary_erosion(mask)
 
 
@@ -86,15 +86,15 @@ def normalised_surface_dice(
         prediction: (Z, Y, X).
         reference: The same shape.
         spacing: mm, (z, y, x).
-        tolerances_mm: At which.
+        tolerances_mm: Tolerances.
 
     Returns:
         One value, 0 to 1, for each tolerance: 1 if both masks are empty, 0 if one is.
 
     Note:
         NSD = (|{p in S_P: d(p, S_R) <= t}| + |{r in S_R: d(r, S_P) <= t}|) / (|S_P| + |S_R|), Nikolov et al. 2018
-        (arXiv:1809.04430), with a surface of voxel centres, each counted once. Their own code weighs surface elements
-        by their area, so values differ a little, the more so the longer the voxels.
+        (arXiv:1809.04430), with a surface of voxel centres, each counted once. Their code weights surface elements
+        by their area, so values differ a little; more so for anisotropic voxels.
     """
     if not prediction.any() or not reference.any():
         return tuple(float(prediction.any() == reference.any()) for _ in tolerances_mm)
@@ -138,7 +138,7 @@ def classification_metrics(
     Args:
         truth: Class of each case, 0 to `classes` - 1; at least one case.
         predicted: Predicted class of each case, or `None`.
-        classes: How many there are.
+        classes: Number of classes.
     """
     confusion = np.zeros((classes, classes + 1), dtype=int)
     for true, guess in zip(truth, predicted, strict=True):
@@ -174,9 +174,9 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int, seed: int) -> Int
     """Percentile bootstrap interval of a mean over cases.
 
     Args:
-        values: One a case; at least one.
-        resamples: How many sets of as many cases are drawn with replacement.
-        seed: Of the draws; the same number of cases gives the same draws.
+        values: One value per case; at least one.
+        resamples: Number of sets of as many cases, drawn with replacement.
+        seed: Seed of the draws; the same number of cases gives the same draws.
     """
     return _interval(_draw(len(values), resamples, seed) @ np.asarray(values, dtype=float) / len(values))
 
@@ -193,7 +193,7 @@ def bootstrap_macro_f1(
 
 
 def _draw(cases: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """How often each resample holds each case: (resamples, cases)."""
+    """Number of times that each resample holds each case, (resamples, cases)."""
     counts = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=resamples)
     return counts.astype(float)
 

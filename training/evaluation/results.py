@@ -1,4 +1,4 @@
-"""What an evaluation found: case by case, of the subtypes, and over all cases."""
+"""Results of an evaluation: by case, of the subtypes, and over all cases."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Evaluation:
         missing_masks: Cases without a predicted mask; they count as 0.
         missing_subtypes: Cases without a predicted subtype, if any were predicted; they count as wrong.
         additional: Predictions that the reference does not have; they do not count.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        resamples: Number of resamples of the bootstrap.
+        seed: Seed of the bootstrap.
     """
 
     cases: tuple[CaseEvaluation, ...]

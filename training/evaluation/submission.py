@@ -1,4 +1,4 @@
-"""Check predictions of the test split and pack them in the zip that the task asks for."""
+"""Check predictions of the test split, and pack them into the zip for the task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..data.references import RESULTS_FILE, masks_in, missing
 from ..data.tables import RESULTS_HEADER, DatasetError, raise_problems, read_subtype_results
 
 _TEST_NAME = re.compile(r"quiz_\d+")
-_EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip; the same predictions then give the same bytes
+_EARLIEST = (1980, 1, 1, 0, 0, 0)  # time stamp in the zip, so that the same predictions give the same bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +53,16 @@ def write_submission(
         path: File whose name ends with .zip.
         images_folder: Test images `quiz_<nnn>_0000.nii.gz`: then each of them must have a mask on its own grid, and
             no mask may be without an image. Without it, this is not checked.
-        subtypes: Predicted subtypes, csv with the header `Names,Subtype`; by default that in `predictions_folder`.
+        subtypes: Predicted subtypes, csv with the header `Names,Subtype`; by default the one in `predictions_folder`.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
-        What was written. The same predictions give the same bytes.
+        The zip that was written. The same predictions give the same bytes.
 
     Raises:
         ValueError: If the name does not end with .zip.
-        DatasetError: If a mask or a row is missing, too much or not as it must be; all problems at once.
-        OutputError: If the file exists or cannot be written. Whatever is raised, no existing file has changed.
+        DatasetError: If a mask or a row is missing, additional or wrong; it lists all problems.
+        OutputError: If the file exists or cannot be written. After any error, no existing file has changed.
     """
     path = Path(path)
     if path.suffix != ".zip":
@@ -123,5 +123,5 @@ def _write_zip(path: Path, masks: Mapping[str, Path], subtypes: Mapping[str, int
 
 def _member(name: str) -> zipfile.ZipInfo:
     member = zipfile.ZipInfo(name, _EARLIEST)
-    member.external_attr = 0o644 << 16  # else nobody may read what is unpacked
+    member.external_attr = 0o644 << 16  # otherwise unpacked files could not be read
     return member

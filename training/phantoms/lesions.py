@@ -1,4 +1,4 @@
-"""The pancreas with its ducts and its one lesion, whose traits lean towards a subtype without giving it away."""
+"""The pancreas with its ducts and one lesion, whose traits depend on the subtype statistically."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .painting import (
 
 TRAITS = ("attenuation", "texture", "margin", "rim", "duct", "location", "size")
 
-# Mean of each trait by subtype, in standard deviations. Subtype 0 leans to solid, dark, ill-defined lesions of the head
-# that dilate the duct; 1 to cystic, septated ones of body and tail; 2 to bright, sharp, small ones with a rim.
+# Mean of each trait by subtype, in standard deviations. Lesions of subtype 0 tend to be solid, dark, ill-defined, in
+# the head, and to dilate the duct; of 1 cystic, septated, in body and tail; of 2 bright, sharp, small, with a rim.
 TENDENCIES = np.array(
     [
         [-0.1, 0.4, 1.6, -0.5, 1.7, -0.6, 0.1],
@@ -98,7 +98,7 @@ def draw_lesion(
         rng: Source of randomness.
         grid: The region, which must hold the lesion.
         anatomy: The patient: a solid lesion's attenuation is relative to the gland's.
-        pancreas: The gland that bears it.
+        pancreas: The gland with the lesion.
         subtype: 0, 1 or 2.
         separation: Scale of `TENDENCIES`; at 0 the subtypes look alike.
 
@@ -232,7 +232,7 @@ def outline(gland: Volume, lesion: Volume) -> NDArray[np.uint8]:
 
 
 def _pieces(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the pieces of a mask that hang together by faces, from 1."""
+    """Number the pieces of a mask that are connected by faces, from 1."""
     pieces = np.empty(mask.shape, np.int32)
     ndimage.label(mask, output=pieces)
     return pieces

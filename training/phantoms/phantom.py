@@ -1,7 +1,7 @@
 """Generate CT-like abdominal regions with a pancreas and one lesion, and data sets of them.
 
-Everything comes from a seed. Geometry, patient, lesion and scanner each draw from a stream of their own, so that a case
-can be made again alone, and its geometry is known without painting it. The stages lie in `phantom_settings` (what is
+Everything is drawn from a seed. Geometry, patient, lesion and scanner have separate random streams, so that a single
+case can be made again, and its geometry is known without painting it. The stages are in `phantom_settings` (what is
 drawn from), `anatomy` (the patient), `organs` (what surrounds the pancreas), `lesions` (the pancreas, its lesion, the
 labels), `acquisition` (the scanner) and, under them all, `painting` (shapes on a grid).
 """
@@ -60,9 +60,9 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 PANCREAS_COUNTS: Mapping[str, int] = {"train": 252, "validation": 36, "test": 72}
 
-# Masks that went through a scaling of 16-bit numbers hold 1.0000153 for 1 and 2.0000305 for 2.
+# Masks that were scaled as 16-bit numbers hold 1.0000153 for 1 and 2.0000305 for 2.
 SCALED_ONE = 65536 / 65535
-# What a gzipped case takes on a disk, image and mask, with some reserve; measured 1.1 to 1.3.
+# Bytes per voxel of a gzipped case, image and mask, with some reserve; measured 1.1 to 1.3.
 BYTES_PER_VOXEL = 1.5
 
 
@@ -84,8 +84,8 @@ class Phantom:
         mask: (Z, Y, X) uint8: 0 background, 1 pancreas, 2 lesion.
         spacing: Millimetres (z, y, x).
         subtype: 0, 1 or 2.
-        seed: What it was made from.
-        parameters: What was drawn.
+        seed: Seed of the phantom.
+        parameters: All drawn values.
     """
 
     image: NDArray[np.int16]
@@ -105,7 +105,7 @@ class PhantomCase:
         subtype: 0, 1 or 2.
         seed: Seed of this case alone.
         image: File of the scan.
-        mask: File of the labels; `None` where they are kept back.
+        mask: File of the labels; `None` if they are not written.
     """
 
     split: str
@@ -128,7 +128,7 @@ def generate_phantom(seed: int, *, subtype: int | None = None, settings: Phantom
         The phantom. The same arguments give the same arrays, on any machine.
 
     Raises:
-        ValueError: If the seed or the subtype cannot be one.
+        ValueError: If the seed or the subtype is not valid.
     """
     streams = Streams.of(seed)
     grid = draw_geometry(seed, settings)
@@ -158,11 +158,12 @@ def generate_phantom(seed: int, *, subtype: int | None = None, settings: Phantom
 
 
 def case_seed(seed: int, split: str, index: int) -> int:
-    """Seed of one case of a data set, whatever the number of cases."""
+    """Seed of one case of a data set; it does not depend on the number of cases."""
     entropy = [check_seed(seed), SPLITS.index(split), index]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
+# Its parameters are the flags of `nnturbo phantom`.
 def write_dataset(
     folder: str | os.PathLike[str],
     *,
@@ -182,7 +183,7 @@ def write_dataset(
     on the split and the place in it: a larger data set contains the smaller one.
 
     Args:
-        folder: Where; made if it does not exist.
+        folder: Folder of the data set; made if it does not exist.
         counts: Cases per split, of "train", "validation" and "test". The subtypes of any first n labelled cases hold
             `settings.subtype_shares` as closely as n allows; those of the test split are drawn.
         seed: Non-negative integer.

@@ -1,7 +1,7 @@
 """Labels as TorchScript: `pipeline.labels` for planes that come one call after another.
 
-Labels of logits and sums of planes are the engine's own functions. What is apart: the engine's planes wait in
-generators, which TorchScript does not know; here they wait in the state.
+It calls the engine's functions for labels and for sums of planes. One thing is separate: the engine keeps waiting
+planes in generators, which TorchScript does not support; here they are in the state.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .resampling import ScriptGrid, inputs_of, resample_planes, resample_rows, s
 
 
 class ScriptLabels(nn.Module):
-    """Finished planes of logits become labels on the scan's own grid (`labels.segment`)."""
+    """Turns finished planes of logits into labels on the scan's own grid (`labels.segment`)."""
 
     regions: list[int]
 
@@ -25,7 +25,7 @@ class ScriptLabels(nn.Module):
         self.transpose_forward = list(plan.transpose_forward)
 
     def begin(self, state: dict[str, Tensor], scan_shape: list[int], device: torch.device) -> None:
-        """Make room for the labels of a scan, (Z, Y, X), and for the planes that wait for others."""
+        """Allocate the labels of a scan, (Z, Y, X), and an empty buffer of waiting planes."""
         state["labels"] = torch.zeros(scan_shape, dtype=torch.int32 if self.many else torch.uint8, device=device)
         state["held"] = torch.empty(self.num_outputs, 0, 0, 0, device=device)
         state["held_from"], state["made"] = torch.tensor(0), torch.tensor(0)
@@ -34,11 +34,11 @@ class ScriptLabels(nn.Module):
         """Turn every plane that is complete into labels.
 
         Args:
-            state: Of the case.
+            state: State of the case.
             logits: (K, planes, Y, X), the next planes of the network's grid.
         """
         grid = stored_grid(state, "logits_grid")
-        if grid.clip != "none":  # it takes the range of all logits to clip
+        if grid.clip != "none":  # clipping needs the range of all logits
             self._hold(state, logits)
             if state["held"].shape[1] == int(state["shape"][0]):
                 low, high = value_range(state["held"], grid)
@@ -56,7 +56,7 @@ class ScriptLabels(nn.Module):
         state["held"] = planes.clone() if held.shape[1] == 0 else torch.cat([held, planes], dim=1)
 
     def _make_planes(self, state: dict[str, Tensor], grid: ScriptGrid) -> None:
-        """Make the planes of the scan's grid whose inputs are all held, and let go of what no other needs."""
+        """Make the planes of the scan's grid whose inputs are all held, and drop inputs that no other plane needs."""
         z = grid.operators[0]
         n_out = z.first.shape[0]
         made, held_from = int(state["made"]), int(state["held_from"])
@@ -72,7 +72,7 @@ class ScriptLabels(nn.Module):
         state["held_from"], state["made"] = torch.tensor(needed), torch.tensor(made)
 
     def _write(self, state: dict[str, Tensor], index: int, logits: Tensor) -> None:
-        """Write the labels of a plane of the cropped scan, (K, Y, X) logits, to where it lies in the scan."""
+        """Write the labels of one plane of the cropped scan, from its logits (K, Y, X), into the scan's labels."""
         order = self.transpose_forward
         box = state["box"]
         target = state["labels"].permute(order[0], order[1], order[2])[int(box[0, 0]) + index]

@@ -1,8 +1,8 @@
-"""The whole path from a scan to its labels as TorchScript, for C++ and for programs with nothing but torch.
+"""The path from a scan to its labels as TorchScript, for C++ and for programs that have only torch.
 
 `ScanPath` is `Engine.predict` without the network, in the part of Python that torch.jit.script compiles. It computes
-with the engine's own functions. What is apart: its caller runs the loop over tiles, so what lies between two tiles is a
-dictionary of tensors, which C++ can hold too.
+with the engine's own functions. One thing is separate: the caller runs the loop over tiles, so the state between two
+tiles is a dictionary of tensors, which C++ can hold too.
 """
 
 import warnings
@@ -34,14 +34,14 @@ class ScanPath(nn.Module):
     - of the scan, by `ScriptPreprocessing.begin`: "image", "box", "mask", "normalizations", "low", "high", "shape", and
       the grid maps "grid.*" and "logits_grid.*" (`resampling.store_grid`);
     - of the tiles, by `start`: "tiles", "starts" (along z), "weights.0" to "weights.2", "padded" (shape with padding),
-      "before" (padding before the grid), "num_views", "row" (that the buffer holds), "done" (tiles added), "buffer"
-      (input of a row), "sums" (logits of a row), "votes.logits" and "votes.weights" (`voting.mean_vote`);
-    - of the labels, by `ScriptLabels.begin`: "labels", "held" (planes that wait), "held_from" (index of the first),
-      "made" (planes of the scan that have labels).
+      "before" (padding before the grid), "num_views", "row" (whose input the buffer holds), "done" (tiles added),
+      "buffer" (input of a row), "sums" (logits of a row), "votes.logits" and "votes.weights" (`voting.mean_vote`);
+    - of the labels, by `ScriptLabels.begin`: "labels", "held" (planes that wait for others), "held_from" (index of the
+      first), "made" (planes of the scan that have labels).
 
     Attributes:
         channels: Of the scan.
-        class_names: What a case may be; empty without a classification head.
+        class_names: Classes of a case; empty without a classification head.
         label_names: By value; empty for models of regions.
     """
 
@@ -71,9 +71,9 @@ class ScanPath(nn.Module):
         """Make the path of a plan.
 
         Args:
-            plan: The model's.
+            plan: The model's plan.
             mirror_axes: Axes of the patch that the model was trained to be mirrored along.
-            aggregation: How answers for tiles become one, as in `EngineOptions`: "foreground" or "mean".
+            aggregation: How the class logits of tiles are averaged, as in `EngineOptions`: "foreground" or "mean".
 
         Raises:
             ModelError: For a plan that needs more than a scan and its spacing.
@@ -129,7 +129,7 @@ class ScanPath(nn.Module):
     def add(
         self, state: dict[str, Tensor], tile: int, seg_logits: Tensor, class_logits: Tensor | None
     ) -> dict[str, Tensor]:
-        """Take what the network says about a tile; planes that are finished become labels.
+        """Add the network's output for a tile; finished planes become labels.
 
         Args:
             state: Of the case.
@@ -172,7 +172,7 @@ class ScanPath(nn.Module):
         return state["labels"], torch.softmax(mean, 0).float()
 
     def _cover(self, state: dict[str, Tensor], tile_step_size: float, num_views: int) -> None:
-        """Lay tiles over the grid and make room for what they add up to."""
+        """Cover the grid with tiles, and allocate their sums."""
         device = state["image"].device
         patch = self.patch_size
         shape: list[int] = state["shape"].tolist()
@@ -181,7 +181,7 @@ class ScanPath(nn.Module):
         state["before"] = torch.tensor([(padded[axis] - shape[axis]) // 2 for axis in range(3)])
         starts: list[Tensor] = []
         for axis in range(3):
-            # The patch of a 2d configuration is one plane deep: each plane is a row of tiles of its own.
+            # The patch of a 2d configuration is one plane deep: each plane is a row of tiles.
             step = 1.0 if self.slicewise and axis == 0 else tile_step_size
             positions = tile_positions(padded[axis], patch[axis], step)
             starts.append(torch.tensor(positions))
@@ -200,7 +200,7 @@ class ScanPath(nn.Module):
         return self.flips[: int(state["num_views"])]
 
     def _place(self, state: dict[str, Tensor], tile: int) -> tuple[int, int, int]:
-        """Which tile this is along z, y and x."""
+        """Index of a tile along z, y and x."""
         if not 0 <= tile < state["tiles"].shape[0]:
             raise ValueError(f"tile must be from 0 to {state['tiles'].shape[0] - 1}, got {tile}")
         along_y, along_x = state["weights.1"].shape[0], state["weights.2"].shape[0]
@@ -235,7 +235,7 @@ class ScanPath(nn.Module):
         return logits.detach().to(state["sums"].device, torch.float32)
 
     def _vote(self, state: dict[str, Tensor], tile: int, logits: Tensor, class_logits: Tensor | None) -> None:
-        """Keep a tile's class logits, and what they count (`voting.Votes`)."""
+        """Store a tile's class logits and weights (`voting.Votes`)."""
         expected = [logits.shape[0], len(self.class_names)]
         if class_logits is None or list(class_logits.shape) != expected:
             got = "none" if class_logits is None else f"{list(class_logits.shape)}"
@@ -244,18 +244,18 @@ class ScanPath(nn.Module):
         if not self.by_foreground:
             return
         for view in range(logits.shape[0]):
-            # View by view: for many labels, what the softmax needs is large.
+            # View by view, because the softmax of many labels needs much memory.
             shown = focus_of_channels(logits[view : view + 1], self.focus_channels, self.has_regions)
             state["votes.weights"][tile, view] = shown.mean()
 
     def _finish_row(self, state: dict[str, Tensor], row: int) -> None:
-        """Hand on the planes that no later row of tiles adds to (`sliding_window.predict_logits`)."""
+        """Pass on the planes that no later row of tiles adds to (`sliding_window.predict_logits`)."""
         starts, sums = state["starts"], state["sums"]
         before: list[int] = state["before"].tolist()
         shape: list[int] = state["shape"].tolist()
         top = int(starts[row])
         bottom = int(starts[row + 1]) if row + 1 < starts.shape[0] else int(state["padded"][0])
-        # The planes of this row that lie in the grid proper, not in its padding.
+        # The planes of this row that lie in the grid and not in its padding.
         first, last = max(before[0] - top, 0), min(before[0] + shape[0], bottom) - top
         if first < last:
             logits = sums[:, first:last]
@@ -269,74 +269,8 @@ class ScanPath(nn.Module):
         shift_planes(sums, bottom - top)
 
 
-class _OneAnswer(nn.Module):
-    """Runs a network that gives segmentation logits."""
-
-    def __init__(self, network: torch.jit.ScriptModule) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run (N, C, *patch)."""
-        output: tuple[Tensor] = self.network(tiles)
-        return output[0], None
-
-
-class _TwoAnswers(nn.Module):
-    """Runs a network that gives segmentation and class logits."""
-
-    def __init__(self, network: torch.jit.ScriptModule) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run (N, C, *patch)."""
-        output: tuple[Tensor, Tensor] = self.network(tiles)
-        return output[0], output[1]
-
-
-class WholePath(nn.Module):
-    """A scan path and its network. Compile it with `whole_path`; `.save()` then writes a program in one file.
-
-    Args:
-        path: What surrounds the network.
-        network: Compiled; gives a tuple of segmentation logits and, where the path has classes, class logits.
-    """
-
-    class_names: list[str]
-    label_names: list[str]
-
-    def __init__(self, path: ScanPath, network: torch.jit.ScriptModule) -> None:
-        super().__init__()
-        self.class_names, self.label_names, self.channels = path.class_names, path.label_names, path.channels
-        self.path = path
-        self.network = _TwoAnswers(network) if path.class_names else _OneAnswer(network)
-
-    def forward(
-        self, image: Tensor, spacing: list[float], tile_step_size: float = 0.5, mirror: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Segment a scan; arguments as in `ScanPath.start`, on the network's device, answers as in `ScanPath.finish`.
-
-        Mirror views go through the network one at a time on a CPU, where more take memory and no less time.
-        """
-        with torch.no_grad():
-            state = self.path.start(image, spacing, tile_step_size, mirror)
-            for tile in range(state["tiles"].shape[0]):
-                views = self.path.views(state, tile)
-                at_once = 1 if views.device.type == "cpu" else views.shape[0]
-                seg_logits: list[Tensor] = []
-                class_logits: list[Tensor] = []
-                for batch in views.split(at_once):
-                    seg, classes = self.network(batch)
-                    seg_logits.append(seg)
-                    if classes is not None:
-                        class_logits.append(classes)
-                answer = torch.cat(class_logits) if len(class_logits) > 0 else None
-                state = self.path.add(state, tile, torch.cat(seg_logits), answer)
-            return self.path.finish(state)
-
-
-def _script(module: nn.Module) -> torch.jit.ScriptModule:
+def compiled(module: nn.Module) -> torch.jit.ScriptModule:
+    """Compile a module to TorchScript, for inference."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that torch.jit is deprecated
         return torch.jit.script(module.eval())
@@ -344,30 +278,4 @@ def _script(module: nn.Module) -> torch.jit.ScriptModule:
 
 def scan_path(plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground") -> torch.jit.ScriptModule:
     """Compile the path of a plan without its network; arguments and errors as in `ScanPath.of_plan`."""
-    return _script(ScanPath.of_plan(plan, mirror_axes, aggregation))
-
-
-def whole_path(
-    network: torch.jit.ScriptModule, plan: Plan, mirror_axes: Sequence[int], aggregation: str = "foreground"
-) -> torch.jit.ScriptModule:
-    """Compile the path of a plan together with its network.
-
-    Args:
-        network: Scripted or traced, from (N, C, *patch) to a tuple of segmentation logits (N, K, *patch) and, where the
-            plan has a classification head, class logits (N, S).
-        plan: The model's plan.
-        mirror_axes: Axes of the patch that the model was trained to be mirrored along.
-        aggregation: How answers for tiles become one: "foreground" or "mean".
-
-    Raises:
-        ModelError: For a plan that `ScanPath.of_plan` refuses, or a network that gives something else.
-        TypeError: For a network that is not compiled.
-    """
-    if not isinstance(network, torch.jit.ScriptModule):
-        raise TypeError(f"network must be a torch.jit.ScriptModule, got {type(network).__name__}: trace it first")
-    path = ScanPath.of_plan(plan, mirror_axes, aggregation)
-    try:
-        return _script(WholePath(path, network))
-    except RuntimeError as error:
-        expected = "(seg_logits, class_logits)" if path.class_names else "(seg_logits,)"
-        raise ModelError(f"the network must give a tuple {expected}; {str(error).strip()[:300]}") from error
+    return compiled(ScanPath.of_plan(plan, mirror_axes, aggregation))

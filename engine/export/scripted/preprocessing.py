@@ -1,8 +1,8 @@
 """Preprocessing as TorchScript: `pipeline.preprocessing` for a scan in a tensor.
 
-The size of the network's grid and normalisation are the engine's own functions. What is apart: the engine reads scans
-where they lie, in any type that numpy has, and fills masks with ITK; here the scan is a tensor, on any device, and
-there is nothing but torch. So statistics, boxes and masks are written for both.
+It calls the engine's functions for the size of the network's grid and for normalisation. Statistics, boxes and masks
+are separate, because the engine computes them from numpy arrays of any type, and fills masks with ITK. Here the scan is
+a tensor on any device, and only torch is available.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .resampling import ScriptResampling, inputs_of, resample_rows, store_grid, 
 
 
 def statistics(image: Tensor, mask: Tensor, masked: bool, planes: int = STATISTICS_PLANES) -> tuple[float, float]:
-    """Mean and standard deviation of (Z, Y, X), of what a mask shows where it is masked."""
+    """Mean and standard deviation of (Z, Y, X), within a mask if `masked`."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, image.shape[0], planes):
         values = image[start : start + planes]
@@ -32,10 +32,10 @@ def statistics(image: Tensor, mask: Tensor, masked: bool, planes: int = STATISTI
 
 
 def filled(occupied: Tensor) -> Tensor:
-    """Fill the holes of a mask, (Z, Y, X) bool: what cannot be reached from the border through faces of voxels.
+    """Fill the holes of a mask, (Z, Y, X) bool: voxels that are not connected to the border by faces.
 
     Note:
-        `preprocessing.filled_mask` without ITK. Sweeps along the axes carry the outside on until it grows no more.
+        `preprocessing.filled_mask` without ITK. Sweeps along the axes extend the outside until it stops growing.
     """
     free = occupied.logical_not()
     outside = torch.zeros_like(free)
@@ -55,7 +55,7 @@ def filled(occupied: Tensor) -> Tensor:
 
 
 def occupied_box(occupied: Tensor) -> list[list[int]]:
-    """Smallest half-open box around what is true in (Z, Y, X); the whole array where nothing is."""
+    """Smallest half-open box around the true voxels of (Z, Y, X); the whole array if there are none."""
     box: list[list[int]] = []
     for axis in range(3):
         places = occupied.movedim(axis, 0).flatten(1).any(1).nonzero()
@@ -66,7 +66,7 @@ def occupied_box(occupied: Tensor) -> list[list[int]]:
 
 
 def computable(image: Tensor) -> Tensor:
-    """Turn types that torch can store but hardly compute with into ones that hold the same values."""
+    """Convert types with which torch can hardly compute to types that hold the same values."""
     if image.dtype in (torch.bool, torch.uint16):
         return image.to(torch.int32)
     if image.dtype == torch.uint32:
@@ -95,16 +95,18 @@ class ScriptPreprocessing(nn.Module):
         self.resampling_logits = ScriptResampling(plan.resampling_logits)
 
     def begin(self, image: Tensor, spacing: list[float]) -> dict[str, Tensor]:
-        """Work out how a scan maps to the network's grid (`preprocessing.preprocess`).
+        """Find how a scan maps to the network's grid (`preprocessing.preprocess`).
 
         Args:
             image: (C, Z, Y, X) raw values.
             spacing: mm, (z, y, x).
 
         Returns:
-            A state with "image", the cropped scan, (C, Z, Y, X) with the network's axis order; "box", of the crop,
-            (3, 2); "mask", (Z, Y, X) bool, empty if not needed; "normalizations", (C, 4); "low" and "high", to clip
-            to; "shape", of the network's grid; and two grid maps, "grid" to that grid and "logits_grid" back.
+            A state with these entries: "image", the cropped scan (C, Z, Y, X) in the network's axis order; "box", the
+                crop
+            (3, 2); "mask", (Z, Y, X) bool, empty if it is not needed; "normalizations", (C, 4); "low" and "high", the
+            range to clip to; "shape", size of the network's grid; "grid", the map to that grid; "logits_grid", the map
+            back.
         """
         self._check(image, spacing)
         order = self.transpose_forward
@@ -129,7 +131,7 @@ class ScriptPreprocessing(nn.Module):
         return resample_rows(image, grid, start, stop, low, state["low"], state["high"])
 
     def _check(self, image: Tensor, spacing: list[float]) -> None:
-        """Refuse what is no scan for this model."""
+        """Refuse tensors that are not a scan for this model."""
         channels = len(self.schemes)
         if image.ndim != 4 or image.shape[0] != channels or image.numel() == 0:
             raise ValueError(f"image must be ({channels}, Z, Y, X) and not empty, got {list(image.shape)}")
@@ -144,7 +146,7 @@ class ScriptPreprocessing(nn.Module):
             raise ValueError("voxels must be finite, got NaN or infinity: replace them")
 
     def _map_grids(self, state: dict[str, Tensor], spacing: list[float]) -> None:
-        """Work out how the cropped scan becomes the network's grid, and logits come back."""
+        """Make the maps from the cropped scan to the network's grid, and from logits back."""
         image = state["image"]
         shape = [image.shape[1], image.shape[2], image.shape[3]]
         target = [spacing[0] if self.slicewise else self.spacing[0], self.spacing[1], self.spacing[2]]
@@ -157,7 +159,7 @@ class ScriptPreprocessing(nn.Module):
         store_grid(state, "logits_grid", back)
 
     def _choose_normalizations(self, state: dict[str, Tensor]) -> None:
-        """Fix the numbers of each channel, and the range that resampling clips to."""
+        """Choose the numbers of each channel, and the range to which resampling clips."""
         grid = stored_grid(state, "grid")
         numbers: list[list[float]] = []
         lows: list[Tensor] = []
@@ -180,5 +182,5 @@ class ScriptPreprocessing(nn.Module):
             numbers.append([chosen[0], chosen[1], chosen[2], chosen[3]])
             lows.append(low)
             highs.append(high)
-        state["normalizations"] = torch.tensor(numbers)  # float32, as voxels are when they are normalised
+        state["normalizations"] = torch.tensor(numbers)  # float32, the type of normalised voxels
         state["low"], state["high"] = torch.cat(lows), torch.cat(highs)

@@ -1,8 +1,8 @@
-"""Resampling as TorchScript: `pipeline.resampling` for operators that lie in tensors.
+"""Resampling as TorchScript: `pipeline.resampling` with operators that are stored in tensors.
 
-How an axis is resampled, the bands and the products with them are the engine's own functions. What is apart: the engine
-caches operators and hands normalisation and clipping to CUDA kernels. TorchScript can hold neither, so operators lie in
-the state and `resample_rows` does one after the other.
+It calls the engine's functions for the bands of operators and the products with them. One thing is separate: the engine
+caches operators, and its CUDA kernels normalise and clip. TorchScript supports neither, so operators are in the state,
+and `resample_rows` runs one step after the other.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class ScriptOperator(NamedTuple):
     Attributes:
         first: (n_out,) int64 on the CPU: the first input of each output.
         weights: (n_out, taps) float32 on the CPU.
-        matrix: (n_out, n_in), the same on the scan's device; empty where the axis stays as it is.
+        matrix: (n_out, n_in), the same as a matrix on the scan's device; empty if the axis does not change.
     """
 
     first: Tensor
@@ -39,7 +39,7 @@ class ScriptOperator(NamedTuple):
 
 
 class ScriptGrid(NamedTuple):
-    """How one grid becomes another (`resampling.GridMap`): operators along z, y, x, and where values are clipped."""
+    """The map from one grid to another (`resampling.GridMap`): operators along z, y, x, and where to clip values."""
 
     operators: list[ScriptOperator]
     last_axis: int
@@ -65,7 +65,7 @@ class ScriptResampling(nn.Module):
         new_spacing: list[float],
         device: torch.device,
     ) -> ScriptGrid:
-        """Work out the operators between two grids; shapes in voxels and spacings in mm, (z, y, x)."""
+        """Make the map between two grids; shapes are in voxels and spacings in mm, (z, y, x)."""
         stays = self.resampling.function == "none" or old_shape == new_shape
         coarse = -1 if stays else coarse_axis(self.resampling, old_spacing, new_spacing)
         operators: list[ScriptOperator] = []
@@ -82,7 +82,7 @@ class ScriptResampling(nn.Module):
 
 
 def store_grid(state: dict[str, Tensor], name: str, grid: ScriptGrid) -> None:
-    """Keep a grid map among a state's tensors."""
+    """Store a grid map in a state."""
     for axis in range(3):
         state[f"{name}.{axis}.first"] = grid.operators[axis].first
         state[f"{name}.{axis}.weights"] = grid.operators[axis].weights
@@ -91,7 +91,7 @@ def store_grid(state: dict[str, Tensor], name: str, grid: ScriptGrid) -> None:
 
 
 def stored_grid(state: dict[str, Tensor], name: str) -> ScriptGrid:
-    """Take a grid map out of a state again."""
+    """Read a grid map from a state."""
     operators: list[ScriptOperator] = []
     for axis in range(3):
         at = f"{name}.{axis}"
@@ -127,7 +127,7 @@ def resample_planes(data: Tensor, grid: ScriptGrid) -> Tensor:
 
 
 def step_in_plane(data: Tensor, grid: ScriptGrid) -> int:
-    """How many planes of (C, Z, Y, X) to resample in one piece."""
+    """Number of planes of (C, Z, Y, X) to resample in one piece."""
     return planes_at_once(list(data.shape), grid.operators[1].first.shape[0] * grid.operators[2].first.shape[0])
 
 
@@ -138,7 +138,7 @@ def resample_in_plane(data: Tensor, grid: ScriptGrid) -> Tensor:
 
 
 def value_range(data: Tensor, grid: ScriptGrid) -> tuple[Tensor, Tensor]:
-    """Least and greatest values of (C, Z, Y, X) that a grid map clips to, shaped to broadcast."""
+    """Least and greatest values of (C, Z, Y, X) to which a grid map clips, shaped to broadcast."""
     return extremes(data, grid.clip, grid.last_axis)
 
 
@@ -148,13 +148,13 @@ def resample_rows(
     """Resample to the planes [start, stop) of the new grid (`resampling.resample_rows`).
 
     Args:
-        data: (C, z, Y, X) float32: the input planes from `offset` on that these rows need.
-        grid: The map from the whole input grid to the new one.
+        data: (C, z, Y, X) float32, the input planes that these rows need.
+        grid: Map from the whole input grid to the new one.
         start: First plane of the new grid.
-        stop: The one after the last.
+        stop: Plane after the last one.
         offset: Index of the first plane in `data`.
-        low: Least values, which `value_range` gives for the whole input; read where the map clips.
-        high: Greatest values.
+        low: Least values from `value_range` for the whole input; used if the map clips.
+        high: Greatest values from `value_range`.
     """
     z = grid.operators[0]
     z_first = grid.clip == "volume" or grid.last_axis != 0

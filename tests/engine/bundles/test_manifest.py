@@ -128,7 +128,7 @@ class TestDamage:
 
     def test_an_artefact_that_nothing_vouches_for(self, bundle):
         change(bundle, files={})
-        with pytest.raises(BundleError, match=r"and nothing else, it holds 'network\.ts': nothing vouches for that"):
+        with pytest.raises(BundleError, match=r"and nothing else, it holds 'network\.ts', which cannot be verified"):
             Engine.load(bundle)
 
     @pytest.mark.parametrize("backend", [name for name in backends() if name not in ("tensorrt", "torch_tensorrt")])
@@ -159,7 +159,7 @@ class TestDamage:
             (b"{", "cannot be read"),
             (b"[]", "an object with a schema number"),
             (b'{"schema": true}', "an object with a schema number"),
-            (b'{"schema": 1}', "too much or too little: agreement, backend"),
+            (b'{"schema": 1}', "missing or unknown are agreement, backend"),
             (b"[" * 100_000, "cannot be read"),
         ],
     )
@@ -175,13 +175,13 @@ class TestDamage:
             ({"folds": ["../0"]}, "folds must be one or more names"),
             ({"folds": []}, "folds must be one or more names"),
             ({"mirror_axes": [0, 0]}, "mirror_axes must be among 0, 1, 2 and differ"),
-            ({"schema": 0}, "must have a schema from 1 on"),
+            ({"schema": 0}, "must have a schema of 1 or more"),
             ({"precision": "fp8"}, "in fp8, which this nnturbo lacks"),
             ({"machine": {"device": 1}}, "machine must be described in words"),
             ({"mirror_axes": [3]}, "mirror_axes must be among 0, 1, 2"),
             ({"plans": None}, "plans must be a dict"),
             ({"plans": {}}, "configurations"),
-            ({"extra": 1}, "too much or too little: extra"),
+            ({"extra": 1}, "missing or unknown are extra"),
             ({"backend": "magic"}, "was built for magic in fp32, which this nnturbo lacks"),
             ({"backend": "auto"}, "was built for auto in fp32, which this nnturbo lacks"),
             ({"precision": "fp16"}, "fp16 needs a GPU"),
@@ -218,5 +218,7 @@ class TestDamage:
         Engine.load(bundle)
         manifest = json.loads((bundle / MANIFEST).read_text())
         change(bundle, machine={**manifest["machine"], "cpu": "Z80"}, versions={"torch": "0.1"})
-        with pytest.raises(BundleError, match=r"cpu Z80 there, .+ here; torch 0\.1 there, .+ here.*Build it anew"):
+        with pytest.raises(
+            BundleError, match=r"cpu Z80 there, .+ here; torch 0\.1 there, .+ here.*Build it again on this machine"
+        ):
             Engine.load(bundle)

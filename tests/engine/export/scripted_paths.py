@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import torch
 from nnturbo.engine import Engine, EngineOptions, Volume
-from nnturbo.engine.export.scripted.path import whole_path
+from nnturbo.engine.export.scripted.whole_path import whole_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 

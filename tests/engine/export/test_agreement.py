@@ -112,7 +112,7 @@ class TestAgreement:
         monkeypatch.setattr(compilation, "usable_backends", lambda *_: [backends()["torch"]])
         monkeypatch.setattr(
             compilation,
-            "_calibration_tiles",
+            "calibration_tiles",
             lambda _, scans, __: calibrated.extend(scans) or torch.zeros(2, 1, 8, 12, 16),
         )
         monkeypatch.setattr(compilation, "measure_agreement", lambda _, __, scans, ___: measured.extend(scans) or 1 / 0)

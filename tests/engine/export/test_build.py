@@ -9,8 +9,8 @@ from nnturbo.engine import BackendUnavailable, BundleError, Engine, ModelError, 
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles import manifest as bundle_module
 from nnturbo.engine.bundles.manifest import is_bundle, read_manifest
-from nnturbo.engine.export import build as compilation
-from nnturbo.engine.export.build import CALIBRATION_TILES, _calibration_tiles
+from nnturbo.engine.export import calibration
+from nnturbo.engine.export.calibration import CALIBRATION_TILES, calibration_tiles
 from nnturbo.engine.model.folder import read_model
 
 
@@ -80,24 +80,24 @@ class TestBuild:
 class TestCalibrationTiles:
     def test_they_are_preprocessed_and_spread_over_the_scans(self, multi_task_model, several_tiles):
         loaded = read_model(multi_task_model)
-        tiles = _calibration_tiles(loaded, [several_tiles], torch.device("cpu"))
+        tiles = calibration_tiles(loaded, [several_tiles], torch.device("cpu"))
         assert tiles.shape[1:] == (1, 8, 12, 16)
         assert 1 < len(tiles) <= CALIBRATION_TILES
         assert tiles.abs().max() < 10  # normalised: the scan has hundreds
         assert tiles.std() > 0.1
 
     def test_many_are_thinned_evenly(self, multi_task_model, several_tiles, monkeypatch):
-        monkeypatch.setattr(compilation, "CALIBRATION_TILES", 3)
+        monkeypatch.setattr(calibration, "CALIBRATION_TILES", 3)
         loaded = read_model(multi_task_model)
         every = []
 
-        class Recorder(compilation._TileRecorder):
+        class Recorder(calibration._TileRecorder):
             def __call__(self, tiles):
                 every.append(tiles.clone())
                 return super().__call__(tiles)
 
-        monkeypatch.setattr(compilation, "_TileRecorder", Recorder)
-        tiles = _calibration_tiles(loaded, [several_tiles] * 3, torch.device("cpu"))
+        monkeypatch.setattr(calibration, "_TileRecorder", Recorder)
+        tiles = calibration_tiles(loaded, [several_tiles] * 3, torch.device("cpu"))
         places = [next(i for i, one in enumerate(every) if torch.equal(one[0], tile)) for tile in tiles]
         assert 2 <= len(tiles) <= 3
         assert len(every) > 12

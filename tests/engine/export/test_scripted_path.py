@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import read_volume
-from nnturbo.engine.export.scripted.path import whole_path
+from nnturbo.engine.export.scripted.whole_path import whole_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.options import AGGREGATIONS
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, ModelError, Volume
-from nnturbo.engine.export.scripted.path import scan_path, whole_path
+from nnturbo.engine.export.scripted.path import scan_path
+from nnturbo.engine.export.scripted.whole_path import whole_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.model.runner import NetworkOutput

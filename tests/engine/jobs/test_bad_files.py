@@ -64,7 +64,7 @@ BAD = {
         lambda path: [write_scan(path), write_scan(path.with_name("two_channels_0001.nii.gz"))],
         "1 channel",
     ),
-    "broken_link": (lambda path: path.symlink_to(path.with_name("moved.nii.gz")), "moved.nii.gz, which is not there"),
+    "broken_link": (lambda path: path.symlink_to(path.with_name("moved.nii.gz")), "moved.nii.gz, which does not exist"),
 }
 
 

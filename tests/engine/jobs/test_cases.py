@@ -156,7 +156,7 @@ def test_a_broken_link_is_called_one(tmp_path, scans):
     (scans / "d_0000.nii.gz").symlink_to(tmp_path / "moved.nii.gz")
     case = find_cases(scans, ".nii.gz")[-1]
     assert case.name == "d"
-    with pytest.raises(VolumeError, match="d_0000.nii.gz: a link to .*moved.nii.gz, which is not there"):
+    with pytest.raises(VolumeError, match="d_0000.nii.gz: a link to .*moved.nii.gz, which does not exist"):
         read_volume(case.images[0])
 
 

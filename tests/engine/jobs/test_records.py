@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nnturbo.engine import OutputError
+from nnturbo.engine.jobs.case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
-from nnturbo.engine.jobs.records import DONE, FAILED, KEPT, WRITING, CaseState, Fingerprint, Record, RecordFolder
+from nnturbo.engine.jobs.records import CaseState, RecordFolder
 from nnturbo.engine.scans.volume import Geometry, write_segmentation
 
 from tests.engine.factory import provenance
@@ -137,7 +138,7 @@ def test_a_correction_that_leaves_one_of_two_files_as_it_was_is_kept(record_fold
 def test_a_result_that_is_a_link_to_nothing_is_kept(record_folder):
     path = record_folder.output / "a.nii.gz"
     path.symlink_to(record_folder.output / "unmounted" / "a.nii.gz")
-    assert record_folder.state("a", [path], MADE_OF).kept == "a link to what is not there"
+    assert record_folder.state("a", [path], MADE_OF).kept == "a link to a file that does not exist"
 
 
 def test_what_nnturbo_wrote_beside_replaced_labels_goes_with_them(record_folder):

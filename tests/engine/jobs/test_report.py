@@ -11,7 +11,8 @@ import SimpleITK as sitk
 from nnturbo.engine import VolumeError
 from nnturbo.engine.cli import main
 from nnturbo.engine.files import write_json
-from nnturbo.engine.jobs.records import DONE, FAILED, Record, RecordFolder
+from nnturbo.engine.jobs.case_record import DONE, FAILED, Record
+from nnturbo.engine.jobs.records import RecordFolder
 from nnturbo.engine.jobs.report import write_report
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model, write_scan

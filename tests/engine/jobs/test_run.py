@@ -13,9 +13,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import OutputError
+from nnturbo.engine.jobs.case_record import Record
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.job import Job, ModelInfo
-from nnturbo.engine.jobs.records import Record
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline import prediction

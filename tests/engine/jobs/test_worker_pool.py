@@ -5,10 +5,10 @@ import random
 import pytest
 from nnturbo.engine import EngineError, ModelError, OutputError, PredictionError
 from nnturbo.engine.errors import DeviceLost
+from nnturbo.engine.jobs.case_record import DONE, FAILED, Fingerprint, Record
 from nnturbo.engine.jobs.cases import CaseFiles
 from nnturbo.engine.jobs.events import Ended, Ready, Stop, Tiles, Unusable
 from nnturbo.engine.jobs.job import Job, ModelInfo
-from nnturbo.engine.jobs.records import DONE, FAILED, Fingerprint, Record
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker_pool import Worker, WorkerPool, throttled
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine import CheckpointError, ModelError
+from nnturbo.engine.model.architecture import Architecture
 from nnturbo.engine.model.folder import read_model
-from nnturbo.engine.model.network import build_network, make_network, surely_fits
-from nnturbo.engine.model.plans import Architecture, parse_plan
+from nnturbo.engine.model.network import build_network, is_known_to_fit, make_network
+from nnturbo.engine.model.plans import parse_plan
 
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights, write_model
 from tests.engine.model.changed_json import ARCHITECTURE, ARGUMENTS, changed
@@ -99,7 +100,7 @@ TAPS, STRIDES = st.sampled_from([1, 3, 3, 3, 3, 3, 3, 2]), st.sampled_from([1, 2
     norm=st.sampled_from([*["instancenorm.InstanceNorm3d"] * 4, "batchnorm.BatchNorm3d"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_what_surely_fits_keeps_the_patch(network, kernels, first, strides, patch, norm):
+def test_what_is_known_to_fit_keeps_the_patch(network, kernels, first, strides, patch, norm):
     arguments = plans_json()["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     arguments |= {"n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": kernels}
     arguments |= {"strides": [first, *strides], "norm_op": f"torch.nn.modules.{norm}"}
@@ -123,7 +124,7 @@ def test_what_surely_fits_keeps_the_patch(network, kernels, first, strides, patc
     ordinary = (
         norm.startswith("instance") and first == [1, 1, 1] and all(taps % 2 for stage in kernels for taps in stage)
     )
-    if surely_fits(architecture, patch):
+    if is_known_to_fit(architecture, patch):
         assert gives == (1, 3, *patch)
     elif ordinary and divided:
         assert isinstance(gives, ValueError)  # a norm over one voxel

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Volume, VolumeError
-from nnturbo.engine.model.plans import ChannelNormalization, parse_plan
+from nnturbo.engine.model.plans import NormalizationScheme, parse_plan
 from nnturbo.engine.pipeline.normalization import choose_normalization, normalize_within
 from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box, preprocess
 from nnturbo.kernels import normalize
@@ -34,8 +34,8 @@ def test_z_score_uses_the_region_it_is_told(length):
     image = smooth_scan((length, 9, 10)).astype(np.float32)
     image[:, :4] = 0
     mask = image != 0
-    whole = choose_normalization(ChannelNormalization(scheme="ZScoreNormalization", use_mask=False), image, mask, "")
-    inside = choose_normalization(ChannelNormalization(scheme="ZScoreNormalization", use_mask=True), image, mask, "")
+    whole = choose_normalization(NormalizationScheme(scheme="ZScoreNormalization", use_mask=False), image, mask, "")
+    inside = choose_normalization(NormalizationScheme(scheme="ZScoreNormalization", use_mask=True), image, mask, "")
     assert (whole.shift, whole.scale) == pytest.approx((image.mean(), image.std()), rel=1e-5)
     assert (inside.shift, inside.scale) == pytest.approx((image[mask].mean(), image[mask].std()), rel=1e-5)
     result = normalize_within(torch.from_numpy(image)[None], [inside.numbers], [True], torch.from_numpy(mask))[
@@ -46,7 +46,7 @@ def test_z_score_uses_the_region_it_is_told(length):
 
 
 def test_ct_numbers_are_clipped_shifted_and_scaled():
-    channel = ChannelNormalization(scheme="CTNormalization", use_mask=False, low=-10, high=20, mean=5, std=2)
+    channel = NormalizationScheme(scheme="CTNormalization", use_mask=False, low=-10, high=20, mean=5, std=2)
     numbers = choose_normalization(channel, np.zeros((1, 1, 1)), None, "").numbers
     assert normalize(torch.tensor([[-99, 5, 99]], dtype=torch.int16), [numbers]).tolist() == [[-7.5, 0, 7.5]]
 
@@ -54,12 +54,12 @@ def test_ct_numbers_are_clipped_shifted_and_scaled():
 def test_a_constant_scan_does_not_divide_by_zero():
     for scheme in ("ZScoreNormalization", "RescaleTo01Normalization"):
         image = np.full((4, 5, 6), 7, np.int16)
-        numbers = choose_normalization(ChannelNormalization(scheme=scheme, use_mask=False), image, None, "").numbers
+        numbers = choose_normalization(NormalizationScheme(scheme=scheme, use_mask=False), image, None, "").numbers
         assert normalize(torch.full((1, 4, 5, 6), 7.0), [numbers]).abs().max() == 0
 
 
 def test_rgb_values_must_be_bytes():
-    channel = ChannelNormalization(scheme="RGBTo01Normalization", use_mask=False)
+    channel = NormalizationScheme(scheme="RGBTo01Normalization", use_mask=False)
     for value in (-1, 256):
         with pytest.raises(VolumeError, match="scan-a: an RGB channel must hold values from 0 to 255"):
             choose_normalization(channel, np.full((1, 1, 1), value), None, "scan-a")

@@ -145,7 +145,7 @@ class TestReadVolume:
         assert read_volume(files).array.shape == (2, 4, 5, 6)
 
     def test_refuses_a_wrong_number_of_channels_before_reading(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(volume_module, "_read_channels", lambda sources: pytest.fail("must not be read"))
+        monkeypatch.setattr(volume_module, "read_channels", lambda sources: pytest.fail("must not be read"))
         files = [write_image(tmp_path / name, ramp()) for name in ("a.nii.gz", "b.nii.gz")]
         with pytest.raises(VolumeError, match=r"takes 3 channel\(s\), got 2: .*_0000\.nii\.gz, case_0001\.nii\.gz"):
             read_volume(files, channels=3)

@@ -38,7 +38,7 @@ struct Prediction {
 /// Engines can be moved but not copied. `predict` may be called from several threads at once: nothing
 /// in an engine changes after its construction, and each call keeps its sums to itself. On a CPU torch
 /// already spreads one scan over all cores, so threads gain little there. AOTInductor packages run
-/// one tile at a time, whatever the number of threads.
+/// one tile at a time, for any number of threads.
 class Engine {
  public:
   /// Opens a bundle, after checking each of its files against the SHA-256 in its manifest.

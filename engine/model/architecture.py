@@ -1,0 +1,64 @@
+"""The network that a plan asks for, described by its class and the arguments for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .json_values import take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The network of a plan: class name, arguments, and the names of those arguments that are classes."""
+
+    class_name: str
+    arguments: Mapping[str, Any]
+    class_arguments: tuple[str, ...]
+
+
+def parse_architecture(configuration: Mapping[str, Any]) -> Architecture:
+    """Read the network's description; plans from before nnU-Net 2.4 spread it over the configuration.
+
+    Args:
+        configuration: One entry of `configurations` in plans.json, with what it inherits.
+
+    Raises:
+        ModelError: Where something is missing or of the wrong kind.
+    """
+    if "architecture" in configuration:
+        described = take(configuration, "architecture", dict, "plans.json")
+        where = "plans.json: architecture"
+        return Architecture(
+            class_name=take(described, "network_class_name", str, where),
+            arguments=take(described, "arch_kwargs", dict, where),
+            class_arguments=tuple(map(str, take(described, "_kw_requires_import", list, where))),
+        )
+    where = "plans.json without 'architecture'"
+    name = take(configuration, "UNet_class_name", str, where)
+    blocks = take(configuration, "n_conv_per_stage_encoder", list, where)
+    base = take(configuration, "UNet_base_num_features", int, where)
+    most = take(configuration, "unet_max_num_features", int, where)
+    dimensions = len(take(configuration, "patch_size", list, where))
+    arguments = {
+        "n_stages": len(blocks),
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(min(len(blocks), 32))],
+        "conv_op": f"torch.nn.Conv{dimensions}d",
+        "kernel_sizes": take(configuration, "conv_kernel_sizes", list, where),
+        "strides": take(configuration, "pool_op_kernel_sizes", list, where),
+        "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": blocks,
+        "n_conv_per_stage_decoder": take(configuration, "n_conv_per_stage_decoder", list, where),
+        "conv_bias": True,
+        "norm_op": f"torch.nn.InstanceNorm{dimensions}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return Architecture(
+        class_name=f"dynamic_network_architectures.architectures.unet.{name}",
+        arguments=arguments,
+        class_arguments=("conv_op", "norm_op", "dropout_op", "nonlin"),
+    )
