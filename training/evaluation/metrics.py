@@ -71,7 +71,7 @@ def dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
 
 def surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Voxels of a mask with a face to the outside; voxels beyond the array are outside."""
-    return mask & ~ndimage.binary_erosion(mask)
+    return mask & np.logical_not(ndimage.binary_erosion(mask))
 
 
 def normalised_surface_dice(
