@@ -108,7 +108,7 @@ def alone(folder: Path) -> dict[str, float]:
     """Load and run a bundle in a separate process."""
     answer = folder.parent / "alone.json"
     run = run_measured(python("-c", ALONE, str(folder), str(answer)))
-    return {**json.loads(answer.read_text()), "peak_bytes": run.peak_bytes}
+    return {**json.loads(answer.read_bytes()), "peak_bytes": run.peak_bytes}
 
 
 def measure(name: str, model: Model, rounds: int, precisions: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    stored = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"rows": []}
+    stored = json.loads(options.json.read_bytes()) if options.json and options.json.exists() else {"rows": []}
     if stored.get("machine", machine()["machine"]) != machine()["machine"]:
         parser.error(f"{options.json} holds what another machine measured: give another file")
     kept = stored["rows"]  # results of other models stay

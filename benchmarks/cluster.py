@@ -64,7 +64,7 @@ def main() -> None:
 
 def rate(log: Path) -> float:
     """Cases per second between the first and the last finished case."""
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     times = [datetime.fromisoformat(event.time) for event in events if event.kind == "done"]
     return (len(times) - 1) / (times[-1] - times[0]).total_seconds()
 

@@ -100,7 +100,7 @@ def compare(
         audit = compare_labels(outputs["stock"], outputs["nnturbo"], found.plan.labels.written, ending)
         if multi_task:
             audit |= compare_classes(outputs["nnturbo"], model, fold, mirror, cases)
-        ran = json.loads((outputs["nnturbo"] / "predictions.json").read_text())["cases"][0]["provenance"]
+        ran = json.loads((outputs["nnturbo"] / "predictions.json").read_bytes())["cases"][0]["provenance"]
     medians = {
         what: {side: statistics.median(getattr(run, what) for run in taken[1:]) for side, taken in runs.items()}
         for what in ("seconds", "cpu_seconds", "peak_bytes", *(GPU_MEMORY if device != "cpu" else ()))
@@ -190,7 +190,7 @@ def compare_classes(answered: Path, model: Path, fold: str, mirror: bool, cases:
     Returns:
         `classes` compared, `classes_differing`, and the greatest `probability_difference` of any class.
     """
-    written = {case["name"]: case for case in json.loads((answered / "predictions.json").read_text())["cases"]}
+    written = {case["name"]: case for case in json.loads((answered / "predictions.json").read_bytes())["cases"]}
     reference = Engine.load(model, folds=[fold], backend="torch", precision="fp32", device="cpu", mirror=mirror)
     differing, furthest = 0, 0.0
     for case in cases:

@@ -103,8 +103,8 @@ def draw(name: str) -> None:
     # Text stays text, and the same data give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nnturbo"}):
         drawn = io.StringIO()
-        figure = DRAWN[name](json.loads((RESULTS / f"{name}.json").read_text()))
+        figure = DRAWN[name](json.loads((RESULTS / f"{name}.json").read_bytes()))
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Description": source_of(name)})
     FIGURES.mkdir(parents=True, exist_ok=True)
     lines = (line.rstrip() for line in drawn.getvalue().splitlines())
-    (FIGURES / f"{name}.svg").write_text("\n".join(lines) + "\n")
+    (FIGURES / f"{name}.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ def main() -> int:
     if options.keep:
         write_report(KEPT, {"benchmark": "guard", "ratios": ratios})
         return 0
-    slow = too_slow(ratios, json.loads(KEPT.read_text())["ratios"])
+    slow = too_slow(ratios, json.loads(KEPT.read_bytes())["ratios"])
     print("\n".join(slow) or "nothing became much slower")
     return int(bool(slow))
 

@@ -56,8 +56,8 @@ def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse
     from nnturbo.training.trainer import nnUNetTrainerMultiTask
 
     recipe = replace(PRESETS["balanced"], oversample_foreground=1.0)
-    plans = json.loads((options.preprocessed / options.dataset / f"{options.plans}.json").read_text())
-    dataset = json.loads((options.preprocessed / options.dataset / "dataset.json").read_text())
+    plans = json.loads((options.preprocessed / options.dataset / f"{options.plans}.json").read_bytes())
+    dataset = json.loads((options.preprocessed / options.dataset / "dataset.json").read_bytes())
     plans |= {"nnturbo_recipe": recipe.describe(), "continue_training": False}
     with (
         tempfile.TemporaryDirectory() as results,

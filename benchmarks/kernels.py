@@ -43,7 +43,7 @@ def compile_variant(kernel: str, dtype: torch.dtype, lines: bool | None) -> list
     """
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / f"{kernel}.cu"
-        text.write_text(loader.source(kernel, dtype, lines))
+        text.write_text(loader.source(kernel, dtype, lines), encoding="utf-8")
         targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
         done = subprocess.run(
             ["nvcc", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v", "-fatbin", *targets, "-o",

@@ -68,8 +68,8 @@ def write_model(folder: Path, classes: int = CLASSES, mirror_axes: tuple[int, ..
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
     (folder / "fold_0").mkdir(parents=True)
-    (folder / "plans.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(json.dumps(dataset))
+    (folder / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     torch.save(
         {"network_weights": network.state_dict(), "init_args": {"configuration": "3d_fullres"},
          "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": mirror_axes or None},

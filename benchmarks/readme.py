@@ -30,7 +30,7 @@ TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def load(name: str) -> dict[str, Any]:
     """Content of one stored result."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_bytes())
 
 
 def instructions(stored: dict[str, Any]) -> str:
@@ -420,7 +420,7 @@ def main() -> None:
         draw(name)
     for name in DOCUMENTS:
         path = ROOT / name
-        path.write_text(filled(path.read_text()))
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _gpu_memory() -> Iterator[list[tuple[float, int]]]:
 
 
 def _run_measured(command: Sequence[str], environment: dict[str, str]) -> Run:
-    with tempfile.NamedTemporaryFile("r") as told:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as told:
         done = subprocess.run(
             [sys.executable, "-S", "-c", LAUNCHER, told.name, *command],
             env={**os.environ, **environment},
@@ -176,4 +176,4 @@ def _commit() -> str:
 def write_report(path: Path | None, content: dict[str, Any]) -> None:
     """Write one benchmark's result as JSON, with machine, versions and commit; without a path, write nothing."""
     if path is not None:
-        path.write_text(json.dumps({**content, **machine()}, indent=1) + "\n")
+        path.write_text(json.dumps({**content, **machine()}, indent=1) + "\n", encoding="utf-8")

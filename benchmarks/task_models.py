@@ -102,8 +102,8 @@ def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -
         if ".norm.weight" in name:
             parameter.data.add_(1)
     (folder / "fold_0").mkdir(parents=True)
-    (folder / "plans.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(json.dumps(dataset))
+    (folder / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     checkpoint = {
         "network_weights": made.state_dict(),
         "init_args": {"configuration": "3d_fullres"},
@@ -117,7 +117,7 @@ def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -
 def ordinary_model(multi_task: Path, folder: Path, spacing_mm: Sequence[float] | None = None) -> Path:
     """Make an ordinary model of a multi-task one: the same U-Net, for nnU-Net itself, on another grid if asked."""
     shutil.copytree(multi_task, folder)
-    plans = json.loads((folder / "plans.json").read_text())
+    plans = json.loads((folder / "plans.json").read_bytes())
     for configuration in plans["configurations"].values():
         architecture = configuration.get("architecture", {"arch_kwargs": {}})
         if architecture["arch_kwargs"].pop("head", None) is not None:

@@ -183,7 +183,7 @@ class Waterfall:
                 python("-c", code, str(answer), str(self.models[model]), str(self.scan), str(out), *of_all, *rest),
                 environment=quiet,
             )
-            stages = json.loads(answer.read_text())
+            stages = json.loads(answer.read_bytes())
             whole = stages.pop("whole", None)
             seconds = whole if step == "loaded model" else run.seconds
             stages["start"] = seconds - sum(stages.values())

@@ -21,6 +21,12 @@ TEMPORARY = ".writing-file-"
 _ABANDONED_S = 600
 """A file that is being written changes more often."""
 
+_HELD_BY_ANOTHER = (5, 32)
+"""What Windows says of files that another program has open: access denied, sharing violation."""
+
+_HELD_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""How long to wait between attempts; virus scanners let go of a new file after a second or so."""
+
 
 def cache_root() -> Path | None:
     """Where compiled models are kept: what NNTURBO_CACHE names, or `~/.cache/nnturbo`; None for a user without home."""
@@ -50,9 +56,25 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
         temporary = folder / f"new{ending or path.suffix}"
         yield temporary
         for written in sorted(folder.iterdir(), key=lambda each: each == temporary):
-            with written.open("rb") as file:
+            with written.open("r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
-            written.replace(path if written == temporary else path.with_name(written.name))
+            put_in_place(written, path if written == temporary else path.with_name(written.name))
+
+
+def put_in_place(written: Path, path: Path) -> None:
+    """Give a file or folder its final name; on Windows, wait a little for a program that has one of the two open.
+
+    Raises:
+        OSError: Where it stays as it was.
+    """
+    for pause_s in (*_HELD_S, None):
+        try:
+            written.replace(path)
+            return
+        except PermissionError as error:
+            if pause_s is None or getattr(error, "winerror", None) not in _HELD_BY_ANOTHER:
+                raise
+        time.sleep(pause_s)
 
 
 @contextlib.contextmanager
@@ -97,4 +119,4 @@ def sha256(path: Path) -> str:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON, complete or not at all."""
     with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

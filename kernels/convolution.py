@@ -44,7 +44,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         raise OSError("there is no C++ compiler")
     # What the compiler knows of itself and of this processor.
     about = _run([command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\n".join([about, *FLAGS, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([about, *FLAGS, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
     path = folder / f"convolution-{key}.so"
     try:
         library = ctypes.CDLL(str(path))
@@ -53,7 +53,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as aside:
             made = Path(aside) / path.name
             _run([command, *FLAGS, "-o", str(made), str(SOURCE)])
-            with made.open("rb") as written:
+            with made.open("r+b") as written:
                 os.fsync(written.fileno())  # half a library would end the process that loads it
             made.replace(path)
         library = ctypes.CDLL(str(path))
@@ -70,7 +70,7 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
         raise OSError(f"{command[0]} fails: {reason:.300}")

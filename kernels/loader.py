@@ -56,7 +56,13 @@ def source(kernel: str, dtype: torch.dtype, lines: bool | None = None) -> str:
         lines: Value of its `LINES`, if it has that parameter.
     """
     types = f"typedef {TYPES[dtype]} T;\n" + ("" if lines is None else f"const bool LINES = {str(lines).lower()};\n")
-    return "\n".join([(FOLDER / "common.cuh").read_text(), types, (FOLDER / f"{kernel}.cu").read_text()])
+    return "\n".join(
+        [
+            (FOLDER / "common.cuh").read_text(encoding="utf-8"),
+            types,
+            (FOLDER / f"{kernel}.cu").read_text(encoding="utf-8"),
+        ]
+    )
 
 
 @lru_cache(maxsize=64)

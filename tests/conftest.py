@@ -18,6 +18,13 @@ TRAINERS = ROOT / "training" / "nnunet_trainers"
 ROWS = pytest.StashKey[list[ParityRow]]()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what Windows cannot do, there and where it is simulated (tests/windows)."""
+    for mark in item.iter_markers("posix"):
+        if not hasattr(os, "fork"):
+            pytest.skip(f"needs {mark.args[0]}, which Windows has not")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Keep what tests compile out of the user's cache."""

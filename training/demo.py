@@ -79,7 +79,9 @@ def demonstrate(
     outcome = predict_cases(engine, find_cases(output / "test", ".nii.gz"), Job(output=predictions))
     if outcome.failed:
         raise PredictionError("; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
-    records = {record["name"]: record for record in json.loads((predictions / "predictions.json").read_text())["cases"]}
+    records = {
+        record["name"]: record for record in json.loads((predictions / "predictions.json").read_bytes())["cases"]
+    }
     subtypes = _read_answers(truth / "subtype_results.csv")
     evaluation = evaluate(predictions, truth, subtypes=subtypes, resamples=500)
     # The case in the middle: neither the best nor the worst.

@@ -26,7 +26,7 @@ def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for line in lines for name in line))
-    with written_atomically(folder / HISTORY_FILE) as path, path.open("w", newline="") as file:
+    with written_atomically(folder / HISTORY_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

@@ -72,12 +72,12 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
         DatasetError: Where a file or the split is missing.
     """
     subtypes, _ = read_classes(preprocessed_dataset / LABELS_FILE)
-    dataset = json.loads((preprocessed_dataset / "dataset.json").read_text())
+    dataset = json.loads((preprocessed_dataset / "dataset.json").read_bytes())
     if fold == "all":
         ending = dataset["file_ending"]
         cases = sorted(path.name.removesuffix(ending) for path in (raw_dataset / "labelsTr").glob(f"*{ending}"))
     else:
-        splits = json.loads((preprocessed_dataset / SPLITS_FILE).read_text())
+        splits = json.loads((preprocessed_dataset / SPLITS_FILE).read_bytes())
         if not 0 <= int(fold) < len(splits):
             raise DatasetError(f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is none")
         cases = sorted(splits[int(fold)]["train"])

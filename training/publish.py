@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..engine.errors import OutputError
-from ..engine.files import write_json, written_atomically
+from ..engine.files import put_in_place, write_json, written_atomically
 from ..engine.model.folder import read_model
 from .history import CURVES_FILE, HISTORY_FILE
 
@@ -62,7 +62,7 @@ def publish_model(
                     shutil.copyfile(path, aside / of_fold / path.name)
         write_json(aside / "plans.json", model.plans)
         write_json(aside / "dataset.json", model.dataset)
-        aside.rename(target)
+        put_in_place(aside, target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:

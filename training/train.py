@@ -102,8 +102,8 @@ def _read_preprocessed(folder: Path, plans_name: str, configuration: str) -> tup
     for name in (f"{plans_name}.json", "dataset.json"):
         if not (folder / name).is_file():
             raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
-    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text())
-    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text(encoding="utf-8"))
+    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
     if not arrays.is_dir():
         raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")
@@ -116,7 +116,7 @@ def _check_fold(fold: int | str, splits_file: Path) -> int | str:
         return fold
     if not splits_file.is_file():
         raise DatasetError(f"{splits_file} is missing: run nnturbo prepare first, or train fold all")
-    count = len(json.loads(splits_file.read_text()))
+    count = len(json.loads(splits_file.read_bytes()))
     if not str(fold).isdecimal() or int(fold) >= count:
         raise ValueError(f"fold must be 'all' or below {count}, the number of splits in {splits_file}, got {fold!r}")
     return int(fold)

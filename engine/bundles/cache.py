@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,9 @@ from ..errors import BundleError
 from ..files import cache_root
 from ..model.folder import Model
 from .manifest import MANIFEST, WRITING, Manifest, compile_model, new_bundle, read_manifest
+
+if TYPE_CHECKING:
+    from filelock import ReadWriteLock
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +57,13 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
     description = json.dumps(asdict(manifest), sort_keys=True).encode()
     folder = root / hashlib.sha256(description).hexdigest()[:KEY_LENGTH]
     while True:
-        with _locked(folder, fcntl.LOCK_SH):
+        with _lock(folder).read_lock():
             if _is_whole(folder):
                 with contextlib.suppress(OSError):  # another user's, in a shared cache
                     os.utime(folder / MANIFEST)
                 yield folder
                 return
-        with _locked(folder, fcntl.LOCK_EX):
+        with _lock(folder).write_lock():
             if not _is_whole(folder):
                 for left in (folder, *root.glob(f"{WRITING}{folder.name}-*")):
                     shutil.rmtree(left, ignore_errors=True)
@@ -101,16 +104,17 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, operation: int) -> Iterator[None]:
-    """Hold a lock on a bundle: shared while it is used, exclusive while it is made or removed."""
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, operation)
-        yield
+def _lock(folder: Path) -> ReadWriteLock:
+    """Give the lock of a bundle, across processes: to read while it is used, to write while it is made or removed."""
+    from filelock import ReadWriteLock
+
+    return ReadWriteLock(folder.with_suffix(".lock"), is_singleton=False)  # threads keep each other out too
 
 
 def _remove_oldest(root: Path, *, keep: Path) -> None:
     """Remove what was not used for longest until the rest is small enough; what is in use stays."""
+    from filelock import Timeout
+
     found = []
     for manifest in root.glob(f"{'[0-9a-f]' * KEY_LENGTH}/{MANIFEST}"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it at this moment
@@ -122,6 +126,6 @@ def _remove_oldest(root: Path, *, keep: Path) -> None:
             return
         if folder == keep:
             continue
-        with contextlib.suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with contextlib.suppress(Timeout), _lock(folder).write_lock(timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
             total -= size

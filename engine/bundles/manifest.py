@@ -19,7 +19,7 @@ import torch
 from ..backends import Backend
 from ..backends.choose import backends
 from ..errors import BackendUnavailable, BundleError, EngineError, OutputError
-from ..files import sha256, write_json
+from ..files import put_in_place, sha256, write_json
 from ..model.folder import Model
 from ..model.plans import parse_plan
 from ..options import PRECISIONS
@@ -133,7 +133,7 @@ def new_bundle(out: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o755)  # mkdtemp makes folders private
-        aside.rename(out)
+        put_in_place(aside, out)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:

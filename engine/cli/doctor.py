@@ -96,7 +96,7 @@ def _usable_cores() -> int:
 def _cpuinfo(key: str) -> str:
     """Read one value of the first processor from /proc/cpuinfo; empty if there is none."""
     path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()

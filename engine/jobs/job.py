@@ -180,7 +180,7 @@ def check_overwriting(info: ModelInfo, cases: Sequence[CaseFiles], job: Job) -> 
     for name, content in {PLANS: info.plans, DATASET: info.dataset, SUBTYPES: None}.items():
         path = job.output / name
         try:
-            if json.loads(path.read_text()) == content:
+            if json.loads(path.read_bytes()) == content:
                 continue
         except (FileNotFoundError, NotADirectoryError):
             continue

@@ -30,6 +30,7 @@ class ProgressLine:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._live = stream.isatty()
+        self._width = 0  # of the line that is there
         self._cases = self._done = self._failed = 0
         self._tiles: dict[str, tuple[int, int]] = {}
         self._began = self._said = clock()
@@ -50,7 +51,8 @@ class ProgressLine:
                 self._failed += isinstance(event, Failed)
             case Finished():
                 if self._live:
-                    self._show("\r\x1b[K")
+                    self._replace("")
+                    self._show("\r")
                 return
         now = self._clock()
         if now - self._said >= (_ON_TERMINAL_S if self._live else _ELSEWHERE_S):
@@ -60,10 +62,14 @@ class ProgressLine:
     def _say(self, now: float) -> None:
         text = self.text(now)
         if self._live:
-            text = "\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+            self._replace(text[: shutil.get_terminal_size().columns - 1])
         else:
-            text += "\n"
-        self._show(text)
+            self._show(text + "\n")
+
+    def _replace(self, text: str) -> None:
+        """Write over the line that is there, and spaces over its end: old consoles know no sequence that clears it."""
+        self._show("\r" + text.ljust(self._width))
+        self._width = len(text)
 
     def _show(self, text: str) -> None:
         """Write; if the stream is closed, the job continues without progress."""

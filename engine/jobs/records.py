@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import OutputError
-from ..files import remove_abandoned, write_json, written_atomically
+from ..files import put_in_place, remove_abandoned, write_json, written_atomically
 from ..scans.label_file import is_whole
 from .case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from .made_of import MadeOf
@@ -155,7 +155,7 @@ class RecordFolder:
             self.write(replace(record, status=WRITING, replaces=before))
             for file in files:
                 target = self.output / file
-                (folder / file).replace(target)
+                put_in_place(folder / file, target)
             for file in before.keys() - results.keys():  # files of the replaced result
                 target = self.output / file
                 target.unlink()
@@ -194,7 +194,10 @@ class RecordFolder:
         while seen != (found := self.stamps()):
             seen = found
             kept = []
-            with written_atomically(self.output / PREDICTIONS) as temporary, temporary.open("w") as file:
+            with (
+                written_atomically(self.output / PREDICTIONS) as temporary,
+                temporary.open("w", encoding="utf-8") as file,
+            ):
                 file.write(_TABLE_BEGINS)
                 for index, record in enumerate(self._ended()):
                     file.write(",\n" if index else "")
@@ -208,7 +211,7 @@ class RecordFolder:
         """Read the record of a case; None if it is missing or damaged, so that no file counts as its result."""
         path = self._path(name)
         try:
-            record = Record.from_json(json.loads(path.read_text()))
+            record = Record.from_json(json.loads(path.read_bytes()))
             if record.name == name:
                 return record
         except FileNotFoundError:
@@ -278,7 +281,7 @@ def _check_ours(path: Path) -> None:
             # Parsing a table of thousands of cases takes a second.
             if file.read(len(_TABLE_BEGINS)) == _TABLE_BEGINS.encode():
                 return
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if content["schema"] == SCHEMA and isinstance(content["cases"], list):
             return
         reason = "it has another schema"

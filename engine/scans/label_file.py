@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import EngineError, IncompleteFile, VolumeError
+from ..files import put_in_place
 from .geometry import IDENTITY_DIRECTION, Geometry
 from .image_file import check_claim, check_stored, check_stored_voxels, open_image_file
 from .image_header import DETACHED_ENDINGS, IMAGE_ENDINGS, image_ending, read_nifti
@@ -79,7 +80,7 @@ def write_label_file(
         # A header contains the name of its data file, made of its own stem: so it is renamed afterwards.
         written = path.with_name(f"{stem}{ending}") if ending in DETACHED_ENDINGS else path
         _write_image(written, voxels, geometry)
-        written.replace(path)
+        put_in_place(written, path)
     elif voxels.ndim == 2:
         write_picture(path, voxels)
     else:

@@ -1,8 +1,8 @@
 """Files that appear only when they are complete."""
 
 import pytest
-from nnturbo.engine import OutputError
-from nnturbo.engine.files import write_json, written_atomically
+from nnturbo.engine import OutputError, files
+from nnturbo.engine.files import put_in_place, write_json, written_atomically
 
 
 class TestWrittenAtomically:
@@ -38,3 +38,50 @@ class TestWrittenAtomically:
         write_json(tmp_path / "a.json", {})
         (tmp_path / "b.json").write_text("{}")
         assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+
+class TestPutInPlace:
+    """What another program has open, as Windows tells it."""
+
+    @pytest.fixture
+    def refuse(self, monkeypatch):
+        """Let the next attempts fail; gives how often was waited."""
+        pauses = []
+        monkeypatch.setattr(files.time, "sleep", pauses.append)
+
+        def refuse(times, **attributes):
+            replace, left = files.Path.replace, [times]
+
+            def attempt(self, target):
+                if left[0]:
+                    left[0] -= 1
+                    error = PermissionError(13, "Permission denied")
+                    vars(error).update(attributes)
+                    raise error
+                return replace(self, target)
+
+            monkeypatch.setattr(files.Path, "replace", attempt)
+            return pauses
+
+        return refuse
+
+    @pytest.mark.parametrize("winerror", [5, 32])
+    def test_is_waited_for(self, tmp_path, refuse, winerror):
+        pauses = refuse(3, winerror=winerror)
+        write_json(tmp_path / "a.json", [1])
+        assert (tmp_path / "a.json").read_text() == "[\n 1\n]\n"
+        assert len(pauses) == 3
+
+    def test_is_not_waited_for_without_end(self, tmp_path, refuse):
+        pauses = refuse(100, winerror=32)
+        with pytest.raises(OutputError, match=r"a\.json cannot be written: Permission denied"):
+            write_json(tmp_path / "a.json", [1])
+        assert 2 < sum(pauses) < 5
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_is_not_allowed_fails_at_once(self, tmp_path, refuse):
+        pauses = refuse(1)
+        (tmp_path / "a").write_text("")
+        with pytest.raises(PermissionError):
+            put_in_place(tmp_path / "a", tmp_path / "b")
+        assert pauses == []

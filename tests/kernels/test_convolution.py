@@ -169,6 +169,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
             assert torch.equal(convolved(kernels, threads), expected)
 
 
+@pytest.mark.posix("forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_that_was_forked_has_threads_of_its_own(kernels):
     expected = convolved(kernels, 2).sum().item()

@@ -126,7 +126,7 @@ def _training_cases(dataset_folder: Path, target: Path) -> frozenset[str]:
 
 def _first_split(path: Path) -> dict[str, frozenset[str]]:
     try:
-        split = json.loads(path.read_text())[0]
+        split = json.loads(path.read_bytes())[0]
         return {part: frozenset(split[part]) for part in ("train", "val")}
     except (ValueError, LookupError, TypeError) as error:
         raise DatasetError(
@@ -186,7 +186,7 @@ def _plan(name: str, preprocessed: Path, planner: str, training_cases: frozenset
     planning.plan_experiment()
     plans_file = preprocessed / name / f"{planning.plans_identifier}.json"
     if planner == "compact":
-        plans = json.loads(plans_file.read_text())
+        plans = json.loads(plans_file.read_bytes())
         _make_compact(plans["configurations"]["3d_fullres"])
         write_json(plans_file, plans)
     return plans_file

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ...engine.errors import OutputError, VolumeError
-from ...engine.files import write_json, written_atomically
+from ...engine.files import put_in_place, write_json, written_atomically
 from ...engine.scans.volume import Volume, read_volume, write_segmentation
 from .cases import (
     ENDING,
@@ -200,12 +200,12 @@ def _built_aside(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         if target.exists():
-            target.rename(displaced)
+            put_in_place(target, displaced)
         try:
-            partial.rename(target)
+            put_in_place(partial, target)
         except BaseException:  # an interruption too
             if displaced.exists():
-                displaced.rename(target)
+                put_in_place(displaced, target)
             raise
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; choose another folder") from error
@@ -255,5 +255,8 @@ def _write_descriptions(folder: Path, name: str, cases: Sequence[SourceCase]) ->
     write_json(folder / "dataset.json", description)
     write_json(folder / SPLITS_FILE, [{"train": by_split["train"], "val": by_split["validation"]}])
     rows = [(case.name, case.subtype, case.split) for case in cases if case.subtype is not None]
-    with written_atomically(folder / LABELS_FILE) as temporary, temporary.open("w", newline="") as file:
+    with (
+        written_atomically(folder / LABELS_FILE) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file, lineterminator="\n").writerows([("case", "subtype", "split"), *rows])

@@ -124,7 +124,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
 def _write_cases(evaluation: Evaluation, path: Path) -> None:
     names = [field.name for field in fields(StructureMetrics)]
     header = ["case", "is_missing", *(f"{part}_{name}" for part in ("whole", "lesion") for name in names)]
-    with written_atomically(path) as temporary, temporary.open("w", newline="") as file:
+    with written_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*header, "subtype", "predicted_subtype"])
         for case in evaluation.cases:

@@ -229,7 +229,7 @@ def write_dataset(
     if answers:
         rows = [f"{c.mask.name},{c.subtype}" for c in cases if c.split == "test" and c.mask is not None]
         with written_atomically(results) as partial_file:
-            partial_file.write_text("\n".join(["Names,Subtype", *rows]) + "\n")
+            partial_file.write_text("\n".join(["Names,Subtype", *rows]) + "\n", encoding="utf-8")
     return cases
 
 

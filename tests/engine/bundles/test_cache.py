@@ -106,7 +106,7 @@ def test_what_is_in_use_stays_however_full_it_is(root, tmp_path, monkeypatch):
     load(first)
     used = bundles(root)[0]
     monkeypatch.setattr(cache_module, "LARGEST_CACHE_BYTES", 0)
-    with cache_module._locked(used, cache_module.fcntl.LOCK_SH):
+    with cache_module._lock(used).read_lock():
         load(second)
         assert used in bundles(root)
     load(write_model(tmp_path / "m3", checkpoint={"inference_allowed_mirroring_axes": (2,)}))

@@ -68,7 +68,7 @@ def test_scans_with_another_ending_are_named_whatever_lies_beside_them(tmp_path)
         find_cases(tmp_path, ".nii.gz")
 
 
-@pytest.mark.parametrize("source", ["loop", "gone", "pipe"])
+@pytest.mark.parametrize("source", ["loop", "gone", pytest.param("pipe", marks=pytest.mark.posix("pipes with names"))])
 def test_what_cannot_be_a_folder_of_scans_is_called_what_it_is(tmp_path, source):
     path = tmp_path / source
     if source == "pipe":

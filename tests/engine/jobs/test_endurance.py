@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -97,9 +96,9 @@ def test_killed_at_any_moment_and_resumed_a_job_gives_the_same(model, tmp_path, 
             shutil.copytree(tmp_path / "whole", out)
         process = start(model, scans, out, resume=False)
         time.sleep(luck.uniform(0, taken_s))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        killed += process.returncode != 0
         assert len(list(out.glob("*.nii.gz"))) == CASES or not has_results
         for path in out.iterdir() if out.exists() else ():
             if path.name.endswith((".nii.gz", ".pkl")):
@@ -114,6 +113,7 @@ def test_killed_at_any_moment_and_resumed_a_job_gives_the_same(model, tmp_path, 
     assert killed > 0.5 * kills
 
 
+@pytest.mark.posix("/proc")
 @pytest.mark.parametrize(
     "count", [pytest.param(300, marks=pytest.mark.thorough), pytest.param(1000, marks=pytest.mark.slow)]
 )

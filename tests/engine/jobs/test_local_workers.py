@@ -22,7 +22,8 @@ from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
 
 ARGUMENTS = {"mirror": False, "backend": "torch"}
-PLACES = [Place("cpu", (core,)) for core in sorted(os.sched_getaffinity(0))[:2]] * 2
+CORES = [core for place in local_places("cpu", None) for core in place.cores]
+PLACES = [Place("cpu", (core,)) for core in CORES[:2]] * 2
 
 
 def serve_with_poison(connection, *more):
@@ -75,6 +76,7 @@ def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_p
     assert [process.exitcode for process in workers] == [0, 0]
 
 
+@pytest.mark.posix("signals")
 def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
     events = []
 
@@ -89,6 +91,7 @@ def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
     assert len(label_files(tmp_path / "out")) == 8
 
 
+@pytest.mark.posix("signals")
 def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkeypatch):
     monkeypatch.setattr(pool_module, "serve", serve_with_poison)
     write_scan(scans / "poison_0000.nii.gz")
@@ -127,7 +130,7 @@ def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):
 
 
 def test_places():
-    cores = sorted(os.sched_getaffinity(0))
+    cores = list(CORES)
     assert [place.device for place in local_places("cpu", None)] == ["cpu"]
     shares = local_places("cpu", len(cores))
     assert sorted(core for place in shares for core in place.cores) == cores
@@ -160,18 +163,19 @@ def children(pid):
     return found
 
 
+@pytest.mark.posix("signals")
 @pytest.mark.parametrize(
     ("number", "workers"),
     [
         (signal.SIGINT, "1"),
-        pytest.param(signal.SIGKILL, "2", marks=pytest.mark.thorough),
+        pytest.param(9, "2", marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, "2", marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "2", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_path, number, workers):
-    if workers == "2" and len(os.sched_getaffinity(0)) < 2:
+    if workers == "2" and len(CORES) < 2:
         pytest.skip("there is one core")
     for index in range(8, 60):
         write_scan(scans / f"c{index}_0000.nii.gz", index)
@@ -193,7 +197,7 @@ def test_a_signal_leaves_what_is_done_and_the_rest_can_go_on(model, scans, tmp_p
     _, err = process.communicate(timeout=60)
     done = len(label_files(out))
     assert 1 <= done < 60
-    if number == signal.SIGKILL:
+    if number == 9:
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number

@@ -65,9 +65,22 @@ def test_a_terminal_has_one_line_that_is_replaced_and_removed():
     progress(Tiles(name="a", done=1, total=2))
     progress(Tiles(name="a", done=2, total=2))  # too soon for another look
     progress(Finished(done=0, failed=0))
-    assert stream.getvalue().count("\r") == 2
-    assert "\n" not in stream.getvalue()
-    assert stream.getvalue().endswith("\r\x1b[K")
+    _, shown, nothing, end = stream.getvalue().split("\r")
+    assert shown.endswith(" left, a at tile 1 of 2")
+    assert nothing == " " * len(shown)
+    assert end == ""
+
+
+def test_a_shorter_line_covers_a_longer_one_and_no_console_has_to_know_escape_sequences():
+    stream = Terminal()
+    progress, now = line(stream)
+    for second, name in ((1, "a longer name"), (2, "b"), (3, "c")):
+        now[0] = float(second)
+        progress(Tiles(name=name, done=1, total=2))
+        progress(Lost(how="signal 9", cases=[name]))
+    assert "\x1b" not in stream.getvalue()
+    _, longest, shorter, *_ = stream.getvalue().split("\r")
+    assert len(shorter) == len(longest) > len(shorter.rstrip())
 
 
 def test_a_file_has_a_line_a_minute():
@@ -96,6 +109,7 @@ def test_the_log_has_a_line_for_every_event_but_tiles(tmp_path):
     assert all(each["time"].endswith("+00:00") for each in lines)
 
 
+@pytest.mark.posix("a device that is full")
 def test_a_log_that_cannot_be_written_stops_nothing(caplog):
     log = JsonLog("/dev/full")
     log(Started(cases=1, skipped=0, kept=0))

@@ -54,6 +54,7 @@ def workers(address, model, out, **more):
     return RayWorkers(address, model_arguments, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})
 
 
+@pytest.mark.posix("signals")
 def test_a_killed_actor_costs_no_case(cluster, model, scans, tmp_path):
     made = workers(cluster, model, tmp_path / "out")
     pids, events = [], []
@@ -112,6 +113,7 @@ def children(process):
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.posix("signals")
 @pytest.mark.thorough  # another machine for a dozen seconds; a killed actor is lost in the same way
 def test_a_machine_that_dies_costs_no_case(machines, model, scans, tmp_path):
     machine = machines.add_node(num_cpus=1, object_store_memory=10**8)

@@ -92,6 +92,7 @@ def test_what_a_library_raises_while_it_writes_fails_its_case_only(engine, scans
     assert outcome.failed == {"b": "its results cannot be written: IndexError: list index out of range"}
 
 
+@pytest.mark.posix("signals")
 def test_an_interrupt_does_not_wait_for_the_case_in_the_network(engine, scans, tmp_path, monkeypatch):
     class Slow:
         tiles = 0

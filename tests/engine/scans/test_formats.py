@@ -187,6 +187,7 @@ class TestDetachedHeaders:
             ("short.raw", "too much for"),
         ],
     )
+    @pytest.mark.posix("pipes with names")
     def test_what_no_header_may_name(self, tmp_path, ending, named, text):
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "x.raw").write_bytes(RAW)
