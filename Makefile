@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # One resolution for everything: a release of torchvision fits one release of torch only.
 TORCH ?= torch==2.13.0
 
+# An editable install is a folder of links, one for each file: a new file, which changes its folder, needs one too.
+SOURCES := pyproject.toml setup.py $(shell find engine kernels training benchmarks nnturbo -type d ! -name __pycache__)
+
 DEMO_MODEL ?= examples/demo_model
 
 .PHONY: demo test test-rest test-all check benchmark guard clean
@@ -13,11 +16,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$@ -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
 	touch $@ $(VENV)/.installed
 

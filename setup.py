@@ -5,11 +5,13 @@ packages = [*FOLDERS, *(f"{folder}.{package}" for folder in FOLDERS for package 
 packages.append("training.nnunet_trainers")  # nnU-Net looks into it, and wants no package there
 
 setup(
-    packages=[f"nnturbo.{package}" for package in packages],
-    package_dir={f"nnturbo.{package}": package.replace(".", "/") for package in packages},
+    packages=["nnturbo", *(f"nnturbo.{package}" for package in packages)],
+    package_dir={"nnturbo": "nnturbo", **{f"nnturbo.{package}": package.replace(".", "/") for package in packages}},
     package_data={
-        "nnturbo.engine": ["py.typed"],
+        "nnturbo": ["py.typed"],
         "nnturbo.engine.jobs": ["report.html"],
-        "nnturbo.kernels": ["py.typed", "cuda/*", "cpu/*"],
+        "nnturbo.kernels": ["cuda/*", "cpu/*"],
     },
+    # An editable install is a folder of links, which type checkers follow and no folder of the same name hides.
+    options={"editable_wheel": {"mode": "strict"}},
 )

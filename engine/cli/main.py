@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from nnturbo import __version__
+
 from .build import add_build
 from .doctor import add_doctor
 from .inspect import add_inspect
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnturbo", description="Runs trained nnU-Net v2 models: the labels nnU-Net gives, many times sooner."
     )
+    parser.add_argument("--version", action="version", version=f"nnturbo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict(commands)
     add_run(commands)

@@ -1,11 +1,17 @@
 """What the package exports, and what importing it costs."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import nnturbo
 import nnturbo.engine
 import nnturbo.kernels
 import pytest
+from nnturbo.engine.cli import main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("package", [nnturbo.engine, nnturbo.kernels])
@@ -45,3 +51,20 @@ def test_importing_the_engine_stays_light():
         [sys.executable, "-c", baseline], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert loaded == with_torch
+
+
+def test_the_command_says_its_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"nnturbo {nnturbo.__version__}\n"
+
+
+def test_a_folder_of_the_same_name_hides_nothing(tmp_path):
+    (tmp_path / "nnturbo" / "engine").mkdir(parents=True)
+    code = "import nnturbo.engine, nnturbo.training.cli; print(nnturbo.__version__, nnturbo.engine.__file__)"
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [nnturbo.__version__, str(ROOT / "engine" / "__init__.py")]
