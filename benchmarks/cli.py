@@ -83,10 +83,11 @@ def _check(options: argparse.Namespace) -> None:
     import importlib.util
 
     from ..engine.errors import BackendUnavailable
-    from .task_models import DEMO_MODEL
 
     if importlib.util.find_spec("nnunetv2") is None:
         raise BackendUnavailable("a comparison needs nnU-Net: pip install 'nnturbo[training]'")
+    from .task_models import DEMO_MODEL
+
     if bool(options.m) != bool(options.i):
         raise ValueError("give a model and scans, -m and -i, or neither")
     if options.rounds < 1:

@@ -230,6 +230,9 @@ def _train(options: argparse.Namespace) -> int:
         name: _nnunet_folder(getattr(options, name), f"nnUNet_{name}", f"--{name}")
         for name in ("raw", "preprocessed", "results")
     }
+    from .data.planning import require_nnunet
+
+    require_nnunet()
     from .pooled_classifier import check_counts, fit_pooled_classifier, training_scans
     from .recipe import changed_recipe
     from .train import train

@@ -30,6 +30,10 @@ class Backend(Protocol):
         """Return why this backend cannot run on a device in a precision, or None if it can."""
         ...
 
+    def cannot_build(self) -> str | None:
+        """Return what `build` lacks here, which running what was built does not need, or None."""
+        ...
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Write the files that `load` needs.
 

@@ -47,10 +47,14 @@ class InductorBackend:
             return f"it runs on CPUs and CUDA devices, not on {device.type}"
         return refuse_half_on_cpu(device, precision)
 
+    def cannot_build(self) -> str | None:
+        """Return why nothing can be compiled here, or None."""
+        return None if shutil.which("g++") else "inductor compiles with g++, and there is none: install a C++ compiler"
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Compile to `network.pt2`, for this machine's instructions and one tile."""
-        if shutil.which("g++") is None:
-            raise BackendUnavailable("inductor compiles with g++, and there is none: install a C++ compiler")
+        if reason := self.cannot_build():
+            raise BackendUnavailable(reason)
         from torch._inductor import aoti_compile_and_package
 
         network = inference_network(model)
@@ -66,7 +70,7 @@ class InductorBackend:
         from torch._inductor import aoti_load_package
 
         assert folder is not None  # it compiles
-        index = -1 if device.index is None else device.index
+        index = {} if device.index is None else {"device_index": device.index}  # torch 2.6 knows no such argument
         with warnings.catch_warnings(), on_device(device):
             warnings.simplefilter("ignore")
-            return InductorRunner(aoti_load_package(str(folder / FILE), device_index=index), device)
+            return InductorRunner(aoti_load_package(str(folder / FILE), **index), device)

@@ -59,6 +59,10 @@ class OnnxBackend:
             return "the installed ONNX Runtime has no CUDA: pip install onnxruntime-gpu in its place"
         return None
 
+    def cannot_build(self) -> str | None:
+        """Return what is missing to export the network, or None."""
+        return missing_exporters()
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Export to `network.onnx`."""
         export_onnx(inference_network(model).to(tiles.device), tiles, folder / FILE)
@@ -75,6 +79,12 @@ class OnnxBackend:
         return OnnxRunner(onnxruntime.InferenceSession(str(folder / FILE), options, providers=[chosen]))
 
 
+def missing_exporters() -> str | None:
+    """Return which packages that write ONNX are missing, in words, or None."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: pip install 'nnturbo[onnx]'" if missing else None
+
+
 def export_onnx(network: InferenceNetwork, tiles: Tensor, path: Path) -> None:
     """Write a network as ONNX, for 1 to 64 tiles at once.
 
@@ -86,8 +96,8 @@ def export_onnx(network: InferenceNetwork, tiles: Tensor, path: Path) -> None:
     Raises:
         BackendUnavailable: Where onnx or onnxscript are not installed.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise BackendUnavailable(f"{', '.join(missing)} not installed: pip install 'nnturbo[onnx]'")
+    if reason := missing_exporters():
+        raise BackendUnavailable(reason)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

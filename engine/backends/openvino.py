@@ -81,6 +81,10 @@ class OpenVinoBackend:
             return "this CPU has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
         return None
 
+    def cannot_build(self) -> str | None:
+        """Return None: what runs it compiles it too."""
+        return None
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Convert to `network.xml` and `network.bin`, for one tile; weights in fp32, or quantised with the tiles."""
         openvino = _openvino()

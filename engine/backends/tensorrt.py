@@ -18,7 +18,7 @@ from ..files import sha256
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
 from ..model.runner import NetworkOutput
-from .onnx import INPUT, OUTPUTS, export_onnx
+from .onnx import INPUT, OUTPUTS, export_onnx, missing_exporters
 from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep
 from .torch import exact_float32, on_device
 
@@ -171,6 +171,10 @@ class TensorRtBackend:
     def _package(self) -> str:
         """Which to build with; for GPUs that are not here, the one that can."""
         return "tensorrt_rtx" if self._compute_capabilities else installed()[0]
+
+    def cannot_build(self) -> str | None:
+        """Return what is missing to export the network for TensorRT, or None."""
+        return missing_exporters()
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Build one engine for all folds, with the weights of each beside it, or one engine per fold.

@@ -83,6 +83,10 @@ class TorchBackend:
         """Return why torch cannot run in this precision on this device, or None."""
         return refuse_half_on_cpu(device, precision)
 
+    def cannot_build(self) -> str | None:
+        """Return None: what runs it compiles it too."""
+        return None
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Write each fold as a checkpoint that holds only what inference needs."""
         fitted = model.pooled_classifiers or [None] * len(model.weights)

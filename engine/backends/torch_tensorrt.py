@@ -90,6 +90,10 @@ class TorchTensorRtBackend:
             return f"Torch-TensorRT is not installed: pip install '{EXTRA}'"
         return None
 
+    def cannot_build(self) -> str | None:
+        """Return None: what runs it compiles it too."""
+        return None
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Compile all folds and their average to `network.ts`, for 1 to 8 tiles.
 

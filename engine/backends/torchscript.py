@@ -40,6 +40,10 @@ class TorchScriptBackend:
         """Return why it cannot run in this precision on this device, or None."""
         return refuse_half_on_cpu(device, precision)
 
+    def cannot_build(self) -> str | None:
+        """Return None: what runs it compiles it too."""
+        return None
+
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Trace to `network.ts`, for any number of tiles."""
         save_script(trace(model, tiles, precision), folder / FILE)

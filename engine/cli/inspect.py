@@ -121,7 +121,7 @@ def _backend_rows() -> list[tuple[str, str]]:
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     reasons = {
-        f"{backend.name} {device} {precision}": backend.unavailable(device, precision)
+        f"{backend.name} {device} {precision}": backend.unavailable(device, precision) or backend.cannot_build()
         for device in devices
         for backend in backends().values()
         for precision in PRECISIONS

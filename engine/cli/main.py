@@ -18,6 +18,15 @@ from .predict import add_predict
 from .run import add_run
 from .view import add_view
 
+EXTRA_OF = {
+    "scipy": "demo",
+    "matplotlib": "demo",
+    "nnunetv2": "training",
+    "sklearn": "training",
+    "openpyxl": "training",
+}
+"""What commands import that an install without extras lacks, and the extra that brings it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -42,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (EngineError, ValueError) as error:
         say(f"nnturbo: {error}", error=True)
+        return UNUSABLE
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        if module not in EXTRA_OF:
+            raise
+        say(f"nnturbo: this needs {module}, which is missing: pip install 'nnturbo[{EXTRA_OF[module]}]'", error=True)
         return UNUSABLE
     except KeyboardInterrupt:
         say("nnturbo: interrupted", error=True)

@@ -109,7 +109,7 @@ def require_nnunet() -> None:
         EngineError: If it is not.
     """
     if importlib.util.find_spec("nnunetv2") is None:
-        raise EngineError("planning needs nnU-Net, which is not installed: pip install 'nnturbo[training]'")
+        raise EngineError("this needs nnU-Net, which is not installed: pip install 'nnturbo[training]'")
 
 
 def _training_cases(dataset_folder: Path, target: Path) -> frozenset[str]:

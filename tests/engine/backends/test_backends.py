@@ -6,6 +6,7 @@ import torch
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import choose, inductor, onnx
 from nnturbo.engine.backends.choose import AUTOMATIC, PRECISIONS, backends, choose_backend
+from nnturbo.engine.cli.inspect import describe
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 
@@ -56,6 +57,15 @@ def test_inductor_gives_torchs_logits(tmp_path):
     first = output.seg_logits.clone()
     runner(torch.zeros(3, 1, 8, 12, 16))
     assert torch.equal(output.seg_logits, first)  # it is the caller's own
+
+
+def test_inductor_loads_with_the_arguments_that_torch_2_6_has(tmp_path, monkeypatch):
+    def aoti_load_package(path, run_single_threaded=False):
+        return path
+
+    monkeypatch.setattr("torch._inductor.aoti_load_package", aoti_load_package)
+    model = model_of(tmp_path, plans_json())
+    assert backends()["inductor"].load(model, tmp_path, CPU, "fp32")._compiled == str(tmp_path / "network.pt2")
 
 
 def test_torchscript_in_bf16_is_close(tmp_path):
@@ -118,6 +128,8 @@ class TestChoice:
         monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
         model = model_of(tmp_path, plans_json())
         assert backends()["inductor"].unavailable(CPU, "fp32") is None
+        rows = dict(describe(write_model(tmp_path / "inspected", plans=plans_json()), None))
+        assert "install a C++ compiler" in rows["inductor cpu fp32"]
         with pytest.raises(BackendUnavailable, match=r"there is none: install a C\+\+ compiler"):
             backends()["inductor"].build(model, torch.zeros(2, 1, 8, 12, 16), "fp32", tmp_path)
 
@@ -126,5 +138,6 @@ class TestChoice:
         with pytest.raises(BackendUnavailable, match=r"ONNX Runtime is not installed: pip install 'nnturbo\[onnx\]'"):
             choose.choose_backend("onnx", CPU, "fp32")
         model = model_of(tmp_path, plans_json())
+        assert "onnx, onnxscript not installed" in str(backends()["tensorrt"].cannot_build())
         with pytest.raises(BackendUnavailable, match="onnx, onnxscript not installed"):
             onnx.export_onnx(inference_network(model), torch.zeros(2, 1, 8, 12, 16), tmp_path / "network.onnx")

@@ -106,7 +106,7 @@ class TestPlanning:
             return importing(name, *arguments, **more)
 
         monkeypatch.setattr(builtins, "__import__", without_nnunet)
-        with pytest.raises(EngineError, match=r"planning needs nnU-Net .*pip install 'nnturbo\[training\]'"):
+        with pytest.raises(EngineError, match=r"needs nnU-Net.*pip install 'nnturbo\[training\]'"):
             plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
 
     @pytest.mark.slow  # nnU-Net starts processes that each import torch, and samples 33 million voxels a case
