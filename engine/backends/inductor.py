@@ -70,7 +70,8 @@ class InductorBackend:
         from torch._inductor import aoti_load_package
 
         assert folder is not None  # it compiles
-        index = {} if device.index is None else {"device_index": device.index}  # torch 2.6 knows no such argument
+        # torch 2.6 knows no such argument.
+        index: dict[str, Any] = {} if device.index is None else {"device_index": device.index}
         with warnings.catch_warnings(), on_device(device):
             warnings.simplefilter("ignore")
             return InductorRunner(aoti_load_package(str(folder / FILE), **index), device)
