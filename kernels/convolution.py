@@ -1,4 +1,4 @@
-"""Convolutions, transposed convolutions and instance norms on CPUs: compiles kernels/cpu/convolution.cpp and calls it.
+"""Convolutions, transposed convolutions and instance norms on CPUs: finds or compiles the library, and calls it.
 
 Tensors are (1, C, Z, Y, X) float32 with the channels last in memory (`torch.channels_last_3d`).
 """
@@ -9,8 +9,6 @@ import ctypes
 import hashlib
 import math
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,42 +19,78 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).parent / "cpu" / "convolution.cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+from .compilation import FOLDER, compile_kernels, compiler, here, library_name
+
+INSTALLED = Path(__file__).parent / library_name(here()[0])
+"""The library that comes with nnturbo's wheels; a clone has none."""
 
 
-def compiler() -> str | None:
-    """Find a C++ compiler: what CXX names, or the system's."""
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+def find_library(folder: Path) -> ctypes.CDLL | None:
+    """Load the library that came with nnturbo, or one that was compiled before; None where there is neither.
+
+    Args:
+        folder: Where compiled ones are kept.
+
+    Raises:
+        OSError: Where the processor lacks the instructions.
+    """
+    for path in (INSTALLED, _kept(folder)):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # it is not there, or is for another system
+            continue
+        return _declared(library)
+    return None
 
 
-def compile_library(folder: Path) -> ctypes.CDLL:
-    """Compile for this machine's processor, or take what was compiled before.
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Give what `find_library` finds, or compile it.
 
     Args:
         folder: Where to keep it; made if it is not there.
 
     Raises:
-        OSError: Where there is no compiler, or it fails, or the folder cannot be written.
+        OSError: Where there is no compiler, or it fails, the folder cannot be written, or the processor lacks the
+            instructions.
     """
+    if (found := find_library(folder)) is not None:
+        return found
     command = compiler()
     if command is None:
         raise OSError("there is no C++ compiler")
-    # What the compiler knows of itself and of this processor.
-    about = _run([command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\n".join([about, *FLAGS, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    path = folder / f"convolution-{key}.so"
+    system, processor = here()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _kept(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as aside:
+        made = Path(aside) / path.name
+        compile_kernels(command, made, system=system, processor=processor)
+        with made.open("r+b") as written:
+            os.fsync(written.fileno())  # half a library would end the process that loads it
+        made.replace(path)
+    return _declared(ctypes.CDLL(str(path)))
+
+
+def lacking(folder: Path) -> str | None:
+    """Say why there can be no library here, in words, or None; see `load_library`."""
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # it is not there, or was made against another C library
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as aside:
-            made = Path(aside) / path.name
-            _run([command, *FLAGS, "-o", str(made), str(SOURCE)])
-            with made.open("r+b") as written:
-                os.fsync(written.fileno())  # half a library would end the process that loads it
-            made.replace(path)
-        library = ctypes.CDLL(str(path))
+        if find_library(folder) is None and compiler() is None:
+            return "it needs one of nnturbo's wheels for this system, or a C++ compiler such as g++"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _kept(folder: Path) -> Path:
+    """Name what is compiled here, by all that it is made of."""
+    sources = [path.read_bytes() for path in (*sorted(FOLDER.iterdir()), Path(__file__).with_name("compilation.py"))]
+    key = hashlib.sha256(b"\n".join([*sources, " ".join(here()).encode()])).hexdigest()[:16]
+    return folder / f"{key}-{library_name(here()[0])}"
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.nnturbo_variant.restype = ctypes.c_char_p
+    if library.nnturbo_variant() is None:
+        raise OSError("this processor is too old for nnturbo's kernels, which need AVX2 and FMA")
     library.nnturbo_weights_size.restype = ctypes.c_int64
     for name in ("transform_weights", "convolve", "convolve_directly", "spread", "project", "normalise"):
         getattr(library, f"nnturbo_{name}").errcheck = _checked
@@ -67,14 +101,6 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
     if result:
         raise MemoryError(f"{function.__name__} needs more memory than there is")
     return result
-
-
-def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode != 0:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise OSError(f"{command[0]} fails: {reason:.300}")
-    return done.stdout
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +130,20 @@ class Kernels:
     """The compiled functions."""
 
     library: Any
+
+    @property
+    def variant(self) -> str:
+        """The instructions that are used, as `compilation.VARIANTS` names them: the widest that this processor has."""
+        return self.library.nnturbo_variant().decode()
+
+    def use(self, variant: str) -> None:
+        """Use other instructions from now on; tensors that were laid out for others are of no use then.
+
+        Raises:
+            ValueError: Where this processor or library has none of that name.
+        """
+        if self.library.nnturbo_use(variant.encode()):
+            raise ValueError(f"variant must be one that runs here, such as {self.variant}, got {variant}")
 
     @property
     def lanes(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.convolution import Kernels, PendingUpsampling, channels_last, compile_library, compiler
+from ...kernels.convolution import Kernels, PendingUpsampling, channels_last, lacking, load_library
 from ..errors import BackendUnavailable
 from ..files import cache_root
 from ..model.folder import Model
@@ -267,24 +268,33 @@ class NativeRunner:
 
 @lru_cache(maxsize=1)
 def compiled_kernels() -> Kernels:
-    """Compile the kernels for this machine, or load those that were compiled before.
+    """Load the kernels; where none came with nnturbo, compile them, or load those that were compiled before.
 
     Raises:
         BackendUnavailable: Where compiling fails.
     """
     try:
-        root = cache_root()
-        if root is not None:
-            return Kernels(compile_library(root / "kernels"))
-        with tempfile.TemporaryDirectory(prefix="nnturbo-") as folder:
-            return Kernels(compile_library(Path(folder)))
+        with _kept() as folder:
+            return Kernels(load_library(folder))
     except OSError as error:
         logger.warning("nnturbo's kernels cannot be compiled here: %s", error)
         raise BackendUnavailable(f"the native backend cannot be compiled here: {error}") from error
 
 
+@contextlib.contextmanager
+def _kept() -> Iterator[Path]:
+    """Give the folder where kernels are kept that are compiled here; one for a while, for a user without home."""
+    root = cache_root()
+    if root is not None:
+        yield root / "kernels"
+        return
+    # Windows removes no library that is loaded.
+    with tempfile.TemporaryDirectory(prefix="nnturbo-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 class NativeBackend(TorchBackend):
-    """nnturbo's kernels, compiled for this processor on first use."""
+    """nnturbo's kernels, which come with its wheels and are compiled on first use elsewhere."""
 
     name = "native"
 
@@ -294,7 +304,8 @@ class NativeBackend(TorchBackend):
             return f"it runs on CPUs, not on {device.type}"
         if precision != "fp32":
             return f"it runs in fp32, not in {precision}"
-        return None if compiler() else "it needs a C++ compiler, such as g++"
+        with _kept() as folder:
+            return lacking(folder)
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Write each fold as a checkpoint, if the kernels can run the network."""

@@ -56,13 +56,14 @@ def examine() -> list[tuple[str, str]]:
     """
     import torch
 
-    from ...kernels.convolution import compiler
+    from ...kernels.compilation import compiler
+    from ..backends.native import NativeBackend
 
     rows = [
         ("python", platform.python_version()),
         ("processor", f"{_processor()}, {_usable_cores()} usable cores"),
         ("cpu features", ", ".join(_cpu_features()) or "none of those nnturbo looks for"),
-        ("memory", f"{_memory_bytes() / 2**30:.1f} GiB"),
+        ("memory", f"{_memory_bytes() / 2**30:.1f} GiB" if _memory_bytes() else "unknown"),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -80,7 +81,9 @@ def examine() -> list[tuple[str, str]]:
             ("cuda", f"no GPU found (torch is built for CUDA {built})" if built else "torch is built without CUDA")
         )
     rows.append(("gpu path", "written and compiled, not yet run on hardware: python benchmarks/gpu.py tries it"))
-    rows.append(("c++ compiler", compiler() or "none; the native backend, fastest on a CPU, needs one, such as g++"))
+    reason = NativeBackend().unavailable(torch.device("cpu"), "fp32")
+    rows.append(("native kernels", "run here" if reason is None else f"do not run here: {reason}"))
+    rows.append(("c++ compiler", " ".join(compiler() or ["none"])))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nnturbo
 import nnturbo.engine
 import nnturbo.kernels
 import pytest
 from nnturbo.engine.cli import main
+
+import nnturbo
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,19 +1,28 @@
-// Calls every function of kernels/cpu/convolution.cpp on tensors of exactly their size, for sanitizers to watch.
+// Calls every function of the kernels on tensors of exactly their size, for sanitizers to watch; the instructions to use
+// are the program's argument, and where they are not here it ends with status 77.
 
-#include "../../kernels/cpu/convolution.cpp"
+#include "../../kernels/cpu/dispatch.cpp"
 
 #include <array>
+#include <cstdint>
 #include <cstdio>
+#include <vector>
 
 namespace {
 
 std::vector<float> ones(std::int64_t count) { return std::vector<float>(count, 1.0f); }
 
+std::int64_t whole_panels(std::int64_t outputs) {
+  const std::int64_t columns = nnturbo_columns();
+  return (outputs + columns - 1) / columns * columns;
+}
+
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  if (nnturbo_use(arguments[1])) return 77;
   nnturbo_threads(3);
-  const std::int64_t inputs = LANES, outputs = COLUMNS + LANES;
+  const std::int64_t inputs = nnturbo_lanes(), outputs = nnturbo_columns() + inputs;
   for (const auto& size : {std::array<std::int64_t, 3>{1, 1, 1}, {2, 3, 5}, {5, 4, 13}, {9, 7, 26}, {4, 8, 6}}) {
     const std::int64_t voxels = size[0] * size[1] * size[2];
     const auto bias = ones(outputs);
@@ -47,9 +56,10 @@ int main() {
         nnturbo_spread(size.data(), stride, 3, outputs, from.data(), spread.data(), bias.data(), fine.data());
       }
     auto normalised = ones(voxels * outputs), logits = ones(voxels * 5);
-    const auto residual = ones(voxels * outputs), weight = ones(inputs * COLUMNS);
+    const auto residual = ones(voxels * outputs), weight = ones(inputs * whole_panels(5));
     nnturbo_normalise(voxels, outputs, bias.data(), bias.data(), 1e-5f, residual.data(), 0.01f, normalised.data());
-    nnturbo_project(voxels, inputs, 5, ones(voxels * inputs).data(), weight.data(), bias.data(), logits.data());
+    nnturbo_project(voxels, inputs, 5, ones(voxels * inputs).data(), weight.data(),
+                    ones(whole_panels(5)).data(), logits.data());
   }
   nnturbo_threads(1);
   std::puts("done");

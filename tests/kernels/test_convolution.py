@@ -1,8 +1,9 @@
-"""nnturbo's convolutions on CPUs against torch's in float64."""
+"""nnturbo's convolutions on CPUs against torch's in float64, with each set of instructions that runs here."""
 
 import ctypes
 import multiprocessing
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,24 +11,33 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine.files import cache_root
-from nnturbo.kernels import convolution
-from nnturbo.kernels.convolution import Kernels, PendingUpsampling, channels_last, compile_library, compiler
+from nnturbo.kernels import compilation, convolution
+from nnturbo.kernels.compilation import FLAGS, FOLDER, VARIANTS, compiler, here
+from nnturbo.kernels.convolution import (
+    Kernels,
+    PendingUpsampling,
+    channels_last,
+    find_library,
+    lacking,
+    load_library,
+)
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+KEPT = (cache_root() or Path.cwd()) / "kernels"
+pytestmark = pytest.mark.skipif(lacking(KEPT) is not None, reason=str(lacking(KEPT)))
 
 
-NARROW = ("-mno-avx512f",)  # eight lanes where there could be sixteen
-
-
-@pytest.fixture(scope="module", params=[(), NARROW], ids=["native", "eight lanes"])
+@pytest.fixture(scope="module", params=list(VARIANTS.get(here()[1], {})))
 def kernels(request, tmp_path_factory):
     folder = (cache_root() or tmp_path_factory.mktemp("kernels")) / "kernels"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(convolution, "FLAGS", (*convolution.FLAGS, *request.param))
-        made = Kernels(compile_library(folder))
-    if request.param and Kernels(compile_library(folder)).lanes == made.lanes:
-        pytest.skip("this processor has eight lanes anyway")
+    # A copy for each, since a library uses one set of instructions at a time.
+    copy = shutil.copy(load_library(folder)._name, tmp_path_factory.mktemp(request.param))
+    made = Kernels(convolution._declared(ctypes.CDLL(str(copy))))
+    try:
+        made.use(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert made.variant == request.param
     made.set_threads(2)
     return made
 
@@ -194,52 +204,113 @@ def test_too_little_memory_is_an_error_after_which_work_goes_on(kernels):
     assert torch.equal(convolved(kernels, 2), expected)
 
 
-class TestCompiling:
-    def test_is_done_once(self, tmp_path, monkeypatch):
-        compile_library(tmp_path)
-        (made,) = tmp_path.iterdir()
-        before = made.stat().st_mtime_ns
-        compile_library(tmp_path)
-        assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
-    def test_is_done_again_where_the_file_cannot_be_loaded(self, tmp_path):
-        compile_library(tmp_path / "whole")
-        (made,) = (tmp_path / "whole").iterdir()
+
+class TestLibrary:
+    """Where it comes from."""
+
+    @pytest.fixture(autouse=True)
+    def clone(self, tmp_path, monkeypatch):
+        """A place where no library came with nnturbo."""
+        monkeypatch.setattr(convolution, "INSTALLED", tmp_path / "installed.so")
+
+    @pytest.fixture
+    def made(self, tmp_path):
+        """A library that was compiled before."""
+        load_library(tmp_path / "kept")
+        (made,) = (tmp_path / "kept").iterdir()
+        return made
+
+    @needs_compiler
+    def test_is_compiled_once_and_needed_no_more_compiler_from_then_on(self, made, monkeypatch):
+        before = made.stat().st_mtime_ns
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
+        assert lacking(made.parent) is None
+        load_library(made.parent)
+        assert [path.stat().st_mtime_ns for path in made.parent.iterdir()] == [before]
+
+    @needs_compiler
+    def test_is_compiled_again_where_the_file_cannot_be_loaded(self, made, tmp_path):
         foreign = tmp_path / "foreign" / made.name
         foreign.parent.mkdir()
         foreign.write_bytes(b"of another system")
-        assert Kernels(compile_library(foreign.parent)).lanes in (8, 16)
+        assert Kernels(load_library(foreign.parent)).variant in VARIANTS[here()[1]]
         assert foreign.stat().st_size == made.stat().st_size
 
-    def test_without_a_compiler(self, tmp_path, monkeypatch):
+    @needs_compiler
+    def test_is_that_which_came_with_nnturbo(self, made, tmp_path):
+        made.rename(convolution.INSTALLED)
+        library = find_library(tmp_path / "none")
+        assert library is not None
+        assert library._name == str(convolution.INSTALLED)
+        assert not (tmp_path / "none").exists()
+
+    def test_cannot_be_had_without_a_compiler(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+        assert "one of nnturbo's wheels" in str(lacking(tmp_path))
         with pytest.raises(OSError, match="no C\\+\\+ compiler"):
-            compile_library(tmp_path)
+            load_library(tmp_path)
 
-    def test_with_one_that_fails(self, tmp_path, monkeypatch):
+    def test_a_compiler_that_only_offers_to_install_itself_is_none(self, tmp_path, monkeypatch):
+        for name in ("c++", "g++", "clang++"):
+            stub = tmp_path / name
+            stub.write_text("#!/bin/sh\necho 'no developer tools were found, requesting install' >&2\nexit 1\n")
+            stub.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        assert compiler() is None
+
+    def test_with_a_compiler_that_fails(self, tmp_path, monkeypatch):
         broken = tmp_path / "c++"
-        broken.write_text("#!/bin/sh\necho 'fatal error: no such header' >&2\nexit 1\n")
+        broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit\necho 'fatal error: no such header' >&2\nexit 1\n")
         broken.chmod(0o755)
         monkeypatch.setenv("CXX", str(broken))
         with pytest.raises(OSError, match="fatal error: no such header"):
-            compile_library(tmp_path / "kernels")
+            load_library(tmp_path / "kernels")
         assert list((tmp_path / "kernels").glob("*")) == []
 
+    def test_other_processors_are_named(self, tmp_path):
+        with pytest.raises(OSError, match="for x86_64 and aarch64, not for riscv64"):
+            compilation.compile_kernels(["c++"], tmp_path / "l", system="linux", processor="riscv64")
 
-def test_the_source_is_installed_beside_the_package():
-    assert convolution.SOURCE.is_file()
-    assert os.access(convolution.SOURCE, os.R_OK)
+
+def compiled(folder, *flags, sources=("threads.cpp",)):
+    """Compile sources, and the kernels for each set of instructions; gives the objects."""
+    command, objects = [*(compiler() or []), *FLAGS, *flags, "-c"], []
+    for source in sources:
+        objects.append(folder / f"{Path(source).name}.o")
+        subprocess.run([*command, FOLDER / source, "-o", objects[-1]], check=True)
+    for variant, instructions in VARIANTS[here()[1]].items():
+        objects.append(folder / f"{variant}.o")
+        source = FOLDER / compilation.VARIED
+        subprocess.run([*command, *instructions, f"-DVARIANT={variant}", source, "-o", objects[-1]], check=True)
+    return objects
 
 
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize("optimised", ["-O3", "-O1"])
+def test_nothing_compiled_for_some_processors_can_stand_in_for_what_runs_on_all(tmp_path, optimised):
+    """A linker keeps one of several copies of an inline function: that of the wrong instructions would end others."""
+    for path in compiled(tmp_path, optimised, sources=()):
+        symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        shared = [line.split()[2] for line in symbols.splitlines() if line.split()[1] in "WT"]
+        assert not set(shared) - {"__clang_call_terminate"}
+
+
+@needs_compiler
 @pytest.mark.parametrize("watched", ["address,undefined", "thread"])
-@pytest.mark.parametrize("narrow", [(), NARROW], ids=["native", "eight lanes"])
-def test_memory_and_threads_are_clean(tmp_path, watched, narrow):
-    source, program = Path(__file__).with_name("convolution_bounds.cpp"), tmp_path / "bounds"
-    command = [str(compiler()), "-std=c++17", "-O1", "-march=native", *narrow, "-pthread", f"-fsanitize={watched}"]
-    subprocess.run([*command, "-fno-sanitize-recover=all", "-o", program, source], check=True)
-    # Leaks are not looked for: the crew is never ended, on purpose.
-    done = subprocess.run(
-        [program], capture_output=True, text=True, check=False, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    )
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
+def test_memory_and_threads_are_clean(tmp_path, watched):
+    flags = ["-O1", f"-fsanitize={watched}", "-fno-sanitize-recover=all"]
+    program, source = tmp_path / "bounds", Path(__file__).with_name("convolution_bounds.cpp")
+    objects = compiled(tmp_path, *flags, sources=("threads.cpp", source))
+    subprocess.run([*(compiler() or []), *flags, "-pthread", *objects, "-o", program], check=True)
+    for variant in VARIANTS[here()[1]]:
+        # Leaks are not looked for: the crew is never ended, on purpose.
+        given = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        done = subprocess.run([program, variant], capture_output=True, text=True, check=False, env=given)
+        if done.returncode != 77:  # this processor lacks the instructions
+            assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]

@@ -11,12 +11,12 @@ from nnturbo.engine.backends.native import Block, Decoder, NativeBackend, plan_o
 from nnturbo.engine.backends.torch import TorchBackend
 from nnturbo.engine.bundles.manifest import read_manifest
 from nnturbo.engine.model.folder import read_model
-from nnturbo.kernels.convolution import compiler
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
+MISSING = NativeBackend().unavailable(CPU, "fp32")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 LIBRARY = "dynamic_network_architectures.architectures.unet"
 
 
@@ -150,14 +150,14 @@ class TestChoice:
         assert backend.unavailable(CPU, "fp32") is None
         assert "not on cuda" in str(backend.unavailable(torch.device("cuda"), "fp32"))
         assert "not in bf16" in str(backend.unavailable(CPU, "bf16"))
-        monkeypatch.setattr(native, "compiler", lambda: None)
+        monkeypatch.setattr(native, "lacking", lambda folder: "it needs a wheel, or a C++ compiler")
         assert "C++ compiler" in str(backend.unavailable(CPU, "fp32"))
 
     def test_a_compiler_that_fails_leaves_it_to_others(self, tmp_path, monkeypatch, caplog):
         def fails(folder):
             raise OSError("no such header")
 
-        monkeypatch.setattr(native, "compile_library", fails)
+        monkeypatch.setattr(native, "load_library", fails)
         monkeypatch.setattr(native, "compiled_kernels", native.compiled_kernels.__wrapped__)
         model = write_model(tmp_path / "m", plans=plans())
         with pytest.raises(BackendUnavailable, match="cannot be compiled here: no such header"):

@@ -1,0 +1,178 @@
+// Threads that share the work of a call, and memory.
+
+#include "kernels.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(_WIN32)
+#include <malloc.h>
+#else
+#include <pthread.h>
+#endif
+
+namespace nnturbo {
+namespace {
+
+// Threads that wait for work; each takes the next task until there is none.
+class Crew {
+ public:
+  void resize(int count) {
+    std::lock_guard<std::mutex> one_at_a_time(running_);
+    if (static_cast<int>(threads_.size()) == count - 1) return;
+    stop();
+    stopped_ = false;
+    try {
+      for (int index = 1; index < count; ++index) threads_.emplace_back([this, seen = turn_] { wait(seen); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that are there do the work.
+    }
+  }
+
+  void run(Size tasks, void (*task)(const void*, Size), const void* context) {
+    std::lock_guard<std::mutex> one_at_a_time(running_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = task;
+      context_ = context;
+      tasks_ = tasks;
+      next_ = 0;
+      busy_ = static_cast<int>(threads_.size());
+      ++turn_;
+    }
+    woken_.notify_all();
+    take(task, context, tasks);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
+
+  Size size() const { return static_cast<Size>(threads_.size()) + 1; }
+
+  ~Crew() { stop(); }
+
+ private:
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopped_ = true;
+    }
+    woken_.notify_all();
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+  void take(void (*task)(const void*, Size), const void* context, Size tasks) {
+    try {
+      for (Size index; (index = next_.fetch_add(1)) < tasks;) task(context, index);
+    } catch (...) {
+      next_ = tasks;  // nobody goes on
+      std::lock_guard<std::mutex> lock(mutex_);
+      failure_ = std::current_exception();
+    }
+  }
+
+  void wait(std::uint64_t seen) {
+    for (;;) {
+      void (*task)(const void*, Size);
+      const void* context;
+      Size tasks;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        woken_.wait(lock, [&] { return stopped_ || turn_ != seen; });
+        if (stopped_) return;
+        seen = turn_;
+        task = task_;
+        context = context_;
+        tasks = tasks_;
+      }
+      take(task, context, tasks);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        --busy_;
+      }
+      done_.notify_one();
+    }
+  }
+
+  std::mutex running_, mutex_;
+  std::condition_variable woken_, done_;
+  std::vector<std::thread> threads_;
+  void (*task_)(const void*, Size) = nullptr;
+  const void* context_ = nullptr;
+  Size tasks_ = 0;
+  std::atomic<Size> next_{0};
+  int busy_ = 0;
+  std::uint64_t turn_ = 0;
+  std::exception_ptr failure_;
+  bool stopped_ = false;
+};
+
+// Never ended: threads may outlive static objects.
+Crew*& made() {
+  static Crew* of_process = new Crew;
+  return of_process;
+}
+
+Crew& crew() {
+#if !defined(_WIN32)
+  // A process that was forked has none of the threads, and begins anew.
+  static const int once = pthread_atfork(nullptr, nullptr, [] { made() = new Crew; });
+  (void)once;
+#endif
+  return *made();
+}
+
+}  // namespace
+
+void run(Size tasks, void (*task)(const void*, Size), const void* context) { crew().run(tasks, task, context); }
+
+Size threads() { return crew().size(); }
+
+void resize(int count) { crew().resize(count); }
+
+void* allocate(std::size_t bytes) {
+  constexpr std::size_t ALIGNMENT = 64;
+  const std::size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+#if defined(_WIN32)
+  void* memory = _aligned_malloc(whole, ALIGNMENT);
+#else
+  void* memory = std::aligned_alloc(ALIGNMENT, whole);
+#endif
+  if (!memory && whole) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) noexcept {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
+
+float* scratch(std::size_t floats) {
+  thread_local struct Block {
+    float* memory = nullptr;
+    std::size_t size = 0;
+    ~Block() { release(memory); }
+  } block;
+  if (block.size < floats) {
+    release(block.memory);
+    block.memory = nullptr;
+    block.size = 0;
+    block.memory = static_cast<float*>(allocate(floats * sizeof(float)));
+    block.size = floats;
+  }
+  return block.memory;
+}
+
+}  // namespace nnturbo
