@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from ..backends import Backend
@@ -17,8 +15,6 @@ from .tensorrt import TensorRtBackend
 from .torch import TorchBackend
 from .torch_tensorrt import TorchTensorRtBackend
 from .torchscript import TorchScriptBackend
-
-logger = logging.getLogger(__name__)
 
 AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
 """Backends that "auto" tries on each kind of device, in this order; others run only if they are named."""
@@ -76,8 +72,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def usable_backends(name: str, device: torch.device, precision: str) -> list[Backend]:
-    """Find the named backend, or with "auto" all that run here, the best first; log the choice and its reason.
+def usable_backends(name: str, device: torch.device, precision: str) -> tuple[list[Backend], dict[str, str]]:
+    """Find the named backend, or with "auto" all that run here, the best first.
+
+    Returns:
+        Those, and by name, in the same order, why others cannot run.
 
     Raises:
         ValueError: For an unknown name.
@@ -89,13 +88,12 @@ def usable_backends(name: str, device: torch.device, precision: str) -> list[Bac
     candidates = [known[each] for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]
     reasons = {candidate.name: candidate.unavailable(device, precision) for candidate in candidates}
     usable = [candidate for candidate in candidates if reasons[candidate.name] is None]
-    missing = [f"{other}: {why}" for other, why in reasons.items() if why is not None]
+    missing = {other: why for other, why in reasons.items() if why is not None}
     if not usable:
-        raise BackendUnavailable("; ".join(f"{reason.replace(': ', ' cannot run here: ', 1)}" for reason in missing))
-    logger.info("backend %s on %s in %s%s", usable[0].name, device, precision, "".join(f"; not {m}" for m in missing))
-    return usable
+        raise BackendUnavailable("; ".join(f"{other} cannot run here: {why}" for other, why in missing.items()))
+    return usable, missing
 
 
 def choose_backend(name: str, device: torch.device, precision: str) -> Backend:
     """Find the named backend, or with "auto" the best one that runs here; see `usable_backends`."""
-    return usable_backends(name, device, precision)[0]
+    return usable_backends(name, device, precision)[0][0]

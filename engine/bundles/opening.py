@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backends import Backend
-from ..backends.choose import choose_backend, choose_device, choose_precision, usable_backends
+from ..backends.choose import AUTOMATIC, choose_backend, choose_device, choose_precision, usable_backends
 from ..errors import BackendUnavailable, BundleError, EngineError
 from ..model.folder import Model
 from ..model.runner import Runner
@@ -55,14 +55,32 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
     """
     target = choose_device(device)
     precision = choose_precision(precision, target)
-    *others, last = usable_backends(backend, target, precision)
+    (*others, last), missing = usable_backends(backend, target, precision)
     for candidate in others:
         try:
-            return _opened_by(candidate, model, checkpoint, precision, target)
+            opened = _opened_by(candidate, model, checkpoint, precision, target)
+            break
         except BackendUnavailable as error:
-            # A model that is not for the kernels is nothing to worry about, a failing compiler is.
-            logger.log(logging.WARNING if candidate.compiles else logging.INFO, "%s; going on without it", error)
-    return _opened_by(last, model, checkpoint, precision, target)
+            if (
+                candidate.compiles
+            ):  # a model that is not for the kernels is nothing to worry about, a failing compiler is
+                logger.warning("%s; going on without it", error)
+            missing[candidate.name] = str(error)
+    else:
+        opened = _opened_by(last, model, checkpoint, precision, target)
+    _say_choice(opened, missing)
+    return opened
+
+
+def _say_choice(opened: Opened, missing: Mapping[str, str]) -> None:
+    """Log what runs the network, and what would bring each backend that is faster."""
+    order = AUTOMATIC[opened.device.type]
+    faster = (
+        [name for name in order[: order.index(opened.backend)] if name in missing] if opened.backend in order else []
+    )
+    more = "; ".join(f"{name}: {missing[name]}" for name in faster)
+    where = f"{opened.device} in {opened.precision}"
+    logger.info("%s runs the network on %s%s", opened.backend, where, f"; faster would be {more}" if more else "")
 
 
 def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:

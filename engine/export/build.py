@@ -204,7 +204,7 @@ def _choose(backend: str, precision: str, device: str, compute_capabilities: Seq
         return _Target(
             device=target,
             precision=precision,
-            backends=usable_backends(backend, target, precision),
+            backends=usable_backends(backend, target, precision)[0],
             machine=describe_machine(target),
         )
     if backend not in ("auto", "tensorrt"):

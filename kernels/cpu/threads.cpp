@@ -124,7 +124,7 @@ Crew*& made() {
 
 Crew& crew() {
 #if !defined(_WIN32)
-  // A process that was forked has none of the threads, and begins anew.
+  // A process that was forked has none of the threads, and starts new ones.
   static const int once = pthread_atfork(nullptr, nullptr, [] { made() = new Crew; });
   (void)once;
 #endif

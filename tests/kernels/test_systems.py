@@ -1,4 +1,4 @@
-"""The kernels against plain loops, on this machine and on those that can be stood in for: ARM by qemu, Windows by wine."""
+"""The kernels against plain loops, here and on what can be stood in for: ARM by qemu, Windows by wine."""
 
 import os
 import shutil
@@ -6,7 +6,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from nnturbo.kernels.compilation import FLAGS, FOLDER, LINKED, VARIANTS, VARIED, compile_kernels, compiler, here, library_name
+from nnturbo.kernels.compilation import (
+    FLAGS,
+    FOLDER,
+    LINKED,
+    VARIANTS,
+    VARIED,
+    compile_kernels,
+    compiler,
+    here,
+    library_name,
+)
 
 TWINS = Path(__file__).with_name("convolution_twins.cpp")
 LACKS_INSTRUCTIONS = 77
@@ -45,6 +55,7 @@ def test_every_function_gives_what_plain_loops_give(tmp_path, name):
     static = ["-static"] if emulator else []
     subprocess.run([*command, *static, "-pthread", *objects, "-o", program], check=True)
     given = {**os.environ, "WINEPREFIX": str(tmp_path / "wine"), "WINEDEBUG": "-all"}
+    subprocess.run([*emulator, program, "none"], capture_output=True, check=False, env=given)  # sets wine up
     ran = []
     for variant in VARIANTS[processor]:
         done = subprocess.run([*emulator, program, variant], capture_output=True, text=True, check=False, env=given)

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import logging
 
@@ -6,6 +7,7 @@ import torch
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import choose, inductor, onnx
 from nnturbo.engine.backends.choose import AUTOMATIC, PRECISIONS, backends, choose_backend
+from nnturbo.engine.cli import main
 from nnturbo.engine.cli.inspect import describe
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
@@ -94,21 +96,34 @@ def test_a_torch_bundle_holds_weights_and_the_fitted_classifiers_alone(tmp_path)
     }
 
 
-class TestChoice:
-    def test_auto_takes_openvino_on_a_cpu_where_it_is_installed_and_says_so(self, monkeypatch, caplog):
-        monkeypatch.setitem(AUTOMATIC, "cpu", ("openvino", "torch"))
-        with caplog.at_level(logging.INFO):
-            chosen = choose_backend("auto", CPU, "fp32")
-        expected = "openvino" if importlib.util.find_spec("openvino") else "torch"
-        assert chosen.name == expected
-        assert f"backend {expected} on cpu in fp32" in caplog.text
+@contextlib.contextmanager
+def own_console():
+    """Let `logging.basicConfig` set the console up, as in a process of its own."""
+    handlers, logging.root.handlers = logging.root.handlers, []
+    try:
+        yield
+    finally:
+        logging.root.handlers = handlers
 
-    def test_auto_names_why_it_did_not_take_the_better_one(self, monkeypatch, caplog):
+
+class TestChoice:
+    def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(self, monkeypatch):
         monkeypatch.setitem(AUTOMATIC, "cpu", ("openvino", "torch"))
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with caplog.at_level(logging.INFO):
-            assert choose_backend("auto", CPU, "fp32").name == "torch"
-        assert "not openvino: OpenVINO is not installed: pip install 'nnturbo[openvino]'" in caplog.text
+        expected = "openvino" if importlib.util.find_spec("openvino") else "torch"
+        assert choose_backend("auto", CPU, "fp32").name == expected
+
+    def test_auto_says_in_one_line_what_runs_and_what_would_bring_a_faster_one(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(AUTOMATIC, "cpu", ("openvino", "torch", "native"))
+        monkeypatch.setattr("nnturbo.engine.backends.openvino.importlib.util.find_spec", lambda name: None)
+        model = write_model(tmp_path / "m", plans=plans_json())
+        (tmp_path / "in").mkdir()
+        with own_console():
+            assert main(["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model)]) == 2
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if "runs the network" in line]
+        assert said == (
+            "torch runs the network on cpu in fp32; faster would be openvino: OpenVINO is not installed: pip install "
+            "'nnturbo[openvino]'"
+        )
 
     def test_what_none_can_do_is_refused_with_every_reason(self):
         with pytest.raises(BackendUnavailable, match="torch cannot run here: fp16 needs a GPU"):
