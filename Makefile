@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py $(shell find engine kernels training benchmar
 
 DEMO_MODEL ?= examples/demo_model
 
-.PHONY: demo test test-rest test-all check benchmark guard clean
+.PHONY: demo test test-rest test-all check benchmark guard dist clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,5 +51,9 @@ benchmark: $(VENV)/.dev
 guard: $(VENV)/.dev
 	$(BIN)/python -m nnturbo.benchmarks.guard
 
+# The source distribution and the wheels of all systems, tried in fresh environments.
+dist:
+	PYTHON=$(PYTHON) .ci/dist
+
 clean:
-	rm -rf $(VENV) demo *.egg-info build
+	rm -rf $(VENV) demo *.egg-info build dist
