@@ -32,6 +32,8 @@ class WithKernels(build_py):
             return
         system, processor = TARGET.split("-") if TARGET else compilation.here()
         path = Path(self.build_lib, "nnturbo", "kernels", compilation.library_name(system))
+        for earlier in path.parent.glob("*nnturbo_kernels.*"):  # of another target
+            earlier.unlink()
         try:
             command = compilation.compiler()
             if command is None:
