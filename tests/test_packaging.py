@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
-from nnturbo import __version__
 from nnturbo.kernels.compilation import compiler, here, library_name
+
+from nnturbo import __version__
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(

@@ -109,7 +109,7 @@ class TestAgreement:
 
     def test_int8_is_measured_on_scans_that_did_not_calibrate_it(self, multi_task_model, tmp_path, monkeypatch):
         calibrated, measured = [], []
-        monkeypatch.setattr(compilation, "usable_backends", lambda *_: [backends()["torch"]])
+        monkeypatch.setattr(compilation, "usable_backends", lambda *_: ([backends()["torch"]], {}))
         monkeypatch.setattr(
             compilation,
             "calibration_tiles",

@@ -1,7 +1,6 @@
 """Segmentations written: labels, type and geometry stay, and a file is whole or not there."""
 
 import os
-import resource
 
 import numpy as np
 import pytest
@@ -92,9 +91,12 @@ class TestWriteSegmentation:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.nii.gz"]
         assert capfd.readouterr() == ("", "")
 
+    @pytest.mark.posix("limits of resources")
     @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
     def test_a_full_disk_leaves_the_old_file(self, tmp_path, geometry, ending):
         """The size limit for files stands for the full disk: writing fails midway in the same way."""
+        import resource
+
         labels = np.random.default_rng(0).integers(0, 255, (50, 50, 50)).astype(np.uint8)
         path = tmp_path / f"s{ending}"
         path.write_text("an older result")
