@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..engine import Engine
 from ..errors import OutputError
-from ..files import staging_folder
+from ..files import put_in_place, staging_folder
 from ..pipeline.prediction import answer
 from ..pipeline.steps import Segmented
 from .cases import AnyCase, FileCase
@@ -46,6 +45,6 @@ def write_results(case: AnyCase, segmented: Segmented, engine: Engine, plans_man
             Path(f"{stem}.pkl").write_bytes(pickle.dumps(dict(properties or {})))
         try:
             for path in sorted(folder.iterdir(), key=lambda path: path.name == labels.name):
-                os.replace(path, labels.parent / path.name)
+                put_in_place(path, labels.parent / path.name)
         except OSError as error:
             raise OutputError.of(labels, error) from error
