@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MOST_RECORDED = 2
-"""Batch sizes kept: the usual one, and that of the last call for a tile. Each holds its own memory."""
+MOST_RECORDED = 4
+"""Batch sizes kept, each of which holds memory of its own; the sliding window has as many."""
+
+LONGEST_MS = 5.0
+"""A network that takes longer is not recorded: the GPU works longer on a launch than the next one takes."""
 
 TRIALS = 3
 WORTH_IT = 0.97
 """A graph is used if it takes less than this share of the time of single launches."""
 
 Network = Callable[[Tensor], tuple[Tensor, ...]]
+_Result = TypeVar("_Result")
 
 
 class Recording(NamedTuple):
@@ -37,27 +40,37 @@ _NO_GRAPH = Recording(None, torch.empty(0), ())
 class GraphedNetwork:
     """Runs a network on a CUDA device, with a CUDA graph for batch sizes where that is faster.
 
+    The first call of a batch size lets cuDNN choose its algorithms, the second is timed; where it is short, the network
+    is recorded, and replayed from the third call on if that is faster. One thread may call it at a time.
+
     Args:
         network: From tiles (N, C, *patch) to any number of tensors; it must do the same work for the same N.
     """
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._recordings: dict[torch.Size, Recording] = {}
-        self._one_at_a_time = threading.Lock()  # a graph has one place for its input
+        self._recordings: dict[torch.Size, Recording | None] = {}
         self._done = torch.cuda.Event()
 
     def __call__(self, tiles: Tensor) -> tuple[Tensor, ...]:
         """Run the network on (N, C, *patch)."""
-        with self._one_at_a_time:
-            try:
-                return self._run(tiles)
-            except torch.OutOfMemoryError:
-                self._recordings.clear()  # their memory may be needed by the next, smaller try
-                raise
+        try:
+            return self._run(tiles)
+        except torch.OutOfMemoryError:
+            self._recordings.clear()  # they hold memory that whoever tries again with less may need
+            raise
 
     def _run(self, tiles: Tensor) -> tuple[Tensor, ...]:
-        recording = self._recordings.get(tiles.shape) or self._record(tiles)
+        if tiles.shape not in self._recordings:
+            while len(self._recordings) >= MOST_RECORDED:
+                del self._recordings[next(iter(self._recordings))]
+            self._recordings[tiles.shape] = None
+            return self._network(tiles)
+        recording = self._recordings[tiles.shape]
+        if recording is None:
+            outputs, taken_ms = _timed(lambda: self._network(tiles))
+            self._recordings[tiles.shape] = _NO_GRAPH if taken_ms > LONGEST_MS else self._record(tiles)
+            return outputs
         if recording.graph is None:
             return self._network(tiles)
         # The last call may have used another stream.
@@ -70,20 +83,15 @@ class GraphedNetwork:
 
     def _record(self, tiles: Tensor) -> Recording:
         """Record the launches for this batch size, and find out whether replaying them is faster."""
-        while len(self._recordings) >= MOST_RECORDED:
-            del self._recordings[next(iter(self._recordings))]
         stream = torch.cuda.Stream(tiles.device)
         inputs = tiles.clone()
         stream.wait_stream(torch.cuda.current_stream(tiles.device))
         with torch.cuda.stream(stream):
-            single_ms = _least_ms(lambda: self._network(inputs))  # also lets cuDNN choose its algorithms
+            single_ms = _least_ms(lambda: self._network(inputs))
             recording, replay_ms = self._captured(inputs, stream)
         torch.cuda.current_stream(tiles.device).wait_stream(stream)
         logger.info("%d tiles: %.2f ms, %.2f ms as a CUDA graph", len(tiles), single_ms, replay_ms)
-        if replay_ms > WORTH_IT * single_ms:
-            recording = _NO_GRAPH
-        self._recordings[tiles.shape] = recording
-        return recording
+        return recording if replay_ms <= WORTH_IT * single_ms else _NO_GRAPH
 
     def _captured(self, inputs: Tensor, stream: torch.cuda.Stream) -> tuple[Recording, float]:
         """Record the launches, and time a replay; a network that cannot be recorded runs without a graph."""
@@ -100,13 +108,14 @@ class GraphedNetwork:
 
 def _least_ms(run: Callable[[], object]) -> float:
     """Time a few runs on the current stream, the first of which only warms up."""
-    least = float("inf")
-    for trial in range(TRIALS + 1):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        if trial:
-            least = min(least, began.elapsed_time(ended))
-    return least
+    return min([_timed(run)[1] for _ in range(TRIALS + 1)][1:])
+
+
+def _timed(run: Callable[[], _Result]) -> tuple[_Result, float]:
+    """Run a function on the current stream; returns its result and the milliseconds that the GPU took."""
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began.record()
+    result = run()
+    ended.record()
+    ended.synchronize()
+    return result, began.elapsed_time(ended)

@@ -15,6 +15,7 @@ from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
 from ..model.runner import NetworkOutput
 from .cuda_graph import GraphedNetwork
+from .own_thread import OwnThread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +29,17 @@ def exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def searched_algorithms() -> Iterator[None]:
+    """Let cuDNN try its algorithms once for each shape, as nnU-Net does, whatever the process has set before."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
@@ -48,7 +60,9 @@ class TorchRunner:
         self._network = network
         self._device = device
         self._precision = precision
-        self._run = GraphedNetwork(self._launched) if device.type == "cuda" else self._launched
+        on_gpu = device.type == "cuda"
+        self._run = GraphedNetwork(self._launched) if on_gpu else self._launched
+        self._in_thread = OwnThread(device) if on_gpu else lambda run: run()
 
     def _launched(self, tiles: Tensor) -> tuple[Tensor, ...]:
         # A CUDA graph contains the casts of weights only if torch does not cache them between calls.
@@ -59,7 +73,10 @@ class TorchRunner:
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
-        with torch.inference_mode(), exact_float32():
+        return self._in_thread(lambda: self._computed(tiles))
+
+    def _computed(self, tiles: Tensor) -> NetworkOutput:
+        with torch.inference_mode(), exact_float32(), searched_algorithms():
             return NetworkOutput(*self._run(tiles.to(self._device)))
 
 
