@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...kernels import normalize
 from ..errors import VolumeError
-from ..model.plans import NormalizationScheme
+from ..model.plans import ChannelNormalization
+from .device_statistics import mean_and_deviation
 
 STATISTICS_PLANES = 16
 """Planes per step when the statistics of a scan are computed; limits the size of the float copy."""
@@ -41,15 +42,15 @@ class Normalization:
 
 
 def choose_normalization(
-    channel: NormalizationScheme, image: np.ndarray, mask: np.ndarray | None, name: str
+    channel: ChannelNormalization, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None, name: str
 ) -> Normalization:
     """Turn a plan's scheme into numbers for this scan.
 
     Args:
-        channel: The plan's scheme.
-        image: (Z, Y, X), one cropped channel.
-        mask: (Z, Y, X) bool, the non-zero region, or None.
-        name: Name of the scan, for messages.
+        channel: What the plan says.
+        image: (Z, Y, X), one cropped channel; as a tensor where it is on a GPU.
+        mask: (Z, Y, X) bool, the non-zero region, where the image is; or None.
+        name: Of the scan, for messages.
 
     Raises:
         VolumeError: For values that an RGB channel cannot have.
@@ -101,8 +102,11 @@ def normalization_numbers(
     return -math.inf, math.inf, 0.0, 255.0
 
 
-def _statistics(image: np.ndarray, region: np.ndarray | None) -> tuple[float, float]:
-    """Mean and standard deviation of a channel, within a region if there is one."""
+def _statistics(image: np.ndarray | Tensor, region: np.ndarray | Tensor | None) -> tuple[float, float]:
+    """Mean and standard deviation of a channel, of a region where there is one."""
+    if isinstance(image, Tensor):
+        assert region is None or isinstance(region, Tensor)  # it is where the image is
+        return mean_and_deviation(image, region)
     count, total = 0, 0.0
     for step in _steps(len(image)):
         values = image[step] if region is None else image[step][region[step]]

@@ -16,6 +16,7 @@ from ...kernels import normalize
 from ..errors import VolumeError
 from ..model.plans import Plan
 from ..scans.volume import Volume
+from .device_statistics import extremes as extremes_on_device
 from .label_maps import resample_label_map
 from .normalization import Normalization, choose_normalization, normalize_within
 from .resampling import GridMap, grid_map, resample_rows
@@ -32,9 +33,9 @@ class Case:
         image: (C, Z, Y, X), the cropped scan in the network's axis order, on the device, of any number type and
             strides.
         normalizations: One per channel.
-        mask: (Z, Y, X) bool, the non-zero region with holes filled; None if no channel is normalised within it.
-        grid: Map from the cropped scan to the network's grid.
-        limits: Normalised range to which resampling clips (`resampling.value_range`).
+        mask: (Z, Y, X) bool on the device, the non-zero region with holes filled, where a channel is normalised in it.
+        grid: From the cropped scan to the network's grid.
+        limits: The normalised range that resampling clips to (`resampling.value_range`).
         previous: (Z, Y, X) labels of the previous stage on the network's grid, for cascades.
         previous_labels: Foreground labels of the previous stage, which become input channels.
         logits_grid: Map from the network's grid back to the cropped scan.
@@ -46,7 +47,7 @@ class Case:
 
     image: Tensor
     normalizations: tuple[Normalization, ...]
-    mask: np.ndarray | None
+    mask: Tensor | None
     grid: GridMap
     limits: tuple[Tensor | None, Tensor | None]
     previous: Tensor | None
@@ -73,6 +74,7 @@ class Case:
         return replace(
             self,
             image=self.image.to(device, _readable_type(self.image.dtype, device)),
+            mask=None if self.mask is None else self.mask.to(device),
             limits=(None if low is None else low.to(device), None if high is None else high.to(device)),
             previous=None if self.previous is None else self.previous.to(device),
             device=device,
@@ -88,9 +90,9 @@ class Case:
             low, high = self.grid.operators[0].inputs_of(start, stop)
             image, normalization = self.image[:, low:high], tuple(channel.numbers for channel in self.normalizations)
             if self.mask is not None:
-                mask = torch.from_numpy(self.mask[low:high]).to(self.device)
                 masked = [channel.masked for channel in self.normalizations]
-                image, normalization = normalize_within(image, list(normalization), masked, mask), None
+                image = normalize_within(image, list(normalization), masked, self.mask[low:high])
+                normalization = None
             image = resample_rows(
                 image, self.grid, rows=(start, stop), offset=low, limits=self.limits, normalization=normalization
             )
@@ -101,7 +103,7 @@ class Case:
 
 
 def to_device(image: np.ndarray, device: torch.device) -> Tensor:
-    """Turn a scan into a tensor on a device; on a CPU without a copy, if torch can read the array."""
+    """Make a scan, or a mask, a tensor on a device; on a CPU without a copy, wherever torch can read it as it lies."""
     if not image.dtype.isnative or image.dtype == np.longdouble:
         image = image.astype(np.float32)
     if not image.flags.writeable or any(stride < 0 for stride in image.strides):
@@ -115,8 +117,8 @@ def to_device(image: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _readable_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Choose the type of a scan on a device: CUDA kernels read few types; int16 needs half of float32's transfer."""
-    return dtype if device.type == "cpu" or dtype in (torch.int16, torch.uint8) else torch.float32
+    """Say what a scan's type becomes: a GPU's kernels read few; that of most CT is half the way of float32."""
+    return dtype if device.type == "cpu" or dtype in (torch.int16, torch.uint8, torch.bool) else torch.float32
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -150,12 +152,11 @@ def filled_mask(image: np.ndarray) -> np.ndarray:
 
 
 def _limits(
-    image: np.ndarray,
+    image: np.ndarray | Tensor,
+    mask: np.ndarray | Tensor | None,
     normalizations: Sequence[Normalization],
-    mask: np.ndarray | None,
     grid: GridMap,
-    device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Least and greatest normalised value, per channel and, where the grid map clips by slice, per slice.
 
     Normalising keeps the order of values, so it is enough to normalise the raw extremes. None if nothing is clipped.
@@ -165,21 +166,33 @@ def _limits(
     axes = tuple(axis for axis in range(3) if grid.clip == "volume" or axis != grid.last_axis)
     lows, highs = [], []
     for channel, of_channel in zip(image, normalizations, strict=True):
-        inside = mask if of_channel.masked else None
-        if inside is None:
-            extremes = [channel.min(axes, keepdims=True), channel.max(axes, keepdims=True)]
-        else:
-            extremes = [np.where(inside, channel, fill).astype(np.float32) for fill in (np.inf, -np.inf)]
-            extremes = [extremes[0].min(axes, keepdims=True), extremes[1].max(axes, keepdims=True)]
+        *extremes, outside = _extremes(channel, mask if of_channel.masked else None, axes)
         low, high = (
             normalize(to_device(e[None], torch.device("cpu")), [of_channel.numbers])[0].numpy() for e in extremes
         )
-        if inside is not None:
-            outside = ~inside.all(axes, keepdims=True)
+        if outside is not None:
             low, high = np.where(outside, np.minimum(low, 0), low), np.where(outside, np.maximum(high, 0), high)
         lows.append(low)
         highs.append(high)
     return torch.from_numpy(np.stack(lows)).to(device), torch.from_numpy(np.stack(highs)).to(device)
+
+
+def _extremes(
+    channel: np.ndarray | Tensor, inside: np.ndarray | Tensor | None, axes: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """See `device_statistics.extremes`, which does the same on a GPU."""
+    if isinstance(channel, Tensor):
+        assert inside is None or isinstance(inside, Tensor)  # it is where the channel is
+        return extremes_on_device(channel, inside, axes)
+    if inside is None:
+        return channel.min(axes, keepdims=True), channel.max(axes, keepdims=True), None
+    low, high = (np.where(inside, channel, fill).astype(np.float32) for fill in (np.inf, -np.inf))
+    return low.min(axes, keepdims=True), high.max(axes, keepdims=True), ~inside.all(axes, keepdims=True)
+
+
+def _measures_on(device: torch.device) -> bool:
+    """Whether a scan is looked through on the device, which takes float64 there."""
+    return device.type == "cuda"
 
 
 def shape_at_spacing(
@@ -246,14 +259,22 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
     if previous is not None and mask is not None:
         cropped, mask = _previous_labels(previous.transpose(order)[crop], mask)
         labels = resample_label_map(cropped, plan.resampling_segmentation, new_shape, spacing, new_spacing).to(device)
+    on_device = to_device(image, device)
+    mask_on_device = None if mask is None else to_device(mask, device)
+    measured = (on_device, mask_on_device) if _measures_on(device) else (image, mask)
     normalizations = tuple(
-        choose_normalization(channel, data, mask, volume.name)
-        for channel, data in zip(plan.channels, image, strict=True)
+        choose_normalization(channel, data, measured[1], volume.name)
+        for channel, data in zip(plan.channels, measured[0], strict=True)
     )
+    limits = (None, None)
+    if grid.clip != "none":
+        low, high = _limits(*measured, normalizations, grid)
+        limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
+
     return Case(
-        image=to_device(image, device),
+        image=on_device,
         normalizations=normalizations,
-        mask=mask if any(channel.masked for channel in normalizations) else None,
+        mask=mask_on_device if any(channel.masked for channel in normalizations) else None,
         grid=grid,
         limits=_limits(image, normalizations, mask, grid, device),
         previous=labels,
