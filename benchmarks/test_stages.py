@@ -11,8 +11,9 @@ from nnturbo.engine.model.resampling_function import parse_resampling
 from nnturbo.engine.pipeline.labels import segment
 from nnturbo.engine.pipeline.preprocessing import preprocess
 from nnturbo.engine.pipeline.resampling import grid_map, resample
-from nnturbo.engine.pipeline.sliding_window import axis_weights, tile_positions
+from nnturbo.engine.pipeline.sliding_window import axis_weights
 from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.window import tile_positions
 from nnturbo.engine.scans.volume import Volume
 from nnturbo.kernels import accumulate_views
 

@@ -32,7 +32,7 @@ from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.engine.pipeline.preprocessing import preprocess
-from nnturbo.engine.pipeline.sliding_window import SlidingWindow
+from nnturbo.engine.pipeline.window import SlidingWindow
 from nnturbo.engine.scans.volume import read_volume
 from torch.nn.functional import conv3d
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .backends.torch import TorchRunner
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, open_bundle, open_model
 from .errors import EngineError
@@ -20,10 +21,13 @@ from .options import DEFAULT_CHECKPOINT, EngineOptions
 from .pipeline.loading import ExactLoader, Loader
 from .pipeline.prediction import Prediction, answer
 from .pipeline.segmenting import Segmenter
-from .pipeline.sliding_window import SlidingWindow
 from .pipeline.steps import Prepared, Request, Segmented
 from .pipeline.transfers import Transfers
+from .pipeline.window import SlidingWindow
 from .predictor import Predictor, Progress
+
+VIEWS_ON_GPU = 8
+"""That go through the network at once: all mirror views of a tile, or, where it has fewer, those of several tiles."""
 
 
 class Engine(Predictor):
@@ -108,7 +112,8 @@ class Engine(Predictor):
             opened.model.plan,
             tile_step_size=tile_step_size,
             views=views,
-            views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else len(views)),
+            views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else VIEWS_ON_GPU),
+            tiles_dtype=opened.runner.tiles_dtype if isinstance(opened.runner, TorchRunner) else torch.float32,
             use_gaussian=options.use_gaussian,
         )
         sums_device = opened.device if options.sums_on_device else torch.device("cpu")

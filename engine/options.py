@@ -16,8 +16,8 @@ class EngineOptions:
     """Options of an engine, with defaults that suit most.
 
     Args:
-        views_per_call: Mirror views that go through the network at once; by default one on a CPU, where more take
-            memory and no less time, and all on a GPU.
+        views_per_call: Mirror views, of one tile or of several, that go through the network at once; by default one on
+            a CPU, where more take memory and no less time, and eight on a GPU.
         use_gaussian: Let voxels in the middle of a tile count more than those at its rim, as nnU-Net does by default.
         sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
         classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was

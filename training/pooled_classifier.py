@@ -25,9 +25,10 @@ from ..engine.model.heads import FocusPooling
 from ..engine.model.network import MultiTaskUNet, build_network
 from ..engine.model.plans import Plan
 from ..engine.pipeline.preprocessing import preprocess
-from ..engine.pipeline.sliding_window import SlidingWindow, predict_logits
+from ..engine.pipeline.sliding_window import predict_logits
 from ..engine.pipeline.timing import Timings
 from ..engine.pipeline.voting import Votes
+from ..engine.pipeline.window import SlidingWindow
 from ..engine.scans.volume import read_volume
 from .data.cases import LABELS_FILE, SPLITS_FILE
 from .data.multi_task_plans import read_classes

@@ -19,7 +19,7 @@ from ..engine.engine import Engine
 from ..engine.model.folder import Model
 from ..engine.model.folds import InferenceNetwork
 from ..engine.model.plans import parse_plan
-from ..engine.pipeline.sliding_window import SlidingWindow
+from ..engine.pipeline.window import SlidingWindow
 from ..engine.scans.volume import read_volume
 from .data.tables import DatasetError
 from .evaluation.metrics import classification_metrics, dice

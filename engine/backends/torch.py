@@ -54,6 +54,9 @@ class TorchRunner:
         network: Network in evaluation mode, on the device.
         device: Device of the network.
         precision: "fp32"; "bf16" and "fp16" run under autocast, as nnU-Net does with fp16 on CUDA.
+
+    Attributes:
+        tiles_dtype: Number type that it takes without a copy: that which autocast casts to on a GPU.
     """
 
     def __init__(self, network: InferenceNetwork, device: torch.device, precision: str) -> None:
@@ -61,6 +64,7 @@ class TorchRunner:
         self._device = device
         self._precision = precision
         on_gpu = device.type == "cuda"
+        self.tiles_dtype = DTYPES[precision] if on_gpu else torch.float32
         self._run = GraphedNetwork(self._launched) if on_gpu else self._launched
         self._in_thread = OwnThread(device) if on_gpu else lambda run: run()
 
@@ -72,7 +76,7 @@ class TorchRunner:
             return self._network(tiles)
 
     def __call__(self, tiles: Tensor) -> NetworkOutput:
-        """Run a batch of tiles, (N, C, *patch) float32; the logits come back on the runner's device."""
+        """Run a batch of tiles, (N, C, *patch) float32 or `tiles_dtype`; the logits come back on the device."""
         return self._in_thread(lambda: self._computed(tiles))
 
     def _computed(self, tiles: Tensor) -> NetworkOutput:

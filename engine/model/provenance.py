@@ -63,7 +63,7 @@ class Provenance(LabelSettings):
         device: Where the network ran.
         torch: Version.
         python: Version.
-        views_per_call: Mirrored views that went through the network at once.
+        views_per_call: Mirrored views, of one tile or of several, that went through the network at once.
         sums_device: Where planes and sums of tiles were.
     """
 

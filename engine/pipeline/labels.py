@@ -11,21 +11,30 @@ from torch import Tensor
 from ...kernels import argmax_labels, plane_groups, region_labels, resample_axis, resample_labels, weighted_sum
 from ..model.labels import LabelScheme
 from .preprocessing import Case
+from .probabilities import ProbabilityPlanes, planes_at_once
 from .resampling import GridMap, resample
 from .timing import Timings
+from .transfers import Transfers
 
 
 def segment(
-    planes: Iterable[Tensor], case: Case, labels: LabelScheme, *, timings: Timings, save_probabilities: bool = False
+    planes: Iterable[Tensor],
+    case: Case,
+    labels: LabelScheme,
+    *,
+    timings: Timings,
+    transfers: Transfers,
+    save_probabilities: bool = False,
 ) -> tuple[Tensor, np.ndarray | None]:
     """Turn logits into a segmentation, plane by plane (nnU-Net: convert_predicted_logits_to_segmentation...).
 
     Args:
         planes: Finished logits in ascending z, (K, planes, Y, X) on the network's grid.
-        case: Case of the logits.
-        labels: Meaning of the logits' channels.
-        timings: Gets the time of "labels".
-        save_probabilities: Whether to keep probabilities too; they take 4 K bytes per voxel of the scan.
+        case: Where they come from.
+        labels: What they mean.
+        timings: Receives "labels".
+        transfers: Copies from the case's device.
+        save_probabilities: Keep probabilities too; they take 4 K bytes per voxel of the scan.
 
     Returns:
         Segmentation (Z, Y, X) on the scan's grid and axes, on the case's device, and probabilities (K, Z, Y, X) float32
@@ -42,13 +51,14 @@ def segment(
         write_labels(planes, case.logits_grid, labels.regions_class_order, target, timings)
         return segmentation, None
 
-    probabilities = cropped_probabilities = None
+    probabilities = saved = None
     if save_probabilities:
         probabilities = np.zeros((labels.num_outputs, *scan_shape), dtype=np.float32)
         if labels.regions_class_order is None:
             probabilities[0] = 1  # voxels outside the crop are background
         axes = (0, *(axis + 1 for axis in case.transpose_forward))
-        cropped_probabilities = probabilities.transpose(axes)[(slice(None), *crop)]
+        cropped = probabilities.transpose(axes)[(slice(None), *crop)]
+        saved = ProbabilityPlanes(cropped, transfers, planes_at_once(case.device, cropped[:, :1].nbytes))
     for index, logits in enumerate(resampled_planes(planes, case.logits_grid, timings)):
         with timings("labels"):
             target[index] = (
@@ -56,9 +66,11 @@ def segment(
                 if labels.regions_class_order is None
                 else region_labels(logits, list(labels.regions_class_order))
             )
-            if cropped_probabilities is not None:
-                nonlinearity = torch.sigmoid(logits) if labels.regions_class_order else torch.softmax(logits, 0)
-                cropped_probabilities[:, index] = nonlinearity.cpu().numpy()
+            if saved is not None:
+                saved.add(torch.sigmoid(logits) if labels.regions_class_order else torch.softmax(logits, 0))
+    if saved is not None:
+        with timings("labels"):
+            saved.finish()
     return segmentation, probabilities
 
 

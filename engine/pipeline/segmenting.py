@@ -13,10 +13,11 @@ from ..model.plans import Plan
 from ..model.runner import Runner
 from .labels import segment
 from .preprocessing import Case
-from .sliding_window import SlidingWindow, predict_logits
+from .sliding_window import predict_logits
 from .steps import Placement, Prepared, Segmented
 from .transfers import Transfers
 from .voting import Votes
+from .window import SlidingWindow
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Segmenter:
             case, self.runner, window, labels.num_outputs, timings=timings, votes=votes, progress=progress
         )
         segmentation, probabilities = segment(
-            logits, case, labels, timings=timings, save_probabilities=save_probabilities
+            logits, case, labels, timings=timings, transfers=self._transfers, save_probabilities=save_probabilities
         )
         return Segmented(
             prepared=prepared,

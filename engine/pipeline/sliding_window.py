@@ -6,83 +6,20 @@ on and dropped. So memory holds one row of tiles, independent of the length of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...kernels import accumulate_views, gather_tiles
-from ..errors import PredictionError
+from ...kernels import accumulate_views
 from ..model.mirroring import View
-from ..model.plans import Plan
 from ..model.runner import Runner
+from .finiteness import watch_finite
 from .preprocessing import Case
+from .tile_network import TileNetwork, tile_groups
 from .timing import Timings
 from .voting import Votes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlidingWindow:
-    """The tiles that cover a grid.
-
-    Args:
-        patch_size: (z, y, x) voxels of a tile.
-        tile_step_size: Distance of neighbouring tiles as a fraction of the patch, in (0, 1].
-        views: Mirror views of each tile, the unflipped one first.
-        views_per_call: Views that go through the network at once.
-        slicewise: Whether every plane is a row of tiles and the network takes (N, C, y, x), as in 2d configurations.
-        use_gaussian: Whether voxels in the middle of a tile count more, as in nnU-Net; else all count alike.
-    """
-
-    patch_size: tuple[int, int, int]
-    tile_step_size: float
-    views: tuple[View, ...]
-    views_per_call: int
-    slicewise: bool = False
-    use_gaussian: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the step."""
-        if not 0 < self.tile_step_size <= 1:
-            raise ValueError(f"tile_step_size must be in (0, 1], got {self.tile_step_size}")
-
-    @classmethod
-    def of_plan(
-        cls,
-        plan: Plan,
-        *,
-        tile_step_size: float = 0.5,
-        views: tuple[View, ...] = ((),),
-        views_per_call: int = 1,
-        use_gaussian: bool = True,
-    ) -> SlidingWindow:
-        """Cover a grid with tiles of the plan's patch size, by default without mirroring."""
-        return cls(
-            patch_size=plan.patch_size_3d,
-            tile_step_size=tile_step_size,
-            views=views,
-            views_per_call=views_per_call,
-            slicewise=len(plan.patch_size) == 2,
-            use_gaussian=use_gaussian,
-        )
-
-    def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """First voxel of every tile along z, y, x of a grid at least as large as the patch."""
-        z, y, x = (
-            tile_positions(n, patch, self.tile_step_size) for n, patch in zip(shape, self.patch_size, strict=True)
-        )
-        return (list(range(shape[0])) if self.slicewise else z), y, x
-
-
-def tile_positions(length: int, patch: int, step: float) -> list[int]:
-    """First voxels of the tiles along one axis, spread evenly (nnU-Net: compute_steps_for_sliding_window)."""
-    count = math.ceil((length - patch) / (patch * step)) + 1
-    if count == 1:
-        return [0]
-    actual_step = (length - patch) / (count - 1)
-    return [int(round(actual_step * i)) for i in range(count)]  # noqa: RUF046  # TorchScript's round gives a float
+from .window import SlidingWindow
 
 
 def gaussian(patch: int) -> Tensor:
@@ -141,28 +78,29 @@ def predict_logits(
     """
     sums = _RowSums(case, window, num_outputs)
     rows = _RowInputs(case, sums.before[0], sums.starts[0], window.patch_size[0])
-    network = _TileNetwork(runner, window, num_outputs, case.device, timings, votes)
-    done, all_finite = 0, torch.ones((), dtype=torch.bool)
+    network = TileNetwork(runner, window, num_outputs, case.device, timings, votes)
+    done, require_finite = 0, watch_finite(torch.empty(0))
     for row in range(len(sums.starts[0])):
         with timings("preprocess"):
             volume = rows.advance()
-        for tile in sums.tiles:
-            for views, logits in network(volume, sums.read_from(tile)):
+        for group in tile_groups(sums.tiles, window.tiles_per_call):
+            for place, views, logits in network(volume, [sums.read_from(tile) for tile in group]):
                 with timings("stitch"):
-                    sums.add(row, tile, views, logits)
-            done += 1
-            if progress is not None:
-                progress(done, len(sums.starts[0]) * len(sums.tiles))
+                    sums.add(row, group[place], views, logits)
+            for _ in group:
+                done += 1
+                if progress is not None:
+                    progress(done, len(sums.starts[0]) * len(sums.tiles))
         with timings("stitch"):
             finished = sums.finished(row)
-            # This checks the previous row, so that a GPU has work while the answer is fetched.
-            _require(all_finite)
-            all_finite = _finite(finished)
+            # Of the row before: a GPU has this one to go on with, and need not wait for the answer.
+            require_finite()
+            require_finite = watch_finite(finished)
         if finished.shape[1]:
             yield sums.without_padding(finished)
         with timings("stitch"):
             sums.leave(row)
-    _require(all_finite)
+    require_finite()
 
 
 Tile = tuple[int, int]
@@ -189,11 +127,12 @@ class _RowSums:
         self.before = tuple((new - old) // 2 for new, old in zip(self._padded, case.shape, strict=True))
         self.starts = window.positions(self._padded)
         self.tiles: list[Tile] = [(y, x) for y in range(len(self.starts[1])) for x in range(len(self.starts[2]))]
+        # One copy for each axis: a GPU is waited for at each.
         self._weights = [
-            [weight.to(case.device) for weight in axis_weights(*of_axis, use_gaussian=window.use_gaussian)]
+            torch.stack(axis_weights(*of_axis, use_gaussian=window.use_gaussian)).to(case.device)
             for of_axis in zip(self._padded, window.patch_size, self.starts, strict=True)
         ]
-        self._weights[0] = [weight / len(window.views) for weight in self._weights[0]]
+        self._weights[0] /= len(window.views)
         self._sums = torch.zeros(num_outputs, window.patch_size[0], *self._padded[1:], device=case.device)
 
     def read_from(self, tile: Tile) -> tuple[int, int, int]:
@@ -227,82 +166,12 @@ class _RowSums:
         return next_top - self.starts[0][row]
 
 
-class _TileNetwork:
-    """Runs the network on all views of a tile.
-
-    Args:
-        runner: The network.
-        window: Size and views of tiles.
-        num_outputs: K.
-        device: Device of the tiles and of the returned logits.
-        timings: Gets the times of "network" and "stitch".
-        votes: Gets the class logits from a multi-task network.
-    """
-
-    def __init__(
-        self,
-        runner: Runner,
-        window: SlidingWindow,
-        num_outputs: int,
-        device: torch.device,
-        timings: Timings,
-        votes: Votes | None,
-    ) -> None:
-        self._runner, self._window, self._num_outputs = runner, window, num_outputs
-        self._device, self._timings, self._votes = device, timings, votes
-
-    def __call__(self, volume: Tensor, start: tuple[int, int, int]) -> Iterator[tuple[Sequence[View], Tensor]]:
-        """Run the tile that begins at a voxel of (C, Z, Y, X), some views at a time.
-
-        Yields:
-            Views, and their logits (V, K, *patch).
-        """
-        size, window = self._window.patch_size, self._window
-        for first in range(0, len(window.views), window.views_per_call):
-            views = window.views[first : first + window.views_per_call]
-            with self._timings("stitch"):
-                batch = torch.empty(len(views), len(volume), *size, device=self._device)
-                gather_tiles(volume, start, size, views, batch)
-            with self._timings("network"):
-                logits = self._run(batch[:, :, 0] if window.slicewise else batch)
-            yield views, logits
-
-    def _run(self, tiles: Tensor) -> Tensor:
-        size = self._window.patch_size
-        try:
-            output = self._runner(tiles)
-            logits = output.seg_logits.to(self._device).reshape(len(tiles), self._num_outputs, *size)
-            if self._votes is not None:
-                self._votes.add(output)
-            return logits
-        except torch.OutOfMemoryError:
-            raise  # the caller tries again with less memory
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """Whether all logits are finite, as a tensor on their device; least and greatest value show it without a mask."""
-    if logits.numel() == 0:
-        return torch.ones((), dtype=torch.bool)
-    return torch.isfinite(torch.stack(torch.aminmax(logits))).all()
-
-
-def _require(all_finite: Tensor) -> None:
-    """Refuse logits that are not finite."""
-    if not all_finite:
-        raise PredictionError(
-            "the network's logits must be finite, got NaN or infinity: its weights are damaged, or the "
-            "precision is too low for this model; try --precision fp32"
-        )
-
-
 def shift_planes(buffer: Tensor, planes: int) -> None:
     """Drop the first planes of (C, Z, Y, X), move the others up and clear the rest."""
     depth = buffer.shape[1]
-    for plane in range(depth - planes):
-        buffer[:, plane] = buffer[:, plane + planes]
+    for plane in range(0, depth - planes, max(planes, 1)):  # as many at once as do not overlap
+        count = min(planes, depth - planes - plane)
+        buffer[:, plane : plane + count] = buffer[:, plane + planes : plane + planes + count]
     buffer[:, depth - planes :] = 0
 
 

@@ -68,7 +68,7 @@ class Placement:
     """How much of a scan is on the device at once.
 
     Args:
-        views_per_call: Mirrored views that go through the network at once.
+        views_per_call: Mirrored views, of one tile or of several, that go through the network at once.
         sums_device: Where planes and sums are.
     """
 

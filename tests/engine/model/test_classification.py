@@ -11,9 +11,10 @@ from nnturbo.engine.model.classification import ClassificationScheme
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline.sliding_window import SlidingWindow, predict_logits
+from nnturbo.engine.pipeline.sliding_window import predict_logits
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.voting import Votes
+from nnturbo.engine.pipeline.window import SlidingWindow
 
 from tests.engine.factory import (
     dataset_json,

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline.sliding_window import SlidingWindow, axis_weights, gaussian, predict_logits, tile_positions
+from nnturbo.engine.pipeline.sliding_window import axis_weights, gaussian, predict_logits
 from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions
 
 from tests.engine.pipeline.cases import case_of
 

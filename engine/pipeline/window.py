@@ -1,0 +1,83 @@
+"""How tiles cover a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..model.mirroring import View
+from ..model.plans import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlidingWindow:
+    """How tiles cover a grid.
+
+    Args:
+        patch_size: (z, y, x) voxels of a tile.
+        tile_step_size: Distance of neighbouring tiles as a fraction of the patch, in (0, 1].
+        views: The mirror views of each tile, the unflipped one first.
+        views_per_call: Views that go through the network at once; where a tile has fewer, those of several tiles.
+        tiles_dtype: Number type that the network is given.
+        slicewise: Every plane is a row of tiles of its own and the network takes (N, C, y, x) (2d configurations).
+        use_gaussian: Voxels in the middle of a tile count more; else all alike.
+    """
+
+    patch_size: tuple[int, int, int]
+    tile_step_size: float
+    views: tuple[View, ...]
+    views_per_call: int
+    tiles_dtype: torch.dtype = torch.float32
+    slicewise: bool = False
+    use_gaussian: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the step."""
+        if not 0 < self.tile_step_size <= 1:
+            raise ValueError(f"tile_step_size must be in (0, 1], got {self.tile_step_size}")
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: Plan,
+        *,
+        tile_step_size: float = 0.5,
+        views: tuple[View, ...] = ((),),
+        views_per_call: int = 1,
+        tiles_dtype: torch.dtype = torch.float32,
+        use_gaussian: bool = True,
+    ) -> SlidingWindow:
+        """Cover a grid with tiles of the plan's patch size, by default without mirroring."""
+        return cls(
+            patch_size=plan.patch_size_3d,
+            tile_step_size=tile_step_size,
+            views=views,
+            views_per_call=views_per_call,
+            tiles_dtype=tiles_dtype,
+            slicewise=len(plan.patch_size) == 2,
+            use_gaussian=use_gaussian,
+        )
+
+    @property
+    def tiles_per_call(self) -> int:
+        """Tiles of which all views go through the network at once."""
+        return max(1, self.views_per_call // len(self.views))
+
+    def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """First voxel of every tile along z, y, x of a grid at least as large as the patch."""
+        z, y, x = (
+            tile_positions(n, patch, self.tile_step_size) for n, patch in zip(shape, self.patch_size, strict=True)
+        )
+        return (list(range(shape[0])) if self.slicewise else z), y, x
+
+
+def tile_positions(length: int, patch: int, step: float) -> list[int]:
+    """First voxels of the tiles along one axis, spread evenly (nnU-Net: compute_steps_for_sliding_window)."""
+    count = math.ceil((length - patch) / (patch * step)) + 1
+    if count == 1:
+        return [0]
+    actual_step = (length - patch) / (count - 1)
+    return [int(round(actual_step * i)) for i in range(count)]  # noqa: RUF046  # TorchScript's round gives a float
