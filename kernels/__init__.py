@@ -21,6 +21,7 @@ __all__ = [
     "accumulate_views",
     "argmax_labels",
     "gather_tiles",
+    "instance_norm",
     "normalize",
     "plane_groups",
     "region_labels",
@@ -43,6 +44,11 @@ def gather_tiles(volume: Tensor, *arguments: Any) -> Tensor:
 def accumulate_views(logits: Tensor, *arguments: Any) -> None:
     """Add the weighted sum of mirrored views of a tile to the sums: see `reference.accumulate_views`."""
     _for(logits).accumulate_views(logits, *arguments)
+
+
+def instance_norm(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Normalise the channels of images, in place: see `reference.instance_norm`."""
+    return _for(values).instance_norm(values, *arguments, **options)
 
 
 def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:

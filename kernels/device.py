@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -13,6 +14,12 @@ from .operators import AxisOperator
 
 MOST_BLOCKS = 4096
 """Blocks of kernels in which each row of threads takes line after line: several waves on the largest GPUs."""
+
+MOST_NORM_BLOCKS = 1024
+LEAST_NORM_VALUES = 32768
+"""Of an instance norm: blocks in all, and values that are worth a block of their own."""
+
+THREADS = loader.THREADS[0] * loader.THREADS[1]
 
 COLUMNS, PITCH = 32, 33
 """Constants of resample_axis.cu."""
@@ -78,6 +85,69 @@ def accumulate_views(
         device=out.device,
         blocks=_blocks(classes * size[0] * size[1]),
     )  # fmt: skip
+
+
+def instance_norm(
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    slope: float = 1.0,
+    residual: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    """See `reference.instance_norm`."""
+    images, channels = values.shape[:2]
+    voxels = values[0, 0].numel()
+    width = 16 // values.element_size()
+    pitch = channels if copy is None else copy.stride(-1)
+    if channels % width or pitch % width:
+        raise ValueError(f"channels must come in multiples of {width} in {values.dtype}, got {channels} of {pitch}")
+    for name, tensor in (("values", values), ("the residual", residual), ("the copy", copy)):
+        if tensor is not None:
+            _require_channels_last(name, tensor, values, pitch if tensor is copy else channels)
+    parts = max(1, min(MOST_NORM_BLOCKS // images, -(-voxels * channels // LEAST_NORM_VALUES)))
+    run = -(-voxels // parts)
+    parts = -(-voxels // run)
+    sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=values.device)
+    scales = torch.empty(images, 2, channels, dtype=torch.float32, device=values.device)
+    size, of_parts = [voxels, channels], [parts, run]
+    at = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in
+          {"weight": weight, "bias": bias, "residual": residual, "copy": copy}.items()}  # fmt: skip
+    for kernel, blocks, arguments, shared_bytes in (
+        ("sums", images * parts, [values.data_ptr(), *size, *of_parts, sums.data_ptr()], 8 * width * THREADS),
+        ("scales", _blocks(images), [values.data_ptr(), sums.data_ptr(), images, *size, parts, at["weight"], at["bias"],
+                                     _bits(epsilon), scales.data_ptr()], 0),
+        ("apply", images * parts, [values.data_ptr(), *size, *of_parts, scales.data_ptr(), _bits(slope), at["residual"],
+                                   at["copy"], pitch], 0),
+    ):  # fmt: skip
+        loader.launch(
+            f"instance_norm_{kernel}", values.dtype, arguments, device=values.device, blocks=blocks,
+            shared_bytes=shared_bytes,
+        )  # fmt: skip
+    return values
+
+
+def _bits(value: float) -> int:
+    """A float as an integer, since arguments are integers."""
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def _require_channels_last(name: str, tensor: Tensor, like: Tensor, pitch: int) -> None:
+    """Check type, shape, and that voxels lie `pitch` numbers apart, one after the other, channels side by side."""
+    steps, step = [], pitch
+    for length in reversed((len(like), *like.shape[2:])):
+        steps.append(step)
+        step *= length
+    *of_grid, of_images = steps
+    expected = (of_images, 1, *reversed(of_grid))
+    found = zip(tensor.shape, tensor.stride(), expected, strict=True)
+    fits = tensor.shape == like.shape and all(length == 1 or stride == wanted for length, stride, wanted in found)
+    if not fits or tensor.dtype != like.dtype or tensor.data_ptr() % 16:
+        raise ValueError(
+            f"{name} must be {like.dtype} of shape {tuple(like.shape)} with strides {expected}, at a multiple of 16 "
+            f"bytes; got {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
 
 
 def resample_axis(

@@ -178,6 +178,47 @@ def accumulate_views(
     out.addcmul_(total, wz[:, None, None] * (wy[:, None] * wx))
 
 
+def instance_norm(
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    slope: float = 1.0,
+    residual: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    """Normalise each channel of each image over its voxels, add a residual, and damp what is negative; in place.
+
+    `x = (x - mean) / sqrt(variance + epsilon) * weight + bias + residual`, then `slope * x` where `x < 0`. Computed in
+    float32 and rounded once.
+
+    Args:
+        values: (N, C, *grid) floating; on a GPU with the channels last in memory, as many as fill 16 bytes or a
+            multiple of that. Overwritten and returned.
+        weight: (C,) float32, or None for 1.
+        bias: (C,) float32, or None for 0.
+        epsilon: Of the norm.
+        slope: 1 for no activation, 0 for ReLU, else that of LeakyReLU.
+        residual: As `values`.
+        copy: As `values`, but that there may be other channels between its voxels; receives the result too.
+    """
+    axes = list(range(2, values.ndim))
+    shape = (1, -1, *[1] * len(axes))
+    result = values.float()
+    variance, mean = torch.var_mean(result, axes, correction=0, keepdim=True)
+    result = (result - mean) * torch.rsqrt(variance + epsilon)
+    if weight is not None:
+        result = result * weight.view(shape)
+    if bias is not None:
+        result = result + bias.view(shape)
+    if residual is not None:
+        result = result + residual
+    values.copy_(torch.where(result > 0, result, slope * result))
+    if copy is not None:
+        copy.copy_(values)
+    return values
+
+
 def argmax_labels(logits: Tensor) -> Tensor:
     """Index of the greatest logit; the first of equal ones, as in numpy's argmax.
 

@@ -41,6 +41,15 @@ __device__ inline void store(Bfloat* place, float value) {
 // Where index i of an axis of n voxels lies in a view that is flipped along it, or not.
 __device__ inline Index flipped(Index i, Index n, bool flip) { return flip ? n - 1 - i : i; }
 
+// Sixteen bytes of numbers, which a thread reads or writes at once.
+template <typename N>
+struct alignas(16) Pack {
+    N values[16 / sizeof(N)];
+};
+
+// A float that came as its bits, since arguments are integers.
+__device__ inline float from_bits(Index bits) { return __uint_as_float((unsigned)bits); }
+
 // Lines of x are spread over all rows of threads of all blocks.
 #define FOR_LINES(line, count)                                                          \
     for (Index line = (Index)blockIdx.x * blockDim.y + threadIdx.y, lines_ = (count);   \

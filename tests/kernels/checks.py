@@ -1,5 +1,6 @@
 """Random arguments for each operation: the launched kernel against its twin, on any device."""
 
+import math
 import random
 
 import torch
@@ -7,6 +8,7 @@ from nnturbo.kernels import AxisOperator, device, reference
 
 ALL_VIEWS = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -134,12 +136,73 @@ def check_resample_labels(target):
         assert torch.allclose(confidence.cpu()[clear], expected_confidence[clear], atol=1e-5)
 
 
+def check_instance_norm(target):
+    dtype = random.choice(FLOATS)
+    width = 16 // torch.empty(0, dtype=dtype).element_size()
+    channels, grid = width * random.choice([1, 2, 3, 5, 11, 40]), shape(1, 9, random.randint(2, 3))
+    images = random.randint(1, 3)
+    # Means far from zero, and channels that are constant but for a few voxels.
+    values = torch.randn(images, channels, *grid) * 10 ** (2 * torch.rand(1, channels, *[1] * len(grid)) - 1)
+    values += random.choice([0, 5, -40]) * torch.randn(1, channels, *[1] * len(grid))
+    values[:, : channels // 2] = torch.where(torch.rand(images, 1, *grid) < 0.8, 3.0, values[:, : channels // 2])
+    memory = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+
+    def lies(tensor, where=CPU):
+        last = tensor.to(where, dtype).contiguous(memory_format=memory)
+        return last.as_strided(tensor.shape, last_strides(tensor.shape, channels))
+
+    affine = random.random() < 0.8
+    weight, bias = (torch.randn(channels) if affine else None for _ in range(2))
+    residual = lies(torch.randn(values.shape)) if random.random() < 0.4 else None
+    pitch = channels + width * random.choice([0, 1, channels // width])
+    copies = random.random() < 0.5
+    slope, epsilon = random.choice([1.0, 0.01, 0.0]), 1e-5
+    expected = reference.instance_norm(
+        lies(values).double().float(), weight, bias, epsilon, slope, None if residual is None else residual.float()
+    )
+    whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
+    copy = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels) if copies else None
+    given = lies(values, target)
+    out = device.instance_norm(
+        given,
+        *(None if part is None else part.to(target) for part in (weight, bias)),
+        epsilon,
+        slope,
+        None if residual is None else residual.to(target),
+        copy,
+    )
+    assert out.data_ptr() == given.data_ptr()
+    # Sums are rounded in another order; what that does grows with how far the mean is from zero.
+    deviation = values.std(list(range(2, values.ndim)), keepdim=True, correction=0)
+    off = 2e-5 * (1 + values.abs().amax(list(range(2, values.ndim)), keepdim=True) / (deviation + 3e-3))
+    scale = 1 if weight is None else weight.abs().view(1, -1, *[1] * len(grid))
+    rounded = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert bool(((out.cpu().float() - expected).abs() <= off * scale + rounded * (1 + expected.abs())).all())
+    if copies:
+        assert torch.equal(copy, out)
+        if pitch > channels:  # nothing is written between
+            assert torch.isnan(whole[..., : pitch - channels]).all()
+
+
+def last_strides(size, pitch):
+    """Strides of (N, C, *grid) whose voxels are `pitch` numbers apart, channels side by side."""
+    steps, step = [], pitch
+    for length in reversed(size[2:]):
+        steps.append(step)
+        step *= length
+    return (step, 1, *reversed(steps))
+
+
 CHECKS = {
     "gather_tiles": check_gather_tiles,
     "accumulate_views": check_accumulate_views,
+    "instance_norm": check_instance_norm,
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
 }
+
+LAUNCHES = dict.fromkeys(CHECKS, 1) | {"instance_norm": 3}
+"""Of kernels, in each check."""
 
 
 def run(name, count, target, seed=0):

@@ -12,9 +12,12 @@ from nnturbo.kernels import loader
 
 HERE = Path(__file__).parent
 # Each sum and product rounded for itself, as the kernels ask a GPU to.
-FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", "-fPIC",
-         "-pthread")  # fmt: skip
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas",
+         "-Werror", "-fPIC", "-pthread")  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+
+ONE_PIECE_A_BLOCK = ("resample_axis", "instance_norm_sums", "instance_norm_apply")
+"""Kernels whose blocks do what their number says; the others' go on until nothing is left."""
 
 compiler = shutil.which("g++")
 
@@ -40,7 +43,7 @@ class HostKernels:
         library = self._library(kernel, dtype, lines)
         values = (ctypes.c_longlong * len(arguments))(*arguments)
         # One line after another needs no more rows of threads than these.
-        blocks = blocks if kernel == "resample_axis" else min(blocks, 3)
+        blocks = blocks if kernel in ONE_PIECE_A_BLOCK else min(blocks, 3)
         library.launch(values, blocks, *self.threads, ctypes.c_size_t(shared_bytes))
         self.launches += 1
 
