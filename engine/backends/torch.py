@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -10,12 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import read_checkpoint
-from ..model.folder import Model
+from ...kernels.loader import has_cupy
+from ..errors import BackendUnavailable
+from ..model.folder import Model, read_checkpoint
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
 from ..model.runner import NetworkOutput
+from .channels_last import with_channels_last, without_lost_biases
 from .cuda_graph import GraphedNetwork
 from .own_thread import OwnThread
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,6 +98,16 @@ def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
     return None
 
 
+def network_for_gpu(network: InferenceNetwork, precision: str) -> InferenceNetwork:
+    """Choose how a network computes on a CUDA device; changes it in place."""
+    if precision != "fp32" and has_cupy():
+        try:
+            return with_channels_last(network, DTYPES[precision])
+        except BackendUnavailable as error:
+            logger.info("%s; it runs as torch runs it", error)
+    return with_shuffles(without_lost_biases(network))
+
+
 class TorchBackend:
     """Eager torch; nothing is compiled."""
 
@@ -123,7 +138,8 @@ class TorchBackend:
 
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TorchRunner:
         """Build the network once per fold."""
-        network = with_shuffles(inference_network(self.whole(model, folder)))
+        network = inference_network(self.whole(model, folder))
+        network = network_for_gpu(network, precision) if device.type == "cuda" else with_shuffles(network)
         return TorchRunner(network.to(device), device, precision)
 
     def whole(self, model: Model, folder: Path | None) -> Model:
