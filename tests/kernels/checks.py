@@ -139,7 +139,7 @@ def check_resample_labels(target):
 def check_instance_norm(target):
     dtype = random.choice(FLOATS)
     width = 16 // torch.empty(0, dtype=dtype).element_size()
-    channels, grid = width * random.choice([1, 2, 3, 5, 11, 40]), shape(1, 9, random.randint(2, 3))
+    channels, grid = width * random.choice([1, 1, 2, 3, 5, 11]), shape(1, 6, random.randint(2, 3))
     images = random.randint(1, 3)
     # Means far from zero, and channels that are constant but for a few voxels.
     values = torch.randn(images, channels, *grid) * 10 ** (2 * torch.rand(1, channels, *[1] * len(grid)) - 1)
@@ -151,8 +151,7 @@ def check_instance_norm(target):
         last = tensor.to(where, dtype).contiguous(memory_format=memory)
         return last.as_strided(tensor.shape, last_strides(tensor.shape, channels))
 
-    affine = random.random() < 0.8
-    weight, bias = (torch.randn(channels) if affine else None for _ in range(2))
+    weight, bias = (torch.randn(channels) if random.random() < 0.8 else None for _ in range(2))
     residual = lies(torch.randn(values.shape)) if random.random() < 0.4 else None
     pitch = channels + width * random.choice([0, 1, channels // width])
     copies = random.random() < 0.5
@@ -163,14 +162,15 @@ def check_instance_norm(target):
     whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
     copy = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels) if copies else None
     given = lies(values, target)
-    out = device.instance_norm(
-        given,
-        *(None if part is None else part.to(target) for part in (weight, bias)),
-        epsilon,
-        slope,
-        None if residual is None else residual.to(target),
-        copy,
-    )
+    affine = [None if part is None else part.to(target) for part in (weight, bias)]
+    least = device.LEAST_NORM_VALUES
+    device.LEAST_NORM_VALUES = random.choice([64, 500, least])  # so that few values too are the work of several blocks
+    try:
+        out = device.instance_norm(
+            given, *affine, epsilon, slope, None if residual is None else residual.to(target), copy
+        )
+    finally:
+        device.LEAST_NORM_VALUES = least
     assert out.data_ptr() == given.data_ptr()
     # Sums are rounded in another order; what that does grows with how far the mean is from zero.
     deviation = values.std(list(range(2, values.ndim)), keepdim=True, correction=0)

@@ -1,0 +1,205 @@
+"""Parts of `gpu.py` about whole cases: labels, time and memory, with nnU-Net's own predictor beside them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnturbo.engine import Engine, EngineError, Volume
+
+from .gpu_device import Bench
+from .stages import smooth_field
+from .task_models import DEMO_MODEL, SPACING_MM, ordinary_model, write_task_model, write_task_scan
+
+THICK_SPACING_MM = (1.25 * SPACING_MM[0], *SPACING_MM[1:])
+"""As thick as a scanner's slices are, so that there is something to resample."""
+
+CT_SPACING_MM = (1.0, 0.75, 0.75)
+STOCK_PROCESSES = 3
+"""nnU-Net's default, for reading as for writing."""
+
+PHANTOMS = 2
+
+
+def stock_predictor(bench: Bench, model: Path) -> Any:
+    """nnU-Net's predictor for a model, with its own settings.
+
+    Raises:
+        ImportError: Where nnU-Net is not installed, or lacks something.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        device=bench.device, use_mirroring=bench.on_gpu, perform_everything_on_device=bench.on_gpu, allow_tqdm=False
+    )
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    return predictor
+
+
+def beside(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    """Add what nnU-Net gives; where it fails, why: it is the yardstick, not what is measured."""
+    try:
+        row |= run()
+    except Exception as error:
+        traceback.print_exc()
+        row["stock_failed"] = f"{type(error).__name__}: {error}"[:500]
+
+
+def whole(bench: Bench) -> list[dict[str, Any]]:
+    """Scan to labels in one process, the same weights, mirroring, step, device and precision as nnU-Net.
+
+    The weights are random: labels differ more than a trained model's would.
+    """
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_task_model(Path(folder) / "model", "PlainConvUNet", bench.sizes.patch)
+        engine = Engine.load(model, device=str(bench.device), backend="torch", mirror=bench.on_gpu)
+        stock: list[Any] = []
+        for shape in bench.sizes.scans:
+            row = _case(bench, engine, shape, THICK_SPACING_MM)
+            rows.append(row)
+            bench.keep(rows)
+            beside(row, lambda row=row, shape=shape: _stock_case(bench, stock, model, engine, shape, row))
+            bench.keep(rows)
+            print("  ", row, flush=True)
+    return rows
+
+
+def _scan(shape: Sequence[int]) -> np.ndarray:
+    return (50 + 60 * smooth_field((1, *shape), 0)).to(torch.int16).numpy()
+
+
+def _case(
+    bench: Bench, engine: Engine, shape: Sequence[int], spacing: Sequence[float], rounds: int = 3
+) -> dict[str, Any]:
+    volume = Volume.from_array(_scan(shape), tuple(spacing))
+    engine.predict(volume)  # what is searched and compiled first
+    peak = bench.peak_bytes(lambda: engine.predict(volume))
+    seconds = bench.seconds(lambda: engine.predict(volume), rounds, 0)
+    return {
+        "scan": tuple(shape), "nnturbo_s": seconds, "nnturbo_peak_bytes": peak,
+        "timings_ms": dict(engine.predict(volume).timings),
+    }  # fmt: skip
+
+
+def _stock_case(
+    bench: Bench, stock: list[Any], model: Path, engine: Engine, shape: Sequence[int], row: dict[str, Any]
+) -> dict[str, Any]:
+    scan = _scan(shape)
+    if not stock:
+        stock.append(stock_predictor(bench, model))
+        _stock_labels(stock[0], scan, THICK_SPACING_MM)  # what is searched first
+    labels: list[np.ndarray] = []
+    start = time.perf_counter()
+    peak = bench.peak_bytes(lambda: labels.append(_stock_labels(stock[0], scan, THICK_SPACING_MM)))
+    seconds = time.perf_counter() - start
+    ours = engine.predict(Volume.from_array(scan, THICK_SPACING_MM)).segmentation
+    return {
+        "stock_s": seconds, "stock_peak_bytes": peak, "ratio": seconds / row["nnturbo_s"],
+        "voxels_differing": int((ours != labels[0]).sum()), "voxels": ours.size,
+    }  # fmt: skip
+
+
+def _stock_labels(predictor: Any, scan: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    properties = {"spacing": list(spacing)}
+    return predictor.predict_single_npy_array(scan.astype(np.float32), properties, None, None, False)
+
+
+def long(bench: Bench) -> dict[str, Any]:
+    """A CT of 400 slices, nnturbo alone: nnU-Net would take longer than there is time."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_task_model(Path(folder) / "model", "PlainConvUNet", bench.sizes.patch)
+        engine = Engine.load(model, device=str(bench.device), backend="torch", mirror=bench.on_gpu)
+        return _case(bench, engine, bench.sizes.long, CT_SPACING_MM, rounds=1)
+
+
+def many(bench: Bench) -> dict[str, Any]:
+    """Cases from file to file, and how many there are per minute: `predict_many`, and nnU-Net with its processes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_task_model(folder / "model", "PlainConvUNet", bench.sizes.patch)
+        shape = bench.sizes.scans[0]
+        scans = [
+            write_task_scan(folder / f"{i:03}_0000.nii.gz", (shape[0] + i % 5, *shape[1:]), THICK_SPACING_MM)
+            for i in range(bench.sizes.cases)
+        ]
+        engine = Engine.load(model, device=str(bench.device), backend="torch", mirror=bench.on_gpu)
+        engine.predict(scans[0])  # what is searched and compiled first
+
+        def run() -> None:
+            for scan, prediction in zip(scans, engine.predict_many(scans), strict=True):
+                if isinstance(prediction, EngineError):
+                    raise prediction
+                prediction.save(folder / f"ours_{scan.name}")
+
+        peak = bench.peak_bytes(run)
+        seconds = bench.seconds(run, 1, 0)
+        found: dict[str, Any] = {
+            "cases": len(scans), "nnturbo_s": seconds, "nnturbo_per_minute": 60 * len(scans) / seconds,
+            "nnturbo_peak_bytes": peak,
+        }  # fmt: skip
+        bench.keep(found)
+
+        def run_stock() -> dict[str, Any]:
+            predictor = stock_predictor(bench, model)
+            _stock_labels(predictor, _scan(shape), THICK_SPACING_MM)  # what is searched first
+            lists, targets = [[str(scan)] for scan in scans], [str(folder / f"stock_{i:03}") for i in range(len(scans))]
+            start = time.perf_counter()
+            predictor.predict_from_files(
+                lists, targets, num_processes_preprocessing=STOCK_PROCESSES,
+                num_processes_segmentation_export=STOCK_PROCESSES,
+            )  # fmt: skip
+            stock_s = time.perf_counter() - start
+            return {"stock_s": stock_s, "stock_per_minute": 60 * len(scans) / stock_s, "ratio": stock_s / seconds}
+
+        beside(found, run_stock)
+        return found
+
+
+def labels(bench: Bench) -> list[dict[str, Any]]:
+    """Labels and classes of the demo model on phantoms: on the device in its precision, on the CPU, and nnU-Net's."""
+    from nnturbo.training.phantoms.phantom import generate_phantom
+
+    rows: list[dict[str, Any]] = []
+    here, exact = (Engine.load(DEMO_MODEL, device=device, backend="torch", mirror=bench.on_gpu) for device in (
+        str(bench.device), "cpu"))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        ordinary = ordinary_model(DEMO_MODEL, Path(folder) / "ordinary")
+        alone = Engine.load(ordinary, device=str(bench.device), backend="torch", mirror=bench.on_gpu)
+        for seed in range(PHANTOMS if bench.on_gpu else 1):
+            phantom = generate_phantom(seed)
+            volume = Volume.from_array(phantom.image, phantom.spacing)
+            found, expected = here.predict(volume), exact.predict(volume)
+            classes = [each.classification for each in (found, expected) if each.classification is not None]
+            row = {
+                "phantom": seed, "shape": list(volume.array.shape[1:]), "labels": here.model.plan.labels.labels,
+                "against_cpu": agreement(found.segmentation, expected.segmentation),
+                "classes": [each.name for each in classes], "class_logits": [list(each.logits) for each in classes],
+            }  # fmt: skip
+            rows.append(row)
+            bench.keep(rows)
+
+            def against_stock(volume: Volume = volume) -> dict[str, Any]:
+                predictor = stock_predictor(bench, ordinary)
+                stock = _stock_labels(predictor, volume.array, volume.spacing)
+                return {"against_stock": agreement(alone.predict(volume).segmentation, stock)}
+
+            beside(row, against_stock)
+            bench.keep(rows)
+            print("  ", row, flush=True)
+    return rows
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """How many voxels differ, and the Dice of each label that either has."""
+    dice = {}
+    for label in sorted({*np.unique(one), *np.unique(other)} - {0}):
+        a, b = one == label, other == label
+        dice[int(label)] = float(2 * (a & b).sum() / (a.sum() + b.sum()))
+    return {"voxels": one.size, "voxels_differing": int((one != other).sum()), "dice": dice}

@@ -1,0 +1,157 @@
+"""The part of `gpu.py` that measures each kernel: bytes that it must move, per second, as a share of a copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from nnturbo.engine.model.mirroring import mirror_views
+from nnturbo.engine.pipeline.resampling import spline_operator
+from nnturbo.kernels import device as launched
+from nnturbo.kernels import reference
+from nnturbo.kernels.loader import has_cupy
+from torch import Tensor
+
+from .gpu_device import Bench
+
+MOST_BUFFERS = 8
+VIEWS = mirror_views((0, 1, 2))
+CLASSES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One operation on one size.
+
+    Args:
+        name: Of the kernel.
+        dtype: Number type of what it reads or writes.
+        moved_bytes: That have to be read and written.
+        buffers: Makes what it works on.
+        call: Runs it: takes the kernels, or their twins, and what `buffers` has made.
+    """
+
+    name: str
+    dtype: torch.dtype
+    moved_bytes: int
+    buffers: Callable[[], tuple[Tensor, ...]]
+    call: Callable[..., Any]
+
+
+def kernels(bench: Bench) -> list[dict[str, Any]]:
+    """Measure each kernel on a tile and on more than a cache holds, and torch's twin beside it."""
+    fast = launched if bench.on_gpu and has_cupy() else reference
+    rows: list[dict[str, Any]] = []
+    for size in (bench.sizes.tile, bench.sizes.patch):
+        for operation in operations(bench.device, size):
+            row: dict[str, Any] = {
+                "kernel": operation.name, "type": str(operation.dtype).removeprefix("torch."), "size": size,
+                "bytes": operation.moved_bytes,
+            }  # fmt: skip
+            rows.append(row)
+            try:
+                row |= _measured(bench, operation, fast)
+            except (RuntimeError, ValueError) as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:500]
+            bench.keep(rows)
+            print("  ", row, flush=True)
+    return rows
+
+
+def _measured(bench: Bench, operation: Operation, fast: Any) -> dict[str, float]:
+    count = max(1, min(MOST_BUFFERS, -(-bench.sizes.rotated_bytes // operation.moved_bytes)))
+    buffers = [operation.buffers() for _ in range(count)]
+    seconds = bench.launch_seconds([partial(operation.call, fast, *each) for each in buffers])
+    twin = bench.seconds(partial(operation.call, reference, *buffers[0]), 3, 1)
+    rate = operation.moved_bytes / seconds / 1e9
+    return {
+        "seconds": seconds, "gb_per_s": rate, "of_copy": rate / bench.peak("copy_gb_per_s"), "twin_seconds": twin,
+    }  # fmt: skip
+
+
+def operations(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    """Yield every kernel's operation on a size."""
+    yield from _of_tiles(device, size)
+    yield from _of_norms(device, size)
+    yield from _of_resampling(device, size)
+
+
+def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    half, voxels, views = torch.float16, math.prod(size), len(VIEWS)
+    larger = tuple(n + 8 for n in size)
+    yield Operation(
+        name="gather_tiles",
+        dtype=half,
+        moved_bytes=voxels * (4 + 2 * views),
+        buffers=lambda: (
+            torch.randn(1, *larger, device=device),
+            torch.empty(views, 1, *size, dtype=half, device=device),
+        ),
+        call=lambda of, volume, batch: of.gather_tiles(volume, (3, 5, 7), size, VIEWS, batch),
+    )
+    weights = tuple(torch.rand(n, device=device) for n in size)
+    yield Operation(
+        name="accumulate_views",
+        dtype=half,
+        moved_bytes=CLASSES * voxels * (2 * views + 8),
+        buffers=lambda: (
+            torch.randn(views, CLASSES, *size, device=device).to(half),
+            torch.zeros(CLASSES, *larger, device=device)[:, 3:-5, 5:-3, 7:-1],
+        ),
+        call=lambda of, logits, place: of.accumulate_views(logits, VIEWS, weights, place),
+    )
+
+
+def _of_norms(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    """Instance norms of eight views: of a stage's first features, with a residual, and with the decoder's copy."""
+    half, images, channels = torch.float16, len(VIEWS), 32
+    grid = tuple(n // 2 for n in size)
+    numbers = images * channels * math.prod(grid)
+    weight, bias = (torch.rand(channels, device=device) for _ in range(2))
+
+    def features(count: int) -> Tensor:
+        return torch.randn(images, *grid, count, device=device).to(half).movedim(-1, 1)
+
+    # The norm needs all values before it can write the first: they are read twice.
+    for name, passes, others in (("", 3, 0), (" with a residual", 4, 1), (" with a copy", 4, 2)):
+        yield Operation(
+            name=f"instance_norm{name}",
+            dtype=half,
+            moved_bytes=passes * 2 * numbers,
+            buffers=lambda others=others: (features(channels), *([features(others * channels)] if others else [])),
+            call=lambda of, values, other=None, others=others: of.instance_norm(
+                values, weight, bias, 1e-5, 0.01, other if others == 1 else None,
+                other[:, channels:] if others == 2 else None,
+            ),
+        )  # fmt: skip
+
+
+def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    voxels = math.prod(size)
+    for axis, name in ((-3, "z"), (-2, "y"), (-1, "x")):
+        operator = spline_operator(size[axis], round(1.1 * size[axis]), 3)
+        dtype = torch.int16 if axis == -3 else torch.float32
+        options: dict[str, Any] = {"normalization": ((-56.0, 180.0, 74.06, 44.36),)} if axis == -3 else {}
+        yield Operation(
+            name=f"resample_axis {name}",
+            dtype=dtype,
+            moved_bytes=voxels * dtype.itemsize + 4 * voxels // size[axis] * operator.n_out,
+            buffers=lambda dtype=dtype: ((200 * torch.randn(1, *size, device=device)).to(dtype),),
+            call=lambda of, data, o=operator, a=axis, k=options: of.resample_axis(data, o, a, **k),
+        )
+    grid = tuple(spline_operator(n, round(0.9 * n), 1) for n in size)
+    shape = tuple(operator.n_out for operator in grid)
+    yield Operation(
+        name="resample_labels",
+        dtype=torch.uint8,
+        moved_bytes=4 * CLASSES * voxels + math.prod(shape),
+        buffers=lambda: (
+            torch.randn(CLASSES, *size, device=device),
+            torch.empty(shape, dtype=torch.uint8, device=device),
+        ),
+        call=lambda of, logits, out: of.resample_labels(logits, grid, out, rows=(0, shape[0])),
+    )

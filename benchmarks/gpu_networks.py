@@ -1,0 +1,199 @@
+"""Parts of `gpu.py` about the network: ways to run it on all mirror views of a tile, and where their time goes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnturbo.engine.backends.channels_last import without_lost_biases
+from nnturbo.engine.backends.choose import choose_precision
+from nnturbo.engine.backends.torch import DTYPES, TorchBackend, TorchRunner
+from nnturbo.engine.model.folder import Model, read_model
+from nnturbo.engine.model.folds import InferenceNetwork, inference_network
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .gpu_device import Bench
+from .task_models import write_task_model
+
+STOCK = "nnU-Net, one view at a time"
+PROFILED = 25
+
+Way = Callable[[Tensor], Tensor]
+"""From tiles (N, C, *patch) float32 to logits."""
+
+
+def forward(bench: Bench) -> list[dict[str, Any]]:
+    """Measure each way on each network, nnU-Net's own first; a way that fails says so."""
+    rows: list[dict[str, Any]] = []
+    for name, model, tiles in _models(bench):
+        expected, flops = _exact(bench, model, tiles)
+        for way, make in ways(bench, model).items():
+            row: dict[str, Any] = {"network": name, "way": way, "views": len(tiles), "flops": flops}
+            rows.append(row)
+            try:
+                row |= measured(bench, make, tiles, expected, flops)
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:500]
+            _compare(rows, row)
+            bench.keep(rows)
+            print("  ", row, flush=True)
+    return rows
+
+
+def _models(bench: Bench) -> Iterator[tuple[str, Model, Tensor]]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in bench.sizes.networks:
+            model = read_model(write_task_model(Path(folder) / name, name, bench.sizes.patch))
+            views = len(model.views) if bench.on_gpu else 2
+            shape = (views, model.plan.input_channels, *model.plan.patch_size)
+            yield name, model, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
+
+
+def _exact(bench: Bench, model: Model, tiles: Tensor) -> tuple[Tensor, int]:
+    """Labels in float32, one view at a time, and the operations of all views."""
+    run = TorchRunner(inference_network(model).to(bench.device), bench.device, "fp32")
+    with FlopCounterMode(display=False) as counter:
+        run._launched(tiles[:1])
+    labels = torch.cat([run(tile[None]).seg_logits.argmax(1) for tile in tiles])
+    return labels, len(tiles) * counter.get_total_flops()
+
+
+def measured(
+    bench: Bench, make: Callable[[], Way], tiles: Tensor, expected: Tensor, flops: int, rounds: int = 5
+) -> dict[str, Any]:
+    """Build one way, compare what it says, and time it."""
+    start = time.perf_counter()
+    run = make()
+    differing = float((run(tiles).argmax(1) != expected).float().mean())
+    first_s = time.perf_counter() - start
+    peak = bench.peak_bytes(partial(run, tiles))
+    seconds = bench.seconds(partial(run, tiles), rounds)
+    rate = flops / seconds / 1e12
+    return {
+        "seconds": seconds, "first_s": first_s, "peak_bytes": peak, "voxels_differing": differing, "tflop_per_s": rate,
+        "of_matmul": rate / bench.peak("matmul_fp16_tflop_per_s"),
+    }  # fmt: skip
+
+
+def _compare(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    stock = [each for each in rows if each["network"] == row["network"] and each["way"] == STOCK and "seconds" in each]
+    if stock and "seconds" in row:
+        row["ratio"] = stock[0]["seconds"] / row["seconds"]
+
+
+def ways(bench: Bench, model: Model) -> dict[str, Callable[[], Way]]:
+    """What builds each way by its name; all in the precision of the device."""
+    precision = choose_precision("auto", bench.device)
+
+    def network() -> InferenceNetwork:
+        return inference_network(model).to(bench.device)
+
+    def eager(made: InferenceNetwork, tiles: Tensor, at_once: int, search: bool) -> Tensor:
+        """As nnU-Net runs it, some views at a time."""
+        with torch.inference_mode(), _cudnn_searches(search), _autocast(bench, precision):
+            return torch.cat([made(part)[0] for part in tiles.split(at_once)])
+
+    def of_runner(runner: Any) -> Way:
+        return lambda tiles: runner(tiles.to(runner.tiles_dtype)).seg_logits
+
+    def of_network(change: Callable[[InferenceNetwork], InferenceNetwork]) -> Callable[[], Way]:
+        return lambda: of_runner(TorchRunner(change(network()), bench.device, precision))
+
+    count = len(model.views)
+
+    def with_last(made: InferenceNetwork) -> InferenceNetwork:
+        return without_lost_biases(made).to(memory_format=torch.channels_last_3d)
+
+    return {
+        STOCK: lambda: partial(eager, network(), at_once=1, search=True),
+        "all views at once": lambda: partial(eager, network(), at_once=count, search=True),
+        "all views, cuDNN's first choice": lambda: partial(eager, network(), at_once=count, search=False),
+        "all views, without biases": of_network(without_lost_biases),
+        "all views, channels last, torch's norm": of_network(with_last),
+        "nnturbo": lambda: of_runner(TorchBackend().load(model, None, bench.device, precision)),
+    }  # fmt: skip
+
+
+@contextmanager
+def _cudnn_searches(search: bool) -> Iterator[None]:
+    """Say for each way whether cuDNN tries its algorithms: whoever ran before may have left it on or off."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = search
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _autocast(bench: Bench, precision: str) -> torch.autocast:
+    return torch.autocast(bench.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def inductor(bench: Bench) -> list[dict[str, Any]]:
+    """Compile the first network with torch's inductor, with channels first and last, which takes a minute or more."""
+    rows: list[dict[str, Any]] = []
+    precision = choose_precision("auto", bench.device)
+    name, model, tiles = next(_models(bench))
+    expected, flops = _exact(bench, model, tiles)
+    for layout, memory_format in (("first", torch.contiguous_format), ("last", torch.channels_last_3d)):
+
+        def make(memory_format: torch.memory_format = memory_format) -> Way:
+            network = without_lost_biases(inference_network(model).to(bench.device)).to(memory_format=memory_format)
+            compiled = torch.compile(network, dynamic=False)
+
+            def run(batch: Tensor) -> Tensor:
+                with torch.inference_mode(), _cudnn_searches(True), _autocast(bench, precision):
+                    return compiled(batch)[0]
+
+            return run
+
+        row: dict[str, Any] = {"network": name, "way": f"inductor, channels {layout}", "views": len(tiles)}
+        rows.append(row)
+        try:
+            row |= measured(bench, make, tiles, expected, flops)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:500]
+        bench.keep(rows)
+        print("  ", row, flush=True)
+    return rows
+
+
+def profile(bench: Bench) -> dict[str, list[dict[str, Any]]]:
+    """Find the kernels that take longest in one forward of the first network, nnU-Net's way and nnturbo's."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    _, model, tiles = next(_models(bench))
+    found: dict[str, list[dict[str, Any]]] = {}
+    chosen = ways(bench, model)
+    activities = [ProfilerActivity.CUDA if bench.on_gpu else ProfilerActivity.CPU]
+    for way in ("nnturbo", "all views at once"):
+        run = chosen[way]()
+        for _ in range(3):  # what is searched, timed and compiled first
+            run(tiles)
+        bench.wait()
+        with profiled(activities=activities) as of_run:
+            run(tiles)
+            bench.wait()
+        events = [
+            {"kernel": event.key[:160], "calls": event.count, "ms": _of_event(event) / 1e3}
+            for event in of_run.key_averages()
+        ]
+        found[way] = sorted(events, key=lambda event: -event["ms"])[:PROFILED]
+        bench.keep(found)
+        print(
+            way, *(f"  {event['ms']:8.3f} ms {event['calls']:4} x {event['kernel']}" for event in found[way]), sep="\n"
+        )
+    return found
+
+
+def _of_event(event: Any) -> float:
+    """Microseconds on the device; where there is none, on the CPU."""
+    return float(event.self_device_time_total or event.self_cpu_time_total)
