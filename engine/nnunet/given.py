@@ -17,7 +17,7 @@ from ..errors import ModelError
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork
 from ..model.plans import Plan
-from ..pipeline.sliding_window import SlidingWindow
+from ..pipeline.window import SlidingWindow
 from .engines import Settings
 
 

@@ -5,14 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from nnturbo.benchmarks import gpu, gpu_cases, gpu_device
 from nnturbo.benchmarks.gpu import PARTS, Part, run_parts
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 HIDING = """
 import importlib.util, sys

@@ -218,3 +218,15 @@ class TestAlgorithms:
         assert TorchRunner(torch.nn.Identity(), device, "fp16")(torch.zeros(1)) == "there"
         assert made == [device]
         assert isinstance(TorchRunner(torch.nn.Identity(), device, "fp16")._run, cuda_graph.GraphedNetwork)
+
+    @pytest.mark.parametrize(
+        ("device", "precision", "dtype"),
+        [
+            ("cuda", "fp16", torch.float16),
+            ("cuda", "bf16", torch.bfloat16),
+            ("cuda", "fp32", torch.float32),
+            ("cpu", "bf16", torch.float32),  # bit for bit what it was
+        ],
+    )
+    def test_on_a_gpu_tiles_come_as_autocast_would_make_them(self, cuda, device, precision, dtype):
+        assert TorchRunner(torch.nn.Identity(), torch.device(device), precision).tiles_dtype == dtype
