@@ -24,12 +24,17 @@ THREADS = loader.THREADS[0] * loader.THREADS[1]
 COLUMNS, PITCH = 32, 33
 """Constants of resample_axis.cu."""
 
+MOST_VIEWS = 8
+"""Of common.cuh."""
+
 MOST_SHARED_BYTES = 48 * 1024
 LONGEST_RUN = 128
 
 
 def _flips(views: Sequence[tuple[int, ...]]) -> int:
-    """Encode views, three bits for each: whether it is flipped along z, y, x."""
+    """Three bits for each view: flipped along z, y, x."""
+    if len(views) > MOST_VIEWS:
+        raise ValueError(f"there are {MOST_VIEWS} views of a tile, got {len(views)}")
     return sum(1 << (3 * view + axis) for view, axes in enumerate(views) for axis in axes)
 
 

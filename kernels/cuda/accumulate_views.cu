@@ -12,15 +12,20 @@ extern "C" __global__ void accumulate_views(
     FOR_LINES(line, classes * tz * ty) {
         int y = (int)line % (int)ty, z = (int)line / (int)ty % (int)tz, k = (int)line / (int)ty / (int)tz;
         float* target = out + k * stride_k + z * stride_z + y * stride_y;
+        Index lines[MOST_VIEWS];
+#pragma unroll
+        for (int view = 0; view < MOST_VIEWS; view++) {
+            int flip = (int)(flips >> 3 * view);
+            Index from_z = flipped(z, tz, flip & 1), from_y = flipped(y, ty, flip & 2);
+            lines[view] = (((view * classes + k) * tz + from_z) * ty + from_y) * tx;
+        }
         for (int x = threadIdx.x; x < tx; x += blockDim.x) {
-            float total = 0;
-            for (int view = 0; view < views; view++) {
-                int flip = (int)(flips >> 3 * view);
-                Index from_z = flipped(z, tz, flip & 1), from_y = flipped(y, ty, flip & 2);
-                const T* source = logits + (((view * classes + k) * tz + from_z) * ty + from_y) * tx;
-                float value = to_float(source[flipped(x, tx, flip & 4)]);
-                total = view == 0 ? value : __fadd_rn(total, value);
-            }
+            int back = (int)tx - 1 - x;
+            float total = to_float(logits[lines[0] + (flips & 4 ? back : x)]);
+#pragma unroll
+            for (int view = 1; view < MOST_VIEWS; view++)
+                if (view < views)
+                    total = __fadd_rn(total, to_float(logits[lines[view] + (flips >> 3 * view & 4 ? back : x)]));
             float weight = __fmul_rn(wz[z], __fmul_rn(wy[y], wx[x]));
             target[x] = fmaf(total, weight, target[x]);
         }

@@ -41,6 +41,9 @@ __device__ inline void store(Bfloat* place, float value) {
 // Where index i of an axis of n voxels lies in a view that is flipped along it, or not.
 __device__ inline Index flipped(Index i, Index n, bool flip) { return flip ? n - 1 - i : i; }
 
+// Of three axes. Loops over views are unrolled to that, so that what belongs to a view stays in registers.
+const int MOST_VIEWS = 8;
+
 // Sixteen bytes of numbers, which a thread reads or writes at once.
 template <typename N>
 struct alignas(16) Pack {

@@ -14,14 +14,22 @@ extern "C" __global__ void gather_tiles(
         Index from_z = corner_z + z, from_y = corner_y + y;
         bool inside = 0 <= from_z && from_z < nz && 0 <= from_y && from_y < ny;
         Index source = c * stride_c + from_z * stride_z + from_y * stride_y + corner_x;
+        Index lines[MOST_VIEWS];
+#pragma unroll
+        for (int view = 0; view < MOST_VIEWS; view++) {
+            int flip = (int)(flips >> 3 * view);
+            Index to_z = flipped(z, tz, flip & 1), to_y = flipped(y, ty, flip & 2);
+            lines[view] = (((view * channels + c) * tz + to_z) * ty + to_y) * tx;
+        }
         for (int x = threadIdx.x; x < tx; x += blockDim.x) {
             float value = 0;
             if (inside && 0 <= corner_x + x && corner_x + x < nx) value = volume[source + x];
-            for (int view = 0; view < views; view++) {
-                int flip = (int)(flips >> 3 * view);
-                Index to_z = flipped(z, tz, flip & 1), to_y = flipped(y, ty, flip & 2), to_x = flipped(x, tx, flip & 4);
-                store(out + (((view * channels + c) * tz + to_z) * ty + to_y) * tx + to_x, value);
-            }
+            T rounded;
+            store(&rounded, value);
+            int back = (int)tx - 1 - x;
+#pragma unroll
+            for (int view = 0; view < MOST_VIEWS; view++)
+                if (view < views) out[lines[view] + (flips >> 3 * view & 4 ? back : x)] = rounded;
         }
     }
 }

@@ -143,6 +143,22 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match="volume must be contiguous along x, got strides"):
             device.gather_tiles(volume, (0, 0, 0), (4, 4, 4), [()], torch.zeros(1, 1, 4, 4, 4))
 
+    def test_more_views_than_there_are(self, kernels):
+        with pytest.raises(ValueError, match="there are 8 views of a tile, got 9"):
+            device.gather_tiles(torch.zeros(1, 4, 4, 4), (0, 0, 0), (4, 4, 4), [()] * 9, torch.zeros(9, 1, 4, 4, 4))
+
+    def test_channels_that_do_not_lie_side_by_side_or_come_in_no_packs(self, kernels):
+        with pytest.raises(ValueError, match="channels must come in multiples of 4 in torch.float32, got 6"):
+            device.instance_norm(torch.zeros(1, 6, 2, 2, 2), None, None, 1e-5)
+        with pytest.raises(ValueError, match="values must be torch.float32 of shape"):
+            device.instance_norm(torch.zeros(1, 8, 2, 2, 2), None, None, 1e-5)
+        last = torch.zeros(1, 2, 2, 2, 8).movedim(-1, 1)
+        with pytest.raises(ValueError, match="the residual must be torch.float32 of shape"):
+            device.instance_norm(last, None, None, 1e-5, 1.0, torch.zeros(1, 8, 2, 2, 2))
+        other = torch.zeros(1, 2, 2, 2, 16, dtype=torch.float16).movedim(-1, 1)[:, 8:]
+        with pytest.raises(ValueError, match=r"the copy must be torch.float32 .* got torch.float16"):
+            device.instance_norm(last, None, None, 1e-5, 1.0, None, other)
+
     def test_data_that_lack_inputs(self, kernels):
         operator = AxisOperator(6, torch.arange(5), torch.full((5, 2), 0.5))
         with pytest.raises(ValueError, match=r"read inputs \[2, 6\), data holds \[3, 6\)"):
