@@ -187,7 +187,8 @@ def _extremes(
     if inside is None:
         return channel.min(axes, keepdims=True), channel.max(axes, keepdims=True), None
     low, high = (np.where(inside, channel, fill).astype(np.float32) for fill in (np.inf, -np.inf))
-    return low.min(axes, keepdims=True), high.max(axes, keepdims=True), ~inside.all(axes, keepdims=True)
+    outside = np.logical_not(np.all(np.asarray(inside), axis=axes, keepdims=True))
+    return low.min(axes, keepdims=True), high.max(axes, keepdims=True), outside
 
 
 def _measures_on(device: torch.device) -> bool:

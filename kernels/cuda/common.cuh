@@ -42,7 +42,7 @@ __device__ inline void store(Bfloat* place, float value) {
 __device__ inline Index flipped(Index i, Index n, bool flip) { return flip ? n - 1 - i : i; }
 
 // Of three axes. Loops over views are unrolled to that, so that what belongs to a view stays in registers.
-const int MOST_VIEWS = 8;
+#define MOST_VIEWS 8
 
 // Sixteen bytes of numbers, which a thread reads or writes at once.
 template <typename N>
