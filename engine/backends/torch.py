@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...kernels.loader import has_cupy
 from ..errors import BackendUnavailable
-from ..model.folder import Model, read_checkpoint
+from ..model.checkpoint import read_checkpoint
+from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, with_shuffles
 from ..model.runner import NetworkOutput
 from .channels_last import with_channels_last, without_lost_biases

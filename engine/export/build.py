@@ -34,7 +34,6 @@ from ..files import write_json, written_atomically
 from ..model.folder import Model, read_model, with_classifier
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
 from ..pipeline.steps import Image
-from ..pipeline.window import SlidingWindow
 from .agreement import Agreement, measure_agreement
 from .calibration import calibration_tiles, example_tiles
 

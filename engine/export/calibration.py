@@ -10,8 +10,8 @@ from torch import Tensor
 from ..engine import Engine
 from ..model.folder import Model
 from ..model.runner import NetworkOutput
-from ..pipeline.sliding_window import SlidingWindow
 from ..pipeline.steps import Image
+from ..pipeline.window import SlidingWindow
 
 CALIBRATION_TILES = 24
 

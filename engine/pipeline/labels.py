@@ -30,11 +30,11 @@ def segment(
 
     Args:
         planes: Finished logits in ascending z, (K, planes, Y, X) on the network's grid.
-        case: Where they come from.
-        labels: What they mean.
-        timings: Receives "labels".
+        case: Case of the logits.
+        labels: Meaning of the logits' channels.
+        timings: Gets the time of "labels".
         transfers: Copies from the case's device.
-        save_probabilities: Keep probabilities too; they take 4 K bytes per voxel of the scan.
+        save_probabilities: Whether to keep probabilities too; they take 4 K bytes per voxel of the scan.
 
     Returns:
         Segmentation (Z, Y, X) on the scan's grid and axes, on the case's device, and probabilities (K, Z, Y, X) float32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import normalize
 from ..errors import VolumeError
-from ..model.plans import ChannelNormalization
+from ..model.plans import NormalizationScheme
 from .device_statistics import mean_and_deviation
 
 STATISTICS_PLANES = 16
@@ -42,15 +42,15 @@ class Normalization:
 
 
 def choose_normalization(
-    channel: ChannelNormalization, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None, name: str
+    channel: NormalizationScheme, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None, name: str
 ) -> Normalization:
     """Turn a plan's scheme into numbers for this scan.
 
     Args:
-        channel: What the plan says.
-        image: (Z, Y, X), one cropped channel; as a tensor where it is on a GPU.
-        mask: (Z, Y, X) bool, the non-zero region, where the image is; or None.
-        name: Of the scan, for messages.
+        channel: The plan's scheme.
+        image: (Z, Y, X), one cropped channel; a tensor if it is measured on a GPU.
+        mask: (Z, Y, X) bool, the non-zero region, of the same kind as the image; or None.
+        name: Name of the scan, for messages.
 
     Raises:
         VolumeError: For values that an RGB channel cannot have.
@@ -103,9 +103,9 @@ def normalization_numbers(
 
 
 def _statistics(image: np.ndarray | Tensor, region: np.ndarray | Tensor | None) -> tuple[float, float]:
-    """Mean and standard deviation of a channel, of a region where there is one."""
+    """Mean and standard deviation of a channel, within a region if there is one."""
     if isinstance(image, Tensor):
-        assert region is None or isinstance(region, Tensor)  # it is where the image is
+        assert region is None or isinstance(region, Tensor)  # they lie on the same device
         return mean_and_deviation(image, region)
     count, total = 0, 0.0
     for step in _steps(len(image)):

@@ -33,9 +33,10 @@ class Case:
         image: (C, Z, Y, X), the cropped scan in the network's axis order, on the device, of any number type and
             strides.
         normalizations: One per channel.
-        mask: (Z, Y, X) bool on the device, the non-zero region with holes filled, where a channel is normalised in it.
-        grid: From the cropped scan to the network's grid.
-        limits: The normalised range that resampling clips to (`resampling.value_range`).
+        mask: (Z, Y, X) bool on the device, the non-zero region with holes filled; None if no channel is normalised
+            within it.
+        grid: Map from the cropped scan to the network's grid.
+        limits: Normalised range to which resampling clips (`resampling.value_range`).
         previous: (Z, Y, X) labels of the previous stage on the network's grid, for cascades.
         previous_labels: Foreground labels of the previous stage, which become input channels.
         logits_grid: Map from the network's grid back to the cropped scan.
@@ -103,7 +104,7 @@ class Case:
 
 
 def to_device(image: np.ndarray, device: torch.device) -> Tensor:
-    """Make a scan, or a mask, a tensor on a device; on a CPU without a copy, wherever torch can read it as it lies."""
+    """Turn a scan or a mask into a tensor on a device; on a CPU without a copy, if torch can read the array."""
     if not image.dtype.isnative or image.dtype == np.longdouble:
         image = image.astype(np.float32)
     if not image.flags.writeable or any(stride < 0 for stride in image.strides):
@@ -117,7 +118,7 @@ def to_device(image: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _readable_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Say what a scan's type becomes: a GPU's kernels read few; that of most CT is half the way of float32."""
+    """Choose the type of a scan on a device: CUDA kernels read few types; int16 needs half of float32's transfer."""
     return dtype if device.type == "cpu" or dtype in (torch.int16, torch.uint8, torch.bool) else torch.float32
 
 
@@ -156,7 +157,8 @@ def _limits(
     mask: np.ndarray | Tensor | None,
     normalizations: Sequence[Normalization],
     grid: GridMap,
-) -> tuple[np.ndarray, np.ndarray]:
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
     """Least and greatest normalised value, per channel and, where the grid map clips by slice, per slice.
 
     Normalising keeps the order of values, so it is enough to normalise the raw extremes. None if nothing is clipped.
@@ -180,9 +182,9 @@ def _limits(
 def _extremes(
     channel: np.ndarray | Tensor, inside: np.ndarray | Tensor | None, axes: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """See `device_statistics.extremes`, which does the same on a GPU."""
+    """Compute what `device_statistics.extremes` computes, with numpy if the scan lies in main memory."""
     if isinstance(channel, Tensor):
-        assert inside is None or isinstance(inside, Tensor)  # it is where the channel is
+        assert inside is None or isinstance(inside, Tensor)  # they lie on the same device
         return extremes_on_device(channel, inside, axes)
     if inside is None:
         return channel.min(axes, keepdims=True), channel.max(axes, keepdims=True), None
@@ -192,7 +194,7 @@ def _extremes(
 
 
 def _measures_on(device: torch.device) -> bool:
-    """Whether a scan is looked through on the device, which takes float64 there."""
+    """Whether a scan is measured on the device, which needs float64 there."""
     return device.type == "cuda"
 
 
@@ -267,17 +269,12 @@ def preprocess(volume: Volume, plan: Plan, device: torch.device, previous: np.nd
         choose_normalization(channel, data, measured[1], volume.name)
         for channel, data in zip(plan.channels, measured[0], strict=True)
     )
-    limits = (None, None)
-    if grid.clip != "none":
-        low, high = _limits(*measured, normalizations, grid)
-        limits = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
-
     return Case(
         image=on_device,
         normalizations=normalizations,
         mask=mask_on_device if any(channel.masked for channel in normalizations) else None,
         grid=grid,
-        limits=_limits(image, normalizations, mask, grid, device),
+        limits=_limits(*measured, normalizations, grid, device),
         previous=labels,
         previous_labels=plan.labels.foreground if previous is not None else (),
         logits_grid=grid_map(plan.resampling_logits, grid.shape, shape, new_spacing, spacing),

@@ -39,9 +39,9 @@ class TileNetwork:
         runner: The network.
         window: Size and views of tiles.
         num_outputs: K.
-        device: Where tiles are cut, and logits are wanted.
-        timings: Receives "network" and "stitch".
-        votes: Receives what a multi-task network says.
+        device: Device of the tiles and of the returned logits.
+        timings: Gets the times of "network" and "stitch".
+        votes: Gets the class logits from a multi-task network.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TileNetwork:
                 self._votes.add(output)
             return logits
         except torch.OutOfMemoryError:
-            raise  # there are ways to do with less
+            raise  # the caller tries again with less memory
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error

@@ -1,4 +1,4 @@
-"""How tiles cover a grid."""
+"""The tiles that cover a grid."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..model.plans import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingWindow:
-    """How tiles cover a grid.
+    """The tiles that cover a grid.
 
     Args:
         patch_size: (z, y, x) voxels of a tile.
         tile_step_size: Distance of neighbouring tiles as a fraction of the patch, in (0, 1].
-        views: The mirror views of each tile, the unflipped one first.
+        views: Mirror views of each tile, the unflipped one first.
         views_per_call: Views that go through the network at once; where a tile has fewer, those of several tiles.
-        tiles_dtype: Number type that the network is given.
-        slicewise: Every plane is a row of tiles of its own and the network takes (N, C, y, x) (2d configurations).
-        use_gaussian: Voxels in the middle of a tile count more; else all alike.
+        tiles_dtype: Number type of the tiles that the network gets.
+        slicewise: Whether every plane is a row of tiles and the network takes (N, C, y, x), as in 2d configurations.
+        use_gaussian: Whether voxels in the middle of a tile count more, as in nnU-Net; else all count alike.
     """
 
     patch_size: tuple[int, int, int]
