@@ -67,6 +67,7 @@ setup(
     package_data={
         "nnturbo": ["py.typed"],
         "nnturbo.engine.jobs": ["report.html"],
+        "nnturbo.engine.nnunet": ["startup/*.py"],  # run by Python itself, not imported from here
         "nnturbo.kernels": ["cuda/*", "cpu/*"],
     },
     cmdclass={"build_py": WithKernels, "bdist_wheel": WheelOfPlatform},
