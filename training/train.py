@@ -102,8 +102,8 @@ def _read_preprocessed(folder: Path, plans_name: str, configuration: str) -> tup
     for name in (f"{plans_name}.json", "dataset.json"):
         if not (folder / name).is_file():
             raise DatasetError(f"{folder / name} is missing: run nnturbo prepare first, or check the names")
-    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_text(encoding="utf-8"))
-    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    plans: dict[str, Any] = json.loads((folder / f"{plans_name}.json").read_bytes())
+    dataset: dict[str, Any] = json.loads((folder / "dataset.json").read_bytes())
     arrays = folder / plans["configurations"].get(configuration, {}).get("data_identifier", "")
     if not arrays.is_dir():
         raise DatasetError(f"{arrays} is missing: run nnturbo prepare with --configurations {configuration}")

@@ -83,10 +83,10 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
 def _read_settings(output: Path) -> tuple[LabelScheme, str, str, str]:
     """Read labels, name of the first channel, file ending and reader from the JSON files beside predictions."""
     try:
-        dataset = json.loads((output / "dataset.json").read_text(encoding="utf-8"))
+        dataset = json.loads((output / "dataset.json").read_bytes())
         labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
         file_ending = dataset["file_ending"]
-        reader = json.loads((output / "plans.json").read_text(encoding="utf-8")).get("image_reader_writer", "SimpleITKIO")
+        reader = json.loads((output / "plans.json").read_bytes()).get("image_reader_writer", "SimpleITKIO")
     except (OSError, ValueError, KeyError) as error:
         raise VolumeError(
             f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
