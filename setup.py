@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 FOLDERS = ["engine", "kernels", "training", "benchmarks"]
 packages = [*FOLDERS, *(f"{folder}.{package}" for folder in FOLDERS for package in find_packages(folder))]
 packages.append("training.nnunet_trainers")  # nnU-Net looks into it, and wants no package there
+packages.append("engine.nnunet.startup")  # Python looks into it when it starts under `nnturbo run`
 
 compilation = SimpleNamespace(**runpy.run_path("kernels/compilation.py"))
 TAGS = {
@@ -67,7 +68,6 @@ setup(
     package_data={
         "nnturbo": ["py.typed"],
         "nnturbo.engine.jobs": ["report.html"],
-        "nnturbo.engine.nnunet": ["startup/*.py"],  # run by Python itself, not imported from here
         "nnturbo.kernels": ["cuda/*", "cpu/*"],
     },
     cmdclass={"build_py": WithKernels, "bdist_wheel": WheelOfPlatform},
