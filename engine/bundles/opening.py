@@ -149,7 +149,7 @@ def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
     except Exception as error:  # whatever a runtime raises for files it cannot read
         reason = str(error).strip().partition("\n")[0]
         raise BundleError(
-            f"{chosen.name} cannot load {folder}: {reason:.200}. Build it anew, with the versions installed here"
+            f"{chosen.name} cannot load {folder}: {reason:.200}. Build it again, with the versions installed here"
         ) from error
     return Opened(
         model=model,

@@ -69,6 +69,6 @@ def uninstall() -> None:
     """Undo `install`."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]
     if (module := sys.modules.get(TARGET)) is not None:
-        from .predictor import StockPredictor
+        from .state import StockPredictor
 
         module.nnUNetPredictor = StockPredictor  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ class DaliLoader:
 
     Args:
         plan: The model's.
-        device: Where the planes shall be.
+        device: Where the planes will be.
         interpolation: "cubic" or "linear", both without antialiasing.
 
     Raises:
