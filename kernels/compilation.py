@@ -25,6 +25,7 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """Sets of instructions by kind of processor, with what makes compilers use them; dispatch.cpp chooses among them."""
 
+OF_SYSTEM = {"linux": ("-fPIC",), "darwin": ("-fPIC",), "windows": ()}
 LINKED = {
     "linux": (
         "-shared",
@@ -88,7 +89,7 @@ def compile_kernels(
     """
     if processor not in VARIANTS:
         raise OSError(f"the kernels are for {' and '.join(VARIANTS)}, not for {processor}")
-    flags = [*FLAGS, *(() if system == "windows" else ("-fPIC",)), *more]
+    flags = [*FLAGS, *OF_SYSTEM[system], *more]
     with tempfile.TemporaryDirectory(prefix="nnturbo-") as folder:
         objects = []
         for source in SHARED:

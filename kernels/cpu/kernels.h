@@ -39,7 +39,7 @@ void run(Size tasks, void (*task)(const void* context, Size index), const void* 
 Size threads();
 void resize(int count);
 
-// Memory of one thread, kept for its next call.
+// Memory for the task that asks, kept for the next one of its thread.
 float* scratch(std::size_t floats);
 
 // Memory for a while; throws std::bad_alloc.

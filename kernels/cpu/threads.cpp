@@ -22,6 +22,10 @@
 namespace nnturbo {
 namespace {
 
+// Which thread of a crew this one is; 0 is whoever calls. No thread has more of its own: MinGW frees what threads have
+// before it ends what they have made with it.
+thread_local int own_index = 0;
+
 // Threads that wait for work; each takes the next task until there is none.
 class Crew {
  public:
@@ -30,8 +34,13 @@ class Crew {
     if (static_cast<int>(threads_.size()) == count - 1) return;
     stop();
     stopped_ = false;
+    blocks_.resize(count);
     try {
-      for (int index = 1; index < count; ++index) threads_.emplace_back([this, seen = turn_] { wait(seen); });
+      for (int index = 1; index < count; ++index)
+        threads_.emplace_back([this, index, seen = turn_] {
+          own_index = index;
+          wait(seen);
+        });
     } catch (const std::system_error&) {
       // The system gives no more threads: those that are there do the work.
     }
@@ -57,9 +66,30 @@ class Crew {
 
   Size size() const { return static_cast<Size>(threads_.size()) + 1; }
 
+  // Memory of the thread that asks, which does a task; kept for its next one.
+  float* scratch(std::size_t floats) {
+    Block& block = blocks_[own_index];
+    if (block.size < floats) {
+      block.clear();
+      block.memory = static_cast<float*>(allocate(floats * sizeof(float)));
+      block.size = floats;
+    }
+    return block.memory;
+  }
+
   ~Crew() { stop(); }
 
  private:
+  struct Block {
+    float* memory = nullptr;
+    std::size_t size = 0;
+    void clear() {
+      release(memory);
+      memory = nullptr;
+      size = 0;
+    }
+  };
+
   void stop() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -68,6 +98,7 @@ class Crew {
     woken_.notify_all();
     for (auto& thread : threads_) thread.join();
     threads_.clear();
+    for (Block& block : blocks_) block.clear();
   }
 
   void take(void (*task)(const void*, Size), const void* context, Size tasks) {
@@ -106,6 +137,7 @@ class Crew {
   std::mutex running_, mutex_;
   std::condition_variable woken_, done_;
   std::vector<std::thread> threads_;
+  std::vector<Block> blocks_ = std::vector<Block>(1);
   void (*task_)(const void*, Size) = nullptr;
   const void* context_ = nullptr;
   Size tasks_ = 0;
@@ -159,20 +191,6 @@ void release(void* memory) noexcept {
 #endif
 }
 
-float* scratch(std::size_t floats) {
-  thread_local struct Block {
-    float* memory = nullptr;
-    std::size_t size = 0;
-    ~Block() { release(memory); }
-  } block;
-  if (block.size < floats) {
-    release(block.memory);
-    block.memory = nullptr;
-    block.size = 0;
-    block.memory = static_cast<float*>(allocate(floats * sizeof(float)));
-    block.size = floats;
-  }
-  return block.memory;
-}
+float* scratch(std::size_t floats) { return crew().scratch(floats); }
 
 }  // namespace nnturbo
