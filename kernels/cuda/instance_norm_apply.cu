@@ -10,7 +10,7 @@ extern "C" __global__ void instance_norm_apply(
     T* values, Index voxels, Index channels, Index parts, Index run, const float* scales, Index slope, const T* residual,
     T* copy, Index pitch
 ) {
-    const int WIDTH = 16 / sizeof(T), AT_ONCE = 4;
+    const int WIDTH = 16 / sizeof(T), AT_ONCE = 2;
     int threads = (int)(blockDim.x * blockDim.y), thread = (int)(threadIdx.y * blockDim.x + threadIdx.x);
     int packs = (int)channels / WIDTH, lanes = packs < threads ? packs : threads, rows = threads / lanes;
     int lane = thread % lanes, row = thread / lanes;
