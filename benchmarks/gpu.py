@@ -181,7 +181,7 @@ def _has_cuda() -> bool:
 
 
 def _find_nnturbo() -> dict[str, str]:
-    """Make this checkout importable where it is not installed: `nnturbo` is the name of its folder.
+    """Make this checkout importable where nnturbo is not installed.
 
     Returns:
         What processes need in their environment to find it too.
@@ -190,10 +190,8 @@ def _find_nnturbo() -> dict[str, str]:
 
     if importlib.util.find_spec("nnturbo") is not None:
         return {}
-    site = tempfile.mkdtemp(prefix="nnturbo-site-")
-    (Path(site) / "nnturbo").symlink_to(ROOT)
-    sys.path.insert(0, site)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))}
+    sys.path.insert(0, str(ROOT))
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 if __name__ == "__main__":

@@ -121,10 +121,10 @@ def instance_norm(
           {"weight": weight, "bias": bias, "residual": residual, "copy": copy}.items()}  # fmt: skip
     for kernel, blocks, arguments, shared_bytes in (
         ("sums", images * parts, [values.data_ptr(), *size, *of_parts, sums.data_ptr()], 8 * width * THREADS),
-        ("scales", _blocks(images), [values.data_ptr(), sums.data_ptr(), images, *size, parts, at["weight"], at["bias"],
+        ("scales", _blocks(images), [values.data_ptr(), sums.data_ptr(), images, *size, parts, at["weight"],
                                      _bits(epsilon), scales.data_ptr()], 0),
-        ("apply", images * parts, [values.data_ptr(), *size, *of_parts, scales.data_ptr(), _bits(slope), at["residual"],
-                                   at["copy"], pitch], 0),
+        ("apply", images * parts, [values.data_ptr(), *size, *of_parts, scales.data_ptr(), at["bias"], _bits(slope),
+                                   at["residual"], at["copy"], pitch], 0),
     ):  # fmt: skip
         loader.launch(
             f"instance_norm_{kernel}", values.dtype, arguments, device=values.device, blocks=blocks,

@@ -1,13 +1,13 @@
-// Second of three steps of an instance norm: from sums over parts of an image to one product and one sum for each value.
+// Second of three steps of an instance norm: from sums over parts of an image to its mean and a scale.
 //
-// `scales` is [image][2][channel]: value * scale + shift has mean 0 and variance 1 over the image, times `weight`, plus
-// `bias`. Bytes: 8 read per part and channel, which is little.
+// `scales` is [image][2][channel]: (value - mean) * scale has mean 0 and variance 1 over the image, times `weight`.
+// Bytes: 8 read per part and channel, which is little.
 //
 // A row of threads makes the channels of an image.
 
 extern "C" __global__ void instance_norm_scales(
     const T* values, const float* sums, Index images, Index voxels, Index channels, Index parts, const float* weight,
-    const float* bias, Index epsilon, float* scales
+    Index epsilon, float* scales
 ) {
     FOR_LINES(image, images) {
         for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
@@ -18,10 +18,10 @@ extern "C" __global__ void instance_norm_scales(
                 squares += of_parts[channels];
             }
             float distance = total / (float)voxels, variance = fmaxf(squares / (float)voxels - distance * distance, 0.f);
-            float mean = to_float(values[(image * voxels + voxels / 2) * channels + channel]) + distance;
-            float scale = (weight ? weight[channel] : 1.f) / sqrtf(variance + from_bits(epsilon));
-            scales[(image * 2 + 0) * channels + channel] = scale;
-            scales[(image * 2 + 1) * channels + channel] = (bias ? bias[channel] : 0.f) - mean * scale;
+            float middle = to_float(values[(image * voxels + voxels / 2) * channels + channel]);
+            scales[(image * 2 + 0) * channels + channel] = middle + distance;
+            scales[(image * 2 + 1) * channels + channel] =
+                (weight ? weight[channel] : 1.f) / sqrtf(variance + from_bits(epsilon));
         }
     }
 }

@@ -3,6 +3,7 @@
 #define ON_HOST
 #define __device__
 #define __global__
+#define __launch_bounds__(...)
 #include <barrier>
 #include <cmath>
 #include <cstdint>
