@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .backends.torch import TorchRunner
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, open_bundle, open_model
 from .errors import EngineError
 from .model.folder import Model, read_model, with_classifier
-from .model.plan_classes import remarks_on
+from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
 from .model.runner import Runner
 from .options import DEFAULT_CHECKPOINT, EngineOptions
@@ -71,6 +72,7 @@ class Engine(Predictor):
         device: str = "auto",
         tile_step_size: float = 0.5,
         mirror: bool = True,
+        network: nn.Module | Callable[..., nn.Module] | None = None,
         options: EngineOptions | None = None,
     ) -> Engine:
         """Load a trained model.
@@ -86,6 +88,9 @@ class Engine(Predictor):
             device: "auto", "cpu", "cuda", "cuda:N" or "mps".
             tile_step_size: Distance of tiles as a fraction of the patch, in (0, 1].
             mirror: Average over mirrored views, along the axes the model was trained with.
+            network: Runs in place of the plan's network: a module (N, C, *patch) -> (N, K, *patch), taken with its
+                weights, or a function that makes one for the checkpoints' weights, such as a trainer's
+                `build_network_architecture` (docs/networks.md).
             options: More of them, with defaults that suit most.
 
         Raises:
@@ -94,7 +99,10 @@ class Engine(Predictor):
             ValueError: For arguments out of range.
         """
         options = options or EngineOptions()
+        given = None if network is None else GivenNetwork(given=network)
         if is_bundle(model):
+            if given is not None:
+                raise ValueError(f"network needs a model folder; {model} is a bundle, whose network is compiled")
             asked = {
                 "folds": None if folds is None else sorted(map(str, folds)),
                 "checkpoint": None if checkpoint == DEFAULT_CHECKPOINT else checkpoint,
@@ -105,7 +113,7 @@ class Engine(Predictor):
             }
             opened = open_bundle(Path(model), asked, device)
         else:
-            read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration)
+            read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration, given=given)
             opened = open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
         views = opened.model.views if mirror else ((),)
         window = SlidingWindow.of_plan(
@@ -162,7 +170,7 @@ def _provenance(
         agreement=opened.agreement,
         classifier=opened.classifier,
         aggregation=None if plan.classification is None else options.aggregation,
-        plan_remarks=(*remarks_on(plan.architecture), *plan.labels.remarks),
+        plan_remarks=opened.model.remarks,
         device=str(opened.device),
         loader=options.loader,
         tile_step_size=window.tile_step_size,
@@ -170,6 +178,7 @@ def _provenance(
         use_gaussian=window.use_gaussian,
         views_per_call=window.views_per_call,
         sums_device=str(sums_device),
+        network=None if opened.model.given is None else opened.model.given.name,
         torch=torch.__version__,
         python=platform.python_version(),
     )

@@ -174,6 +174,8 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         # Heads read the encoder's features too.
         return Decoder(kernels, module, keep=network.multi_task) if type(module) is UNetDecoder else None
 
+    if network.given:
+        raise BackendUnavailable("the native backend is for networks of classes that it knows; use openvino or torch")
     replace_modules(network, block)
     left = [module for module in network.modules() if isinstance(module, ConvDropoutNormReLU)]
     if left or not any(isinstance(module, Block) for module in network.modules()):

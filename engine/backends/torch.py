@@ -70,8 +70,10 @@ class TorchRunner:
         self._device = device
         self._precision = precision
         on_gpu = device.type == "cuda"
-        self.tiles_dtype = DTYPES[precision] if on_gpu else torch.float32
-        self._run = GraphedNetwork(self._launched) if on_gpu else self._launched
+        # What a given network does may depend on its input, and its code may not know other number types.
+        known = on_gpu and not network.given
+        self.tiles_dtype = DTYPES[precision] if known else torch.float32
+        self._run = GraphedNetwork(self._launched) if known else self._launched
         self._in_thread = OwnThread(device) if on_gpu else lambda run: run()
 
     def _launched(self, tiles: Tensor) -> tuple[Tensor, ...]:

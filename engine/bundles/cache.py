@@ -49,9 +49,7 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
     """
     root = _writable(cache_root())
     if root is None:
-        with tempfile.TemporaryDirectory(prefix="nnturbo-") as own:
-            folder = Path(own) / "bundle"
-            _compile(model, manifest, backend, device, folder)
+        with temporary_bundle(model, manifest, backend, device) as folder:
             yield folder
         return
     description = json.dumps(asdict(manifest), sort_keys=True).encode()
@@ -70,6 +68,15 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
                 logger.warning("compiling for %s, once: it is kept in %s", backend.name, root)
                 _compile(model, manifest, backend, device, folder)
         _remove_oldest(root, keep=folder)
+
+
+@contextlib.contextmanager
+def temporary_bundle(model: Model, manifest: Manifest, backend: Backend, device: torch.device) -> Iterator[Path]:
+    """Give the bundle of a model, compiled now, for the time of the block; arguments as of `cached_bundle`."""
+    with tempfile.TemporaryDirectory(prefix="nnturbo-") as own:
+        folder = Path(own) / "bundle"
+        _compile(model, manifest, backend, device, folder)
+        yield folder
 
 
 def _compile(model: Model, manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:

@@ -86,6 +86,8 @@ def _host(device: str) -> dict[str, str]:
 
 def source_hashes(model: Model, checkpoint: str) -> dict[str, str]:
     """Hash the files that a model's weights were read from: a checkpoint for each fold, or the zip."""
+    if model.given is not None and model.given.has_weights:
+        return {"network": model.given.weights_sha256()}
     if model.source.is_file():
         return {model.source.name: sha256(model.source)}
     names = [f"fold_{fold}/{checkpoint}" for fold in model.folds]

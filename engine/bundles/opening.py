@@ -12,7 +12,7 @@ import torch
 
 from ..backends import Backend
 from ..backends.choose import AUTOMATIC, choose_backend, choose_device, choose_precision, usable_backends
-from ..errors import BackendUnavailable, BundleError, EngineError
+from ..errors import BackendUnavailable, BundleError, EngineError, ModelError
 from ..model.folder import Model
 from ..model.runner import Runner
 from ..options import DEFAULT_CHECKPOINT
@@ -55,7 +55,10 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
     """
     target = choose_device(device)
     precision = choose_precision(precision, target)
-    (*others, last), missing = usable_backends(backend, target, precision)
+    candidates, missing = usable_backends(backend, target, precision)
+    if model.given is not None and backend == "auto":  # it would be compiled for each engine
+        candidates = [candidate for candidate in candidates if not candidate.compiles]
+    *others, last = candidates
     for candidate in others:
         try:
             opened = _opened_by(candidate, model, checkpoint, precision, target)
@@ -88,17 +91,41 @@ def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, t
     classifier = None
     if model.plan.classification is not None:
         classifier = "lda" if model.pooled_classifiers else "head"
+    runner = _runner_of(chosen, model, source, precision, target)
+    if model.given is not None:
+        _check_given(model, runner)
     return Opened(
         model=replace(model, weights=()),
-        runner=_runner_of(chosen, model, source, precision, target),
+        runner=runner,
         device=target,
         source=source,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint if model.folds else None,
         backend=chosen.name,
         precision=precision,
         classifier=classifier,
         agreement=None,
     )
+
+
+def _check_given(model: Model, runner: Runner) -> None:
+    """Run a given network on one blank tile.
+
+    Raises:
+        ModelError: Where it fails, or gives anything else than logits of the plan's labels.
+    """
+    plan = model.plan
+    wanted = (1, plan.labels.num_outputs, *plan.patch_size)
+    tile = torch.zeros(1, plan.input_channels, *plan.patch_size)
+    try:
+        got: Any = tuple(runner(tile).seg_logits.shape)
+    except Exception as error:  # whatever the caller's code raises
+        got = str(error).partition("\n")[0] or type(error).__name__
+    if got != wanted:
+        assert model.given is not None
+        raise ModelError(
+            f"the given network {model.given.name} must turn a tile {tuple(tile.shape)} into logits {wanted}, as "
+            f"plans.json and dataset.json say; it gives {got!s:.200}"
+        )
 
 
 def _runner_of(
@@ -108,10 +135,12 @@ def _runner_of(
         return chosen.load(model, None, target, precision)
     if precision == "int8":
         raise ValueError("int8 needs scans to calibrate with: build a bundle with nnturbo build --calibration")
-    from .cache import cached_bundle
+    from .cache import cached_bundle, temporary_bundle
 
     manifest = plan_bundle(model, source, chosen, precision, describe_machine(target))
-    with cached_bundle(model, manifest, chosen, target) as folder:
+    # The code of a given network may change while its name and weights stay: nothing tells an old compiled one.
+    compiled = cached_bundle if model.given is None else temporary_bundle
+    with compiled(model, manifest, chosen, target) as folder:
         return chosen.load(model, folder, target, precision)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ModelError
 from ..options import DEFAULT_CHECKPOINT
-from .checkpoint import UNREADABLE, read_checkpoint
+from .checkpoint import UNREADABLE, Checkpoint, read_checkpoint
+from .given_network import GivenNetwork
 from .heads import PooledClassifier
 from .mirroring import View, mirror_views
 from .plan_classes import remarks_on
@@ -43,6 +44,7 @@ class Model:
         plans, dataset: Content of the two JSON files.
         pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
             one per fold, None for a fold without. Empty if the head classifies in all folds.
+        given: Replaces the plan's network. If it is a module, there are no folds, and no weights beside its own.
     """
 
     plan: Plan
@@ -54,6 +56,13 @@ class Model:
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
     pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
+    given: GivenNetwork | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Say what is unusual about the model, and how it is used all the same."""
+        of_network = remarks_on(self.plan.architecture) if self.given is None else ()
+        return (*of_network, *self.plan.labels.remarks)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -77,6 +86,7 @@ def read_model(
     folds: Sequence[int | str] | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     configuration: str | None = None,
+    given: GivenNetwork | None = None,
 ) -> Model:
     """Read a model folder (`plans.json`, `dataset.json`, `fold_*/`) or an nnU-Net export zip.
 
@@ -86,6 +96,7 @@ def read_model(
             there is none, fold "all".
         checkpoint: File name of the checkpoint in each fold.
         configuration: Name of the configuration; needed for a zip that holds several.
+        given: A network to run in place of the plan's.
 
     Raises:
         ModelError: Where something is missing or not supported.
@@ -99,27 +110,76 @@ def read_model(
                 found = "is a checkpoint: give the folder with plans.json, two above it"
             raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} {found}")
         plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
-        names = _find_folds(folder, folds, checkpoint)
-        checkpoints = [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
+        names, checkpoints = _read_folds(folder, folds, checkpoint, plans, configuration, given)
         first = checkpoints[0]
         if configuration not in (None, first.configuration):
             raise ModelError(f"{path} must be of configuration {configuration!r}, it is of {first.configuration!r}")
         plan = parse_plan(plans, dataset, first.configuration)
-        for remark in (*remarks_on(plan.architecture), *plan.labels.remarks):
-            logger.warning("%s: %s", path, remark)
+        if given is not None:
+            checkpoints, plan = _for_given_network(checkpoints, plan, given)
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
-        return Model(
+        has_weights = given is not None and given.has_weights
+        model = Model(
             plan=plan,
-            weights=tuple(loaded.weights for loaded in checkpoints),
-            folds=names,
+            weights=() if has_weights else tuple(loaded.weights for loaded in checkpoints),
+            folds=() if has_weights else names,
             mirror_axes=first.mirror_axes,
             trainer=first.trainer,
             source=path,
             plans=plans,
             dataset=dataset,
-            pooled_classifiers=tuple(loaded.pooled_classifier for loaded in checkpoints),
+            pooled_classifiers=() if has_weights else tuple(loaded.pooled_classifier for loaded in checkpoints),
+            given=given,
         )
+        for remark in model.remarks:
+            logger.warning("%s: %s", path, remark)
+        return model
+
+
+def _read_folds(
+    folder: Path,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+    plans: Mapping[str, Any],
+    configuration: str | None,
+    given: GivenNetwork | None,
+) -> tuple[tuple[str, ...], list[Checkpoint]]:
+    """Read the checkpoint of each fold; for a network with weights of its own the first one, if there is any.
+
+    Without a checkpoint, the configuration is the one that is named or the only one, and nothing is mirrored.
+    """
+    if given is None or not given.has_weights:
+        names = _find_folds(folder, folds, checkpoint)
+    elif folds is not None:
+        raise ValueError(f"folds must be left out with a network that has its own weights, got {list(folds)}")
+    elif any(folder.glob(f"fold_*/{checkpoint}")):
+        names = _find_folds(folder, None, checkpoint)[:1]
+    else:
+        known = list(plans.get("configurations", ()))
+        if configuration is None and len(known) != 1:
+            raise ModelError(f"{folder} has no checkpoint that names its configuration: name one of {', '.join(known)}")
+        nothing = Checkpoint(
+            weights={},
+            configuration=configuration or str(known[0]),
+            mirror_axes=(),
+            trainer="unknown",
+            pooled_classifier=None,
+        )
+        return ("none",), [nothing]
+    return names, [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
+
+
+def _for_given_network(
+    checkpoints: Sequence[Checkpoint], plan: Plan, given: GivenNetwork
+) -> tuple[list[Checkpoint], Plan]:
+    """Leave out the class of a case, which a given network does not have."""
+    if plan.classification is not None:
+        logger.warning("the given network %s segments only: the class of a case is left out", given.name)
+    return (
+        [replace(each, pooled_classifier=None) for each in checkpoints],
+        replace(plan, classification=None),
+    )
 
 
 def with_classifier(model: Model, wanted: str) -> Model:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .folder import Model
-from .network import MultiTaskUNet, build_network
+from .given_network import GivenLogits
+from .network import MultiTaskUNet, build_network, is_known
 
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -27,6 +28,7 @@ class InferenceNetwork(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.multi_task = isinstance(networks[0], MultiTaskUNet)
+        self.given = isinstance(networks[0], GivenLogits)
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, ...]:
         """Run (N, C, *patch).
@@ -50,17 +52,31 @@ def inference_network(model: Model) -> InferenceNetwork:
     """Build a model's networks, one per fold, without the outputs for deep supervision.
 
     Raises:
-        CheckpointError: Where weights do not fit the plan.
+        ModelError: Where a network cannot be built.
+        CheckpointError: Where weights do not fit it.
     """
-    fitted = model.pooled_classifiers or [None] * len(model.weights)
-    networks = [
-        build_network(model.plan, weights, classifier, model.trainer)
-        for weights, classifier in zip(model.weights, fitted, strict=True)
-    ]
-    for network in networks:
+    return InferenceNetwork([_without_deep_supervision(network) for network in _networks(model)]).eval()
+
+
+def _networks(model: Model) -> list[nn.Module]:
+    """Build the network of each fold."""
+    if model.given is None:
+        fitted = model.pooled_classifiers or [None] * len(model.weights)
+        return [
+            build_network(model.plan, weights, classifier, model.trainer)
+            for weights, classifier in zip(model.weights, fitted, strict=True)
+        ]
+    given = [model.given.build(model.plan, model.plans, weights) for weights in model.weights or (None,)]
+    # Classes that nnturbo knows are treated as if the plan had named them.
+    return [network if is_known(network) else GivenLogits(network, model.plan.labels.num_outputs) for network in given]
+
+
+def _without_deep_supervision(network: nn.Module) -> nn.Module:
+    """Keep the last layer of a U-Net's decoder alone."""
+    if is_known(network):
         decoder: Any = network.get_submodule("decoder")
-        decoder.seg_layers = decoder.seg_layers[-1:]
-    return InferenceNetwork(networks).eval()
+        decoder.seg_layers, decoder.deep_supervision = decoder.seg_layers[-1:], False
+    return network
 
 
 def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
@@ -68,8 +84,10 @@ def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
 
     For eager torch and TorchScript, whose transposed 3D convolutions are slow on CPUs (pytorch #194496), and for
     TensorRT (as in NVIDIA's MLPerf 3D-UNet). OpenVINO, inductor and ONNX Runtime were faster with the original layers.
+    A given network stays as it is, because its code may use its layers in other ways.
     """
-    replace_modules(network, lambda module: Upsampling(module) if only_spreads(module) else None)
+    if not network.given:
+        replace_modules(network, lambda module: Upsampling(module) if only_spreads(module) else None)
     return network
 
 
@@ -79,7 +97,7 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
     Norms, sums, activations and classification heads stay in float32. So do the last convolutions, because their
     outputs are the logits, and rounded logits change labels.
     """
-    last = {id(layer) for fold in network.networks for layer in fold.get_submodule("decoder.seg_layers").children()}
+    last = {id(layer) for fold in network.networks for layer in _logit_layers(fold)}
     replace_modules(
         network,
         lambda module: (
@@ -87,6 +105,11 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
         ),
     )
     return network
+
+
+def _logit_layers(fold: nn.Module) -> list[nn.Module]:
+    """Find the layers whose outputs are the logits."""
+    return fold.logit_layers if isinstance(fold, GivenLogits) else list(fold.get_submodule("decoder.seg_layers"))  # type: ignore[arg-type]
 
 
 def with_exact_norms(network: InferenceNetwork) -> InferenceNetwork:

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, ModelError
 from .architecture import Architecture
 from .classification import ClassificationScheme
 from .heads import Head, PooledClassifier, focus_map, make_head
-from .plan_classes import argument_classes, network_class, remarks_on
+from .plan_classes import NETWORKS, argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Plan
 
 USUAL_TRAINERS = re.compile(
@@ -99,6 +99,12 @@ class MultiTaskUNet(nn.Module):
         # Half precision is enough for the features, but not for the few numbers that the head computes.
         with _without_autocast(tiles.device):
             return seg_logits, self.head(seen, focus_map(finest.detach().float(), self.scheme))
+
+
+def is_known(network: nn.Module) -> bool:
+    """Whether this is a network of exactly a class that plans may name, with its usual decoder."""
+    kinds = {MultiTaskUNet, *map(network_class, NETWORKS)}
+    return type(network) in kinds and hasattr(network.get_submodule("decoder"), "seg_layers")
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ class LabelSettings:
         tile_step_size: Distance of tiles as a fraction of the patch.
         mirror_views: Mirrored views that are averaged, the plain one included.
         use_gaussian: Whether voxels in the middle of a tile count more.
+        network: Class or function of a network that was given in place of the plan's; None for the plan's.
     """
 
     source: Mapping[str, str]
@@ -32,6 +33,7 @@ class LabelSettings:
     tile_step_size: float
     mirror_views: int
     use_gaussian: bool = True
+    network: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give all of it, by name."""
