@@ -174,6 +174,8 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         # Heads read the encoder's features too.
         return Decoder(kernels, module, keep=network.multi_task) if type(module) is UNetDecoder else None
 
+    if any(getattr(fold, "taps_decoder", False) for fold in network.networks):
+        raise BackendUnavailable("the native backend keeps no features of the decoder; use openvino or torch")
     if network.given:
         raise BackendUnavailable("the native backend is for networks of classes that it knows; use openvino or torch")
     replace_modules(network, block)

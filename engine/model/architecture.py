@@ -8,6 +8,9 @@ from typing import Any
 
 from .json_values import take
 
+MOST_STAGES = 16
+"""Of a U-Net."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -16,6 +19,16 @@ class Architecture:
     class_name: str
     arguments: Mapping[str, Any]
     class_arguments: tuple[str, ...]
+
+    @property
+    def encoder_channels(self) -> tuple[int, ...]:
+        """Channels of a U-Net's encoder by stage, the finest first; none where the arguments do not say it."""
+        stages, features = self.arguments.get("n_stages"), self.arguments.get("features_per_stage")
+        if type(features) is int and type(stages) is int and 0 < stages <= MOST_STAGES:
+            return tuple(features * 2**stage for stage in range(stages))  # as the architecture library does
+        if isinstance(features, list) and all(type(count) is int for count in features):
+            return tuple(features)
+        return ()
 
 
 def parse_architecture(configuration: Mapping[str, Any]) -> Architecture:

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,18 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The parts of a checkpoint file that inference needs."""
+    """The parts of a checkpoint file that inference needs.
+
+    Args:
+        other_weights: Of networks beside the main one: those under `class_decoder_weights` as `class_decoder.*`.
+    """
 
     weights: Mapping[str, Tensor]
     configuration: str
     mirror_axes: tuple[int, ...]
     trainer: str
     pooled_classifier: PooledClassifier | None
+    other_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _harmless_types() -> list[Any]:
@@ -104,7 +109,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         mirror_axes=tuple(sorted(set(axes))),
         trainer=str(content.get("trainer_name", "unknown")),
         pooled_classifier=_pooled_classifier(content, path),
+        other_weights=_own_copies(_other_weights(content), path),
     )
+
+
+def _other_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the weights of networks that a program keeps beside the main one."""
+    return {
+        f"{key.removesuffix('_weights')}.{name}": tensor
+        for key, values in content.items()
+        if isinstance(key, str) and key.endswith("_weights") and key != "network_weights" and isinstance(values, dict)
+        for name, tensor in values.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def _pooled_classifier(content: Mapping[str, Any], path: Path) -> PooledClassifier | None:

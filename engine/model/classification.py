@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import ModelError
 
 HEADS = ("gap_linear", "gap_mlp", "attention")
+DESCRIBED = "described"
+"""Kind of a head that another program trained, see `HeadDescription`."""
 MOST_CLASSES = 1024
 WIDEST_HEAD = 4096
 
@@ -20,7 +22,7 @@ class ClassificationScheme:
     """Classes and layers of a multi-task network's classification head.
 
     Args:
-        kind: "gap_linear", "gap_mlp" or "attention".
+        kind: "gap_linear", "gap_mlp" or "attention"; "described" for the head of another program.
         stages: Encoder stages that the head reads, counted from the finest, 0.
         class_names: One per class, in the order of the class logits.
         focus_channels: Channels of the segmentation output whose voxels decide the class, such as the lesion's. A
@@ -43,7 +45,7 @@ class ClassificationScheme:
     def __post_init__(self) -> None:
         """Check all values, because plans may come from strangers."""
         checks = {
-            f"kind must be one of {', '.join(HEADS)}": self.kind in HEADS,
+            f"kind must be one of {', '.join(HEADS)}": self.kind in (*HEADS, DESCRIBED),
             "stages must be different numbers from 0": is_indices(self.stages),
             f"class_names must be 2 to {MOST_CLASSES} different texts": 2 <= len(self.class_names) <= MOST_CLASSES
             and all(isinstance(name, str) for name in self.class_names)
@@ -71,6 +73,8 @@ class ClassificationScheme:
             ModelError: Where something is missing, unknown or out of range.
         """
         known = {field.name for field in fields(cls)}
+        if isinstance(description, Mapping) and description.get("kind") == DESCRIBED:
+            raise ModelError(f"classification head: kind must be one of {', '.join(HEADS)}, got {DESCRIBED!r}")
         if not isinstance(description, Mapping) or not set(description) <= known:
             raise ModelError(
                 f"classification head must have some of {', '.join(sorted(known))}, got {description!r:.200}"

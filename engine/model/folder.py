@@ -19,10 +19,12 @@ from torch import Tensor
 from ..errors import CheckpointError, ModelError
 from ..options import DEFAULT_CHECKPOINT
 from .checkpoint import UNREADABLE, Checkpoint, read_checkpoint
+from .foreign_head import find_head
 from .given_network import GivenNetwork
+from .head_description import WHERE
 from .heads import PooledClassifier
 from .mirroring import View, mirror_views
-from .plan_classes import remarks_on
+from .plan_classes import is_unet, remarks_on
 from .plans import Plan, parse_plan
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Model:
         pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
             one per fold, None for a fold without. Empty if the head classifies in all folds.
         given: Replaces the plan's network. If it is a module, there are no folds, and no weights beside its own.
+        of_weights: Says which weights of the checkpoints nothing uses, or that a head was told by its keys.
     """
 
     plan: Plan
@@ -57,12 +60,13 @@ class Model:
     dataset: Mapping[str, Any]
     pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
     given: GivenNetwork | None = None
+    of_weights: str | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """Say what is unusual about the model, and how it is used all the same."""
         of_network = remarks_on(self.plan.architecture) if self.given is None else ()
-        return (*of_network, *self.plan.labels.remarks)
+        return (*of_network, *self.plan.labels.remarks, *(() if self.of_weights is None else (self.of_weights,)))
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -117,12 +121,13 @@ def read_model(
         plan = parse_plan(plans, dataset, first.configuration)
         if given is not None:
             checkpoints, plan = _for_given_network(checkpoints, plan, given)
+        weights, plans, plan, remark = _with_foreign_head(folder, checkpoints, plans, dataset, plan, given)
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
         has_weights = given is not None and given.has_weights
         model = Model(
             plan=plan,
-            weights=() if has_weights else tuple(loaded.weights for loaded in checkpoints),
+            weights=() if has_weights else weights,
             folds=() if has_weights else names,
             mirror_axes=first.mirror_axes,
             trainer=first.trainer,
@@ -131,6 +136,7 @@ def read_model(
             dataset=dataset,
             pooled_classifiers=() if has_weights else tuple(loaded.pooled_classifier for loaded in checkpoints),
             given=given,
+            of_weights=remark,
         )
         for remark in model.remarks:
             logger.warning("%s: %s", path, remark)
@@ -168,6 +174,32 @@ def _read_folds(
         )
         return ("none",), [nothing]
     return names, [read_checkpoint(folder / f"fold_{name}" / checkpoint) for name in names]
+
+
+def _with_foreign_head(
+    folder: Path,
+    checkpoints: Sequence[Checkpoint],
+    plans: dict[str, Any],
+    dataset: Mapping[str, Any],
+    plan: Plan,
+    given: GivenNetwork | None,
+) -> tuple[tuple[Mapping[str, Tensor], ...], dict[str, Any], Plan, str | None]:
+    """Find the classification head of another program, and put its description into the plans.
+
+    Returns:
+        Weights by fold, plans, plan, and what has to be said about the weights.
+    """
+    weights = tuple(loaded.weights for loaded in checkpoints)
+    if given is not None or not is_unet(plan.architecture):
+        return weights, plans, plan, None
+    file = folder / f"{WHERE}.json"
+    described = _read_json(file) if file.is_file() else plans.get(WHERE)
+    everything = [{**loaded.weights, **loaded.other_weights} for loaded in checkpoints]
+    found = find_head(everything, described, plan)
+    if found.description is not None:
+        plans = {**plans, WHERE: found.description}
+        plan = parse_plan(plans, dataset, plan.configuration)
+    return found.weights, plans, plan, found.remark
 
 
 def _for_given_network(

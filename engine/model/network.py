@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
-from .architecture import Architecture
+from .architecture import MOST_STAGES, Architecture
 from .classification import ClassificationScheme
+from .described_head import DescribedHead
 from .heads import Head, PooledClassifier, focus_map, make_head
 from .plan_classes import NETWORKS, argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Plan
@@ -25,8 +26,10 @@ USUAL_TRAINERS = re.compile(
 )
 """Trainers that train the network of their plan; other trainers may train another network."""
 
-MOST_STAGES = 16
 MOST_FEATURES = 16384
+
+UNET_PARTS = ("encoder.", "decoder.")
+"""What the names of a U-Net's weights begin with."""
 
 CONSTRUCTION_ERRORS = (
     ArithmeticError,
@@ -92,18 +95,56 @@ class MultiTaskUNet(nn.Module):
         Returns:
             The output of `forward`, and class logits (N, S) float32.
         """
-        features = self.encoder(tiles)
-        seg_logits = self.decoder(features)
+        features, seg_logits = self._features_and_logits(tiles)
         finest = seg_logits[0] if isinstance(seg_logits, list) else seg_logits
         seen = [feature.detach() for feature in features] if detached else features
         # Half precision is enough for the features, but not for the few numbers that the head computes.
         with _without_autocast(tiles.device):
-            return seg_logits, self.head(seen, focus_map(finest.detach().float(), self.scheme))
+            return seg_logits, self.head(seen, self._focus(finest.detach().float()))
+
+    def _features_and_logits(self, tiles: Tensor) -> tuple[Sequence[Tensor], Tensor | list[Tensor]]:
+        features = self.encoder(tiles)
+        return features, self.decoder(features)
+
+    def _focus(self, seg_logits: Tensor) -> Tensor:
+        return focus_map(seg_logits, self.scheme)
+
+
+class DescribedUNet(MultiTaskUNet):
+    """A U-Net with the classification head of another program.
+
+    Args:
+        unet: With encoder and decoder.
+        head: Reads their features.
+        scheme: What it answers.
+    """
+
+    def __init__(self, unet: Any, head: DescribedHead, scheme: ClassificationScheme) -> None:
+        nn.Module.__init__(self)
+        self.scheme, self.head = scheme, head
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.taps_decoder = head.description.taps_decoder
+
+    def _features_and_logits(self, tiles: Tensor) -> tuple[Sequence[Tensor], Tensor | list[Tensor]]:
+        if not self.taps_decoder:
+            return super()._features_and_logits(tiles)
+        features = list(self.encoder(tiles))
+        decoder: Any = self.decoder
+        values, decoded = features[-1], []
+        for index, (finer, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
+            values = stage(torch.cat([finer(values), features[-(index + 2)]], 1))
+            decoded.insert(0, values)
+        return [*features, *decoded], decoder.seg_layers[-1](values)
+
+    def _focus(self, seg_logits: Tensor) -> Tensor:
+        if not isinstance(self.head, DescribedHead):  # a fitted classifier took its place
+            return super()._focus(seg_logits)
+        return self.head.mask(torch.sigmoid(seg_logits) if self.scheme.regions else torch.softmax(seg_logits, 1))
 
 
 def is_known(network: nn.Module) -> bool:
     """Whether this is a network of exactly a class that plans may name, with its usual decoder."""
-    kinds = {MultiTaskUNet, *map(network_class, NETWORKS)}
+    kinds = {MultiTaskUNet, DescribedUNet, *map(network_class, NETWORKS)}
     return type(network) in kinds and hasattr(network.get_submodule("decoder"), "seg_layers")
 
 
@@ -170,8 +211,12 @@ def build_network(
         CheckpointError: Where weights are missing, unknown, or do not have the shapes of the plan, or the fitted
             classifier does not fit the encoder.
     """
-    network = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
+    network: Any = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
     _check_patch(network, plan)
+    of_head = {}
+    if plan.head is not None:
+        of_head = {name: tensor for name, tensor in weights.items() if not name.startswith(UNET_PARTS)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in of_head}
     complete, problems = _complete_weights(network.state_dict(keep_vars=True), weights)
     if problems:
         raise CheckpointError(
@@ -179,8 +224,14 @@ def build_network(
             f"{_likely_reason(plan.architecture, trainer)}"
         )
     network.load_state_dict(complete, assign=True)
+    if plan.head is not None:
+        assert plan.classification is not None  # they come together
+        channels = tuple(network.encoder.output_channels)
+        network = DescribedUNet(
+            network, DescribedHead(plan.head, of_head, channels, len(plan.patch_size)), plan.classification
+        )
     if pooled_classifier is not None:
-        network.head = pooled_classifier.make_head(network.encoder.output_channels)  # type: ignore[union-attr,arg-type]
+        network.head = pooled_classifier.make_head(network.encoder.output_channels)
     return network.requires_grad_(False).eval()
 
 
@@ -270,7 +321,7 @@ def _check_patch(network: nn.Module, plan: Plan) -> None:
         return
     tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
     wanted = [(1, plan.labels.num_outputs, *plan.patch_size)]
-    if plan.classification is not None:
+    if isinstance(network, MultiTaskUNet) and plan.classification is not None:
         wanted.append((1, plan.classification.num_classes))
     network.eval()
     try:

@@ -46,6 +46,11 @@ def network_class(name: str) -> type[nn.Module]:
     return getattr(unet, short)
 
 
+def is_unet(architecture: Architecture) -> bool:
+    """Whether a plan names a U-Net of the architecture library."""
+    return architecture.class_name.rpartition(".")[2] in NETWORKS
+
+
 def argument_classes(architecture: Architecture) -> dict[str, Any]:
     """Give a network's arguments with classes in place of their names.
 

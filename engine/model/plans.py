@@ -12,6 +12,7 @@ from ..scans.image_header import IMAGE_ENDINGS
 from ..scans.pictures import PICTURE_READERS
 from .architecture import Architecture, parse_architecture
 from .classification import ClassificationScheme
+from .head_description import WHERE, HeadDescription
 from .json_values import take
 from .labels import LabelScheme, parse_labels
 from .resampling_function import Resampling, parse_resampling
@@ -80,6 +81,7 @@ class Plan:
         reader: nnU-Net's class that read the training scans; one of `READERS`.
         file_ending: File ending of images and segmentations, with the dot.
         classification: Classes and head of a multi-task network, or None.
+        head: Description of its head, if another program than nnturbo trained it.
     """
 
     dataset_name: str
@@ -98,6 +100,7 @@ class Plan:
     reader: str
     file_ending: str
     classification: ClassificationScheme | None = None
+    head: HeadDescription | None = None
 
     @property
     def reorient(self) -> bool:
@@ -199,8 +202,31 @@ def _channel_normalizations(
     return tuple(channels)
 
 
-def _classification(architecture: Architecture, labels: LabelScheme) -> ClassificationScheme | None:
-    """Read the description of a multi-task network's head; None for other networks."""
+def _head(plans: Mapping[str, Any], architecture: Architecture) -> HeadDescription | None:
+    """Read the description of a head that another program trained, if there is one."""
+    if plans.get(WHERE) is None:
+        return None
+    if architecture.class_name == MULTI_TASK_NETWORK:
+        raise ModelError(
+            f"plans.json: {WHERE} must be left out for nnturbo's own multi-task network, whose head is known"
+        )
+    return HeadDescription.parse(plans[WHERE])
+
+
+def _classification(
+    architecture: Architecture, labels: LabelScheme, head: HeadDescription | None
+) -> ClassificationScheme | None:
+    """Say what a multi-task network answers; None for other networks."""
+    regions = labels.regions_class_order is not None
+    if head is not None:
+        where, scheme = WHERE, head.scheme(len(architecture.encoder_channels), regions)
+        shown = (*head.focus_channels, *head.mask_channels)
+        if max(shown) >= labels.num_outputs:
+            raise ModelError(
+                f"{where}: focus_channels and mask must name channels 0 to {labels.num_outputs - 1} of dataset.json's "
+                f"labels, got {max(shown)}"
+            )
+        return scheme
     if architecture.class_name != MULTI_TASK_NETWORK:
         return None
     where = "plans.json: arch_kwargs"
@@ -243,6 +269,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         for kind in ("data", "seg", "probabilities")
     )
     labels, architecture = parse_labels(dataset), parse_architecture(configuration)
+    head = _head(plans, architecture)
     return Plan(
         dataset_name=str(plans.get("dataset_name", "unnamed")),
         configuration=configuration_name,
@@ -259,7 +286,8 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
         previous_stage=None if previous is None else str(previous),
         reader=reader,
         file_ending=file_ending,
-        classification=_classification(architecture, labels),
+        classification=_classification(architecture, labels, head),
+        head=head,
     )
 
 
