@@ -25,7 +25,8 @@ import torch
 from nnturbo.engine.model.classification import HEADS
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.heads import FocusPooling, Head, focus_map, make_head
-from nnturbo.engine.model.network import MultiTaskUNet, build_network
+from nnturbo.engine.model.multi_task_unet import MultiTaskUNet
+from nnturbo.engine.model.network import build_network
 from nnturbo.training.data.planning import nnunet_environment
 from nnturbo.training.data.tables import read_subtype_results
 from nnturbo.training.evaluation.metrics import bootstrap_macro_f1, classification_metrics

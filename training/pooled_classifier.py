@@ -22,7 +22,8 @@ from ..engine.model.classification import is_indices
 from ..engine.model.folder import Model, read_model
 from ..engine.model.folds import InferenceNetwork
 from ..engine.model.heads import FocusPooling
-from ..engine.model.network import MultiTaskUNet, build_network
+from ..engine.model.multi_task_unet import MultiTaskUNet
+from ..engine.model.network import build_network
 from ..engine.model.plans import Plan
 from ..engine.pipeline.preprocessing import preprocess
 from ..engine.pipeline.sliding_window import predict_logits

@@ -244,10 +244,9 @@ def _require_suitable(fold: Any, width: int) -> None:
     from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
     from dynamic_network_architectures.building_blocks.unet_residual_decoder import UNetResDecoder
 
-    known = type(fold.encoder) in (PlainConvEncoder, ResidualEncoder) and type(fold.decoder) in (
-        UNetDecoder,
-        UNetResDecoder,
-    )
+    encoder, decoder = (getattr(fold, part, None) for part in ("encoder", "decoder"))
+    known = type(encoder) in (PlainConvEncoder, ResidualEncoder) and type(decoder) in (UNetDecoder, UNetResDecoder)
+    known = known and not getattr(fold, "taps_decoder", False)  # the features of its stages are not kept
     for module in fold.modules():
         if isinstance(module, BasicBlockD | BottleneckD):
             known = known and not module.apply_se and isinstance(_last_activation(module), ACTIVATIONS)

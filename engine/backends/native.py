@@ -22,6 +22,7 @@ from ..files import cache_root
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network, only_spreads, replace_modules
 from ..model.runner import NetworkOutput
+from ..model.stu_net import StuBlock, StuNet
 from .torch import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,21 @@ class Residual(nn.Module):
         return self.second(self.first(values), residual=channels_last(self.skip(values)))
 
 
+class StuResidual(nn.Module):
+    """STU-Net's block: two convolutions around which the input goes too, through a pointwise one or as it is."""
+
+    def __init__(self, kernels: Kernels, block: StuBlock) -> None:
+        super().__init__()
+        self.skip = None if block.conv3 is None else Convolve(kernels, block.conv3)
+        self.first = Block(Convolve(kernels, block.conv1), block.norm1, block.act1.negative_slope)
+        self.second = Block(Convolve(kernels, block.conv2), block.norm2, block.act2.negative_slope)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """From (1, in, Z, Y, X), in one tensor or two, to (1, out, ...)."""
+        skip = channels_last(inputs[0]) if self.skip is None else self.skip(*inputs)
+        return self.second(self.first(*inputs), residual=skip)
+
+
 class Decoder(nn.Module):
     """nnU-Net's decoder, without copies of the encoder's features.
 
@@ -170,6 +186,12 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         suits = isinstance(module, BasicBlockD) and not module.apply_se and isinstance(module.nonlin2, ACTIVATIONS)
         return Residual(module) if suits else None
 
+    def stu(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, StuBlock):
+            return None
+        convolutions = [each for each in (module.conv1, module.conv2, module.conv3) if each is not None]
+        return StuResidual(kernels, module) if all(_suits(kernels, each) for each in convolutions) else None
+
     def decoder(module: nn.Module) -> nn.Module | None:
         # Heads read the encoder's features too.
         return Decoder(kernels, module, keep=network.multi_task) if type(module) is UNetDecoder else None
@@ -179,7 +201,8 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
     if network.given:
         raise BackendUnavailable("the native backend is for networks of classes that it knows; use openvino or torch")
     replace_modules(network, block)
-    left = [module for module in network.modules() if isinstance(module, ConvDropoutNormReLU)]
+    replace_modules(network, stu)
+    left = [module for module in network.modules() if isinstance(module, (ConvDropoutNormReLU, StuBlock))]
     if left or not any(isinstance(module, Block) for module in network.modules()):
         raise BackendUnavailable(
             f"the native backend is for 3D networks whose channels are multiples of {kernels.lanes}, with instance "
@@ -187,6 +210,11 @@ def with_native_kernels(network: InferenceNetwork, kernels: Kernels) -> Inferenc
         )
     replace_modules(network, residual)
     replace_modules(network, decoder)
+    for fold in network.networks:
+        if isinstance(fold, StuNet):
+            replace_modules(
+                fold.seg_outputs, lambda layer: Project(kernels, layer) if isinstance(layer, nn.Conv3d) else None
+            )
     for overwriting in plan_overwriting(network):
         overwriting.convolve.may_overwrite = True
     return network
@@ -205,7 +233,7 @@ def plan_overwriting(network: nn.Module) -> list[Block]:
     for module in network.modules():
         if isinstance(module, StackedConvBlocks):
             found += list(module.convs.children())[1:]
-        elif isinstance(module, Residual):
+        elif isinstance(module, (Residual, StuResidual)):
             found.append(module.second)
         elif isinstance(module, Decoder) and not module.keep:
             found += [stage.convs[0] for stage in module.stages]

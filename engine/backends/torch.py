@@ -102,7 +102,9 @@ def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
 
 
 def network_for_gpu(network: InferenceNetwork, precision: str) -> InferenceNetwork:
-    """Choose how a network computes on a CUDA device; changes it in place."""
+    """Choose how a network computes on a CUDA device; changes it in place, but for a given one."""
+    if network.given:
+        return network
     if precision != "fp32" and has_cupy():
         try:
             return with_channels_last(network, DTYPES[precision])

@@ -8,6 +8,14 @@ from typing import Any
 
 from .json_values import take
 
+RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+
+RESIDUAL_ENCODERS = ("ResEncM", "ResEncL", "ResEncXL")
+"""Names of the residual encoder U-Net in plans that say nothing more about it."""
+
+WITH_CLASSIFIER, OF_CLASSIFIER = "ResidualEncoderUNetWithClassifier", ("num_subtypes", "clf_")
+"""The same with a classification head in forks of nnU-Net, and what arguments of that begin with."""
+
 MOST_STAGES = 16
 """Of a U-Net."""
 
@@ -43,10 +51,13 @@ def parse_architecture(configuration: Mapping[str, Any]) -> Architecture:
     if "architecture" in configuration:
         described = take(configuration, "architecture", dict, "plans.json")
         where = "plans.json: architecture"
-        return Architecture(
-            class_name=take(described, "network_class_name", str, where),
-            arguments=take(described, "arch_kwargs", dict, where),
-            class_arguments=tuple(map(str, take(described, "_kw_requires_import", list, where))),
+        return _without_alias(
+            Architecture(
+                class_name=take(described, "network_class_name", str, where),
+                arguments=take(described, "arch_kwargs", dict, where),
+                class_arguments=tuple(map(str, take(described, "_kw_requires_import", list, where))),
+            ),
+            len(take(configuration, "patch_size", list, where)),
         )
     where = "plans.json without 'architecture'"
     name = take(configuration, "UNet_class_name", str, where)
@@ -75,3 +86,41 @@ def parse_architecture(configuration: Mapping[str, Any]) -> Architecture:
         arguments=arguments,
         class_arguments=("conv_op", "norm_op", "dropout_op", "nonlin"),
     )
+
+
+def _without_alias(architecture: Architecture, dimensions: int) -> Architecture:
+    """Put the residual encoder U-Net in place of names for one of its forms."""
+    short = architecture.class_name.rpartition(".")[2]
+    if short in RESIDUAL_ENCODERS:
+        arguments = {**_residual_encoder(dimensions), **architecture.arguments}
+        named = {*architecture.class_arguments, "conv_op", "norm_op", "dropout_op", "nonlin"}
+        return Architecture(class_name=RESIDUAL, arguments=arguments, class_arguments=tuple(sorted(named)))
+    if short == WITH_CLASSIFIER:
+        arguments = {key: value for key, value in architecture.arguments.items() if not key.startswith(OF_CLASSIFIER)}
+        return Architecture(class_name=RESIDUAL, arguments=arguments, class_arguments=architecture.class_arguments)
+    return architecture
+
+
+def _residual_encoder(dimensions: int) -> dict[str, Any]:
+    """Give the arguments that nnU-Net's planners for residual encoders choose for an isotropic patch of six stages.
+
+    Note:
+        nnU-Net: ResEncUNetPlanner. M, L and XL differ in the memory they are planned for, so in their patch; where that
+        gives other stages, a plan says so.
+    """
+    return {
+        "n_stages": 6,
+        "features_per_stage": [min(32 * 2**stage, 320 if dimensions == 3 else 512) for stage in range(6)],
+        "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+        "kernel_sizes": [[3] * dimensions] * 6,
+        "strides": [[1] * dimensions, *[[2] * dimensions] * 5],
+        "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+        "n_conv_per_stage_decoder": [1] * 5,
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }

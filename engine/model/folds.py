@@ -109,7 +109,12 @@ def with_low_convolutions(network: InferenceNetwork, dtype: torch.dtype) -> Infe
 
 def _logit_layers(fold: nn.Module) -> list[nn.Module]:
     """Find the layers whose outputs are the logits."""
-    return fold.logit_layers if isinstance(fold, GivenLogits) else list(fold.get_submodule("decoder.seg_layers"))  # type: ignore[arg-type]
+    layers: Any = getattr(fold, "logit_layers", None)
+    if layers is None and is_known(fold):
+        layers = fold.get_submodule("decoder.seg_layers").children()
+    if layers is None:  # Primus, which ends with its last convolution
+        layers = [module for module in fold.modules() if isinstance(module, Convolution)][-1:]
+    return [module for layer in layers for module in layer.modules()]
 
 
 def with_exact_norms(network: InferenceNetwork) -> InferenceNetwork:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
 from .architecture import MOST_STAGES, Architecture
-from .classification import ClassificationScheme
 from .described_head import DescribedHead
-from .heads import Head, PooledClassifier, focus_map, make_head
+from .heads import PooledClassifier
+from .multi_task_unet import DescribedUNet, MultiTaskUNet
+from .named_networks import GIVE, UNCHANGED, NamedNetwork, named_network, trained_architecture
 from .plan_classes import NETWORKS, argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Plan
-
-USUAL_TRAINERS = re.compile(
-    r"nnUNetTrainer(_\d+epochs?|Benchmark|(_|No)?DA|_noDummy|NoMirroring|_NoMirroring|_onlyMirror|_warmup|CosAnneal|Ada|Vanilla|"
-    r"Dice|Topk|CELoss|_probabilisticOversampling|NoDeepSupervision|MultiTask|$)"
-)
-"""Trainers that train the network of their plan; other trainers may train another network."""
 
 MOST_FEATURES = 16384
 
@@ -44,115 +39,10 @@ CONSTRUCTION_ERRORS = (
 """Exceptions of the architecture library for wrong arguments."""
 
 
-class MultiTaskUNet(nn.Module):
-    """A U-Net with a classification head on its encoder; both outputs need one pass through the encoder.
-
-    Parameters of encoder and decoder have the names of the U-Net; names of the head's parameters begin with `head`.
-
-    Args:
-        input_channels, num_classes: As nnU-Net passes them to every network.
-        backbone: Class of the U-Net, such as "dynamic_network_architectures.architectures.unet.PlainConvUNet".
-        head: Description of the head as in `plans.json`, see `ClassificationScheme`.
-        deep_supervision: Whether the decoder gives logits at every resolution.
-        arguments: Further arguments of the U-Net.
-
-    Raises:
-        ModelError: For a class that is not allowed, or a head that the U-Net cannot feed.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        backbone: str,
-        head: Mapping[str, Any],
-        deep_supervision: bool = False,
-        **arguments: Any,
-    ) -> None:
-        super().__init__()
-        self.scheme = ClassificationScheme.parse(head)
-        unet: Any = network_class(backbone)(
-            input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments
-        )
-        # nnU-Net needs these: initial weights, and names for loading pretrained weights.
-        self.initialize = unet.initialize
-        self.key_to_encoder, self.key_to_stem = unet.key_to_encoder, unet.key_to_stem
-        self.keys_to_in_proj = unet.keys_to_in_proj
-        self.encoder, self.decoder = unet.encoder, unet.decoder
-        self.head: Head = make_head(self.scheme, tuple(self.encoder.output_channels))
-
-    def forward(self, tiles: Tensor) -> Tensor | list[Tensor]:
-        """Segmentation logits alone, (N, K, *patch); a list of them by resolution under deep supervision."""
-        return self.decoder(self.encoder(tiles))
-
-    def forward_multitask(self, tiles: Tensor, *, detached: bool = False) -> tuple[Tensor | list[Tensor], Tensor]:
-        """Give both outputs.
-
-        Args:
-            tiles: (N, C, *patch).
-            detached: Whether the head's gradients stop before the encoder.
-
-        Returns:
-            The output of `forward`, and class logits (N, S) float32.
-        """
-        features, seg_logits = self._features_and_logits(tiles)
-        finest = seg_logits[0] if isinstance(seg_logits, list) else seg_logits
-        seen = [feature.detach() for feature in features] if detached else features
-        # Half precision is enough for the features, but not for the few numbers that the head computes.
-        with _without_autocast(tiles.device):
-            return seg_logits, self.head(seen, self._focus(finest.detach().float()))
-
-    def _features_and_logits(self, tiles: Tensor) -> tuple[Sequence[Tensor], Tensor | list[Tensor]]:
-        features = self.encoder(tiles)
-        return features, self.decoder(features)
-
-    def _focus(self, seg_logits: Tensor) -> Tensor:
-        return focus_map(seg_logits, self.scheme)
-
-
-class DescribedUNet(MultiTaskUNet):
-    """A U-Net with the classification head of another program.
-
-    Args:
-        unet: With encoder and decoder.
-        head: Reads their features.
-        scheme: What it answers.
-    """
-
-    def __init__(self, unet: Any, head: DescribedHead, scheme: ClassificationScheme) -> None:
-        nn.Module.__init__(self)
-        self.scheme, self.head = scheme, head
-        self.encoder, self.decoder = unet.encoder, unet.decoder
-        self.taps_decoder = head.description.taps_decoder
-
-    def _features_and_logits(self, tiles: Tensor) -> tuple[Sequence[Tensor], Tensor | list[Tensor]]:
-        if not self.taps_decoder:
-            return super()._features_and_logits(tiles)
-        features = list(self.encoder(tiles))
-        decoder: Any = self.decoder
-        values, decoded = features[-1], []
-        for index, (finer, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
-            values = stage(torch.cat([finer(values), features[-(index + 2)]], 1))
-            decoded.insert(0, values)
-        return [*features, *decoded], decoder.seg_layers[-1](values)
-
-    def _focus(self, seg_logits: Tensor) -> Tensor:
-        if not isinstance(self.head, DescribedHead):  # a fitted classifier took its place
-            return super()._focus(seg_logits)
-        return self.head.mask(torch.sigmoid(seg_logits) if self.scheme.regions else torch.softmax(seg_logits, 1))
-
-
 def is_known(network: nn.Module) -> bool:
     """Whether this is a network of exactly a class that plans may name, with its usual decoder."""
     kinds = {MultiTaskUNet, DescribedUNet, *map(network_class, NETWORKS)}
     return type(network) in kinds and hasattr(network.get_submodule("decoder"), "seg_layers")
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Turn autocast off; the meta device, on which shapes are checked, has no autocast."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _check_size(arguments: Mapping[str, Any]) -> None:
@@ -207,10 +97,14 @@ def build_network(
         trainer: Class that trained the network, for messages.
 
     Raises:
-        ModelError: Where the plan's architecture cannot be built, or does not fit its patch size.
+        ModelError: Where the plan's architecture cannot be built, does not fit its patch size, or is not what the
+            trainer is known to build.
         CheckpointError: Where weights are missing, unknown, or do not have the shapes of the plan, or the fitted
             classifier does not fit the encoder.
     """
+    if (named := named_network(plan.architecture, trainer)) is not None:
+        return _build_named(named, plan, weights, trainer)
+    plan = replace(plan, architecture=trained_architecture(plan.architecture, trainer))
     network: Any = make_network(plan.architecture, plan.input_channels, plan.labels.num_outputs)
     _check_patch(network, plan)
     of_head = {}
@@ -232,6 +126,29 @@ def build_network(
         )
     if pooled_classifier is not None:
         network.head = pooled_classifier.make_head(network.encoder.output_channels)
+    return network.requires_grad_(False).eval()
+
+
+def _build_named(named: NamedNetwork, plan: Plan, weights: Mapping[str, Tensor], trainer: str) -> nn.Module:
+    """Build a network that the plan does not describe."""
+    weights = {name: tensor for name, tensor in weights.items() if not named.unused.match(name)}
+    try:
+        network = named.make(plan, weights)
+    except KeyError as error:
+        raise CheckpointError(
+            f"the weights trained by {trainer:.80} must be those of {named.name}; {error} is missing. Are checkpoint "
+            "and trainer of the same network?"
+        ) from error
+    except CONSTRUCTION_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{named.name} cannot be built for this plan and these weights: {reason:.200}") from error
+    if problems := _complete_weights(network.state_dict(keep_vars=True), weights)[1]:
+        raise CheckpointError(
+            f"the weights trained by {trainer:.80} must be those of {named.name}; {'; '.join(problems)}"
+        )
+    network.load_state_dict(dict(weights), assign=True)
+    tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
+    _check_output(copy.deepcopy(network).to("meta"), tiles, [(1, plan.labels.num_outputs, *plan.patch_size)])
     return network.requires_grad_(False).eval()
 
 
@@ -266,12 +183,9 @@ def _complete_weights(
 
 def _likely_reason(architecture: Architecture, trainer: str) -> str:
     """Say in a sentence why the weights may not fit the plan's network."""
-    if not USUAL_TRAINERS.match(trainer):
+    if not UNCHANGED.match(trainer):
         network = architecture.class_name.rpartition(".")[2]
-        return (
-            f"They were trained by {trainer:.80}, whose network is probably not the plan's {network:.80}: nnturbo "
-            f"builds only networks that plans.json describes"
-        )
+        return f"They were trained by {trainer:.80}, whose network is probably not the plan's {network:.80}: {GIVE}"
     return "; ".join(remarks_on(architecture)) or "Are checkpoint and plans from the same training?"
 
 
@@ -319,10 +233,13 @@ def _check_patch(network: nn.Module, plan: Plan) -> None:
     """Run one patch through the network on the meta device: this takes no memory, but a second of imports."""
     if is_known_to_fit(plan.architecture, plan.patch_size):
         return
-    tiles = torch.empty(1, plan.input_channels, *plan.patch_size, device="meta")
     wanted = [(1, plan.labels.num_outputs, *plan.patch_size)]
     if isinstance(network, MultiTaskUNet) and plan.classification is not None:
         wanted.append((1, plan.classification.num_classes))
+    _check_output(network, torch.empty(1, plan.input_channels, *plan.patch_size, device="meta"), wanted)
+
+
+def _check_output(network: nn.Module, tiles: Tensor, wanted: Sequence[tuple[int, ...]]) -> None:
     network.eval()
     try:
         with torch.inference_mode():
@@ -332,7 +249,7 @@ def _check_patch(network: nn.Module, plan: Plan) -> None:
         got = str(error).partition("\n")[0] or type(error).__name__
     if got != wanted:
         raise ModelError(
-            f"the network of plans.json must turn a patch of {plan.patch_size} into logits of shape "
+            f"the network of plans.json must turn a patch of {tuple(tiles.shape[2:])} into logits of shape "
             f"{' and '.join(map(str, wanted))}, it gives {got!s:.200}; the patch size must be divisible by the strides"
         )
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, CheckpointError, Engine, ModelError, Volume
+from nnturbo.engine.backends.torch import network_for_gpu
 from nnturbo.engine.model.folder import read_model
-from nnturbo.engine.model.folds import inference_network
+from nnturbo.engine.model.folds import inference_network, with_low_convolutions
 from nnturbo.engine.model.given_network import GivenLogits, GivenNetwork
 from nnturbo.engine.model.network import build_network
 from torch import nn
@@ -176,7 +177,7 @@ def test_a_compiler_runs_it_when_it_is_named(tmp_path, monkeypatch):
     network = seeded(Plain, 3)
     engine = load(write_model(tmp_path / "m"), network=network, backend="openvino")
     tiles = torch.randn(1, 1, 8, 12, 16)
-    logits = engine._segmenter.runner(tiles).seg_logits
+    logits = engine.segmenter.runner(tiles).seg_logits
     assert torch.allclose(logits, network(tiles), atol=1e-4)
     assert engine.provenance[0].backend == "openvino"
     assert not (tmp_path / "cache").exists()  # nothing tells when its code changes
@@ -187,10 +188,16 @@ def test_the_kernels_refuse_a_class_that_they_do_not_know(tmp_path):
         load(write_model(tmp_path / "m"), network=Plain(), backend="native")
 
 
+def test_layers_of_a_given_network_are_not_replaced_on_a_gpu(tmp_path):
+    network = inference_network(read_model(write_model(tmp_path / "m"), given=GivenNetwork(given=Plain())))
+    kinds = [type(module) for module in network.modules()]
+    assert network_for_gpu(network, "fp16") is network
+    assert [type(module) for module in network.modules()] == kinds
+    assert network.networks[0].network.first.bias is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_the_last_layers_of_a_given_network_stay_in_float32(tmp_path, dtype):
-    from nnturbo.engine.model.folds import with_low_convolutions
-
     network = inference_network(read_model(write_model(tmp_path / "m"), given=GivenNetwork(given=Plain())))
     assert isinstance(network.networks[0], GivenLogits)
     low = with_low_convolutions(network, dtype).networks[0].network

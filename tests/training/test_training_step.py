@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine.model.network import MultiTaskUNet
+from nnturbo.engine.model.multi_task_unet import MultiTaskUNet
 from torch.nn import functional as F
 
 from tests.training.tiny import TINY, make_trainer, seed_everything

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, ModelError, Volume
+from nnturbo.engine.backends.channels_last import with_channels_last
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.head_description import HeadDescription
@@ -383,7 +384,7 @@ def test_the_answer_for_a_case_is_weighted_over_tiles_views_and_folds(described)
         seen.append(network(tiles))
         return inner(tiles)
 
-    inner, engine._segmenter.runner = engine._segmenter.runner, runner
+    inner, engine.segmenter.runner = engine.segmenter.runner, runner
     engine.predict(scan)
     shown = torch.stack([torch.softmax(logits, 1)[:, 2].mean() for logits, _ in seen]).reshape(-1, 8).mean(1)
     logits = torch.cat([logits for _, logits in seen]).reshape(-1, 8, 2).mean(1)
@@ -400,9 +401,11 @@ def test_backends_run_heads_of_families_and_what_they_cannot_is_refused(tmp_path
     if backend == "native":
         with pytest.raises(BackendUnavailable, match="keeps no features of the decoder"):
             Engine.load(described, device="cpu", backend="native")
+        with pytest.raises(BackendUnavailable, match="must be one of nnU-Net's U-Nets"):
+            with_channels_last(inference_network(read_model(described)), torch.float16)
         return
     other = Engine.load(tmp_path / "m", device="cpu", backend=backend)
-    for one, two in zip(engine._segmenter.runner(tiles), other._segmenter.runner(tiles), strict=True):
+    for one, two in zip(engine.segmenter.runner(tiles), other.segmenter.runner(tiles), strict=True):
         assert torch.allclose(one, two, atol=2e-3)
 
 
