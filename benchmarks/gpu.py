@@ -108,7 +108,7 @@ def run_parts(
         else:
             _run_part(name, min(left, PARTS[name].seconds), found, command)
         found["seconds"][name] = round(time.monotonic() - start, 1)
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         said = found["left_out"].get(name) or found["failed"].get(name, "done")
         print(f"== {name}: {said:.300} ({found['seconds'][name]} s)", flush=True)
     return found
@@ -120,7 +120,7 @@ def _run_part(
     """Run one part in its process, and keep what it wrote, be it all or not."""
     with tempfile.TemporaryDirectory() as folder:
         into, before = Path(folder) / "part.json", Path(folder) / "before.json"
-        before.write_text(json.dumps(found))
+        before.write_text(json.dumps(found), encoding="utf-8")
         # With the processes that it starts it is a group, which is ended as a whole.
         process = subprocess.Popen(list(command(name, into, before)), start_new_session=True)
         try:
@@ -132,7 +132,7 @@ def _run_part(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        written: dict[str, Any] = json.loads(into.read_text()) if into.exists() else {}
+        written: dict[str, Any] = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {}
     if "found" in written:
         found[name] = written["found"]
     if "left_out" in written:

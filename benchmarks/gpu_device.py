@@ -93,7 +93,7 @@ class Bench:
 
     def keep(self, found: Any, **more: Any) -> Any:
         """Write what was found so far, and give it back; whoever runs out of time keeps it."""
-        self._into.write_text(json.dumps({"found": found, **more}))
+        self._into.write_text(json.dumps({"found": found, **more}), encoding="utf-8")
         return found
 
     def peak(self, name: str) -> float:
@@ -163,16 +163,18 @@ def run_one(function: tuple[str, str], needs: Sequence[str], device: str, into: 
     """Run one part in this process and write what it found, or why it did not."""
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
-        into.write_text(json.dumps({"left_out": f"{', '.join(missing)} not installed"}))
+        into.write_text(json.dumps({"left_out": f"{', '.join(missing)} not installed"}), encoding="utf-8")
         return 0
-    bench = Bench(torch.device(device if device == "cpu" else "cuda:0"), json.loads(before.read_text()), into)
+    bench = Bench(
+        torch.device(device if device == "cpu" else "cuda:0"), json.loads(before.read_text(encoding="utf-8")), into
+    )
     module, name = function
     try:
         bench.keep(getattr(importlib.import_module(f"nnturbo.benchmarks.{module}"), name)(bench))
     except Exception as error:
         traceback.print_exc()
-        so_far = json.loads(into.read_text()) if into.exists() else {}
-        into.write_text(json.dumps({**so_far, "failed": f"{type(error).__name__}: {error}"[:2000]}))
+        so_far = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {}
+        into.write_text(json.dumps({**so_far, "failed": f"{type(error).__name__}: {error}"[:2000]}), encoding="utf-8")
         return 1
     return 0
 
