@@ -12,7 +12,6 @@ from .output import say_rows
 
 if TYPE_CHECKING:
     from ..bundles.manifest import Manifest
-    from ..model.architecture import Architecture
     from ..model.folder import Model
 
 
@@ -63,7 +62,7 @@ def _model_rows(model: Model) -> list[tuple[str, str]]:
         ("dataset", plan.dataset_name),
         ("configuration", f"{plan.configuration}, trained by {model.trainer}"),
         ("folds", ", ".join(model.folds)),
-        ("network", _network_name(plan.architecture) + size),
+        ("network", _network_name(model) + size),
         (
             "input",
             ", ".join(f"{n} ({c.scheme})" for n, c in zip(plan.channel_names, plan.channels, strict=True))
@@ -141,7 +140,13 @@ def _fitted_rows(model: Model) -> list[tuple[str, str]]:
     return [("fitted classifier", "; ".join(fitted) or "none")]
 
 
-def _network_name(architecture: Architecture) -> str:
+def _network_name(model: Model) -> str:
+    """Name the network that was trained, and if the plan does not describe it the trainer that tells so."""
+    from ..model.named_networks import named_network
+
+    architecture = model.plan.architecture
+    if (named := named_network(architecture, model.trainer)) is not None:
+        return f"{named.name}, told by trainer and class"
     name = architecture.class_name.rpartition(".")[2]
     backbone = str(architecture.arguments.get("backbone", "")).rpartition(".")[2]
     return f"{name} around {backbone}" if backbone else name

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..errors import ModelError
 from .architecture import Architecture
-from .plans import MULTI_TASK_NETWORK
 
 LIBRARY = "dynamic_network_architectures."
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -85,7 +84,7 @@ def remarks_on(architecture: Architecture) -> tuple[str, ...]:
     """Warn about unusual classes of a plan whose network can be built."""
     remarks = []
     name = architecture.class_name
-    if not name.startswith(LIBRARY) and name != MULTI_TASK_NETWORK:
+    if not name.startswith(LIBRARY) and is_unet(architecture):
         remarks.append(
             f"plans.json names the network {name:.120}, which is never imported: it runs as "
             f"{LIBRARY}architectures.unet.{name.rpartition('.')[2]}"

@@ -12,6 +12,7 @@ import torch
 from nnturbo.engine import BackendUnavailable, CheckpointError, Engine, ModelError, Volume
 from nnturbo.engine.backends.channels_last import with_channels_last
 from nnturbo.engine.backends.native import compiled_kernels, with_native_kernels
+from nnturbo.engine.cli.inspect import describe
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network, with_low_convolutions, with_shuffles
 from nnturbo.engine.model.mednext import BLOCKS, MedNeXt
@@ -143,6 +144,11 @@ def test_the_kernels_run_stu_net(tmp_path, base, depth):
             kernels.give_back()
 
 
+def test_inspect_names_the_network_that_was_trained(tmp_path):
+    model_of(tmp_path / "m", filled(stu_net()), "STUNetTrainer_small", plans_of(LARGER))
+    assert dict(describe(tmp_path / "m", None))["network"].startswith("STU-Net, told by trainer and class, 0.9")
+
+
 def test_what_a_gpu_does_with_u_nets_is_not_done_with_others(tmp_path):
     network = inference_network(model_of(tmp_path / "m", filled(stu_net(16)), "STUNetTrainer_small", plans_of(LARGER)))
     with pytest.raises(BackendUnavailable, match="must be one of nnU-Net's U-Nets"):
@@ -236,6 +242,7 @@ def test_mednext_of_slices(tmp_path):
     plans["configurations"]["3d_fullres"]["spacing"] = [1.0, 1.0]
     model = model_of(tmp_path / "m", filled(network), "nnUNetTrainer", plans)
     assert inference_network(model)(torch.randn(1, 1, 32, 32))[0].shape == (1, 3, 32, 32)
+    assert model.remarks == ()
 
 
 # Primus
