@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,22 @@ class PreprocessedCase:
             geometry=volume.geometry, properties=self.properties or {}, warnings=(), case=case, wait=lambda: None,
             timings=timings,
         )  # fmt: skip
+
+
+def lists_of_folder(folder: str, ending: str) -> list[list[str]]:
+    """Find the cases in a folder, and the files of the channels of each, as nnU-Net does.
+
+    Note:
+        nnU-Net: create_lists_from_splitted_dataset_folder, which starts twelve processes for it; to fork a process that
+        has threads may never end.
+    """
+    cases: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(ending) and os.path.isfile(os.path.join(folder, name)):
+            files = cases.setdefault(name[: -len(ending) - 5], [])
+            if re.fullmatch(r"_\d\d\d\d", name[len(name) - len(ending) - 5 : -len(ending)]):
+                files.append(os.path.join(folder, name))
+    return [cases[name] for name in sorted(cases)]
 
 
 AnyCase = FileCase | ArrayCase | PreprocessedCase

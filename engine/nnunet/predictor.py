@@ -22,7 +22,7 @@ from ..pipeline.loading import ExactLoader
 from ..pipeline.sliding_window import predict_logits
 from ..pipeline.steps import Prepared, Segmented, engine_errors
 from ..pipeline.timing import Timings
-from .cases import AnyCase, ArrayCase, Cases, FileCase, PreprocessedCase, case_of
+from .cases import AnyCase, ArrayCase, Cases, FileCase, PreprocessedCase, case_of, lists_of_folder
 from .progress import Progress
 from .results import write_results
 from .state import PredictorState, StockPredictor, stock_module
@@ -122,6 +122,10 @@ class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
             stock: nnU-Net's method.
         """
         given = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in given.items()}
+        source = given["list_of_lists_or_source_folder"]
+        given_lists: Any = (
+            lists_of_folder(source, self.dataset_json["file_ending"]) if isinstance(source, str) else source
+        )
         parts, part = given.get("num_parts", 1), given.get("part_id", 0)
         if part >= parts:
             raise ValueError(f"part_id must be below num_parts, {parts}, got {part}; parts are counted from 0")
@@ -137,7 +141,7 @@ class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
             wanted = inspect.signature(stock).parameters
             self._describe(folder, {name: value for name, value in given.items() if name in wanted})
         lists, outputs, previous = self._manage_input_and_output_lists(
-            given["list_of_lists_or_source_folder"], output, before, given["overwrite"], part, parts,
+            given_lists, output, before, given["overwrite"], part, parts,
             given["save_probabilities"],
         )  # fmt: skip
         if not lists:

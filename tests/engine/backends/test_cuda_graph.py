@@ -12,6 +12,7 @@ from nnturbo.engine.backends import torch as torch_backend
 from nnturbo.engine.backends.cuda_graph import LONGEST_MS, MOST_RECORDED, TRIALS, GraphedNetwork
 from nnturbo.engine.backends.own_thread import OwnThread
 from nnturbo.engine.backends.torch import TorchRunner
+from nnturbo.engine.model.folds import InferenceNetwork
 
 
 class FakeCuda:
@@ -215,9 +216,11 @@ class TestAlgorithms:
         made = []
         monkeypatch.setattr(torch_backend, "OwnThread", lambda device: made.append(device) or (lambda run: "there"))
         device = torch.device("cuda", 1)
-        assert TorchRunner(torch.nn.Identity(), device, "fp16")(torch.zeros(1)) == "there"
+        assert TorchRunner(InferenceNetwork([torch.nn.Identity()]), device, "fp16")(torch.zeros(1)) == "there"
         assert made == [device]
-        assert isinstance(TorchRunner(torch.nn.Identity(), device, "fp16")._run, cuda_graph.GraphedNetwork)
+        assert isinstance(
+            TorchRunner(InferenceNetwork([torch.nn.Identity()]), device, "fp16")._run, cuda_graph.GraphedNetwork
+        )
 
     @pytest.mark.parametrize(
         ("device", "precision", "dtype"),
@@ -229,4 +232,6 @@ class TestAlgorithms:
         ],
     )
     def test_on_a_gpu_tiles_come_as_autocast_would_make_them(self, cuda, device, precision, dtype):
-        assert TorchRunner(torch.nn.Identity(), torch.device(device), precision).tiles_dtype == dtype
+        assert (
+            TorchRunner(InferenceNetwork([torch.nn.Identity()]), torch.device(device), precision).tiles_dtype == dtype
+        )

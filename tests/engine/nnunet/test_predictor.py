@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -14,7 +16,8 @@ import SimpleITK as sitk
 import torch
 from nnturbo.engine import EngineError
 from nnturbo.engine.nnunet import engines, nnUNetPredictor
-from nnturbo.engine.nnunet.cases import Cases
+from nnturbo.engine.nnunet.cases import Cases, lists_of_folder
+from nnunetv2.inference import predict_from_raw_data as stock_module
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as StockPredictor
 
 from tests.engine.factory import smooth_scan
@@ -51,6 +54,24 @@ def write_scan(path, seed=0):
     image.SetSpacing(SPACING[::-1])
     image.SetOrigin((5.0, -7.0, 11.0))
     sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_forked(monkeypatch):
+    """Find cases without nnU-Net's processes: to fork a process with threads, as this one, may never end."""
+    monkeypatch.setattr(
+        stock_module, "create_lists_from_splitted_dataset_folder", lambda *arguments: lists_of_folder(*arguments[:2])
+    )
+
+
+def test_cases_of_a_folder_are_nnunets(tmp_path):
+    for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "c_x_0000.nii.gz", "d_0000.nrrd", "odd.nii.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "e_0000.nii.gz").mkdir()
+    find = "create_lists_from_splitted_dataset_folder"
+    code = f"from nnunetv2.utilities.utils import {find} as find; print(find({str(tmp_path)!r}, '.nii.gz'))"
+    stock = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert str(lists_of_folder(str(tmp_path), ".nii.gz")) == stock.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

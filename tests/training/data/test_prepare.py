@@ -363,14 +363,14 @@ class TestTarget:
     def test_a_failed_rename_puts_the_old_folder_back(self, source, raw, monkeypatch):
         folder = prepare(source, raw).folder
         (folder / "kept").touch()
-        rename = type(folder).rename
+        replace = type(folder).replace
 
         def refuse_partial(path, target):
             if ".partial-" in path.name:
                 raise OSError(13, "Permission denied")
-            return rename(path, target)
+            return replace(path, target)
 
-        monkeypatch.setattr(type(folder), "rename", refuse_partial)
+        monkeypatch.setattr(type(folder), "replace", refuse_partial)
         with pytest.raises(OutputError, match="cannot be written: Permission denied"):
             prepare(source, raw, overwrite=True)
         assert (folder / "kept").exists()
