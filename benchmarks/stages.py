@@ -20,6 +20,7 @@ from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.pipeline.labels import segment
 from nnturbo.engine.pipeline.preprocessing import preprocess
 from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.transfers import Transfers
 from nnturbo.engine.scans.volume import Volume
 
 from .report import write_report
@@ -121,7 +122,7 @@ def measure(
 
     def finish() -> np.ndarray:
         slabs = (logits[:, start:stop] for start, stop in ranges)
-        return segment(slabs, case, plan.labels, timings=Timings())[0].numpy()
+        return segment(slabs, case, plan.labels, timings=Timings(), transfers=Transfers(torch.device("cpu")))[0].numpy()
 
     stock_prepare, stock_finish = stock_functions(classes)
     ours = torch.cat(prepare(), dim=1).numpy()

@@ -13,6 +13,7 @@ from nnturbo.engine.pipeline.preprocessing import preprocess
 from nnturbo.engine.pipeline.resampling import grid_map, resample
 from nnturbo.engine.pipeline.sliding_window import axis_weights
 from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.transfers import Transfers
 from nnturbo.engine.pipeline.window import tile_positions
 from nnturbo.engine.scans.volume import Volume
 from nnturbo.kernels import accumulate_views
@@ -51,7 +52,9 @@ def test_labels(benchmark, side, classes):
     logits = smooth_field((classes, *case.shape), 1).half().float()
 
     def ours():
-        return segment([logits], case, plan.labels, timings=Timings())[0].numpy()
+        return segment([logits], case, plan.labels, timings=Timings(), transfers=Transfers(torch.device("cpu")))[
+            0
+        ].numpy()
 
     def stock():
         return finish(logits, properties)

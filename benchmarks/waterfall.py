@@ -68,6 +68,7 @@ if operators == "ours":
     from nnturbo.engine.model.folder import read_model
     from nnturbo.engine.pipeline.preprocessing import preprocess
     from nnturbo.engine.pipeline.timing import Timings
+from nnturbo.engine.pipeline.transfers import Transfers
     from nnturbo.engine.scans.volume import read_volume, write_segmentation
     plan = read_model(Path(model), folds=["0"]).plan
     begun = time.perf_counter()
@@ -84,7 +85,7 @@ ended("preprocess")
 logits = predictor.predict_logits_from_preprocessed_data(data).cpu()
 ended("network")
 if operators == "ours":
-    labels = segment([logits.float()], case, plan.labels, timings=Timings())[0].numpy()
+    labels = segment([logits.float()], case, plan.labels, timings=Timings(), transfers=Transfers(torch.device("cpu")))[0].numpy()
     ended("labels")
     write_segmentation(out, labels, volume.geometry)
     ended("write")
