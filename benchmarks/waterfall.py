@@ -68,7 +68,7 @@ if operators == "ours":
     from nnturbo.engine.model.folder import read_model
     from nnturbo.engine.pipeline.preprocessing import preprocess
     from nnturbo.engine.pipeline.timing import Timings
-from nnturbo.engine.pipeline.transfers import Transfers
+    from nnturbo.engine.pipeline.transfers import Transfers
     from nnturbo.engine.scans.volume import read_volume, write_segmentation
     plan = read_model(Path(model), folds=["0"]).plan
     begun = time.perf_counter()
