@@ -40,12 +40,12 @@ class Source:
 
     Args:
         folder: nnU-Net's model folder.
-        folds: Folds, or None for all.
+        folds: Those that are averaged.
         checkpoint: File name in each fold.
     """
 
     folder: Path
-    folds: tuple[str, ...] | None
+    folds: tuple[str, ...]
     checkpoint: str
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
@@ -98,8 +98,6 @@ def _checkpoint_bytes(key: _Key) -> int:
     return sum(size for name, size, _ in key[2] if name.endswith(key[0].checkpoint))
 
 
-def folds_of(use_folds: Sequence[int | str] | int | str | None) -> tuple[str, ...] | None:
-    """Take folds in any form that nnU-Net's callers use: a tuple, a list, one name or number, or None."""
-    if use_folds is None:
-        return None
+def folds_of(use_folds: Sequence[int | str] | int | str) -> tuple[str, ...]:
+    """Take folds in any form that nnU-Net's callers use: a tuple, a list, one name or number."""
     return tuple(map(str, (use_folds,) if isinstance(use_folds, (str, int)) else use_folds))

@@ -16,22 +16,10 @@ from ..engine import Engine
 from ..errors import ModelError
 from ..model.folder import Model
 from ..model.folds import InferenceNetwork
+from ..model.given_network import GivenLogits
 from ..model.plans import Plan
 from ..pipeline.window import SlidingWindow
 from .engines import Settings
-
-
-class FirstOutput(nn.Module):
-    """A network whose answer is the first of its outputs, as with deep supervision."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Run (N, C, *patch)."""
-        output = self.network(tiles)
-        return output[0] if isinstance(output, (list, tuple)) else output
 
 
 def engine_around(
@@ -68,7 +56,9 @@ def engine_around(
         for each, weights in zip(copies, parameters, strict=True):
             each.load_state_dict(weights)
         networks = [network, *copies[1:]]
-    whole = InferenceNetwork([FirstOutput(each) for each in networks]).to(settings.device).eval()
+    whole = (
+        InferenceNetwork([GivenLogits(each, plan.labels.num_outputs) for each in networks]).to(settings.device).eval()
+    )
     model = Model(
         plan=plan, weights=(), folds=("given",), mirror_axes=tuple(mirror_axes), trainer="", source=Path(),
         plans=plans, dataset=dataset,

@@ -102,7 +102,7 @@ class PredictorState(StockPredictor):
     ) -> None:
         folder = Path(model_training_output_dir)
         if use_folds is None:
-            use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name) or None
+            use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name) or "all"
         self._forget()
         self._source = Source(folder=folder.resolve(), folds=folds_of(use_folds), checkpoint=checkpoint_name)
         try:
@@ -152,7 +152,7 @@ class PredictorState(StockPredictor):
         changed = [name for name in FIELDS if not self._is_known(name)]
         if changed and changed != ["allowed_mirroring_axes"]:
             return self._use_stock(f"{', '.join(changed)} changed")
-        has_one_fold = len(self._source.folds or ()) == 1
+        has_one_fold = len(self._source.folds) == 1
         if not changed and self._is_network_untouched() and (with_all_folds or has_one_fold):
             return shared_engine(self._source, self._settings())
         return self._engine_around_network(with_all_folds)
@@ -162,23 +162,22 @@ class PredictorState(StockPredictor):
         if network is None:
             raise ModelError("the predictor has no network: assign one, or call initialize_from_trained_model_folder")
         parameters = self.list_of_parameters if with_all_folds else None
-        made_of = (with_all_folds, self._settings(), self.allowed_mirroring_axes, _content(self.plans_manager))
-        if self._around is not None and self._around[0] == (made_of, _state(network), _versions(parameters or ())):
-            return self._around[1]
+        described = (self.plans_manager.plans, self.configuration_manager.configuration, self.dataset_json)
+        settings = (with_all_folds, self._settings(), self.allowed_mirroring_axes)
+        if self._around is not None:
+            made_of, engine = self._around
+            if made_of == (settings, described, _state(network), _versions(parameters or ())):
+                return engine
         try:
-            engine = self._make_engine_around(network, parameters)
+            engine = engine_around(
+                network, parameters, self._plan(), self.allowed_mirroring_axes or (), self._settings(),
+                plans=self.plans_manager.plans, dataset=self.dataset_json,
+            )  # fmt: skip
         except ModelError as error:
             return self._use_stock(str(error))
-        # Loading weights into the network changed its state.
-        self._around = ((made_of, _state(network), _versions(parameters or ())), engine)
+        # Loading weights into the network changed its state; a caller may change what describes it in place.
+        self._around = ((settings, copy.deepcopy(described), _state(network), _versions(parameters or ())), engine)
         return engine
-
-    def _make_engine_around(self, network: nn.Module, parameters: Any) -> Engine:
-        plan = self._plan()
-        return engine_around(
-            network, parameters, plan, self.allowed_mirroring_axes or (), self._settings(),
-            plans=self.plans_manager.plans, dataset=self.dataset_json,
-        )  # fmt: skip
 
     def _plan(self) -> Plan:
         plans, wanted = self.plans_manager.plans, self.configuration_manager.configuration
@@ -218,9 +217,8 @@ class PredictorState(StockPredictor):
             return
         source, stock = self._source, object.__new__(StockPredictor)
         StockPredictor.__init__(stock, device=torch.device("cpu"), allow_tqdm=False)
-        folds = source.folds or self.auto_detect_available_folds(str(source.folder), source.checkpoint)
         with torch.inference_mode(False):  # so that changes of weights are counted
-            stock.initialize_from_trained_model_folder(str(source.folder), tuple(folds), source.checkpoint)
+            stock.initialize_from_trained_model_folder(str(source.folder), source.folds, source.checkpoint)
         self._network, self._parameters = stock.network, stock.list_of_parameters
         self._as_loaded = (stock.network, stock.list_of_parameters, _state(stock.network), _versions(self._parameters))
         if not self._known:

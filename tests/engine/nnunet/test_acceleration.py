@@ -14,7 +14,7 @@ from nnturbo.engine.nnunet import accelerated, acceleration
 from nnturbo.engine.nnunet.acceleration import command_of
 
 from tests.engine.factory import write_model
-from tests.engine.nnunet.test_predictor import write_scan
+from tests.engine.nnunet.predictors import write_scan
 
 PROGRAM = """
 import json, multiprocessing, os, subprocess, sys

@@ -1,13 +1,9 @@
 """nnU-Net's predictor and ours, side by side: the same calls, the same results."""
 
-import contextlib
-import io
 import json
-import logging
 import pickle
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,53 +11,23 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnturbo.engine import EngineError
-from nnturbo.engine.nnunet import engines, nnUNetPredictor
+from nnturbo.engine.nnunet import nnUNetPredictor
 from nnturbo.engine.nnunet.cases import Cases, lists_of_folder
-from nnunetv2.inference import predict_from_raw_data as stock_module
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as StockPredictor
 
 from tests.engine.factory import smooth_scan
+from tests.engine.nnunet.predictors import (
+    SHAPE,
+    SPACING,
+    both,
+    check_labels,
+    check_numbers,
+    load,
+    quiet,
+    write_model,
+    write_scan,
+)
 from tests.parity.catalogue import CASCADE, PLAIN_2D, PLAIN_CT, REGION_KIND
-from tests.parity.model_folders import build_model_folder
-
-SPACING = (3.0, 1.2, 1.2)
-SHAPE = (11, 24, 26)
-MOST_OTHER_LABELS = 0.003  # nnU-Net adds logits up in half precision
-TWO_FOLDS = replace(PLAIN_CT, folds=("0", "1"), mirror_axes=(0, 1, 2))
-
-
-def write_model(parent, kind=PLAIN_CT, **changes):
-    parent.mkdir(exist_ok=True)
-    return build_model_folder(replace(kind, **changes), parent).path
-
-
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def load(kind, folder, folds=(0, 1), **settings):
-    with quiet():
-        predictor = kind(device=torch.device("cpu"), allow_tqdm=False, **settings)
-        predictor.initialize_from_trained_model_folder(str(folder), folds)
-    return predictor
-
-
-def write_scan(path, seed=0):
-    image = sitk.GetImageFromArray(smooth_scan(SHAPE, seed))
-    image.SetSpacing(SPACING[::-1])
-    image.SetOrigin((5.0, -7.0, 11.0))
-    sitk.WriteImage(image, str(path))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_forked(monkeypatch):
-    """Find cases without nnU-Net's processes: to fork a process with threads, as this one, may never end."""
-    monkeypatch.setattr(
-        stock_module, "create_lists_from_splitted_dataset_folder", lambda *arguments: lists_of_folder(*arguments[:2])
-    )
 
 
 def test_cases_of_a_folder_are_nnunets(tmp_path):
@@ -74,51 +40,6 @@ def test_cases_of_a_folder_are_nnunets(tmp_path):
     assert str(lists_of_folder(str(tmp_path), ".nii.gz")) == stock.strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"), TWO_FOLDS)
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    for seed, name in enumerate("ab"):
-        write_scan(folder / f"{name}_0000.nii.gz", seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def predictors(model):
-    return load(nnUNetPredictor, model), load(StockPredictor, model)
-
-
-@pytest.fixture
-def image():
-    return smooth_scan(SHAPE)[None].astype(np.float32)
-
-
-def same_labels(one, other):
-    assert one.shape == other.shape
-    assert one.dtype == other.dtype
-    assert (one != other).mean() <= MOST_OTHER_LABELS
-    assert len(np.unique(one)) > 1
-    return True
-
-
-def close(one, other, most=0.003):
-    """Whether probabilities or logits are the same to half precision; weights near a scan's rim have few digits."""
-    assert one.shape == other.shape
-    assert one.dtype == other.dtype
-    difference = np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32))
-    return difference.mean() < most and (difference > 10 * most).mean() < 0.02
-
-
-def both(predictors, call):
-    """Let both predictors do the same."""
-    with quiet():
-        return [call(predictor) for predictor in predictors]
-
-
 def test_it_is_a_predictor_of_nnunets(predictors):
     assert isinstance(predictors[0], StockPredictor)
 
@@ -127,7 +48,7 @@ class TestArrays:
     @pytest.mark.parametrize("extra", [(), (None,), (None, None), (None, None, False)])
     def test_one_array(self, predictors, image, extra):
         ours, stock = both(predictors, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}, *extra))
-        same_labels(ours, stock)
+        check_labels(ours, stock)
 
     def test_with_probabilities(self, predictors, image):
         properties = {"spacing": list(SPACING)}
@@ -136,8 +57,8 @@ class TestArrays:
             lambda each: each.predict_single_npy_array(image, dict(properties), None, None, True),
         )
         assert type(ours) is type(stock) is tuple
-        same_labels(ours[0], stock[0])
-        assert close(ours[1], stock[1])
+        check_labels(ours[0], stock[0])
+        check_numbers(ours[1], stock[1])
 
     def test_properties_get_what_nnunet_adds(self, predictors, image):
         found = []
@@ -158,16 +79,17 @@ class TestArrays:
                 images, None, [dict(one) for one in properties], None, 1, num_processes_segmentation_export=1
             ),
         )
-        assert all(same_labels(*pair) for pair in zip(ours, stock, strict=True))
+        for pair in zip(ours, stock, strict=True):
+            check_labels(*pair)
         ours, stock = both(
             predictors,
             lambda each: each.predict_from_list_of_npy_arrays(image, None, {"spacing": SPACING}, None, 1, True, 1),
         )
-        same_labels(ours[0][0], stock[0][0])
+        check_labels(ours[0][0], stock[0][0])
 
     def test_without_any_worker(self, predictors, image):
         (labels,) = predictors[0].predict_from_list_of_npy_arrays(image, None, {"spacing": SPACING}, None, 0, False, 0)
-        same_labels(labels, predictors[0].predict_single_npy_array(image, {"spacing": SPACING}))
+        check_labels(labels, predictors[0].predict_single_npy_array(image, {"spacing": SPACING}))
 
     def test_results_in_files(self, predictors, image, tmp_path):
         reader = predictors[1].plans_manager.image_reader_writer_class()
@@ -192,11 +114,11 @@ class TestArrays:
 def same_files(ours, stock):
     """Compare labels, probabilities and properties of two results, named by their path without ending."""
     images = [sitk.ReadImage(f"{path}.nii.gz") for path in (ours, stock)]
-    same_labels(*map(sitk.GetArrayFromImage, images))
+    check_labels(*map(sitk.GetArrayFromImage, images))
     assert images[0].GetOrigin() == images[1].GetOrigin()
     assert images[0].GetSpacing() == images[1].GetSpacing()
     arrays = [np.load(f"{path}.npz")["probabilities"] for path in (ours, stock)]
-    assert close(*arrays)
+    check_numbers(*arrays)
     properties = [pickle.loads(path.with_name(f"{path.name}.pkl").read_bytes()) for path in (ours, stock)]
     assert properties[0].keys() == properties[1].keys()
     assert properties[0]["sitk_stuff"] == properties[1]["sitk_stuff"]
@@ -232,9 +154,11 @@ class TestFiles:
     def test_lists_and_answers_in_memory(self, predictors, scans):
         lists = [[str(scans / "b_0000.nii.gz")], [str(scans / "a_0000.nii.gz")]]
         ours, stock = both(predictors, lambda each: each.predict_from_files(lists, None, False, True, 1, 1))
-        assert all(same_labels(*pair) for pair in zip(ours, stock, strict=True))
+        for pair in zip(ours, stock, strict=True):
+            check_labels(*pair)
         ours, stock = both(predictors, lambda each: each.predict_from_files_sequential(lists, None))
-        assert all(same_labels(*pair) for pair in zip(ours, stock, strict=True))
+        for pair in zip(ours, stock, strict=True):
+            check_labels(*pair)
 
     def test_lists_to_named_files_in_parts(self, predictors, scans, tmp_path):
         lists = [[str(scans / "a_0000.nii.gz")], [str(scans / "b_0000.nii.gz")]]
@@ -268,7 +192,7 @@ class TestLogits:
         data = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         ours, stock = both(predictors, lambda each: each.predict_logits_from_preprocessed_data(data))
         assert ours.device == stock.device
-        assert close(ours, stock, 0.02)
+        check_numbers(ours, stock, 0.02)
 
     def test_of_one_fold_after_the_other_by_hand(self, predictors):
         data = torch.randn(1, 9, 20, 24, generator=torch.Generator().manual_seed(0))
@@ -279,7 +203,7 @@ class TestLogits:
                 with quiet():
                     answers.append(predictor.predict_sliding_window_return_logits(data))
         for ours, stock in zip(answers[:2], answers[2:], strict=True):
-            assert close(ours, stock, 0.02)
+            check_numbers(ours, stock, 0.02)
         assert (answers[0] - answers[1]).abs().max() > 0.1
 
     def test_iterators_are_interchangeable(self, predictors, image):
@@ -297,14 +221,14 @@ class TestLogits:
             (of_ours,) = predictors[1].predict_from_data_iterator(iter([ours]), False, 1)
             (of_stock,) = predictors[0].predict_from_data_iterator(iter([stock]), False, 1)
         assert isinstance(items(predictors[0]), Cases)
-        same_labels(of_ours, of_stock)
+        check_labels(of_ours, of_stock)
 
     def test_data_in_a_file_is_read_and_removed(self, predictors, image, tmp_path):
         (item,) = predictors[0].get_data_iterator_from_raw_npy_data(image, None, {"spacing": SPACING}, None, 1)
         np.save(tmp_path / "data.npy", item["data"].numpy())
         (labels,) = predictors[0].predict_from_data_iterator([{**item, "data": str(tmp_path / "data.npy")}])
         assert not (tmp_path / "data.npy").exists()
-        same_labels(labels, predictors[0].predict_single_npy_array(image, {"spacing": SPACING}))
+        check_labels(labels, predictors[0].predict_single_npy_array(image, {"spacing": SPACING}))
 
 
 class TestSettings:
@@ -319,7 +243,7 @@ class TestSettings:
     def test_have_nnunets_meaning(self, model, image, settings):
         pair = [load(kind, model, **settings) for kind in (nnUNetPredictor, StockPredictor)]
         ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        same_labels(ours, stock)
+        check_labels(ours, stock)
 
     def test_the_old_name_of_the_device_argument(self):
         with quiet():
@@ -337,7 +261,11 @@ class TestSettings:
             [load(kind, folder, folds) for kind in (nnUNetPredictor, StockPredictor)],
             lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}),
         )
-        same_labels(ours, stock)
+        check_labels(ours, stock)
+
+    def test_fold_all_is_found_where_there_is_no_other(self, tmp_path):
+        ours = load(nnUNetPredictor, write_model(tmp_path, folds=("all",)), None)
+        assert len(ours.list_of_parameters) == 1
 
     def test_what_a_caller_reads(self, predictors):
         ours, stock = predictors
@@ -350,125 +278,6 @@ class TestSettings:
         assert type(ours.network) is type(stock.network)
         with quiet():
             assert ours.auto_detect_available_folds is not None
-
-
-class TestChanges:
-    def test_a_network_that_is_assigned_runs(self, model, image):
-        class Shifted(torch.nn.Module):
-            def __init__(self, network):
-                super().__init__()
-                self.network = network
-
-            def forward(self, tiles):
-                logits = self.network(tiles)
-                logits[:, 1] += 1
-                return logits
-
-            def load_state_dict(self, *arguments, **named):
-                return self.network.load_state_dict(*arguments, **named)
-
-        pair = [load(kind, model) for kind in (nnUNetPredictor, StockPredictor)]
-        before = pair[0].predict_single_npy_array(image, {"spacing": SPACING})
-        for predictor in pair:
-            predictor.network = Shifted(predictor.network)
-        ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        same_labels(ours, stock)
-        assert (ours != before).any()
-
-    def test_weights_that_are_changed_in_place_count(self, model, image):
-        pair = [load(kind, model, (0,)) for kind in (nnUNetPredictor, StockPredictor)]
-        before = pair[0].predict_single_npy_array(image, {"spacing": SPACING})
-        for predictor in pair:
-            for weights in predictor.list_of_parameters:
-                next(weights[name] for name in reversed(weights) if name.endswith("bias"))[2] += 2
-        ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        same_labels(ours, stock)
-        assert (ours != before).any()
-
-    def test_reading_the_network_costs_no_speed(self, model):
-        predictor = load(nnUNetPredictor, model)
-        assert predictor.network is predictor.network
-        predictor.network.eval()
-        assert predictor._engine() is engines.shared_engine(predictor._source, predictor._settings())
-
-    def test_a_step_of_a_subclass_runs(self, model, image, caplog):
-        calls = []
-
-        def of(kind):
-            class Counting(kind):
-                def _internal_maybe_mirror_and_predict(self, x):
-                    calls.append(kind)
-                    return super()._internal_maybe_mirror_and_predict(x)
-
-            return Counting
-
-        pair = [load(of(kind), model) for kind in (nnUNetPredictor, StockPredictor)]
-        with caplog.at_level(logging.WARNING):
-            ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-            both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        assert np.array_equal(ours, stock)
-        assert calls.count(nnUNetPredictor) == calls.count(StockPredictor) > 0
-        assert [line for line in caplog.messages if "nnU-Net's own code" in line] == [
-            "nnU-Net's own code predicts, at its own speed: a step of its sliding window was replaced"
-        ]
-
-    def test_plans_that_are_changed_count(self, model, image, caplog):
-        pair = [load(kind, model) for kind in (nnUNetPredictor, StockPredictor)]
-        for predictor in pair:
-            predictor.configuration_manager.configuration["spacing"] = [3.0, 1.0, 1.0]
-        with caplog.at_level(logging.WARNING):
-            ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        assert np.array_equal(ours, stock)
-        assert "configuration_manager" in caplog.text
-
-    def test_other_mirror_axes_count(self, model, image):
-        pair = [load(kind, model) for kind in (nnUNetPredictor, StockPredictor)]
-        for predictor in pair:
-            predictor.allowed_mirroring_axes = (2,)
-        ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        same_labels(ours, stock)
-
-    def test_all_given_by_hand(self, model, image):
-        stock = load(StockPredictor, model)
-        fields = (stock.plans_manager, stock.configuration_manager, stock.list_of_parameters, stock.dataset_json)
-        with quiet():
-            ours = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-            ours.manual_initialization(stock.network, *fields, stock.trainer_name, stock.allowed_mirroring_axes)
-        answers = both([ours, stock], lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
-        same_labels(*answers)
-        data = torch.randn(1, 9, 20, 24, generator=torch.Generator().manual_seed(0))
-        with quiet():
-            ours.manual_initialization(stock.network, fields[0], fields[1], None, fields[3], stock.trainer_name, (0,))
-            stock.allowed_mirroring_axes = (0,)
-            logits = [each.predict_sliding_window_return_logits(data) for each in (ours, stock)]
-        assert close(*logits, 0.02)
-
-    def test_without_a_model(self):
-        with quiet():
-            predictor = nnUNetPredictor(device=torch.device("cpu"))
-        with pytest.raises(EngineError, match="the predictor has no model yet"):
-            predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 8, 8, 8))
-
-
-class TestSharedEngines:
-    def test_predictors_share_them_until_weights_change(self, tmp_path, image):
-        folder = write_model(tmp_path / "m", folds=("0",))
-        first, second = (load(nnUNetPredictor, folder, (0,)) for _ in range(2))
-        assert first._engine() is second._engine()
-        before = first.predict_single_npy_array(image, {"spacing": SPACING})
-        other = write_model(tmp_path / "other", weights="random", folds=("0",))
-        (other / "fold_0" / "checkpoint_final.pth").replace(folder / "fold_0" / "checkpoint_final.pth")
-        third = load(nnUNetPredictor, folder, (0,))
-        assert third._engine() is not None
-        assert (third.predict_single_npy_array(image, {"spacing": SPACING}) != before).any()
-
-    def test_few_are_kept(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(engines, "MOST_BYTES", 1)
-        engines.forget_engines()
-        folders = [write_model(tmp_path / name, folds=("0",)) for name in "abc"]
-        for folder in folders:
-            load(nnUNetPredictor, folder, (0,))
-        assert len(engines._kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -490,8 +299,8 @@ def test_kinds_of_model(tmp_path, image, kind):
     ours, stock = both(
         pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}, previous, None, True)
     )
-    same_labels(ours[0], stock[0])
-    assert close(ours[1], stock[1])
+    check_labels(ours[0], stock[0])
+    check_numbers(ours[1], stock[1])
     if kind is CASCADE:
         with pytest.raises(EngineError, match="this model continues from the labels of 3d_lowres"):
             pair[0].predict_single_npy_array(image, {"spacing": SPACING})
