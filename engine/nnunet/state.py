@@ -181,8 +181,9 @@ class PredictorState(StockPredictor):
 
     def _plan(self) -> Plan:
         plans, wanted = self.plans_manager.plans, self.configuration_manager.configuration
+        fresh = PlansManager(copy.deepcopy(plans))  # the predictor's own keeps what it gave out, which may be changed
         for name in plans["configurations"]:
-            if self.plans_manager.get_configuration(name).configuration == wanted:
+            if fresh.get_configuration(name).configuration == wanted:
                 return parse_plan(plans, self.dataset_json, name)
         raise ModelError("the configuration is none of the plans'")
 
