@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.factory import write_model
-from tests.engine.jobs.test_run import write_scan
+from tests.engine.factory import write_model, write_scan
 
 FOLDER = Path(__file__).parent / "windows"
 

@@ -11,7 +11,7 @@ from nnturbo.engine.pipeline.sliding_window import axis_weights, gaussian, predi
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions
 
-from tests.engine.pipeline.cases import case_of
+from tests.engine.pipeline.cases import case_of, identity
 
 CPU = torch.device("cpu")
 
@@ -19,10 +19,6 @@ CPU = torch.device("cpu")
 def stitched(image: np.ndarray, runner, window: SlidingWindow, outputs: int) -> np.ndarray:
     slabs = [slab.clone() for slab in predict_logits(case_of(image), runner, window, outputs, timings=Timings())]
     return torch.cat(slabs, dim=1).numpy()
-
-
-def identity(tiles):
-    return NetworkOutput(tiles)
 
 
 shapes = st.tuples(*[st.integers(1, 25)] * 3)
@@ -40,17 +36,19 @@ def test_the_identity_network_gives_the_scan_back(shape, patch, step, axes, per_
 
 
 @settings(deadline=None, max_examples=40)
-@given(shapes, patches, st.floats(0.3, 1.0))
-def test_tiles_are_weighted_by_the_gaussian_over_its_sum(shape, patch, step):
+@given(shapes, patches, st.floats(0.3, 1.0), st.booleans())
+def test_tiles_are_weighted_over_the_sum_of_weights(shape, patch, step, use_gaussian):
     """A network that answers with its own coordinates shows how tiles are mixed; compared with a count map."""
     ramp = torch.arange(float(np.prod(patch))).reshape(1, 1, *patch) / np.prod(patch)
-    window = SlidingWindow(patch_size=patch, tile_step_size=step, views=((),), views_per_call=1)
+    window = SlidingWindow(
+        patch_size=patch, tile_step_size=step, views=((),), views_per_call=1, use_gaussian=use_gaussian
+    )
     result = stitched(np.zeros((1, *shape), np.float32), lambda tiles: NetworkOutput(ramp), window, 1)[0]
 
     padded = tuple(max(n, p) for n, p in zip(shape, patch, strict=True))
     weight = np.ones(())
     for n in patch:
-        weight = weight[..., None] * gaussian(n).numpy()
+        weight = weight[..., None] * (gaussian(n).numpy() if use_gaussian else np.ones(n))
     total, count = np.zeros(padded), np.zeros(padded)
     positions = [tile_positions(n, p, step) for n, p in zip(padded, patch, strict=True)]
     for z in positions[0]:

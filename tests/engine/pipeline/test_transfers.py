@@ -16,8 +16,7 @@ from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.transfers import Transfers, begin_to_ask
 from nnturbo.engine.pipeline.window import SlidingWindow
 
-from tests.engine.pipeline.cases import case_of
-from tests.engine.pipeline.test_sliding_window import identity
+from tests.engine.pipeline.cases import case_of, identity
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ from tests.engine.scans.dicom_slices import (
     write_series,
     write_slice,
 )
-from tests.engine.scans.test_dicom import refusal
+from tests.engine.scans.refusals import refusal
 
 ENHANCED = (STORAGE + "2.1", STORAGE + "4.1", STORAGE + "130")
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
