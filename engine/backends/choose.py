@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 import torch
 
 from ..backends import Backend
 from ..errors import BackendUnavailable
 from ..options import PRECISIONS
-from .inductor import InductorBackend
-from .native import NativeBackend
-from .onnx import OnnxBackend
-from .openvino import OpenVinoBackend
-from .tensorrt import TensorRtBackend
-from .torch import TorchBackend
-from .torch_tensorrt import TorchTensorRtBackend
-from .torchscript import TorchScriptBackend
+
+BACKENDS = {
+    "native": "native:NativeBackend",
+    "openvino": "openvino:OpenVinoBackend",
+    "torch": "torch:TorchBackend",
+    "inductor": "inductor:InductorBackend",
+    "torchscript": "torchscript:TorchScriptBackend",
+    "onnx": "onnx:OnnxBackend",
+    "tensorrt": "tensorrt:TensorRtBackend",
+    "torch_tensorrt": "torch_tensorrt:TorchTensorRtBackend",
+}
+"""The module and the class of every backend. A module is imported when its backend is asked for: most runs need one."""
 
 AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
 """Backends that "auto" tries on each kind of device, in this order; others run only if they are named."""
 
 
+def backend_named(name: str) -> Backend:
+    """Make the backend of a name in `BACKENDS`."""
+    return resolve_name(f"{__package__}.{BACKENDS[name]}")()
+
+
 def backends() -> dict[str, Backend]:
     """Every backend by name."""
-    known: tuple[Backend, ...] = (
-        NativeBackend(),
-        OpenVinoBackend(),
-        TorchBackend(),
-        InductorBackend(),
-        TorchScriptBackend(),
-        OnnxBackend(),
-        TensorRtBackend(),
-        TorchTensorRtBackend(),
-    )
-    return {backend.name: backend for backend in known}
+    return {name: backend_named(name) for name in BACKENDS}
 
 
 def choose_device(device: str) -> torch.device:
@@ -82,10 +83,9 @@ def usable_backends(name: str, device: torch.device, precision: str) -> tuple[li
         ValueError: For an unknown name.
         BackendUnavailable: Where no backend can run on this device in this precision.
     """
-    known = backends()
-    if name != "auto" and name not in known:
-        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
-    candidates = [known[each] for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    candidates = [backend_named(each) for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]
     reasons = {candidate.name: candidate.unavailable(device, precision) for candidate in candidates}
     usable = [candidate for candidate in candidates if reasons[candidate.name] is None]
     missing = {other: why for other, why in reasons.items() if why is not None}

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import VolumeError
-from .dicom import open_series
 from .geometry import SAME_DIRECTION, SAME_ORIGIN, SAME_SPACING, Geometry
 from .image_file import NOT_FINITE, ImageSource, open_image_file
 from .nifti import NIBABEL_READERS, NIFTI_ENDINGS
@@ -30,6 +29,8 @@ def open_source(path: Path, reader: str) -> ImageSource:
     if reader in PICTURE_READERS and (path.is_file() or path.is_dir()):
         return open_picture(path, reader)
     if path.is_dir():
+        from .dicom import open_series
+
         return open_series(path)
     if path.is_file() and reader in NIBABEL_READERS and path.name.lower().endswith(NIFTI_ENDINGS):
         return open_as_nibabel(path, reader)
