@@ -99,6 +99,7 @@ class TestParts:
         assert marked == set(gpu_device.TEST_FILES)
 
 
+@pytest.mark.thorough
 def test_every_part_leaves_its_numbers(tmp_path):
     done, found = tried(tmp_path, ["versions", "forward", "whole", "many", "kernels"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -135,6 +136,7 @@ def test_what_is_not_installed_or_broken_is_named_and_the_rest_goes_on(tmp_path)
     assert found["left_out"] == {"whole": "dynamic_network_architectures not installed"}
 
 
+@pytest.mark.thorough
 def test_a_way_that_fails_loses_no_other(monkeypatch, tmp_path):
     from nnturbo.benchmarks import gpu_networks
 

@@ -301,6 +301,7 @@ def test_nothing_compiled_for_some_processors_can_stand_in_for_what_runs_on_all(
         assert not set(shared) - {"__clang_call_terminate"}
 
 
+@pytest.mark.thorough
 @needs_compiler
 @pytest.mark.parametrize("watched", ["address,undefined", "thread"])
 def test_memory_and_threads_are_clean(tmp_path, watched):

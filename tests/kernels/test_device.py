@@ -93,14 +93,16 @@ def sanitized(folder, count, *replacement):
 
 
 @needs_compiler
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.thorough)])
-def test_sanitizers_stay_silent(tmp_path, count):
+@pytest.mark.thorough
+def test_sanitizers_stay_silent(tmp_path):
+    count = 200
     done = sanitized(tmp_path, count)
     assert (done.returncode, done.stderr) == (0, "")
     told = dict(line.split(": ") for line in done.stdout.splitlines())
     assert told == {name: f"{count * checks.LAUNCHES[name]} launches" for name in checks.CHECKS}
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_sanitizers_speak_where_a_kernel_writes_beyond_its_output(tmp_path):
     done = sanitized(tmp_path, 20, "x < tx;", "x <= tx;")
@@ -108,7 +110,10 @@ def test_sanitizers_speak_where_a_kernel_writes_beyond_its_output(tmp_path):
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [90, *(pytest.param(other, marks=pytest.mark.thorough) for other in ARCHITECTURES if other != 90)],
+)
 def test_the_runtime_compiler_takes_every_kernel_without_a_word(architecture):
     compiler = nvrtc.find()
     if compiler is None:

@@ -44,7 +44,10 @@ def needed(name):
     return command, system, processor, emulator
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+HERE_FIRST = ["here", *(pytest.param(name, marks=pytest.mark.thorough) for name in SYSTEMS if name != "here")]
+
+
+@pytest.mark.parametrize("name", HERE_FIRST)
 def test_every_function_gives_what_plain_loops_give(tmp_path, name):
     command, system, processor, emulator = needed(name)
     flags = [*FLAGS, *OF_SYSTEM[system]]
@@ -69,7 +72,7 @@ def test_every_function_gives_what_plain_loops_give(tmp_path, name):
     assert ran
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", HERE_FIRST)
 def test_the_library_is_small_and_needs_nothing_but_the_system(tmp_path, name):
     command, system, processor, _ = needed(name)
     library = tmp_path / library_name(system)

@@ -26,6 +26,7 @@ def phantoms(tmp_path_factory):
     return [case.image for case in write_dataset(folder, counts={"test": 3}, seed=DEMO_SEED, settings=SMALL_SETTINGS)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mirror", [False, pytest.param(True, marks=pytest.mark.slow)])  # eight views: a minute
 def test_labels_are_those_of_nnunet(phantoms, found_by_nnunet, parity_rows: list[ParityRow], mirror: bool):
     engine = Engine.load(DEMO_MODEL, device="cpu", precision="fp32", backend="torch", mirror=mirror)

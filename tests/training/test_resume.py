@@ -101,6 +101,7 @@ def resumed(tiny, trained, tmp_path_factory):
 
 
 class TestKilled:
+    @pytest.mark.thorough
     def test_the_end_is_the_same_bit_by_bit(self, trained, resumed):
         got, wanted = load(resumed), load(trained)
         assert wanted["current_epoch"] == 2

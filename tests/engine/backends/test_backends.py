@@ -49,6 +49,7 @@ def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, name, plans
             assert torch.allclose(output.class_logits, expected[1], atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_inductor_gives_torchs_logits(tmp_path):
     model = model_of(tmp_path, multi_task(plans_json()), folds=("0", "1"))
     runner = built("inductor", model, tmp_path)

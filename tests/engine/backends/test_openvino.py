@@ -91,6 +91,7 @@ def test_a_broken_openvino_is_named(monkeypatch, tmp_path):
         runner_of(model, tmp_path)
 
 
+@pytest.mark.thorough
 def test_two_threads_do_not_mix_their_tiles(tmp_path):
     model = read_model(write_model(tmp_path / "m"))
     runner = runner_of(model, tmp_path)
@@ -136,6 +137,7 @@ class TestInt8:
         same = (output.seg_logits.argmax(1) == seg_logits.argmax(1)).float().mean()
         assert 0.9 < same < 1
 
+    @pytest.mark.thorough
     def test_in_every_fold(self, tmp_path):
         folds = read_model(write_model(tmp_path / "m", plans=multi_task(plans_json()), folds=("0", "1", "2")))
         runner_of(folds, tmp_path, "int8", torch.randn(2, 1, 8, 12, 16), floor=0)
@@ -146,6 +148,7 @@ class TestInt8:
         convolutions = sum(kind in quantization.CONVOLUTIONS for kind, _ in self.operations(tmp_path))
         assert quantised == convolutions - 6 > 0
 
+    @pytest.mark.thorough
     def test_more_stay_in_float_where_labels_need_it(self, model, tmp_path, caplog):
         counts = {}
         tiles = torch.randn(4, 1, 8, 12, 16)
@@ -233,6 +236,7 @@ class TestInt8:
         assert agreement["different"] > 0
         assert Engine.load(out, mirror=False).predict(scan).provenance[0].precision == "int8"
 
+    @pytest.mark.thorough
     def test_without_nncf_it_cannot_be_built_but_run(self, model, tmp_path, monkeypatch):
         tiles = torch.randn(2, 1, 8, 12, 16)
         runner_of(read_model(model), tmp_path, "int8", tiles)
@@ -278,6 +282,7 @@ sys.exit(len(called))
 """
 
 
+@pytest.mark.thorough
 @needs_nncf
 def test_nothing_is_reported_over_the_network(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "NNTURBO_CACHE": str(tmp_path / "cache")}
@@ -319,7 +324,7 @@ def test_below_fp32_a_norm_is_one_operation(tmp_path, plans):
 
 
 @pytest.mark.parametrize("plans", [plans_json(patch_size=[48, 64, 64]), plans_2d(512, 512)], ids=["3d", "2d"])
-@pytest.mark.parametrize("content", ["blank", "boxed"])
+@pytest.mark.parametrize("content", [pytest.param("blank", marks=pytest.mark.thorough), "boxed"])
 def test_norms_over_many_equal_voxels_are_as_exact_as_torchs(tmp_path, plans, content):
     model = read_model(write_model(tmp_path / "m", plans=plans))
     tile = torch.zeros(1, 1, *model.plan.patch_size)

@@ -54,6 +54,7 @@ class TestBackend:
             TensorRtBackend()._build_shared(rtx, [single.path, single.path], 8, tmp_path)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.thorough
     def test_the_demo_model_with_its_fitted_classifier_builds(self, tmp_path, rtx):
         case = Case(with_classifier(read_model(DEMO_MODEL), "auto"), tmp_path, "fp16")
         _, network = rtx.parse(case.onnx)

@@ -117,6 +117,7 @@ def _load_and_predict(model, answers):
     answers.put(int(load(model).predict(SCAN).segmentation.sum()))
 
 
+@pytest.mark.thorough
 def test_processes_that_start_together_compile_once(root, model):
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()

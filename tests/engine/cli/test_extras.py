@@ -67,6 +67,7 @@ def run(folder, line):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("line", WITH)
 def test_the_extra_is_named(folder, line):
     done = run(folder, line)

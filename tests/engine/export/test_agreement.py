@@ -107,6 +107,7 @@ class TestAgreement:
         with pytest.raises(BundleError, match="a bundle's agreement: "):
             Agreement.parse({**good, **change_of})
 
+    @pytest.mark.thorough
     def test_int8_is_measured_on_scans_that_did_not_calibrate_it(self, multi_task_model, tmp_path, monkeypatch):
         calibrated, measured = [], []
         monkeypatch.setattr(compilation, "usable_backends", lambda *_: ([backends()["torch"]], {}))

@@ -110,6 +110,7 @@ class TestCalibrationTiles:
     importlib.util.find_spec("tensorrt_rtx") is None, reason="builds without a GPU: pip install tensorrt-rtx-cu13"
 )
 class TestOtherGpus:
+    @pytest.mark.thorough
     def test_a_bundle_says_what_for_and_that_nothing_was_measured(self, multi_task_model, tmp_path):
         out = build(multi_task_model, tmp_path / "b", compute_capabilities=["8.6", "12.0"])
         manifest = read_manifest(out)

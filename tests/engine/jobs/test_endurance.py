@@ -81,6 +81,7 @@ def files(folder):
     return predictions, {name: content for name, content in found.items() if not name.endswith(".npz")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_a_job_gives_the_same(model, tmp_path, kills):
     scans = write_scans(tmp_path / "scans", [f"c{index:02d}" for index in range(CASES)])

@@ -241,7 +241,7 @@ def test_the_answer_for_a_case_is_weighted_over_tiles_views_and_folds(described)
     assert answer.logits == pytest.approx(((shown[:, None] * logits).sum(0) / shown.sum()).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torchscript", "openvino", "native"])
+@pytest.mark.parametrize("backend", ["torchscript", pytest.param("openvino", marks=pytest.mark.thorough), "native"])
 def test_backends_run_heads_of_families_and_what_they_cannot_is_refused(tmp_path, described, backend):
     if backend == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed")

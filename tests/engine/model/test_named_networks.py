@@ -195,6 +195,7 @@ def test_a_patch_that_does_not_fit_is_refused(tmp_path):
         inference_network(model)
 
 
+@pytest.mark.thorough
 def test_a_named_network_labels_a_scan_the_same_with_every_backend(tmp_path):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     model_of(tmp_path / "m", filled(mednext(width=8)), "nnUNetTrainer_MedNeXt_S")

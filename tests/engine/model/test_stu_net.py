@@ -78,7 +78,7 @@ def test_stu_net_computes_what_its_paper_says(tmp_path, depth, planned):
     assert logits.std() > 0.1
 
 
-@pytest.mark.parametrize(("base", "depth"), [(16, 2), (32, 1)])
+@pytest.mark.parametrize(("base", "depth"), [pytest.param(16, 2, marks=pytest.mark.thorough), (32, 1)])
 def test_the_kernels_run_stu_net(tmp_path, base, depth):
     network = inference_network(
         model_of(tmp_path / "m", filled(stu_net(base, depth)), "STUNetTrainer_small", plans_of(LARGER))

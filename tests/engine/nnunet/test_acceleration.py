@@ -65,6 +65,7 @@ def test_a_program_and_its_processes_get_our_predictor(program):
     assert set(found.values()) == {OURS}
 
 
+@pytest.mark.thorough
 def test_a_console_script_and_a_module(program, tmp_path):
     script = tmp_path / "segment"
     script.write_text(f"#!{sys.executable}\n{PROGRAM}")
@@ -76,6 +77,7 @@ def test_a_console_script_and_a_module(program, tmp_path):
         assert json.loads(done.stdout.splitlines()[-1])["here"] == OURS
 
 
+@pytest.mark.thorough
 def test_a_sitecustomize_of_the_user_runs_too(program, tmp_path):
     own = tmp_path / "own"
     own.mkdir()

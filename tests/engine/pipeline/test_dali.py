@@ -87,6 +87,7 @@ class TestPlanes:
         assert found.shape == expected.shape
         assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
 
+    @pytest.mark.thorough
     def test_cubic_ones_are_near_the_spline_and_nearer_than_linear_ones(self):
         plan, scan = plan_of(order=3), scan_of()
         expected = planes(preprocess(scan, plan, CPU))
@@ -119,6 +120,7 @@ class TestPlanes:
         assert prepared.case.image.is_contiguous()
 
 
+@pytest.mark.thorough
 @needs_dali
 def test_an_engine_predicts_with_it(tmp_path):
     plans = plans_json()
