@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .backends.torch import TorchRunner
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, open_bundle, open_model
 from .errors import EngineError
 from .model.folder import Model, read_model, with_classifier
 from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
-from .model.runner import Runner
+from .model.runner import Runner, tiles_dtype_of
 from .options import DEFAULT_CHECKPOINT, EngineOptions
-from .pipeline.loading import ExactLoader, Loader
+from .pipeline.loaders import make_loader
 from .pipeline.prediction import Prediction, answer
 from .pipeline.segmenting import Segmenter
 from .pipeline.steps import Prepared, Request, Segmented
@@ -31,7 +30,7 @@ VIEWS_ON_GPU = 8
 """That go through the network at once: all mirror views of a tile, or, where it has fewer, those of several tiles."""
 
 
-class Engine(Predictor):
+class Engine(Predictor[Prepared, Segmented]):
     """A trained model, loaded once and ready for any number of scans. Make one with `Engine.load`.
 
     Note:
@@ -56,7 +55,7 @@ class Engine(Predictor):
         self.class_names = None if scheme is None else scheme.class_names
         self.provenance = () if provenance is None else (provenance,)
         transfers = Transfers(sums_device)
-        self.loader = _make_loader(loader, model, sums_device, transfers)
+        self.loader = make_loader(loader, model.plan, sums_device, transfers)
         self.segmenter = Segmenter(model.plan, runner, window, transfers, sums_device, aggregation)
 
     @classmethod
@@ -121,7 +120,7 @@ class Engine(Predictor):
             tile_step_size=tile_step_size,
             views=views,
             views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else VIEWS_ON_GPU),
-            tiles_dtype=opened.runner.tiles_dtype if isinstance(opened.runner, TorchRunner) else torch.float32,
+            tiles_dtype=tiles_dtype_of(opened.runner),
             use_gaussian=options.use_gaussian,
         )
         sums_device = opened.device if options.sums_on_device else torch.device("cpu")
@@ -143,14 +142,6 @@ class Engine(Predictor):
 
     def _answer(self, segmented: Segmented) -> Prediction:
         return answer(segmented, self.model.plan, self.provenance)
-
-
-def _make_loader(name: str, model: Model, device: torch.device, transfers: Transfers) -> Loader:
-    if name == "exact":
-        return ExactLoader(model.plan, device, transfers)
-    from .pipeline.dali import DaliLoader
-
-    return DaliLoader(model.plan, device, interpolation="linear" if name == "dali-linear" else "cubic")
 
 
 def _provenance(

@@ -37,7 +37,7 @@ class ReadScan:
     timings: Timings
 
 
-class Ensemble(Predictor):
+class Ensemble(Predictor[ReadScan, Prediction]):
     """Models for the same labels, such as a 2d and a 3d_fullres one; used like an `Engine`.
 
     It takes 8 bytes per class and voxel of a scan, however many models there are.
@@ -76,7 +76,11 @@ class Ensemble(Predictor):
 
         Raises:
             ModelError: Where one cannot be used, or two do not fit together.
+            ValueError: For another loader than the exact one, which reads a scan once for all models.
         """
+        options = arguments.get("options")
+        if len(models) > 1 and options is not None and options.loader != "exact":
+            raise ValueError(f"an ensemble reads with the exact loader, got {options.loader!r}: leave the loader out")
         return cls([Engine.load(model, **arguments) for model in models])
 
     def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[ReadScan | EngineError, None, None]:

@@ -8,7 +8,7 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 from .errors import EngineError, PredictionError
 from .model.folder import Model
@@ -21,12 +21,14 @@ Progress = Callable[[int, int], None]
 """Called with (tiles done, tiles in all)."""
 
 _Value = TypeVar("_Value")
+_Prepared = TypeVar("_Prepared")
+_Segmented = TypeVar("_Segmented")
 
 
-class Predictor(ABC):
+class Predictor(ABC, Generic[_Prepared, _Segmented]):
     """Predicts scans in three steps, each of which may work on another scan at the same time.
 
-    What passes from one step to the next is the subclass's own.
+    What passes from one step to the next is the subclass's own, and named by its two types.
 
     Attributes:
         model: What was trained; an ensemble's first model, which stands for all where they agree.
@@ -56,7 +58,7 @@ class Predictor(ABC):
 
         Raises:
             VolumeError: Where the scan cannot be read or does not suit the model.
-            PredictionError: Where the network fails or gives numbers that mean nothing.
+            PredictionError: Where the network fails, or gives NaN or infinity.
         """
         requests = requests_of([image], None if previous_stage is None else [previous_stage])
         with engine_errors(), contextlib.closing(self._prepare(requests, readers=0)) as loaded:
@@ -95,7 +97,7 @@ class Predictor(ABC):
             if progress is not None:
                 progress(index, done, total)
 
-        def segment(prepared: Any) -> Any:
+        def segment(prepared: _Prepared | EngineError) -> _Segmented | EngineError:
             of_case = functools.partial(tiles_done, next(numbered))
             return caught(lambda: self._segment(_unless_error(prepared), save_probabilities, of_case))
 
@@ -106,15 +108,15 @@ class Predictor(ABC):
                 yield caught(lambda segmented=segmented: self._answer(_unless_error(segmented)))
 
     @abstractmethod
-    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[Any, None, None]:
+    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[_Prepared | EngineError, None, None]:
         """Read and preprocess scans in order, `readers` at once ahead; yields an error for a bad one."""
 
     @abstractmethod
-    def _segment(self, prepared: Any, save_probabilities: bool, progress: Progress | None) -> Any:
+    def _segment(self, prepared: _Prepared, save_probabilities: bool, progress: Progress | None) -> _Segmented:
         """Predict and label one scan."""
 
     @abstractmethod
-    def _answer(self, segmented: Any) -> Prediction:
+    def _answer(self, segmented: _Segmented) -> Prediction:
         """Fetch the labels, and say how they came about."""
 
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
-
 import torch
 
-from ..backends import Backend
 from ..errors import BackendUnavailable
 from ..options import PRECISIONS
+from . import Backend
 
-BACKENDS = {
-    "native": "native:NativeBackend",
-    "openvino": "openvino:OpenVinoBackend",
-    "torch": "torch:TorchBackend",
-    "inductor": "inductor:InductorBackend",
-    "torchscript": "torchscript:TorchScriptBackend",
-    "onnx": "onnx:OnnxBackend",
-    "tensorrt": "tensorrt:TensorRtBackend",
-    "torch_tensorrt": "torch_tensorrt:TorchTensorRtBackend",
-}
-"""The module and the class of every backend. A module is imported when its backend is asked for: most runs need one."""
+BACKENDS = ("native", "openvino", "torch", "inductor", "torchscript", "onnx", "tensorrt", "torch_tensorrt")
+"""Names of all backends."""
 
 AUTOMATIC = {"cpu": ("native", "openvino", "torch"), "cuda": ("torch",), "mps": ("torch",)}
 """Backends that "auto" tries on each kind of device, in this order; others run only if they are named."""
 
 
 def backend_named(name: str) -> Backend:
-    """Make the backend of a name in `BACKENDS`."""
-    return resolve_name(f"{__package__}.{BACKENDS[name]}")()
+    """Make the backend of a name in `BACKENDS`; only its module is imported, since most runs need one."""
+    match name:
+        case "native":
+            from .native import NativeBackend as Named
+        case "openvino":
+            from .openvino import OpenVinoBackend as Named
+        case "torch":
+            from .torch import TorchBackend as Named
+        case "inductor":
+            from .inductor import InductorBackend as Named
+        case "torchscript":
+            from .torchscript import TorchScriptBackend as Named
+        case "onnx":
+            from .onnx import OnnxBackend as Named
+        case "tensorrt":
+            from .tensorrt import TensorRtBackend as Named
+        case "torch_tensorrt":
+            from .torch_tensorrt import TorchTensorRtBackend as Named
+        case _:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    return Named()
 
 
 def backends() -> dict[str, Backend]:
@@ -83,8 +91,6 @@ def usable_backends(name: str, device: torch.device, precision: str) -> tuple[li
         ValueError: For an unknown name.
         BackendUnavailable: Where no backend can run on this device in this precision.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
     candidates = [backend_named(each) for each in (AUTOMATIC[device.type] if name == "auto" else (name,))]
     reasons = {candidate.name: candidate.unavailable(device, precision) for candidate in candidates}
     usable = [candidate for candidate in candidates if reasons[candidate.name] is None]

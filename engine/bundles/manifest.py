@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..backends import Backend
-from ..backends.choose import backends
+from ..backends.choose import BACKENDS
 from ..errors import BackendUnavailable, BundleError, EngineError, OutputError
 from ..files import put_in_place, sha256, write_json
 from ..model.folder import Model
@@ -266,7 +266,7 @@ def bundle_model(manifest: Manifest, folder: Path) -> Model:
     Raises:
         ModelError: Where its plan is damaged.
     """
-    if manifest.backend not in backends() or manifest.precision not in PRECISIONS:
+    if manifest.backend not in BACKENDS or manifest.precision not in PRECISIONS:
         raise BundleError(
             f"{folder} was built for {manifest.backend} in {manifest.precision}, which this nnturbo lacks"
         )

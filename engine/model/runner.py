@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,8 @@ class Runner(Protocol):
     def __call__(self, tiles: Tensor) -> NetworkOutput:
         """Run a batch of tiles, (N, C, *patch) float32 on any device; the output is on the runner's device."""
         ...
+
+
+def tiles_dtype_of(runner: Runner) -> torch.dtype:
+    """Return the number type of tiles that a runner takes without a copy: its `tiles_dtype`, or float32."""
+    return getattr(runner, "tiles_dtype", torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 
 from ..errors import BackendUnavailable, EngineError
 from ..model.plans import Plan
+from ..scans.geometry import Geometry
 from .loading import check_previous_stage, read
 from .normalization import Normalization
-from .preprocessing import preprocess
+from .preprocessing import Case, preprocess
 from .properties import nnunet_properties
 from .resampling import GridMap
-from .steps import Prepared, Request
+from .steps import Prepared, Request, caught
 from .timing import Timings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def _dali() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ScanSource:
     """Reads one scan after another in DALI's processes; all that goes there is pickled."""
 
     requests: tuple[Request, ...]
@@ -60,13 +61,13 @@ class Reading:
         """
         if sample.idx_in_epoch >= len(self.requests):
             raise StopIteration
-        try:
-            return self._read(self.requests[sample.idx_in_epoch])
-        except EngineError as error:
-            nothing = np.zeros((len(self.plan.channels), 1, 1, 1), np.float32)
-            numbers = np.ones((4, len(nothing), 1, 1, 1), np.float32)
-            one = np.ones(3, np.float32)
-            return nothing, numbers, one, one, _packed(error)
+        read = caught(lambda: self._read(self.requests[sample.idx_in_epoch]))
+        if not isinstance(read, EngineError):
+            return read
+        nothing = np.zeros((len(self.plan.channels), 1, 1, 1), np.float32)
+        numbers = np.ones((4, len(nothing), 1, 1, 1), np.float32)
+        one = np.ones(3, np.float32)
+        return nothing, numbers, one, one, _packed(read)
 
     def _read(self, request: Request) -> tuple[np.ndarray, ...]:
         scan = read(request, self.plan)
@@ -79,7 +80,7 @@ class Reading:
         else:
             in_plane = shape
         numbers = np.array([channel.numbers for channel in case.normalizations], np.float32)
-        known = Known(
+        facts = ScanFacts(
             geometry=scan.stored.geometry, warnings=scan.stored.warnings,
             properties=nnunet_properties(self.plan.reader, scan.stored.geometry, scan.volume, case),
             case=replace(case, image=torch.empty(0), limits=(None, None)),
@@ -89,18 +90,18 @@ class Reading:
             np.ascontiguousarray(numbers.T.reshape(4, -1, 1, 1, 1)),
             np.array(in_plane, np.float32),
             np.array(shape, np.float32),
-            _packed(known),
+            _packed(facts),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class ScanFacts:
     """What `Prepared` has beside the planes."""
 
-    geometry: Any
+    geometry: Geometry
     warnings: tuple[str, ...]
-    properties: Any
-    case: Any
+    properties: Mapping[str, Any]
+    case: Case
 
 
 def _packed(content: Any) -> np.ndarray:
@@ -142,22 +143,23 @@ class DaliLoader:
         for request in requests:
             check_previous_stage(request, self._plan)
         processes = min(max(readers, LEAST_READERS), MOST_READERS, len(requests))
-        pipeline = self._pipeline(Reading(requests, self._plan), processes)
+        pipeline = self._pipeline(ScanSource(requests, self._plan), processes)
         for _ in requests:
             timings = Timings(self._device)
             with timings("read"):  # waits for what other processes have begun long before
-                planes, packed = pipeline.run()
-                known = pickle.loads(packed.at(0).tobytes())
-            if isinstance(known, EngineError):
-                yield known
+                ready = caught(pipeline.run)
+                facts = ready if isinstance(ready, EngineError) else pickle.loads(ready[1].at(0).tobytes())
+            if isinstance(ready, EngineError) or isinstance(facts, EngineError):
+                yield facts
                 continue
+            planes = ready[0]
             image = torch.from_dlpack(planes.as_tensor())[0]
             yield Prepared(
-                geometry=known.geometry,
-                properties=known.properties,
-                warnings=known.warnings,
+                geometry=facts.geometry,
+                properties=facts.properties,
+                warnings=facts.warnings,
                 case=replace(
-                    known.case,
+                    facts.case,
                     image=image,
                     normalizations=(Normalization(),) * len(image),
                     grid=GridMap.identity(image.shape[1:]),
@@ -169,7 +171,7 @@ class DaliLoader:
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # the next run writes where these planes are
 
-    def _pipeline(self, reading: Reading, readers: int) -> Any:
+    def _pipeline(self, source: ScanSource, readers: int) -> Any:
         fn, types, math = self._dali.fn, self._dali.types, self._dali.math
         on_gpu = self._device.type == "cuda"
         pipeline = self._dali.Pipeline(
@@ -183,7 +185,7 @@ class DaliLoader:
         kernel = types.INTERP_CUBIC if self._interpolation == "cubic" else types.INTERP_LINEAR
         with pipeline:
             planes, numbers, in_plane, size, packed = fn.external_source(
-                source=reading, num_outputs=5, batch=False, parallel=True, layout=["CDHW", "", "", "", ""]
+                source=source, num_outputs=5, batch=False, parallel=True, layout=["CDHW", "", "", "", ""]
             )
             low, high, shift, scale = (numbers[index] for index in range(4))
             if on_gpu:

@@ -13,7 +13,8 @@ from ..model.classification import Classification
 from ..model.labels import LabelScheme
 from ..model.plans import READERS, Plan
 from ..model.provenance import Provenance
-from ..scans.volume import Geometry, Volume, restore_orientation, write_segmentation
+from ..scans.geometry import Geometry
+from ..scans.volume import Volume, restore_orientation, write_segmentation
 from .steps import Segmented
 
 

@@ -59,7 +59,7 @@ class Segmenter:
             progress: Called with (tiles done, tiles in all).
 
         Raises:
-            PredictionError: Where the network fails, gives numbers that mean nothing, or not one tile fits.
+            PredictionError: Where the network fails, gives NaN or infinity, or not one tile fits.
         """
         prepared.wait()
         while True:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..errors import EngineError, PredictionError
-from ..scans.volume import Geometry, Volume
+from ..scans.geometry import Geometry
+from ..scans.volume import Volume
 from .preprocessing import Case
 from .timing import Timings
 from .voting import Votes
@@ -84,7 +85,7 @@ class Placement:
         return None
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Return a description for messages."""
         return f"{self.views_per_call} views at once, sums on {self.sums_device}"
 
 
@@ -119,6 +120,13 @@ def requests_of(
         yield image if isinstance(image, Request) else Request(image)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was not enough; torch has a class of errors for a GPU's, and only sentences for a CPU's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "std::bad_alloc"))
+
+
 @contextlib.contextmanager
 def engine_errors() -> Iterator[None]:
     """Turn what libraries raise while a scan is predicted into a `PredictionError`; what is known to pass is transient.
@@ -128,9 +136,9 @@ def engine_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise PredictionError("out of memory: the scan needs more than there is", transient=True) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise PredictionError("out of memory: the scan needs more than there is", transient=True) from error
         logger.warning("unexpected error", exc_info=True)
         reason = str(error).strip().partition("\n")[0]
         raise PredictionError(f"{reason:.300}") from error

@@ -12,6 +12,7 @@ from ...kernels import gather_tiles
 from ..errors import PredictionError
 from ..model.mirroring import View
 from ..model.runner import Runner
+from .steps import is_out_of_memory
 from .timing import Timings
 from .voting import Votes
 from .window import SlidingWindow
@@ -86,8 +87,8 @@ class TileNetwork:
             if self._votes is not None:
                 self._votes.add(output)
             return logits
-        except torch.OutOfMemoryError:
-            raise  # the caller tries again with less memory
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise  # the caller tries again with less memory, or says that there is not enough
             reason = str(error).strip().partition("\n")[0]
             raise PredictionError(f"the network failed on a tile of {size} voxels: {reason:.200}") from error

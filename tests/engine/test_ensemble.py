@@ -6,7 +6,7 @@ import weakref
 import nibabel
 import numpy as np
 import pytest
-from nnturbo.engine import Engine, Ensemble, ModelError, Volume, VolumeError
+from nnturbo.engine import Engine, EngineOptions, Ensemble, ModelError, Volume, VolumeError
 from nnturbo.engine import ensemble as module
 from nnturbo.engine.model.labels import parse_labels
 from nnturbo.engine.pipeline.labels import segment_probabilities
@@ -219,6 +219,10 @@ class TestAgreement:
     def test_no_model_is_refused(self):
         with pytest.raises(ValueError, match="one or more models"):
             Ensemble([])
+
+    def test_another_loader_is_refused_since_it_reads_for_one_model(self, models):
+        with pytest.raises(ValueError, match="reads with the exact loader, got 'dali'"):
+            Ensemble.load(models, device="cpu", options=EngineOptions(loader="dali"))
 
 
 def test_a_cascade_is_handed_the_previous_stage(tmp_path, scan):

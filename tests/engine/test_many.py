@@ -261,9 +261,17 @@ class TestOnAGpu:
         assert np.count_nonzero(one.segmentation != other.segmentation) <= 2
 
 
+def cpu_out_of_memory():
+    """Return what torch raises where main memory is not enough."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55)
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("failure", "transient"),
     [
+        (cpu_out_of_memory(), True),
         (RuntimeError("a kernel is broken"), False),
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
@@ -284,3 +292,16 @@ def test_predict_raises_what_predict_many_yields(model, monkeypatch, failure, tr
     assert type(yielded) is type(raised.value)
     assert str(yielded) == str(raised.value)
     assert yielded.transient == raised.value.transient == transient
+
+
+def test_memory_that_is_not_enough_in_the_network_passes(model, scans, monkeypatch):
+    engine = Engine.load(model, device="cpu", mirror=False, backend="torch")
+    failure = cpu_out_of_memory()
+
+    def fails(tiles):
+        raise failure
+
+    monkeypatch.setattr(engine.segmenter, "runner", fails)
+    with pytest.raises(PredictionError, match="out of memory") as raised:
+        engine.predict(scans[0])
+    assert raised.value.transient

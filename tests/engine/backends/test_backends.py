@@ -130,6 +130,9 @@ class TestChoice:
         with pytest.raises(BackendUnavailable, match="torch cannot run here: fp16 needs a GPU"):
             choose_backend("auto", CPU, "fp16")
 
+    def test_a_backend_has_the_name_that_it_is_asked_for_by(self):
+        assert [backend.name for backend in backends().values()] == list(backends())
+
     @pytest.mark.parametrize("name", list(backends()))
     def test_every_backend_answers_for_every_device_and_precision(self, name):
         answers = {

@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from nnturbo.engine import BackendUnavailable, Engine, EngineError, EngineOptions, Request, Volume, VolumeError
+from nnturbo.engine import (
+    BackendUnavailable,
+    Engine,
+    EngineError,
+    EngineOptions,
+    PredictionError,
+    Request,
+    Volume,
+    VolumeError,
+)
 from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.pipeline.dali import DaliLoader
 from nnturbo.engine.pipeline.preprocessing import preprocess
@@ -157,3 +166,18 @@ class TestWhatItCannotDo:
     def test_loaders_are_known_by_name(self):
         with pytest.raises(ValueError, match="loader must be one of exact, dali, dali-linear, got 'nvidia'"):
             EngineOptions(loader="nvidia")
+
+
+@needs_dali
+def test_a_pipeline_that_breaks_is_an_error_for_its_scan_as_elsewhere(tmp_path, monkeypatch):
+    engine = Engine.load(write_model(tmp_path / "model"), device="cpu", options=EngineOptions(loader="dali"))
+
+    class Broken:
+        def run(self):
+            raise RuntimeError("an operator is broken")
+
+    monkeypatch.setattr(engine.loader, "_pipeline", lambda *_: Broken())
+    with pytest.raises(PredictionError, match="an operator is broken"):
+        engine.predict(scan_of())
+    yielded = list(engine.predict_many([scan_of(), scan_of()]))
+    assert [str(error) for error in yielded] == ["an operator is broken"] * 2
