@@ -92,7 +92,7 @@ class Bench:
         self.sizes = ON_GPU if self.on_gpu else ON_CPU
 
     def keep(self, found: Any, **more: Any) -> Any:
-        """Write what was found so far, and give it back; whoever runs out of time keeps it."""
+        """Write what was found so far, and give it back; it is kept where time runs out."""
         self._into.write_text(json.dumps({"found": found, **more}), encoding="utf-8")
         return found
 

@@ -128,7 +128,7 @@ def ways(bench: Bench, model: Model) -> dict[str, Callable[[], Way]]:
 
 @contextmanager
 def _cudnn_searches(search: bool) -> Iterator[None]:
-    """Say for each way whether cuDNN tries its algorithms: whoever ran before may have left it on or off."""
+    """Say for each way whether cuDNN tries its algorithms: an earlier run may have left it on or off."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = search
     try:

@@ -81,7 +81,7 @@ def put_in_place(written: Path, path: Path) -> None:
 def staging_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside where `path` will be, on the same disk, that goes with the block.
 
-    What is not complete is in a folder, so that who lists files by their ending does not find it.
+    What is not complete is in a folder, so that a listing by file ending misses it.
 
     Raises:
         OutputError: Where it cannot be made, and in place of an `OSError` from inside.

@@ -81,7 +81,9 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
     else:
         splits = json.loads((preprocessed_dataset / SPLITS_FILE).read_bytes())
         if not 0 <= int(fold) < len(splits):
-            raise DatasetError(f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is none")
+            raise DatasetError(
+                f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is not one of them"
+            )
         cases = sorted(splits[int(fold)]["train"])
     found = find_labelled_cases(raw_dataset, cases, dataset, subtypes)
     return [ClassifiedScan(images=case.images, subtype=case.subtype) for case in found]

@@ -57,7 +57,7 @@ class GraphedNetwork:
         try:
             return self._run(tiles)
         except torch.OutOfMemoryError:
-            self._recordings.clear()  # they hold memory that whoever tries again with less may need
+            self._recordings.clear()  # they hold memory which the caller needs to try again with less
             raise
 
     def _run(self, tiles: Tensor) -> tuple[Tensor, ...]:

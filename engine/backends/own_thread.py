@@ -12,7 +12,7 @@ _Result = TypeVar("_Result")
 
 
 class OwnThread:
-    """Runs one function after another in the same thread, on the stream of whoever asks.
+    """Runs one function after another in the same thread, on the caller's stream.
 
     cuDNN's choice of algorithms belongs to the thread that made it: another thread searches again, for seconds.
 

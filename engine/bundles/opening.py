@@ -64,9 +64,8 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
             opened = _opened_by(candidate, model, checkpoint, precision, target)
             break
         except BackendUnavailable as error:
-            if (
-                candidate.compiles
-            ):  # a model that is not for the kernels is nothing to worry about, a failing compiler is
+            # That a model is not one for the kernels is expected; that a compiler fails is not.
+            if candidate.compiles:
                 logger.warning("%s; going on without it", error)
             missing[candidate.name] = str(error)
     else:

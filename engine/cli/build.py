@@ -101,7 +101,7 @@ def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tu
         from ..jobs.cases import find_cases
 
         if not Path(options.calibration).is_dir():
-            raise ValueError(f"--calibration must be a folder of scans, {options.calibration} is none")
+            raise ValueError(f"--calibration must be a folder of scans, {options.calibration} is not one")
         cases = find_cases(Path(options.calibration), plan.file_ending)
         return [case.images for case in cases], "calibration scans"
     if choose_precision(options.precision, choose_device(options.device)) == "fp32" or options.compute_capability:

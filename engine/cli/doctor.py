@@ -80,7 +80,9 @@ def examine() -> list[tuple[str, str]]:
         rows.append(
             ("cuda", f"no GPU found (torch is built for CUDA {built})" if built else "torch is built without CUDA")
         )
-    rows.append(("gpu path", "written and compiled, not yet run on hardware: python benchmarks/gpu.py tries it"))
+    rows.append(
+        ("gpu path", "written and compiled, not yet run on hardware: in a clone, python benchmarks/gpu.py tries it")
+    )
     reason = NativeBackend().unavailable(torch.device("cpu"), "fp32")
     rows.append(("native kernels", "run here" if reason is None else f"do not run here: {reason}"))
     rows.append(("c++ compiler", " ".join(compiler() or ["none"])))

@@ -146,7 +146,7 @@ def _network_name(model: Model) -> str:
 
     architecture = model.plan.architecture
     if (named := named_network(architecture, model.trainer)) is not None:
-        return f"{named.name}, told by trainer and class"
+        return f"{named.name}, recognised by trainer and class"
     name = architecture.class_name.rpartition(".")[2]
     backbone = str(architecture.arguments.get("backbone", "")).rpartition(".")[2]
     return f"{name} around {backbone}" if backbone else name

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("nnturbo.engine.bundles.opening").setLevel(logging.INFO)  # what runs the network is always said
+    logging.getLogger("nnturbo.engine.bundles.opening").setLevel(logging.INFO)  # what runs the network is always logged
     from ..errors import EngineError
 
     try:

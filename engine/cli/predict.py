@@ -248,7 +248,7 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
             f"this model continues from the labels of {wanted}; give their folder as -prev_stage_predictions"
         )
     if given and not Path(given).is_dir():
-        raise ValueError(f"-prev_stage_predictions must be a folder, {given} is none")
+        raise ValueError(f"-prev_stage_predictions must be a folder, {given} is not one")
 
 
 def _models(options: argparse.Namespace) -> list[str]:

@@ -84,13 +84,13 @@ def _find_series(source: Path, shown: Mapping[str, bool], file_ending: str, outp
     # The index DICOMDIR, as on discs, looks like a slice.
     if any((source / name).is_file() and name != "DICOMDIR" and looks_like_dicom(source / name) for name in files):
         return [CaseFiles(name=source.resolve().name, images=(source,))]
-    strangers = [name for name in files if CHANNEL.search(_without_ending(name, _ending(name)))]
+    numbered_files = [name for name in files if CHANNEL.search(_without_ending(name, _ending(name)))]
     folders = [source / name for name, is_folder in shown.items() if is_folder]
     if output is not None:
         folders = _without_output(folders, source, output)
-    if not folders or strangers:
-        endings = sorted({_ending(name) for name in strangers or files})
-        found = f"{len(strangers or files)} file(s) ending with {', '.join(endings[:5])}" if files else "nothing"
+    if not folders or numbered_files:
+        endings = sorted({_ending(name) for name in numbered_files or files})
+        found = f"{len(numbered_files or files)} file(s) ending with {', '.join(endings[:5])}" if files else "nothing"
         raise VolumeError(
             f"{source} must hold scans named NAME_0000{file_ending}, as the model's are, DICOM slices, or folders of "
             f"them; it holds {found}"

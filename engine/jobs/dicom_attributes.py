@@ -198,7 +198,7 @@ def _is_allowed(dataset: Dataset, tag: Any, is_ascii: bool) -> bool:
 
 
 def _item_is_allowed(item: Dataset, is_ascii: bool) -> bool:
-    """Tell it of an item of a sequence; private elements in it are removed."""
+    """Check an item of a sequence; private elements in it are removed."""
     for tag in list(item.keys()):
         if tag.is_private or tag.element == 0:
             del item[tag]

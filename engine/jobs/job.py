@@ -206,5 +206,5 @@ def check_dicom(cases: Sequence[CaseFiles]) -> None:
     if files := [image for case in cases for image in case.images if not image.is_dir()]:
         raise ValueError(
             "a DICOM segmentation refers to the slices it was made of, so every scan must be a folder of them; "
-            f"{files[0]} is none"
+            f"{files[0]} is not one"
         )

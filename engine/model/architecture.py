@@ -13,7 +13,7 @@ RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet
 RESIDUAL_ENCODERS = ("ResEncM", "ResEncL", "ResEncXL")
 """Names of the residual encoder U-Net in plans that say nothing more about it."""
 
-WITH_CLASSIFIER, OF_CLASSIFIER = "ResidualEncoderUNetWithClassifier", ("num_subtypes", "clf_")
+WITH_CLASSIFIER, CLASSIFIER_ARGUMENTS = "ResidualEncoderUNetWithClassifier", ("num_subtypes", "clf_")
 """The same with a classification head in forks of nnU-Net, and what arguments of that begin with."""
 
 MOST_STAGES = 16
@@ -96,7 +96,9 @@ def _without_alias(architecture: Architecture, dimensions: int) -> Architecture:
         named = {*architecture.class_arguments, "conv_op", "norm_op", "dropout_op", "nonlin"}
         return Architecture(class_name=RESIDUAL, arguments=arguments, class_arguments=tuple(sorted(named)))
     if short == WITH_CLASSIFIER:
-        arguments = {key: value for key, value in architecture.arguments.items() if not key.startswith(OF_CLASSIFIER)}
+        arguments = {
+            key: value for key, value in architecture.arguments.items() if not key.startswith(CLASSIFIER_ARGUMENTS)
+        }
         return Architecture(class_name=RESIDUAL, arguments=arguments, class_arguments=architecture.class_arguments)
     return architecture
 

@@ -141,7 +141,7 @@ def _own_copies(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     for name, tensor in weights.items():
         if not isinstance(name, str) or not is_plain(tensor):
-            raise CheckpointError(f"{path} must hold plain, dense weights, {name!r:.80} is none")
+            raise CheckpointError(f"{path} must hold plain, dense weights, which {name!r:.80} is not")
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     named = {}
     for name, tensor in weights.items():

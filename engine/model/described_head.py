@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from .head_description import WHERE, HeadDescription, Layer
+from .head_description import HEAD_KEY, HeadDescription, Layer
 from .heads import Head
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -70,8 +70,8 @@ class DescribedHead(Head):
                 got = str(error).partition("\n")[0]
         if got != wanted:
             raise ModelError(
-                f"{WHERE}: the layers must turn features of {', '.join(map(str, channels))} channels into class logits "
-                f"{wanted}, they give {got!s:.200}"
+                f"{HEAD_KEY}: the layers must turn features of {', '.join(map(str, channels))} channels into class "
+                f"logits {wanted}, they give {got!s:.200}"
             )
 
 
@@ -182,7 +182,9 @@ def _product(layer: Layer, weights: Mapping[str, Tensor], dimensions: int) -> nn
     weight, bias = _take(weights, f"{layer.key}.weight"), weights.get(f"{layer.key}.bias")
     axes = 2 if layer.kind == "linear" else 2 + dimensions
     if weight.ndim != axes:
-        raise ModelError(f"{WHERE}: {layer.key}.weight must have {axes} axes, it has the shape {tuple(weight.shape)}")
+        raise ModelError(
+            f"{HEAD_KEY}: {layer.key}.weight must have {axes} axes, it has the shape {tuple(weight.shape)}"
+        )
     outputs, inputs, *kernel = weight.shape
     if layer.kind == "linear":
         made: Any = nn.Linear(inputs, outputs, bias=bias is not None)
@@ -194,7 +196,7 @@ def _product(layer: Layer, weights: Mapping[str, Tensor], dimensions: int) -> nn
         made.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     except RuntimeError as error:
         reason = str(error).rpartition("\n")[2].strip()
-        raise ModelError(f"{WHERE}: the weights under {layer.key} must fit each other; {reason:.160}") from error
+        raise ModelError(f"{HEAD_KEY}: the weights under {layer.key} must fit each other; {reason:.160}") from error
     return made
 
 
@@ -202,8 +204,8 @@ def _take(weights: Mapping[str, Tensor], name: str, numbers: int | None = None) 
     if name not in weights:
         has = ", ".join(list(weights)[:MOST_NAMES]) or "none"
         raise ModelError(
-            f"{WHERE} names {name:.120}, which the checkpoint must have; keys that are not the U-Net's: {has:.200}"
+            f"{HEAD_KEY} names {name:.120}, which the checkpoint must have; keys that are not the U-Net's: {has:.200}"
         )
     if numbers is not None and weights[name].numel() != numbers:
-        raise ModelError(f"{WHERE}: {name:.120} must be one number, it has the shape {tuple(weights[name].shape)}")
+        raise ModelError(f"{HEAD_KEY}: {name:.120} must be one number, it has the shape {tuple(weights[name].shape)}")
     return weights[name]

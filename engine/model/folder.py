@@ -21,7 +21,7 @@ from ..options import DEFAULT_CHECKPOINT
 from .checkpoint import UNREADABLE, Checkpoint, read_checkpoint
 from .foreign_head import find_head
 from .given_network import GivenNetwork
-from .head_description import WHERE
+from .head_description import HEAD_KEY
 from .heads import PooledClassifier
 from .mirroring import View, mirror_views
 from .plan_classes import is_unet, remarks_on
@@ -47,7 +47,7 @@ class Model:
         pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
             one per fold, None for a fold without. Empty if the head classifies in all folds.
         given: Replaces the plan's network. If it is a module, there are no folds, and no weights beside its own.
-        of_weights: Says which weights of the checkpoints nothing uses, or that a head was told by its keys.
+        weights_remark: Says which weights of the checkpoints nothing uses, or that a head was recognised by its keys.
     """
 
     plan: Plan
@@ -60,13 +60,17 @@ class Model:
     dataset: Mapping[str, Any]
     pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
     given: GivenNetwork | None = None
-    of_weights: str | None = None
+    weights_remark: str | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """Say what is unusual about the model, and how it is used all the same."""
         of_network = remarks_on(self.plan.architecture) if self.given is None else ()
-        return (*of_network, *self.plan.labels.remarks, *(() if self.of_weights is None else (self.of_weights,)))
+        return (
+            *of_network,
+            *self.plan.labels.remarks,
+            *(() if self.weights_remark is None else (self.weights_remark,)),
+        )
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -136,7 +140,7 @@ def read_model(
             dataset=dataset,
             pooled_classifiers=() if has_weights else tuple(loaded.pooled_classifier for loaded in checkpoints),
             given=given,
-            of_weights=remark,
+            weights_remark=remark,
         )
         for remark in model.remarks:
             logger.warning("%s: %s", path, remark)
@@ -192,12 +196,12 @@ def _with_foreign_head(
     weights = tuple(loaded.weights for loaded in checkpoints)
     if given is not None or not is_unet(plan.architecture):
         return weights, plans, plan, None
-    file = folder / f"{WHERE}.json"
-    described = _read_json(file) if file.is_file() else plans.get(WHERE)
+    file = folder / f"{HEAD_KEY}.json"
+    described = _read_json(file) if file.is_file() else plans.get(HEAD_KEY)
     everything = [{**loaded.weights, **loaded.other_weights} for loaded in checkpoints]
     found = find_head(everything, described, plan)
     if found.description is not None:
-        plans = {**plans, WHERE: found.description}
+        plans = {**plans, HEAD_KEY: found.description}
         plan = parse_plan(plans, dataset, plan.configuration)
     return found.weights, plans, plan, found.remark
 

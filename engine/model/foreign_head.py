@@ -1,4 +1,4 @@
-"""Finds the classification head that another program put beside the U-Net of a plan: described, or told by its keys."""
+"""Finds the classification head that another program put beside a U-Net: described, or recognised by its keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .described_head import DescribedHead
-from .head_description import WHERE, HeadDescription
+from .head_description import HEAD_KEY, HeadDescription
 from .head_families import find_family, split_weights
 from .plans import Plan
 
@@ -49,8 +49,8 @@ def find_head(weights: Sequence[Mapping[str, Tensor]], described: Mapping[str, A
     if described is None and (found := _recognised(others, plan)) is not None:
         described, name = found
         remark = (
-            f"the checkpoint has a classification head that was told by its keys: {name}; {WHERE}.json would describe "
-            "another one, and name its classes"
+            f"the checkpoint has a classification head that was recognised by its keys: {name}; {HEAD_KEY}.json "
+            "would describe another one, and name its classes"
         )
     used: set[str] = set()
     if described is not None:
@@ -92,7 +92,7 @@ def _unused(names: Sequence[str], has_head: bool) -> str:
     advice = (
         "describe them too if the class depends on them"
         if has_head
-        else f"if they are a classification head, describe it in {WHERE}.json (docs/networks.md) to have the class too"
+        else f"if they are a classification head, describe it in {HEAD_KEY}.json (docs/networks.md) for the class"
     )
     return (
         f"the checkpoint has {len(names)} weights that the segmentation does not need and nothing uses: "

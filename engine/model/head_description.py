@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ModelError
 from .classification import DESCRIBED, ClassificationScheme, is_indices
 
-WHERE = "classification_head"
+HEAD_KEY = "classification_head"
 """Name of the description in plans.json, and of the file beside it."""
 
 LAYERS: dict[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ class Layer:
             ),
         }
         if broken := [rule for rule, holds in checks.items() if not holds]:
-            raise ModelError(f"{WHERE}: layer {self.kind}: {'; '.join(broken)}")
+            raise ModelError(f"{HEAD_KEY}: layer {self.kind}: {'; '.join(broken)}")
 
     @classmethod
     def parse(cls, described: Any) -> Layer:
@@ -105,10 +105,10 @@ class Layer:
         """
         kind = described.get("kind") if isinstance(described, Mapping) else None
         if kind not in LAYERS:
-            raise ModelError(f"{WHERE}: a layer must have a kind of {', '.join(LAYERS)}, got {described!r:.120}")
+            raise ModelError(f"{HEAD_KEY}: a layer must have a kind of {', '.join(LAYERS)}, got {described!r:.120}")
         if unknown := set(described) - {"kind", *LAYERS[kind]}:
             raise ModelError(
-                f"{WHERE}: layer {kind} may have {', '.join(LAYERS[kind]) or 'nothing more'}, got {min(unknown)!r:.80}"
+                f"{HEAD_KEY}: layer {kind} may have {', '.join(LAYERS[kind]) or 'nothing'}, got {min(unknown)!r:.80}"
             )
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
@@ -162,10 +162,10 @@ class HeadDescription:
         known = ("taps", "layers", "class_names", "focus_channels", "mask")
         if not isinstance(described, Mapping) or set(described) - {"mask"} != set(known) - {"mask"}:
             has = ", ".join(map(str, described)) if isinstance(described, Mapping) else repr(described)
-            raise ModelError(f"{WHERE} must have {', '.join(known[:-1])}, and may have mask; it has {has:.200}")
+            raise ModelError(f"{HEAD_KEY} must have {', '.join(known[:-1])}, and may have mask; it has {has:.200}")
         mask = described.get("mask", {})
         if not isinstance(mask, Mapping) or set(mask) - {"channels", "combine"}:
-            raise ModelError(f"{WHERE}: mask may have channels and combine, got {mask!r:.120}")
+            raise ModelError(f"{HEAD_KEY}: mask may have channels and combine, got {mask!r:.120}")
         focus = _indices(described["focus_channels"], "focus_channels")
         description = cls(
             taps=tuple(_tap(each) for each in _few(described["taps"], "taps", least=1)),
@@ -176,7 +176,9 @@ class HeadDescription:
             mask_combine=mask.get("combine", "sum"),
         )
         if description.mask_combine not in COMBINATIONS:
-            raise ModelError(f"{WHERE}: combine must be one of {', '.join(COMBINATIONS)}, got {mask['combine']!r:.80}")
+            raise ModelError(
+                f"{HEAD_KEY}: combine must be one of {', '.join(COMBINATIONS)}, got {mask['combine']!r:.80}"
+            )
         return description
 
     def scheme(self, stages: int, regions: bool) -> ClassificationScheme:
@@ -202,7 +204,7 @@ class HeadDescription:
         """Number a tap among the features: the encoder's, the finest first, then the decoder's."""
         count = stages if tap.part == "encoder" else stages - 1
         if not -count <= tap.stage < count:
-            raise ModelError(f"{WHERE}: the {tap.part} has stages 0 to {count - 1}, a tap names {tap.stage}")
+            raise ModelError(f"{HEAD_KEY}: the {tap.part} has stages 0 to {count - 1}, a tap names {tap.stage}")
         return tap.stage % count + (0 if tap.part == "encoder" else stages)
 
     @property
@@ -215,7 +217,7 @@ def _tap(described: Any) -> Tap:
     parts = [part for part in ("encoder", "decoder") if isinstance(described, Mapping) and part in described]
     if len(parts) != 1 or set(described) - {*parts, "layers"} or type(described[parts[0]]) is not int:
         raise ModelError(
-            f"{WHERE}: a tap must have the number of a stage under encoder or decoder, and layers; got "
+            f"{HEAD_KEY}: a tap must have the number of a stage under encoder or decoder, and layers; got "
             f"{described!r:.160}"
         )
     layers = tuple(Layer.parse(each) for each in _few(described.get("layers", []), "layers of a tap"))
@@ -224,13 +226,13 @@ def _tap(described: Any) -> Tap:
 
 def _few(values: Any, what: str, *, least: int = 0, most: int = MOST_LAYERS) -> Sequence[Any]:
     if not isinstance(values, list) or not least <= len(values) <= most:
-        raise ModelError(f"{WHERE}: {what} must be a list of {least} to {most}, got {values!r:.120}")
+        raise ModelError(f"{HEAD_KEY}: {what} must be a list of {least} to {most}, got {values!r:.120}")
     return values
 
 
 def _indices(values: Any, what: str) -> tuple[int, ...]:
     if not isinstance(values, list) or not is_indices(tuple(values)):
-        raise ModelError(f"{WHERE}: {what} must be a list of different numbers from 0, got {values!r:.120}")
+        raise ModelError(f"{HEAD_KEY}: {what} must be a list of different numbers from 0, got {values!r:.120}")
     return tuple(values)
 
 

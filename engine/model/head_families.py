@@ -1,4 +1,4 @@
-"""Classification heads that several programs share, told by the names of their weights in a checkpoint."""
+"""Classification heads that several programs share, recognised by the names of their weights in a checkpoint."""
 
 from __future__ import annotations
 

@@ -135,18 +135,18 @@ def named_network(architecture: Architecture, trainer: str) -> NamedNetwork | No
     if by_trainer and short not in NETWORKS and by_trainer != by_class:
         raise ModelError(
             f"{trainer:.80} trains {by_trainer[0].name}, but plans.json names the network {short:.80}: which one the "
-            f"weights are of must be clear; {GIVE}"
+            f"weights are of must be clear; {HOW_TO_GIVE}"
         )
     if by_trainer or by_class:
         return (by_trainer or by_class)[0]
     if CHANGED.search(trainer) and not UNCHANGED.match(trainer):
         raise ModelError(
-            f"{trainer:.80} trains a network that plans.json does not show and nnturbo does not have; {GIVE}"
+            f"{trainer:.80} trains a network that plans.json does not show and nnturbo does not have; {HOW_TO_GIVE}"
         )
     return None
 
 
-GIVE = "give it in Python: Engine.load(folder, network=TrainerClass.build_network_architecture)"
+HOW_TO_GIVE = "give it in Python: Engine.load(folder, network=TrainerClass.build_network_architecture)"
 """What to do about a network that nnturbo does not have."""
 
 

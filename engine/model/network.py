@@ -17,7 +17,7 @@ from .architecture import MOST_STAGES, Architecture
 from .described_head import DescribedHead
 from .heads import PooledClassifier
 from .multi_task_unet import DescribedUNet, MultiTaskUNet
-from .named_networks import GIVE, UNCHANGED, NamedNetwork, named_network, trained_architecture
+from .named_networks import HOW_TO_GIVE, UNCHANGED, NamedNetwork, named_network, trained_architecture
 from .plan_classes import NETWORKS, argument_classes, network_class, remarks_on
 from .plans import MULTI_TASK_NETWORK, Plan
 
@@ -185,7 +185,8 @@ def _likely_reason(architecture: Architecture, trainer: str) -> str:
     """Say in a sentence why the weights may not fit the plan's network."""
     if not UNCHANGED.match(trainer):
         network = architecture.class_name.rpartition(".")[2]
-        return f"They were trained by {trainer:.80}, whose network is probably not the plan's {network:.80}: {GIVE}"
+        trained = f"They were trained by {trainer:.80}, whose network is probably not the plan's {network:.80}"
+        return f"{trained}: {HOW_TO_GIVE}"
     return "; ".join(remarks_on(architecture)) or "Are checkpoint and plans from the same training?"
 
 

@@ -115,7 +115,7 @@ def _argument_class(entry: str, path: Any) -> type[nn.Module] | None:
         return None
     if not (isinstance(found, type) and issubclass(found, nn.Module) and _is_allowed(found)):
         raise ModelError(
-            f"plans.json: {entry} must name a module of torch.nn or one of {', '.join(BLOCKS)}, {path!r:.120} is none; "
+            f"plans.json: {entry} must name a module of torch.nn or one of {', '.join(BLOCKS)}, {path!r:.120} is not; "
             f"other classes are never imported"
         )
     return found

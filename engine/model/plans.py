@@ -12,7 +12,7 @@ from ..scans.image_header import IMAGE_ENDINGS
 from ..scans.pictures import PICTURE_READERS
 from .architecture import Architecture, parse_architecture
 from .classification import ClassificationScheme
-from .head_description import WHERE, HeadDescription
+from .head_description import HEAD_KEY, HeadDescription
 from .json_values import take
 from .labels import LabelScheme, parse_labels
 from .resampling_function import Resampling, parse_resampling
@@ -204,13 +204,13 @@ def _channel_normalizations(
 
 def _head(plans: Mapping[str, Any], architecture: Architecture) -> HeadDescription | None:
     """Read the description of a head that another program trained, if there is one."""
-    if plans.get(WHERE) is None:
+    if plans.get(HEAD_KEY) is None:
         return None
     if architecture.class_name == MULTI_TASK_NETWORK:
         raise ModelError(
-            f"plans.json: {WHERE} must be left out for nnturbo's own multi-task network, whose head is known"
+            f"plans.json: {HEAD_KEY} must be left out for nnturbo's own multi-task network, whose head is known"
         )
-    return HeadDescription.parse(plans[WHERE])
+    return HeadDescription.parse(plans[HEAD_KEY])
 
 
 def _classification(
@@ -219,7 +219,7 @@ def _classification(
     """Say what a multi-task network answers; None for other networks."""
     regions = labels.regions_class_order is not None
     if head is not None:
-        where, scheme = WHERE, head.scheme(len(architecture.encoder_channels), regions)
+        where, scheme = HEAD_KEY, head.scheme(len(architecture.encoder_channels), regions)
         shown = (*head.focus_channels, *head.mask_channels)
         if max(shown) >= labels.num_outputs:
             raise ModelError(

@@ -131,6 +131,6 @@ def command_of(program: str) -> list[str]:
     if begin[:2] == b"#!" and any(b"python" in line for line in begin.split(b"\n")[:2]):
         return [found]
     raise ValueError(
-        f"nnturbo run starts Python programs, and {found} is none: write nnturbo run before the Python program that "
+        f"nnturbo run starts Python programs, and {found} is not one: write nnturbo run before the Python program that "
         "it starts"
     )

@@ -185,7 +185,7 @@ class PredictorState(StockPredictor):
         for name in plans["configurations"]:
             if fresh.get_configuration(name).configuration == wanted:
                 return parse_plan(plans, self.dataset_json, name)
-        raise ModelError("the configuration is none of the plans'")
+        raise ModelError("the configuration is not one of the plans'")
 
     def _use_stock(self, reason: str) -> None:
         """Say, once for each reason, that nnU-Net's own code runs."""

@@ -29,7 +29,7 @@ def open_source(path: Path, reader: str) -> ImageSource:
     if reader in PICTURE_READERS and (path.is_file() or path.is_dir()):
         return open_picture(path, reader)
     if path.is_dir():
-        from .dicom import open_series
+        from .dicom import open_series  # with what it needs, half of this wing's modules
 
         return open_series(path)
     if path.is_file() and reader in NIBABEL_READERS and path.name.lower().endswith(NIFTI_ENDINGS):

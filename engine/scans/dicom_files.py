@@ -118,9 +118,8 @@ def find_slices(folder: Path) -> tuple[list[DicomFile], tuple[str, ...]]:
 
 def summary(names: Iterable[str]) -> str:
     """List names, at most a few of them."""
-    names = [
-        name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names
-    ]  # file names may hold bytes that are not text
+    # File names may hold bytes that are not text.
+    names = [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -63,8 +63,8 @@ def open_picture(path: Path, reader: str) -> ImageSource:
                 f"files for {reader} must end with one of {', '.join(PICTURE_READERS[reader])}: convert it"
             )
         is_2d = reader == "NaturalImage2DIO"
-        shape, complaints = _header(path)
-        spacing, told = (PICTURE_SPACING, ()) if is_2d else _side_spacing(path)
+        shape, of_file = _header(path)
+        spacing, of_spacing = (PICTURE_SPACING, ()) if is_2d else _side_spacing(path)
         channels, *size = _arranged(np.broadcast_to(np.uint8(0), shape), is_2d).shape
     return ImageSource(
         name=path.name,
@@ -75,7 +75,7 @@ def open_picture(path: Path, reader: str) -> ImageSource:
         direction=IDENTITY_DIRECTION,
         voxels=lambda: _arranged(_pixels(path, shape), is_2d),
         is_2d=is_2d,
-        warnings=(*complaints, *told),
+        warnings=(*of_file, *of_spacing),
     )
 
 
@@ -96,11 +96,11 @@ def read_picture(path: Path) -> np.ndarray:
 
 def _header(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Find the pixels' shape without decoding them, and tifffile's warnings about the file."""
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     if path.is_file() and path.stat().st_size == 0:
         raise IncompleteFile("the file is empty: export or copy it again")
     if path.name.lower().endswith(TIFF_ENDINGS):
-        shape, dtype, told = _tiff_header(path)
+        shape, dtype, warnings = _tiff_header(path)
     else:
         imageio = _library("imageio.v3")
         with _readable():
@@ -110,16 +110,16 @@ def _header(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     if dtype is None or dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise VolumeError(f"pixels must be plain integers or floats of up to 64 bits, got {dtype}: convert it")
     check_memory(shape, dtype)
-    return shape, told
+    return shape, warnings
 
 
 def _tiff_header(path: Path) -> tuple[tuple[int, ...], np.dtype | None, tuple[str, ...]]:
     tifffile = _library("tifffile")
-    with _readable(), _COMPLAINTS.collected() as complaints, tifffile.TiffFile(path) as file:
+    with _readable(), _TIFFFILE_LOG.collected() as records, tifffile.TiffFile(path) as file:
         series = file.series[0]
         if file.is_ome and any(page is not None and page.parent is not file for page in series.pages):
             raise VolumeError("the slices must be in this file, but some are in others that it names: save one stack")
-        told = _without_errors(complaints)
+        warnings = _without_errors(records)
         needed_bytes = math.prod(series.shape) * int(series.keyframe.bitspersample) // 8
         stored_bytes = path.stat().st_size
         if needed_bytes > stored_bytes * _MOST_GROWTH.get(int(series.keyframe.compression), math.inf):
@@ -127,16 +127,16 @@ def _tiff_header(path: Path) -> tuple[tuple[int, ...], np.dtype | None, tuple[st
                 f"the header claims {needed_bytes} bytes of pixels, too much for {stored_bytes} bytes of file: it is "
                 "cut off or its header is damaged; export or copy it again"
             )
-        return tuple(series.shape), series.dtype, told
+        return tuple(series.shape), series.dtype, warnings
 
 
 def _pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Decode a file of known shape."""
     with naming(path.name), _readable():
         if path.name.lower().endswith(TIFF_ENDINGS):
-            with _COMPLAINTS.collected() as complaints:
+            with _TIFFFILE_LOG.collected() as records:
                 pixels = np.asarray(_library("tifffile").imread(path))
-            _without_errors(complaints)
+            _without_errors(records)
         else:
             pixels = np.asarray(_library("imageio.v3").imread(path, plugin="pillow"))
         if pixels.shape != shape:
@@ -273,16 +273,16 @@ def _readable() -> Iterator[None]:
         raise kind(f"the file cannot be read: {reason:.200}; export or copy it again") from None
 
 
-def _without_errors(complaints: list[logging.LogRecord]) -> tuple[str, ...]:
+def _without_errors(records: list[logging.LogRecord]) -> tuple[str, ...]:
     """Refuse files for which tifffile logs an error, and return its warnings."""
-    said = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in complaints]
-    for record, text in zip(complaints, said, strict=True):
+    messages = [re.sub(r"<tifffile\.\S+ [^>]*>\s*", "", record.getMessage()) for record in records]
+    for record, text in zip(records, messages, strict=True):
         if record.levelno >= logging.ERROR or "Missing data are zeroed" in text:
             raise IncompleteFile(f"the TIFF file is damaged or cut off ({text:.200}): export or copy it again")
-    return tuple(said)
+    return tuple(messages)
 
 
-class _Complaints(logging.Filter):
+class _TifffileLog(logging.Filter):
     """Collects what tifffile logs in a thread, in place of the usual log."""
 
     def __init__(self) -> None:
@@ -292,18 +292,18 @@ class _Complaints(logging.Filter):
     @contextlib.contextmanager
     def collected(self) -> Iterator[list[logging.LogRecord]]:
         logging.getLogger("tifffile").addFilter(self)  # a second call changes nothing
-        self._of_thread.heard = heard = []
+        self._of_thread.records = records = []
         try:
-            yield heard
+            yield records
         finally:
-            del self._of_thread.heard
+            del self._of_thread.records
 
     def filter(self, record: logging.LogRecord) -> bool:
-        heard = getattr(self._of_thread, "heard", None)
-        if heard is None:
+        records = getattr(self._of_thread, "records", None)
+        if records is None:
             return True
-        heard.append(record)
+        records.append(record)
         return False
 
 
-_COMPLAINTS = _Complaints()
+_TIFFFILE_LOG = _TifffileLog()

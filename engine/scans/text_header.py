@@ -94,9 +94,8 @@ def locate_nrrd(path: Path) -> VoxelData:
     _check_end(lines, "NRRD000", lines[-1:] == [""] or names_data)
     if not lines or re.fullmatch(r"NRRD000[1-5]", lines[0]) is None:
         raise VolumeError(f"this is not an NRRD file: it does not begin with NRRD0001 to NRRD0005; {EXPORT_AGAIN}")
-    pairs = (
-        line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line)
-    )  # without comments and the user's own keys
+    # Without comments and the user's own keys.
+    pairs = (line.split(":", 1) for line in lines[1:] if re.match(r"[^#:]+:(?!=)", line))
     fields = {key.lower().replace(" ", ""): value.strip() for key, value in pairs}
     for key in ("spacings", "spacedirections", "spaceorigin"):
         if re.search(r"nan|inf", fields.get(key, ""), re.IGNORECASE):

@@ -146,7 +146,7 @@ def test_recordings_are_let_go_where_memory_is_short(cuda):
 
 
 class TestOwnThread:
-    def test_all_calls_run_in_one_thread_whoever_asks(self, cuda):
+    def test_calls_from_all_threads_run_in_one(self, cuda):
         own, seen = OwnThread(torch.device("cuda", 0)), []
         for _ in range(3):
             asking = threading.Thread(target=lambda: seen.append(own(threading.get_ident)))

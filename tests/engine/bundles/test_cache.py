@@ -67,7 +67,7 @@ def test_other_weights_and_precisions_are_other_bundles(root, model, builds, tmp
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
-def test_what_is_damaged_is_made_anew(root, model, builds, damage):
+def test_what_is_damaged_is_made_again(root, model, builds, damage):
     load(model)
     folder = bundles(root)[0]
     if damage == "truncate":

@@ -349,5 +349,5 @@ def test_options_are_checked(name, value):
 def test_tensors_that_are_no_plain_numbers_in_memory_are_refused(tmp_path):
     for tensor in (torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()):
         weights = {**random_weights(plans_json(), dataset_json()), "a": tensor}
-        with pytest.raises(CheckpointError, match="plain, dense weights, 'a' is none"):
+        with pytest.raises(CheckpointError, match="plain, dense weights, which 'a' is not"):
             read_model(write_model(tmp_path / "m", checkpoint={"network_weights": weights}))

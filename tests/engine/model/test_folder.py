@@ -142,7 +142,7 @@ def test_missing_pieces_of_a_folder_are_named(tmp_path):
         ({"inference_allowed_mirroring_axes": 3}, "must be among 0, 1, 2"),
         ({"inference_allowed_mirroring_axes": torch.tensor([0, 1])}, "must be among 0, 1, 2"),
         ({"inference_allowed_mirroring_axes": [torch.tensor([0, 1])]}, "must be among 0, 1, 2"),
-        ({"network_weights": {3: torch.zeros(1)}}, "plain, dense weights, 3 is none"),
+        ({"network_weights": {3: torch.zeros(1)}}, "plain, dense weights, which 3 is not"),
         ({"network_weights": {"a": torch.zeros(2).to_sparse()}}, "plain, dense weights"),
         ({"network_weights": {"a": torch.zeros(2, dtype=torch.complex64)}}, "plain, dense weights"),
         ({"network_weights": {"a": torch.zeros(1).expand(10**9)}}, "plain, dense weights"),

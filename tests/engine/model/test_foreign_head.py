@@ -46,7 +46,7 @@ def test_a_family_is_told_by_its_keys_and_answers_as_its_twin(tmp_path, caplog, 
     head = seeded(TWINS[kind])
     with caplog.at_level(logging.WARNING, logger="nnturbo"):
         model = read_model(fork(tmp_path / "m", head))
-    assert "was told by its keys" in caplog.text
+    assert "was recognised by its keys" in caplog.text
     assert "nothing uses" not in caplog.text
     assert model.plan.classification.class_names == ("0", "1", "2")
     assert model.plan.classification.focus_channels == (1, 2)
@@ -329,7 +329,7 @@ def test_a_classifier_that_was_fitted_afterwards_takes_its_place(tmp_path):
         (("layers",), {}, "layers must be a list of 0 to 64"),
         (("layers", 0, "kind"), "lstm", "a layer must have a kind of linear, conv, .* got"),
         (("layers", 0), "linear", "a layer must have a kind of"),
-        (("layers", 2, "slope"), 0.1, "layer relu may have nothing more, got 'slope'"),
+        (("layers", 2, "slope"), 0.1, "layer relu may have nothing, got 'slope'"),
         (("layers", 0, "key"), ..., "layer linear: key must be a text"),
         (("taps", 0, "layers", 1, "groups"), 0, "layer group_norm: groups must be 1"),
         (("taps", 0, "layers", 0, "padding"), -1, "layer conv: padding must be 0 to 64"),

@@ -95,7 +95,7 @@ def test_the_kernels_run_stu_net(tmp_path, base, depth):
 
 def test_inspect_names_the_network_that_was_trained(tmp_path):
     model_of(tmp_path / "m", filled(stu_net()), "STUNetTrainer_small", plans_of(LARGER))
-    assert dict(describe(tmp_path / "m", None))["network"].startswith("STU-Net, told by trainer and class, 0.9")
+    assert dict(describe(tmp_path / "m", None))["network"].startswith("STU-Net, recognised by trainer and class, 0.9")
 
 
 def test_what_a_gpu_does_with_u_nets_is_not_done_with_others(tmp_path):

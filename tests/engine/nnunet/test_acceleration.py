@@ -130,7 +130,7 @@ class TestWhatCannotRun:
                 "no_such_program must be a program on the PATH or a .py file; nothing of this name is there",
             ),
             ("nowhere.py", "nothing of this name is there"),
-            ("ls", "nnturbo run starts Python programs, and .*ls is none"),
+            ("ls", "nnturbo run starts Python programs, and .*ls is not one"),
         ],
     )
     def test_is_named(self, program, message, capsys):

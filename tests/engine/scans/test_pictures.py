@@ -175,21 +175,21 @@ class TestWriting:
 
 
 def test_tifffile_is_heard_by_the_thread_that_reads_alone(caplog):
-    logger, heard_inside = logging.getLogger("tifffile"), []
+    logger, records_inside = logging.getLogger("tifffile"), []
 
     def read():
-        with pictures._COMPLAINTS.collected() as heard:
+        with pictures._TIFFFILE_LOG.collected() as records:
             logger.error("of the other thread")
-            heard_inside.extend(heard)
+            records_inside.extend(records)
 
-    with pictures._COMPLAINTS.collected() as heard:
+    with pictures._TIFFFILE_LOG.collected() as records:
         thread = threading.Thread(target=read)
         thread.start()
         thread.join()
         logger.warning("of this thread")
     logger.error("of nobody")
-    assert [record.getMessage() for record in heard] == ["of this thread"]
-    assert [record.getMessage() for record in heard_inside] == ["of the other thread"]
+    assert [record.getMessage() for record in records] == ["of this thread"]
+    assert [record.getMessage() for record in records_inside] == ["of the other thread"]
     assert caplog.messages == ["of nobody"]
 
 
