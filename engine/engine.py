@@ -34,9 +34,10 @@ class Engine(Predictor[Prepared, Segmented]):
     """A trained model, loaded once and ready for any number of scans. Make one with `Engine.load`.
 
     Note:
-        A scan becomes labels in five steps: read (`pipeline.loading`), preprocess (`pipeline.preprocessing`), predict
-        (`pipeline.sliding_window`), label (`pipeline.labels`) and answer (`pipeline.prediction`). `Predictor.predict`
-        runs one after the other, `Predictor.predict_many` those of several scans at once.
+        A scan becomes labels in stages, named as in `Prediction.timings`: read (`pipeline.loading`), preprocess
+        (`pipeline.preprocessing`), network and stitch (`pipeline.sliding_window`) and labels (`pipeline.labels`);
+        `pipeline.prediction` makes the answer. `Predictor.predict` runs one after the other, `Predictor.predict_many`
+        those of several scans at once.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
         requests = requests_of([image], None if previous_stage is None else [previous_stage])
         with engine_errors(), contextlib.closing(self._prepare(requests, readers=0)) as loaded:
             prepared = _unless_error(next(loaded))  # read, preprocess
-            segmented = self._segment(prepared, save_probabilities, progress)  # predict, label
+            segmented = self._segment(prepared, save_probabilities, progress)  # network, stitch, labels
             return self._answer(segmented)
 
     def predict_many(

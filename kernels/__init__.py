@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels import device, reference
+from . import device, reference
 from .loader import has_cupy
 from .operators import AxisOperator
 from .reference import argmax_labels, normalize, plane_groups, region_labels, weighted_sum

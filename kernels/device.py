@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..kernels import loader
+from . import loader
 from .operators import AxisOperator
 
 MOST_BLOCKS = 4096

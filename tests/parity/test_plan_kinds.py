@@ -154,7 +154,7 @@ def test_networks_are_nnunets_or_are_refused(kind: str):
     [
         ("misspelt convolution", r"conv_op names 'torch\.nn\.modules\.conv\.Conv4d', which does not exist$"),
         ("convolution of a path that is not there", r"conv_op names .* does not exist \(torch has torch\.nn\.Conv3d\)"),
-        ("a function", "nonlin must name a module of torch.nn .* is none"),
+        ("a function", "nonlin must name a module of torch.nn .* is not"),
         ("a name alone", "nonlin must name a module of torch.nn .* got 'LeakyReLU'"),
         ("an entry that is not listed", "_kw_requires_import must list 'nonlin'"),
         ("a listed entry that is not there", "lists 'block', which must be among arch_kwargs"),

@@ -115,7 +115,7 @@ class TestScans:
         assert len(scans) == len(tiny.training_cases) + len(tiny.validation_cases)
 
     def test_a_fold_that_is_not_there(self, tiny):
-        with pytest.raises(DatasetError, match="has 1 splits, fold 3 is none"):
+        with pytest.raises(DatasetError, match="has 1 splits, fold 3 is not one of them"):
             training_scans(tiny.raw / tiny.name, tiny.preprocessed / tiny.name, 3)
 
     def test_a_missing_scan_is_named(self, tiny, tmp_path):

@@ -14,7 +14,8 @@ from nnturbo.engine import OutputError
 from nnturbo.engine.jobs.case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
 from nnturbo.engine.jobs.records import CaseState, RecordFolder
-from nnturbo.engine.scans.volume import Geometry, write_segmentation
+from nnturbo.engine.scans.geometry import Geometry
+from nnturbo.engine.scans.volume import write_segmentation
 
 from tests.engine.factory import provenance
 

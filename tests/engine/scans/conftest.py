@@ -1,7 +1,7 @@
 """What several modules about scans use."""
 
 import pytest
-from nnturbo.engine.scans.volume import Geometry
+from nnturbo.engine.scans.geometry import Geometry
 
 from tests.engine.scans.image_files import IDENTITY
 

@@ -13,8 +13,9 @@ import SimpleITK as sitk
 from nnturbo.engine import Engine
 from nnturbo.engine.cli import main
 from nnturbo.engine.errors import OutputError, VolumeError
+from nnturbo.engine.scans.geometry import Geometry
 from nnturbo.engine.scans.label_file import is_whole, second_file
-from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
+from nnturbo.engine.scans.volume import Volume, read_volume, write_segmentation
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model
 from tests.engine.scans.refusals import refusal

@@ -11,9 +11,10 @@ import SimpleITK
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import OutputError, VolumeError
+from nnturbo.engine.scans.geometry import Geometry
 from nnturbo.engine.scans.label_file import is_whole
 from nnturbo.engine.scans.nifti import NIBABEL_READERS
-from nnturbo.engine.scans.volume import Geometry, read_volume, restore_orientation, write_segmentation
+from nnturbo.engine.scans.volume import read_volume, restore_orientation, write_segmentation
 
 stock = pytest.importorskip("nnunetv2.imageio.nibabel_reader_writer", reason="nnU-Net's own readers are the oracle")
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.errors import BackendUnavailable, VolumeError
-from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, write_segmentation
+from nnturbo.engine.scans.geometry import Geometry
+from nnturbo.engine.scans.volume import Volume, read_volume, write_segmentation
 from PIL import Image
 
 from tests.engine.scans.picture_files import GREY, PICTURES, PLAIN, RGB, STACK, STACKS, cut, picture, tiff, tifffile

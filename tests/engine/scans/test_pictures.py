@@ -10,8 +10,9 @@ import pytest
 from nnturbo.engine import Engine
 from nnturbo.engine.errors import OutputError, VolumeError
 from nnturbo.engine.scans import pictures
+from nnturbo.engine.scans.geometry import Geometry
 from nnturbo.engine.scans.label_file import is_whole, second_file
-from nnturbo.engine.scans.volume import Geometry, files_of, read_volume, write_segmentation
+from nnturbo.engine.scans.volume import files_of, read_volume, write_segmentation
 
 from tests.engine.factory import plans_json, write_model
 from tests.engine.scans.picture_files import (

@@ -10,7 +10,8 @@ import pytest
 import SimpleITK
 from nnturbo.engine.errors import VolumeError
 from nnturbo.engine.scans import volume as volume_module
-from nnturbo.engine.scans.volume import Geometry, Volume, read_volume, restore_orientation
+from nnturbo.engine.scans.geometry import Geometry
+from nnturbo.engine.scans.volume import Volume, read_volume, restore_orientation
 
 from tests.engine.scans.image_files import IDENTITY, SIGNED_PERMUTATIONS, oblique_direction, ramp, write_image
 from tests.paths import SHARED
