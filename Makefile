@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # An editable install is a folder of links, one for each file: a new file, which changes its folder, needs one too.
 SOURCES := pyproject.toml setup.py $(shell find engine kernels training benchmarks nnturbo -type d ! -name __pycache__)
 
+# Tests start many processes: with bytecode on disk, none of them compiles the modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 DEMO_MODEL ?= examples/demo_model
 
 .PHONY: demo test test-rest test-all check benchmark guard dist clean

@@ -52,13 +52,16 @@ def make_task(name: str, model_folders: ModelFolders, folder: Path) -> Task:
 
 
 def parameter(name: str):
-    """Mark a task as thorough, unless it is the first of its kind of model or of the plainest kind."""
-    kind, scan = SYNTHETIC[name]
-    is_thorough = kind != PLAIN_CT and scan != kind.scans[0]
+    """Mark a task as thorough, unless its model is the plainest, or it is the first of its kind or with real scans."""
+    if name in CROPS:
+        is_thorough = name != next(iter(CROPS))
+    else:
+        kind, scan = SYNTHETIC[name]
+        is_thorough = kind != PLAIN_CT and scan != kind.scans[0]
     return pytest.param(name, marks=pytest.mark.thorough if is_thorough else ())
 
 
-@pytest.fixture(scope="module", params=[*map(parameter, SYNTHETIC), *CROPS])
+@pytest.fixture(scope="module", params=[*map(parameter, [*SYNTHETIC, *CROPS])])
 def comparison(
     request: pytest.FixtureRequest,
     model_folders: ModelFolders,

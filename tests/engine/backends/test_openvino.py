@@ -37,7 +37,11 @@ def runner_of(model, folder, precision="fp32", tiles=None, floor=quantization.IN
 
 @pytest.mark.parametrize(
     "plans",
-    [plans_json(), multi_task(plans_json(), kind="attention"), multi_task(plans_2d())],
+    [
+        plans_json(),
+        pytest.param(multi_task(plans_json(), kind="attention"), marks=pytest.mark.thorough),
+        multi_task(plans_2d()),
+    ],
     ids=["single", "multi", "2d"],
 )
 def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, plans):
