@@ -22,7 +22,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what Windows cannot do, there and where it is simulated (tests/windows)."""
     for mark in item.iter_markers("posix"):
         if not hasattr(os, "fork"):
-            pytest.skip(f"needs {mark.args[0]}, which Windows has not")
+            pytest.skip(f"needs {mark.args[0]}, which Windows lacks")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -77,22 +77,26 @@ class WindowsError(PermissionError):
 
 
 class Without(types.ModuleType):
-    """A module without some of its names; the rest, changes to it included, is that of the module itself."""
+    """A module without some of its names; the rest, its dictionary and changes included, is that of the module itself."""
+
+    __slots__ = ("_missing", "_module")
 
     def __init__(self, module, missing):
         super().__init__(module.__name__)
-        self.__dict__["_module"], self.__dict__["_missing"] = module, missing
+        object.__setattr__(self, "_module", module)
+        object.__setattr__(self, "_missing", missing)
 
-    def __getattr__(self, name):
-        if name in self._missing:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}: it is not on Windows")
-        return getattr(self._module, name)
+    def __getattribute__(self, name):
+        module = object.__getattribute__(self, "_module")
+        if name in object.__getattribute__(self, "_missing"):
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}: it is not on Windows")
+        return getattr(module, name)
 
     def __setattr__(self, name, value):
-        setattr(self._module, name, value)
+        setattr(object.__getattribute__(self, "_module"), name, value)
 
     def __delattr__(self, name):
-        delattr(self._module, name)
+        delattr(object.__getattribute__(self, "_module"), name)
 
 
 def is_open(path):

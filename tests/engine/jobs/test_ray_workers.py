@@ -19,6 +19,7 @@ from tests.engine.jobs.outputs import label_files
 
 ray = pytest.importorskip("ray", reason="needs Ray")
 pytestmark = [
+    pytest.mark.posix("processes of Ray, which start as they do on Linux"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

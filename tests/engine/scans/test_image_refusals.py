@@ -119,7 +119,7 @@ class TestRefusals:
             ("DimSize", "40 30", "DimSize must be 3 finite"),
             ("DimSize", "0 30 20", "length of at least 1"),
             ("DimSize", "-40 30 20", "length of at least 1"),
-            ("DimSize", "100000 100000 100000", "must fit into memory"),
+            ("DimSize", "100000 100000 100000", "must fit into memory|too much for"),
             ("DimSize", "4294967336 30 20", "DimSize must be 3 finite"),
             ("ElementSpacing", "0 1 1", "spacing must be above 0 mm|Zero-valued spacing"),
             ("ElementSpacing", "-1 1 1", "spacing must be above 0 mm"),
@@ -182,7 +182,7 @@ class TestRefusals:
         ("key", "value", "text"),
         [
             ("sizes", "0 30 20", "header cannot be read: .*size is zero"),
-            ("sizes", "100000 100000 100000", "must fit into memory"),
+            ("sizes", "100000 100000 100000", "must fit into memory|too much for"),
             ("dimension", "2", "header cannot be read"),
             ("type", "complex", "header cannot be read"),
             ("encoding", "bzip2", "encoding must be raw or gzip, got 'bzip2'"),
@@ -267,11 +267,13 @@ class TestRefusals:
         monkeypatch.setattr(image_file, "locate_voxels", deny)
         assert "the system cannot read it: Permission denied" in refusal(path)
 
+    @pytest.mark.posix("sysconf")
     def test_what_this_machine_cannot_hold(self, tmp_path, monkeypatch, voxels_stay_unread):
         path = write_image(tmp_path / "v.nii.gz")
         monkeypatch.setattr(itk.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.get)
         assert "40 x 30 x 20 voxels need 0.0 of 0.0 GiB: check the header, or crop" in refusal(path)
 
+    @pytest.mark.posix("sysconf")
     def test_where_the_system_does_not_tell_its_memory(self, tmp_path, monkeypatch):
         monkeypatch.delattr(itk.os, "sysconf")
         assert read_volume(write_image(tmp_path / "v.nii.gz")).array.shape == (1, *SHAPE)

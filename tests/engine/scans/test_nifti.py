@@ -292,7 +292,7 @@ class TestRefusals:
             (nifti(dim=[4, 5, 4, 3, 2, 1, 1, 1]), "must be 3D, or 2D, got 4D"),
             (nifti(dim=[3, 5, 0, 3, 1, 1, 1, 1]), "length of at least 1"),
             (nifti(dim=[3, 5, 4, 30, 1, 1, 1, 1]), "too much for|are there"),
-            (nifti(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), "must fit into memory"),
+            (nifti(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), "must fit into memory|too much for"),
             (nifti(version=2, voxels=np.zeros((1, 1, 32768), np.int16)), "every axis must have at most 32767 voxels"),
             (nifti(datatype=32), "got complex"),
             (nifti(pixdim=[1, np.nan, 1, 1, 1, 1, 1, 1]), "spacing must be finite"),
@@ -329,6 +329,7 @@ class TestRefusals:
         with pytest.raises(VolumeError, match=r"v\.nii\.gz: .*(damaged or cut off|voxels, \d+ are there)"):
             read_volume(tmp_path / "v.nii.gz", reader="NibabelIO")
 
+    @pytest.mark.posix("sysconf")
     def test_what_this_machine_cannot_hold(self, tmp_path, monkeypatch):
         (tmp_path / "v.nii").write_bytes(nifti())
         monkeypatch.setattr("nnturbo.engine.scans.itk.os.sysconf", {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 10}.get)

@@ -159,6 +159,7 @@ class TestRefusals:
             path.write_bytes(content)
             assert "too much for" in refusal(path, reader="NaturalImage2DIO")
 
+    @pytest.mark.posix("sysconf")
     def test_what_this_machine_cannot_hold(self, tmp_path, monkeypatch):
         monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 10}.get)
         for name in ("rgb.png", "rgb.tif"):
