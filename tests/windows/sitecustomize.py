@@ -77,7 +77,7 @@ class WindowsError(PermissionError):
 
 
 class Without(types.ModuleType):
-    """A module without some of its names; the rest, its dictionary and changes included, is that of the module itself."""
+    """A module without some of its names; the rest, its dictionary included, is that of the module itself."""
 
     __slots__ = ("_missing", "_module")
 
