@@ -12,7 +12,7 @@ from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.options import AGGREGATIONS
 from nnturbo.engine.pipeline.voting import Votes
 
-from tests.engine.export.scripted_paths import SPACING, loaded, normalized_by, scan, stepwise, traced, with_class
+from tests.engine.export.scripted.paths import SPACING, loaded, normalized_by, scan, stepwise, traced, with_class
 from tests.engine.factory import dataset_json, plans_json
 
 

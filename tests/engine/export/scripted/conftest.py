@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.engine.export.scripted_paths import compiled
+from tests.engine.export.scripted.paths import compiled
 from tests.engine.factory import multi_task, plans_json, write_model
 
 

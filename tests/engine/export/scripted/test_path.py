@@ -10,7 +10,7 @@ from nnturbo.engine.export.scripted.whole_path import whole_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.options import AGGREGATIONS
 
-from tests.engine.export.scripted_paths import (
+from tests.engine.export.scripted.paths import (
     SPACING,
     assert_same,
     bordered,
