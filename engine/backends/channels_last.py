@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ...kernels import instance_norm
 from ..errors import BackendUnavailable
-from ..model.folds import InferenceNetwork, only_spreads
+from ..model.folds import InferenceNetwork
+from .rewrites import only_spreads
 
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..model.folder import Model
-from ..model.folds import inference_network, with_low_convolutions
+from ..model.folds import inference_network
 from ..model.runner import NetworkOutput
+from .rewrites import with_low_convolutions
 from .torch import DTYPES, exact_float32, on_device, refuse_half_on_cpu
 
 FILE = "network.pt2"

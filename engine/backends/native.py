@@ -20,9 +20,10 @@ from ...kernels.convolution import Kernels, PendingUpsampling, channels_last, la
 from ..errors import BackendUnavailable
 from ..files import cache_root
 from ..model.folder import Model
-from ..model.folds import InferenceNetwork, inference_network, only_spreads, replace_modules
+from ..model.folds import InferenceNetwork, inference_network
 from ..model.runner import NetworkOutput
 from ..model.stu_net import StuBlock, StuNet
+from .rewrites import only_spreads, replace_modules
 from .torch import TorchBackend
 
 logger = logging.getLogger(__name__)

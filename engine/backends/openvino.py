@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..model.folder import Model
-from ..model.folds import InferenceNetwork, inference_network, with_exact_norms
+from ..model.folds import InferenceNetwork, inference_network
 from ..model.runner import NetworkOutput
 from .quantization import INT8_FLOOR, quantize
+from .rewrites import with_exact_norms
 
 FILE = "network.xml"
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..errors import BackendUnavailable, BundleError, EngineError, PredictionError
 from ..files import sha256
 from ..model.folder import Model
-from ..model.folds import InferenceNetwork, inference_network, with_low_convolutions, with_shuffles
+from ..model.folds import InferenceNetwork, inference_network
 from ..model.runner import NetworkOutput
 from .onnx import INPUT, OUTPUTS, export_onnx, missing_exporters
+from .rewrites import with_low_convolutions, with_shuffles
 from .tensorrt_library import EXTRAS, MOST_TILES, Library, cache_file, installed, keep
 from .torch import exact_float32, on_device
 

@@ -15,11 +15,12 @@ from ...kernels.loader import has_cupy
 from ..errors import BackendUnavailable
 from ..model.checkpoint import read_checkpoint
 from ..model.folder import Model
-from ..model.folds import InferenceNetwork, inference_network, with_shuffles
+from ..model.folds import InferenceNetwork, inference_network
 from ..model.runner import NetworkOutput
 from .channels_last import with_channels_last, without_lost_biases
 from .cuda_graph import GraphedNetwork
 from .own_thread import OwnThread
+from .rewrites import with_shuffles
 
 logger = logging.getLogger(__name__)
 

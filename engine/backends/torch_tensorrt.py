@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, BundleError
 from ..model.folder import Model
-from ..model.folds import inference_network, with_low_convolutions, with_shuffles
+from ..model.folds import inference_network
 from ..model.runner import NetworkOutput
+from .rewrites import with_low_convolutions, with_shuffles
 from .tensorrt_library import MOST_TILES, cache_file, keep
 
 FILE = "network.ts"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..model.folder import Model
-from ..model.folds import inference_network, with_low_convolutions, with_shuffles
+from ..model.folds import inference_network
 from ..model.runner import NetworkOutput
+from .rewrites import with_low_convolutions, with_shuffles
 from .torch import DTYPES, exact_float32, refuse_half_on_cpu
 
 FILE = "network.ts"

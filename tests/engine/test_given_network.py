@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, CheckpointError, Engine, ModelError, Volume
+from nnturbo.engine.backends.rewrites import with_low_convolutions
 from nnturbo.engine.backends.torch import network_for_gpu
 from nnturbo.engine.model.folder import read_model
-from nnturbo.engine.model.folds import inference_network, with_low_convolutions
+from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.given_network import GivenLogits, GivenNetwork
 from nnturbo.engine.model.network import build_network
 from torch import nn

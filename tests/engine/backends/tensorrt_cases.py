@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 from nnturbo.engine.backends.onnx import export_onnx
-from nnturbo.engine.model.folds import LowConvolution, inference_network, with_low_convolutions, with_shuffles
+from nnturbo.engine.backends.rewrites import LowConvolution, with_low_convolutions, with_shuffles
+from nnturbo.engine.model.folds import inference_network
 from torch import nn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

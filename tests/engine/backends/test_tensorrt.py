@@ -16,9 +16,10 @@ import torch
 from nnturbo.engine import BackendUnavailable, BundleError
 from nnturbo.engine.backends import tensorrt
 from nnturbo.engine.backends.choose import choose_backend
+from nnturbo.engine.backends.rewrites import with_shuffles
 from nnturbo.engine.backends.tensorrt import TensorRtBackend, TensorRtRunner
 from nnturbo.engine.model.folder import read_model, with_classifier
-from nnturbo.engine.model.folds import inference_network, with_shuffles
+from nnturbo.engine.model.folds import inference_network
 
 from tests.engine.backends.tensorrt_cases import (
     CPU,

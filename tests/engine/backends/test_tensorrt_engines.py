@@ -9,8 +9,9 @@ import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, BundleError, ModelError
 from nnturbo.engine.backends import tensorrt, tensorrt_library
+from nnturbo.engine.backends.rewrites import LowConvolution
 from nnturbo.engine.backends.tensorrt_library import MOST_TILES, keep, profile
-from nnturbo.engine.model.folds import LowConvolution, inference_network
+from nnturbo.engine.model.folds import inference_network
 from torch import nn
 
 from tests.engine.backends.tensorrt_cases import check_half_network, layers_of, needs_export, needs_rtx, without_gpu

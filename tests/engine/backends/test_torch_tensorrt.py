@@ -16,9 +16,10 @@ import torch
 from nnturbo.engine import BackendUnavailable, BundleError
 from nnturbo.engine.backends import torch_tensorrt
 from nnturbo.engine.backends.choose import choose_backend
+from nnturbo.engine.backends.rewrites import with_low_convolutions, with_shuffles
 from nnturbo.engine.backends.torch_tensorrt import TorchTensorRtBackend
 from nnturbo.engine.model.folder import read_model
-from nnturbo.engine.model.folds import inference_network, with_low_convolutions, with_shuffles
+from nnturbo.engine.model.folds import inference_network
 
 from tests.engine.factory import multi_task, plans_json, write_model
 

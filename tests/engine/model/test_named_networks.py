@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import CheckpointError, Engine, ModelError, Volume
-from nnturbo.engine.model.folds import inference_network, with_low_convolutions, with_shuffles
+from nnturbo.engine.backends.rewrites import with_low_convolutions, with_shuffles
+from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.named_networks import NAMED, UNCHANGED, named_network
 from nnturbo.engine.model.network import build_network, make_network
 from nnturbo.engine.model.plans import Architecture, parse_plan
