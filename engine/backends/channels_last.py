@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from ...kernels import instance_norm
 from ..errors import BackendUnavailable
 from ..model.folds import InferenceNetwork
-from .rewrites import only_spreads
+from .rewrites import ACTIVATIONS, last_activation, negative_slope, only_spreads
 
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 
 PACK_BYTES = 16
@@ -88,7 +87,7 @@ class FusedBlock(nn.Module):
         convolution.bias = None  # the norm takes it away
         self.convolution = convolution.to(dtype=dtype, memory_format=_memory_format(convolution.weight.ndim))
         self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
-        self.slope = _slope(activation[0]) if activation else 1.0
+        self.slope = negative_slope(activation[0]) if activation else 1.0
 
     def forward(self, values: Tensor, residual: Tensor | None = None, joined: list[Tensor] | None = None) -> Tensor:
         """From (N, in, *grid) to (N, out, *grid); appends to `joined`, where it is given, as in `Features`."""
@@ -109,7 +108,7 @@ class FusedResidual(nn.Module):
         names = ("conv1", "conv2", "conv3") if hasattr(block, "conv3") else ("conv1", "conv2")
         *first, last = (FusedBlock(getattr(block, name), dtype) for name in names)
         self.first, self.last = nn.Sequential(*first), last
-        self.last.slope = _slope(_last_activation(block))
+        self.last.slope = negative_slope(last_activation(block))
         skip = list(block.skip) if isinstance(block.skip, nn.Sequential) else []
         self.skip = nn.Sequential(
             *(
@@ -250,7 +249,7 @@ def _require_suitable(fold: Any, width: int) -> None:
     known = known and not getattr(fold, "taps_decoder", False)  # the features of its stages are not kept
     for module in fold.modules():
         if isinstance(module, BasicBlockD | BottleneckD):
-            known = known and not module.apply_se and isinstance(_last_activation(module), ACTIVATIONS)
+            known = known and not module.apply_se and isinstance(last_activation(module), ACTIVATIONS)
     if not known or not all(_is_suitable(block, width) for block in _convolution_blocks(fold)):
         raise BackendUnavailable(
             f"the network must be one of nnU-Net's U-Nets with instance norms, (leaky) ReLU and channels in multiples "
@@ -282,14 +281,6 @@ def _steps(block: Any) -> list[Any]:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) and not module.track_running_stats
-
-
-def _last_activation(block: Any) -> Any:
-    return block.nonlin3 if hasattr(block, "conv3") else block.nonlin2
-
-
-def _slope(activation: nn.LeakyReLU | nn.ReLU) -> float:
-    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
 
 
 def _memory_format(ndim: int) -> torch.memory_format:

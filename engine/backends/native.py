@@ -23,15 +23,13 @@ from ..model.folder import Model
 from ..model.folds import InferenceNetwork, inference_network
 from ..model.runner import NetworkOutput
 from ..model.stu_net import StuBlock, StuNet
-from .rewrites import only_spreads, replace_modules
+from .rewrites import ACTIVATIONS, negative_slope, only_spreads, replace_modules
 from .torch import TorchBackend
 
 logger = logging.getLogger(__name__)
 
 LEAST_VOXELS = 2048
 """Least output size of a transformed convolution: below it, transforming weights takes longer than the voxels."""
-
-ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
 
 
 class Convolve(nn.Module):
@@ -118,7 +116,7 @@ class Residual(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.skip, self.first, self.second = block.skip, block.conv1, block.conv2
-        self.second.slope = _slope(block.nonlin2)
+        self.second.slope = negative_slope(block.nonlin2)
 
     def forward(self, values: Tensor) -> Tensor:
         """From (1, in, Z, Y, X) to (1, out, ...)."""
@@ -266,11 +264,7 @@ def _block(kernels: Kernels, block: Any) -> Block | None:
         return None
     if not isinstance(activation, ACTIVATIONS):
         return None
-    return Block(Convolve(kernels, convolution), norm, _slope(activation))
-
-
-def _slope(activation: nn.LeakyReLU | nn.ReLU) -> float:
-    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+    return Block(Convolve(kernels, convolution), norm, negative_slope(activation))
 
 
 def _bias(convolution: nn.Conv3d | nn.ConvTranspose3d) -> Tensor:

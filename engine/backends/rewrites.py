@@ -14,6 +14,9 @@ from ..model.network import is_known
 
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
+ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
+"""Activations that have a slope, see `negative_slope`."""
+
 
 def with_shuffles(network: InferenceNetwork) -> InferenceNetwork:
     """Replace transposed convolutions whose kernel equals their stride by `Upsampling`, in place.
@@ -188,3 +191,13 @@ class Upsampling(nn.Module):
         # (N, out, sz, sy, sx, z, y, x) to (N, out, z, sz, y, sy, x, sx)
         fine = fine.permute(0, 1, *(axis for position in axes for axis in (position + len(grid), position)))
         return fine.reshape(-1, self.channels, *(n * s for n, s in zip(grid, self.stride, strict=True)))
+
+
+def last_activation(block: Any) -> nn.Module:
+    """Find the activation at the end of a residual block of nnU-Net."""
+    return block.nonlin3 if hasattr(block, "conv3") else block.nonlin2
+
+
+def negative_slope(activation: Any) -> float:
+    """Number by which one of `ACTIVATIONS` multiplies negative values."""
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0

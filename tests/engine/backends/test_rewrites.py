@@ -22,8 +22,8 @@ def model_of(tmp_path, plans, **arguments):
     return read_model(write_model(tmp_path / "m", plans=plans, **arguments))
 
 
-def tiles_for(model, count=2):
-    return torch.randn(count, 1, *model.plan.patch_size, generator=torch.Generator().manual_seed(1))
+def tiles_for(model):
+    return torch.randn(2, 1, *model.plan.patch_size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("bias", [True, False])
