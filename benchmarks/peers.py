@@ -30,7 +30,8 @@ from nnturbo.engine.model.mirroring import View, mirror_views
 from nnturbo.engine.model.runner import Runner
 from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.engine.pipeline.preprocessing import Case, preprocess
-from nnturbo.engine.pipeline.sliding_window import gaussian, predict_logits
+from nnturbo.engine.pipeline.sliding_window import predict_logits
+from nnturbo.engine.pipeline.tiling import gaussian
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions
 from nnturbo.engine.scans.volume import read_volume

@@ -57,9 +57,7 @@ class TileNetwork:
         self._runner, self._window, self._num_outputs = runner, window, num_outputs
         self._device, self._timings, self._votes = device, timings, votes
 
-    def __call__(
-        self, volume: Tensor, starts: Sequence[tuple[int, int, int]]
-    ) -> Iterator[tuple[int, Sequence[View], Tensor]]:
+    def __call__(self, volume: Tensor, starts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[View], Tensor]]:
         """Run the tiles that begin at these voxels of (C, Z, Y, X), at most `views_per_call` views at a time.
 
         Yields:

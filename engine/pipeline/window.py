@@ -68,10 +68,8 @@ class SlidingWindow:
 
     def positions(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """First voxel of every tile along z, y, x of a grid at least as large as the patch."""
-        z, y, x = (
-            tile_positions(n, patch, self.tile_step_size) for n, patch in zip(shape, self.patch_size, strict=True)
-        )
-        return (list(range(shape[0])) if self.slicewise else z), y, x
+        z, y, x = tile_starts(list(shape), list(self.patch_size), self.tile_step_size, self.slicewise)
+        return z, y, x
 
 
 def tile_positions(length: int, patch: int, step: float) -> list[int]:
@@ -81,3 +79,11 @@ def tile_positions(length: int, patch: int, step: float) -> list[int]:
         return [0]
     actual_step = (length - patch) / (count - 1)
     return [int(round(actual_step * i)) for i in range(count)]  # noqa: RUF046  # TorchScript's round gives a float
+
+
+def tile_starts(shape: list[int], patch_size: list[int], step: float, slicewise: bool) -> list[list[int]]:
+    """First voxels of the tiles along each axis; `slicewise`, every plane is a row of tiles."""
+    starts = [tile_positions(shape[axis], patch_size[axis], step) for axis in range(3)]
+    if slicewise:
+        starts[0] = [plane for plane in range(shape[0])]  # noqa: C416  # TorchScript's list() takes no range
+    return starts

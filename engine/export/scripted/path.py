@@ -17,7 +17,7 @@ from ...model.heads import focus_of_channels
 from ...model.mirroring import mirror_views
 from ...model.plans import Plan
 from ...options import AGGREGATIONS
-from ...pipeline.sliding_window import axis_weights, shift_planes
+from ...pipeline.tiling import axis_weights, shift_planes
 from ...pipeline.voting import mean_vote
 from ...pipeline.window import tile_positions
 from .labels import ScriptLabels

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline.sliding_window import axis_weights, gaussian, predict_logits
+from nnturbo.engine.pipeline.sliding_window import predict_logits
+from nnturbo.engine.pipeline.tiling import gaussian
 from nnturbo.engine.pipeline.timing import Timings
 from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions
 
@@ -84,22 +85,6 @@ def test_a_slicewise_network_sees_every_plane_on_its_own():
     )
     assert np.abs(stitched(image, runner, window, 2) - image).max() < 1e-5
     assert seen == [(4, 2, 6, 8)] * (5 * 2 * 2)
-
-
-@pytest.mark.parametrize(
-    ("length", "patch", "step", "positions"),
-    [(110, 64, 0.5, [0, 23, 46]), (64, 64, 0.5, [0]), (65, 64, 0.5, [0, 1]), (10, 4, 1.0, [0, 3, 6])],
-)
-def test_tile_positions_are_nnunets(length, patch, step, positions):
-    assert tile_positions(length, patch, step) == positions
-
-
-def test_axis_weights_of_all_tiles_add_up_to_one():
-    positions = tile_positions(37, 11, 0.5)
-    total = torch.zeros(37)
-    for start, weight in zip(positions, axis_weights(37, 11, positions), strict=True):
-        total[start : start + 11] += weight
-    assert torch.allclose(total, torch.ones(37), atol=1e-6)
 
 
 def test_progress_counts_every_tile():

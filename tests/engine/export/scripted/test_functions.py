@@ -14,7 +14,7 @@ from nnturbo.engine.model.resampling_function import Resampling
 from nnturbo.engine.pipeline.interpolation import PREFILTERS, spline_band, torch_band
 from nnturbo.engine.pipeline.preprocessing import filled_mask, nonzero_box, shape_at_spacing
 from nnturbo.engine.pipeline.resampling import GridMap, grid_map, resample, spline_operator, torch_operator, value_range
-from nnturbo.engine.pipeline.sliding_window import axis_weights
+from nnturbo.engine.pipeline.tiling import axis_weights
 from nnturbo.engine.pipeline.window import tile_positions
 from nnturbo.kernels import argmax_labels, region_labels
 
