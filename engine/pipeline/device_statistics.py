@@ -1,7 +1,7 @@
-"""What normalisation and clipping need to know of a scan, measured on the GPU that it lies on.
+"""What normalisation and clipping need to know of a scan, measured on the device that it lies on.
 
-Uploading a scan takes less time than looking through it on a CPU. Sums are in float64 as those of `normalization`, so
-that results differ by rounding alone.
+The engine measures scans on a GPU so, because uploading one takes less time than looking through it on a CPU; path.ts
+measures all scans so. Sums are in float64 as those of `normalization`, so that results differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ STATISTICS_PLANES = 64
 """Planes per step; bounds the float copy that is alive."""
 
 
-def mean_and_deviation(image: Tensor, region: Tensor | None) -> tuple[float, float]:
-    """Compute mean and standard deviation of a channel (Z, Y, X), of a region (Z, Y, X) where there is one."""
+def mean_and_deviation(image: Tensor, region: Tensor | None, planes: int = STATISTICS_PLANES) -> tuple[float, float]:
+    """Compute mean and standard deviation of a channel (Z, Y, X); TorchScript can compile this.
+
+    Args:
+        image: Of any type that torch adds up.
+        region: (Z, Y, X) bool, of which alone; None for all voxels.
+        planes: Planes per step.
+    """
     count = image.numel() if region is None else int(region.sum())
-    mean = float(_total(image, region, None)) / max(count, 1)
-    squares = float(_total(image, region, torch.tensor(mean, dtype=torch.float32).item()))
-    return mean, (squares / max(count, 1)) ** 0.5
+    mean = float(_total(image, region, None, planes)) / max(count, 1)
+    nearest = float(torch.tensor(mean, dtype=torch.float32))
+    return mean, (float(_total(image, region, nearest, planes)) / max(count, 1)) ** 0.5
 
 
-def _total(image: Tensor, region: Tensor | None, mean: float | None) -> Tensor:
+def _total(image: Tensor, region: Tensor | None, mean: float | None, planes: int) -> Tensor:
     """Sum of values, or of squared distances from a mean, as float64 on the device."""
-    total = torch.zeros((), dtype=torch.float64, device=image.device)
-    for start in range(0, len(image), STATISTICS_PLANES):
-        values = image[start : start + STATISTICS_PLANES]
+    total = torch.zeros([], dtype=torch.float64, device=image.device)
+    for start in range(0, image.shape[0], planes):
+        values = image[start : start + planes]
         if mean is not None:
             values = (values.float() - mean).square_()
         if region is not None:
-            values = values.masked_fill(~region[start : start + STATISTICS_PLANES], 0)
+            values = values.masked_fill(~region[start : start + planes], 0)
         total += values.sum(dtype=torch.float64)
     return total
 

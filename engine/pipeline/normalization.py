@@ -103,7 +103,11 @@ def normalization_numbers(
 
 
 def _statistics(image: np.ndarray | Tensor, region: np.ndarray | Tensor | None) -> tuple[float, float]:
-    """Mean and standard deviation of a channel, within a region if there is one."""
+    """Mean and standard deviation of a channel, within a region if there is one.
+
+    An array is measured by numpy: it may have types, byte orders and strides that torch cannot read. Apart from the
+    order in which numbers are added, this is `mean_and_deviation`.
+    """
     if isinstance(image, Tensor):
         assert region is None or isinstance(region, Tensor)  # they lie on the same device
         return mean_and_deviation(image, region)

@@ -9,6 +9,7 @@ from ..errors import PredictionError
 from ..model.classification import Classification, ClassificationScheme
 from ..model.heads import focus_map
 from ..model.runner import NetworkOutput
+from .finiteness import not_finite_error
 
 
 def mean_vote(logits: Tensor, shown: Tensor) -> Tensor:
@@ -69,10 +70,7 @@ class Votes:
         shown = torch.cat(self._weights) if self._by_foreground else torch.ones(logits.shape[:2])
         mean = mean_vote(logits, shown.reshape(-1, self._views))
         if not torch.isfinite(mean).all():
-            raise PredictionError(
-                "the network's class logits must be finite, got NaN or infinity: its weights are damaged, or the "
-                "precision is too low for this model; try --precision fp32"
-            )
+            raise not_finite_error("class logits")
         return mean
 
     def count(self) -> Classification:

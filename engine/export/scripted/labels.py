@@ -4,12 +4,31 @@ It calls the engine's functions for labels and for sums of planes. One thing is 
 planes in generators, which TorchScript does not support; here they are in the state.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ....kernels.reference import argmax_labels, region_labels, weighted_sum
 from ...model.plans import Plan
-from .resampling import ScriptGrid, inputs_of, resample_planes, resample_rows, step_in_plane, stored_grid, value_range
+from .preprocessing import ScanState
+from .resampling import grid_shape, inputs_of, resample_planes, resample_rows, step_in_plane, value_range
+
+
+class LabelState(NamedTuple):
+    """The labels of a scan, and the planes of logits that wait for others.
+
+    Attributes:
+        labels: (Z, Y, X) on the scan's own grid.
+        held: (K, planes, Y, X), the planes that wait.
+        held_from: Index of the first of them.
+        made: Number of planes of the cropped scan that have labels.
+    """
+
+    labels: Tensor
+    held: Tensor
+    held_from: int
+    made: int
 
 
 class ScriptLabels(nn.Module):
@@ -24,57 +43,59 @@ class ScriptLabels(nn.Module):
         self.many = len(plan.labels.foreground) >= 255
         self.transpose_forward = list(plan.transpose_forward)
 
-    def begin(self, state: dict[str, Tensor], scan_shape: list[int], device: torch.device) -> None:
+    def begin(self, scan_shape: list[int], device: torch.device) -> LabelState:
         """Allocate the labels of a scan, (Z, Y, X), and an empty buffer of waiting planes."""
-        state["labels"] = torch.zeros(scan_shape, dtype=torch.int32 if self.many else torch.uint8, device=device)
-        state["held"] = torch.empty(self.num_outputs, 0, 0, 0, device=device)
-        state["held_from"], state["made"] = torch.tensor(0), torch.tensor(0)
+        labels = torch.zeros(scan_shape, dtype=torch.int32 if self.many else torch.uint8, device=device)
+        return LabelState(labels, torch.empty(self.num_outputs, 0, 0, 0, device=device), 0, 0)
 
-    def add(self, state: dict[str, Tensor], logits: Tensor) -> None:
+    def add(self, state: LabelState, scan: ScanState, logits: Tensor) -> LabelState:
         """Turn every plane that is complete into labels.
 
         Args:
-            state: State of the case.
+            state: Labels and planes so far.
+            scan: Scan of the labels.
             logits: (K, planes, Y, X), the next planes of the network's grid.
+
+        Returns:
+            The state to go on with.
         """
-        grid = stored_grid(state, "logits_grid")
+        grid = scan.logits_grid
         if grid.clip != "none":  # clipping needs the range of all logits
-            self._hold(state, logits)
-            if state["held"].shape[1] == int(state["shape"][0]):
-                low, high = value_range(state["held"], grid)
-                planes = resample_rows(state["held"], grid, 0, grid.operators[0].first.shape[0], 0, low, high)
+            held = self._joined(state.held, logits)
+            if held.shape[1] == grid_shape(scan.grid)[0]:
+                low, high = value_range(held, grid)
+                planes = resample_rows(held, grid, 0, grid_shape(grid)[0], 0, low, high)
                 for index in range(planes.shape[1]):
-                    self._write(state, index, planes[:, index])
-            return
+                    self._write(state.labels, scan.box, index, planes[:, index])
+            return LabelState(state.labels, held, 0, 0)
         step = step_in_plane(logits, grid)
         for start in range(0, logits.shape[1], step):
-            self._hold(state, resample_planes(logits[:, start : start + step], grid))
-            self._make_planes(state, grid)
+            state = self._make_planes(state, scan, resample_planes(logits[:, start : start + step], grid))
+        return state
 
-    def _hold(self, state: dict[str, Tensor], planes: Tensor) -> None:
-        held = state["held"]
-        state["held"] = planes.clone() if held.shape[1] == 0 else torch.cat([held, planes], dim=1)
+    def _joined(self, held: Tensor, planes: Tensor) -> Tensor:
+        return planes.clone() if held.shape[1] == 0 else torch.cat([held, planes], dim=1)
 
-    def _make_planes(self, state: dict[str, Tensor], grid: ScriptGrid) -> None:
-        """Make the planes of the scan's grid whose inputs are all held, and drop inputs that no other plane needs."""
-        z = grid.operators[0]
+    def _make_planes(self, state: LabelState, scan: ScanState, planes: Tensor) -> LabelState:
+        """Make the planes of the scan's grid whose inputs have come, and drop inputs that no other plane needs."""
+        z = scan.logits_grid.operators[0]
         n_out = z.first.shape[0]
-        made, held_from = int(state["made"]), int(state["held_from"])
-        held = list(state["held"].unbind(1))
+        made, held_from = state.made, state.held_from
+        joined = self._joined(state.held, planes)
+        held = list(joined.unbind(1))
         held_to = held_from + len(held)
         while made < n_out and inputs_of(z, made, made + 1)[1] <= held_to:
             first, last = inputs_of(z, made, made + 1)
             weights: list[float] = z.weights[made].tolist()
-            self._write(state, made, weighted_sum(held[first - held_from : last - held_from], weights))
+            mixed = weighted_sum(held[first - held_from : last - held_from], weights)
+            self._write(state.labels, scan.box, made, mixed)
             made += 1
         needed = min(int(z.first[made]), held_to) if made < n_out else held_to
-        state["held"] = state["held"][:, needed - held_from :].clone()
-        state["held_from"], state["made"] = torch.tensor(needed), torch.tensor(made)
+        return LabelState(state.labels, joined[:, needed - held_from :].clone(), needed, made)
 
-    def _write(self, state: dict[str, Tensor], index: int, logits: Tensor) -> None:
+    def _write(self, labels: Tensor, box: list[list[int]], index: int, logits: Tensor) -> None:
         """Write the labels of one plane of the cropped scan, from its logits (K, Y, X), into the scan's labels."""
         order = self.transpose_forward
-        box = state["box"]
-        target = state["labels"].permute(order[0], order[1], order[2])[int(box[0, 0]) + index]
-        target = target[int(box[1, 0]) : int(box[1, 1]), int(box[2, 0]) : int(box[2, 1])]
+        target = labels.permute(order[0], order[1], order[2])[box[0][0] + index]
+        target = target[box[1][0] : box[1][1], box[2][0] : box[2][1]]
         target.copy_(region_labels(logits, self.regions) if len(self.regions) > 0 else argmax_labels(logits))

@@ -1,34 +1,48 @@
 """Preprocessing as TorchScript: `pipeline.preprocessing` for a scan in a tensor.
 
-It calls the engine's functions for the size of the network's grid and for normalisation. Statistics, boxes and masks
-are separate, because the engine computes them from numpy arrays of any type, and fills masks with ITK. Here the scan is
-a tensor on any device, and only torch is available.
+It calls the engine's functions for the size of the network's grid, for statistics and for normalisation. Box, mask and
+limits are separate: the engine finds them in numpy arrays of any type, and fills masks with ITK. Here the scan is a
+tensor on any device, and only torch is available.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ....kernels.reference import normalize
 from ...model.plans import Plan
+from ...pipeline.device_statistics import mean_and_deviation
+from ...pipeline.finiteness import all_finite
 from ...pipeline.normalization import STATISTICS_PLANES, normalization_numbers, normalize_within
 from ...pipeline.preprocessing import shape_at_spacing
-from .resampling import ScriptResampling, inputs_of, resample_rows, store_grid, stored_grid, value_range
+from .resampling import ScriptGrid, ScriptResampling, grid_shape, inputs_of, resample_rows, value_range
 
 
-def statistics(image: Tensor, mask: Tensor, masked: bool, planes: int = STATISTICS_PLANES) -> tuple[float, float]:
-    """Mean and standard deviation of (Z, Y, X), within a mask if `masked`."""
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, image.shape[0], planes):
-        values = image[start : start + planes]
-        values = values[mask[start : start + planes]] if masked else values
-        count += values.numel()
-        total += float(values.sum(dtype=torch.float64))
-    mean = total / max(count, 1)
-    for start in range(0, image.shape[0], planes):
-        values = image[start : start + planes]
-        values = values[mask[start : start + planes]] if masked else values
-        squares += float((values.to(torch.float32) - mean).square().sum(dtype=torch.float64))
-    return mean, (squares / max(count, 1)) ** 0.5
+class ScanState(NamedTuple):
+    """A cropped scan with all that is needed to make planes of the network's grid, and to map logits back.
+
+    It is `preprocessing.Case` for one stage alone.
+
+    Attributes:
+        image: (C, Z, Y, X), the cropped scan in the network's axis order.
+        box: Half-open [start, stop] of the crop along each axis.
+        mask: (Z, Y, X) bool, the non-zero region with holes filled; empty if no channel is normalised within it.
+        normalizations: Low, high, shift and scale of each channel.
+        low: Least normalised values, to which resampling clips.
+        high: Greatest normalised values.
+        grid: Map from the cropped scan to the network's grid.
+        logits_grid: Map from the network's grid back to the cropped scan.
+    """
+
+    image: Tensor
+    box: list[list[int]]
+    mask: Tensor
+    normalizations: list[tuple[float, float, float, float]]
+    low: Tensor
+    high: Tensor
+    grid: ScriptGrid
+    logits_grid: ScriptGrid
 
 
 def filled(occupied: Tensor) -> Tensor:
@@ -91,22 +105,16 @@ class ScriptPreprocessing(nn.Module):
         self.schemes = [channel.scheme for channel in plan.channels]
         self.masked = [channel.use_mask for channel in plan.channels]
         self.of_plan = [(channel.low, channel.high, channel.mean, channel.std) for channel in plan.channels]
+        self.statistics_planes = STATISTICS_PLANES
         self.resampling_data = ScriptResampling(plan.resampling_data)
         self.resampling_logits = ScriptResampling(plan.resampling_logits)
 
-    def begin(self, image: Tensor, spacing: list[float]) -> dict[str, Tensor]:
+    def begin(self, image: Tensor, spacing: list[float]) -> ScanState:
         """Find how a scan maps to the network's grid (`preprocessing.preprocess`).
 
         Args:
             image: (C, Z, Y, X) raw values.
             spacing: mm, (z, y, x).
-
-        Returns:
-            A state with these entries: "image", the cropped scan (C, Z, Y, X) in the network's axis order; "box", the
-                crop
-            (3, 2); "mask", (Z, Y, X) bool, empty if it is not needed; "normalizations", (C, 4); "low" and "high", the
-            range to clip to; "shape", size of the network's grid; "grid", the map to that grid; "logits_grid", the map
-            back.
         """
         self._check(image, spacing)
         order = self.transpose_forward
@@ -115,20 +123,18 @@ class ScriptPreprocessing(nn.Module):
         box = occupied_box(occupied)
         z, y, x = box[0], box[1], box[2]
         occupied = occupied[z[0] : z[1], y[0] : y[1], x[0] : x[1]]
-        state = {"box": torch.tensor(box), "image": image[:, z[0] : z[1], y[0] : y[1], x[0] : x[1]]}
-        state["mask"] = filled(occupied) if any(self.masked) else occupied[:0]
-        self._map_grids(state, [spacing[axis] for axis in order])
-        self._choose_normalizations(state)
-        return state
+        image = image[:, z[0] : z[1], y[0] : y[1], x[0] : x[1]]
+        mask = filled(occupied) if any(self.masked) else occupied[:0]
+        grid, logits_grid = self._grids(image, [spacing[axis] for axis in order])
+        normalizations = self._normalizations(image, mask)
+        low, high = self._limits(image, mask, normalizations, grid)
+        return ScanState(image, box, mask, normalizations, low, high, grid, logits_grid)
 
-    def planes(self, state: dict[str, Tensor], start: int, stop: int) -> Tensor:
+    def planes(self, scan: ScanState, start: int, stop: int) -> Tensor:
         """Make the planes [start, stop) of the network's grid, (C, planes, Y, X) float32 (`Case.planes`)."""
-        grid = stored_grid(state, "grid")
-        low, high = inputs_of(grid.operators[0], start, stop)
-        rows: list[list[float]] = state["normalizations"].tolist()
-        numbers = [(row[0], row[1], row[2], row[3]) for row in rows]
-        image = normalize_within(state["image"][:, low:high], numbers, self.masked, state["mask"][low:high])
-        return resample_rows(image, grid, start, stop, low, state["low"], state["high"])
+        low, high = inputs_of(scan.grid.operators[0], start, stop)
+        image = normalize_within(scan.image[:, low:high], scan.normalizations, self.masked, scan.mask[low:high])
+        return resample_rows(image, scan.grid, start, stop, low, scan.low, scan.high)
 
     def _check(self, image: Tensor, spacing: list[float]) -> None:
         """Refuse tensors that are not a scan for this model."""
@@ -142,45 +148,44 @@ class ScriptPreprocessing(nn.Module):
         for value in spacing:
             if not 1e-6 <= value <= 1e6:
                 raise ValueError(f"spacing must be finite and above 0 mm, got {spacing} (z, y, x)")
-        if image.is_floating_point() and not bool(torch.isfinite(torch.stack(torch.aminmax(image))).all()):
+        if image.is_floating_point() and not bool(all_finite(image)):
             raise ValueError("voxels must be finite, got NaN or infinity: replace them")
 
-    def _map_grids(self, state: dict[str, Tensor], spacing: list[float]) -> None:
+    def _grids(self, image: Tensor, spacing: list[float]) -> tuple[ScriptGrid, ScriptGrid]:
         """Make the maps from the cropped scan to the network's grid, and from logits back."""
-        image = state["image"]
         shape = [image.shape[1], image.shape[2], image.shape[3]]
         target = [spacing[0] if self.slicewise else self.spacing[0], self.spacing[1], self.spacing[2]]
         new_shape = shape_at_spacing(shape, spacing, target)
         grid = self.resampling_data.grid_map(shape, new_shape, spacing, target, image.device)
-        reached = [operator.first.shape[0] for operator in grid.operators]
-        state["shape"] = torch.tensor(reached)
-        store_grid(state, "grid", grid)
-        back = self.resampling_logits.grid_map(reached, shape, target, spacing, image.device)
-        store_grid(state, "logits_grid", back)
+        return grid, self.resampling_logits.grid_map(grid_shape(grid), shape, target, spacing, image.device)
 
-    def _choose_normalizations(self, state: dict[str, Tensor]) -> None:
-        """Choose the numbers of each channel, and the range to which resampling clips."""
-        grid = stored_grid(state, "grid")
-        numbers: list[list[float]] = []
-        lows: list[Tensor] = []
-        highs: list[Tensor] = []
-        mask = state["mask"]
+    def _normalizations(self, image: Tensor, mask: Tensor) -> list[tuple[float, float, float, float]]:
+        """Choose the numbers of each channel (`normalization.choose_normalization`)."""
+        numbers: list[tuple[float, float, float, float]] = []
         for channel, scheme in enumerate(self.schemes):
-            image, masked = state["image"][channel : channel + 1], self.masked[channel]
             measured = (0.0, 0.0)
             if scheme == "ZScoreNormalization":
-                measured = statistics(image[0], mask, masked)
+                region = mask if self.masked[channel] else None
+                measured = mean_and_deviation(image[channel], region, self.statistics_planes)
             elif scheme in ("RescaleTo01Normalization", "RGBTo01Normalization"):
-                measured = (float(image.min()), float(image.max()))
-            chosen = normalization_numbers(scheme, self.of_plan[channel], measured)
-            if masked:
-                low, high = value_range(normalize_within(image, [chosen], [True], mask), grid)
+                measured = (float(image[channel].min()), float(image[channel].max()))
+            numbers.append(normalization_numbers(scheme, self.of_plan[channel], measured))
+        return numbers
+
+    def _limits(
+        self, image: Tensor, mask: Tensor, normalizations: list[tuple[float, float, float, float]], grid: ScriptGrid
+    ) -> tuple[Tensor, Tensor]:
+        """Find the range to which resampling clips, shaped to broadcast."""
+        lows: list[Tensor] = []
+        highs: list[Tensor] = []
+        for channel, numbers in enumerate(normalizations):
+            values = image[channel : channel + 1]
+            if self.masked[channel]:
+                low, high = value_range(normalize_within(values, [numbers], [True], mask), grid)
             else:
                 # Normalising keeps the order of values, so it is enough to normalise the raw extremes.
-                low, high = value_range(image, grid)
-                low, high = normalize(low, [chosen]), normalize(high, [chosen])
-            numbers.append([chosen[0], chosen[1], chosen[2], chosen[3]])
+                low, high = value_range(values, grid)
+                low, high = normalize(low, [numbers]), normalize(high, [numbers])
             lows.append(low)
             highs.append(high)
-        state["normalizations"] = torch.tensor(numbers)  # float32, the type of normalised voxels
-        state["low"], state["high"] = torch.cat(lows), torch.cat(highs)
+        return torch.cat(lows), torch.cat(highs)

@@ -81,23 +81,9 @@ class ScriptResampling(nn.Module):
         return ScriptGrid(operators, max(coarse, 0), "none" if stays else clip_of(self.resampling, coarse))
 
 
-def store_grid(state: dict[str, Tensor], name: str, grid: ScriptGrid) -> None:
-    """Store a grid map in a state."""
-    for axis in range(3):
-        state[f"{name}.{axis}.first"] = grid.operators[axis].first
-        state[f"{name}.{axis}.weights"] = grid.operators[axis].weights
-        state[f"{name}.{axis}.matrix"] = grid.operators[axis].matrix
-    state[f"{name}.clip"] = torch.tensor([grid.last_axis, int(grid.clip == "volume"), int(grid.clip == "slice")])
-
-
-def stored_grid(state: dict[str, Tensor], name: str) -> ScriptGrid:
-    """Read a grid map from a state."""
-    operators: list[ScriptOperator] = []
-    for axis in range(3):
-        at = f"{name}.{axis}"
-        operators.append(ScriptOperator(state[f"{at}.first"], state[f"{at}.weights"], state[f"{at}.matrix"]))
-    clip = state[f"{name}.clip"]
-    return ScriptGrid(operators, int(clip[0]), "volume" if int(clip[1]) else "slice" if int(clip[2]) else "none")
+def grid_shape(grid: ScriptGrid) -> list[int]:
+    """Size of the new grid (z, y, x)."""
+    return [operator.first.shape[0] for operator in grid.operators]
 
 
 def inputs_of(operator: ScriptOperator, start: int, stop: int) -> tuple[int, int]:

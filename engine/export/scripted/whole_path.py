@@ -62,7 +62,7 @@ class WholePath(nn.Module):
         """
         with torch.no_grad():
             state = self.path.start(image, spacing, tile_step_size, mirror)
-            for tile in range(state["tiles"].shape[0]):
+            for tile in range(state.tiles.shape[0]):
                 views = self.path.views(state, tile)
                 at_once = 1 if views.device.type == "cpu" else views.shape[0]
                 seg_logits: list[Tensor] = []

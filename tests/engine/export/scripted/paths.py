@@ -94,9 +94,9 @@ def stepwise(path, network, array, spacing):
     """What a C++ program does with a scan path and a network of its own."""
     state = path.start(torch.from_numpy(array)[None], list(spacing), 0.5, True)
     most_held = 0
-    for tile in range(state["tiles"].shape[0]):
+    for tile in range(state.tiles.shape[0]):
         with torch.no_grad():
             seg_logits, class_logits = network(path.views(state, tile))
         state = path.add(state, tile, seg_logits, class_logits)
-        most_held = max(most_held, state["held"].shape[1])
+        most_held = max(most_held, state.labels.held.shape[1])
     return *path.finish(state), most_held

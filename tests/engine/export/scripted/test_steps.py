@@ -88,7 +88,7 @@ def test_views_are_mirror_images_whatever_was_asked_before(multi_task_path):
     read = read_model(multi_task_path[0])
     path = scan_path(read.plan, (0, 2))
     state = path.start(torch.from_numpy(scan((20, 24, 26)))[None], list(SPACING), 0.5, True)
-    ahead = [path.views(state, tile) for tile in range(state["tiles"].shape[0])]
+    ahead = [path.views(state, tile) for tile in range(state.tiles.shape[0])]
     assert len(ahead) > 20
     for tile in (7, 3, 3, 20, 0, 11):
         # In another order, planes are made in other groups, and sums come out a little otherwise.
@@ -152,7 +152,7 @@ def test_what_is_no_answer_of_the_network_is_refused(multi_task_path):
             path.add(state, 0, seg_logits, wrong)
     with pytest.raises(torch.jit.Error, match="ascending order, expected 0, got 1"):
         path.add(state, 1, seg_logits, class_logits)
-    for tile in (-1, state["tiles"].shape[0]):
+    for tile in (-1, state.tiles.shape[0]):
         with pytest.raises(torch.jit.Error, match="tile must be from 0"):
             path.views(state, tile)
     state = path.add(state, 0, seg_logits, class_logits)
