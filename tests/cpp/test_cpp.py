@@ -3,19 +3,57 @@
 import json
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nnturbo.engine import Engine
 from nnturbo.engine import build as build_bundle
+from nnturbo.engine.export.scripted.path import CaseState, scan_path
+from nnturbo.engine.model.folder import read_model
+from torch import Tensor, nn
 
-from tests.cpp.factory import SHAPE, SOURCE, cmake, write_scan
+from tests.cpp.factory import SHAPE, SOURCE, cmake, write_manifest, write_scan
 from tests.engine.factory import dataset_json, plans_2d, plans_json, random_weights, smooth_scan, write_model
 
 pytestmark = pytest.mark.thorough  # the C++ library is built for a minute
+
+
+class DictionaryPath(nn.Module):
+    """A path like those of earlier versions: the state of a case is a dictionary of tensors."""
+
+    class_names: list[str]
+    label_names: list[str]
+    states: list[CaseState]
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.states = path, []
+        self.class_names, self.label_names, self.channels = path.class_names, path.label_names, path.channels
+
+    @torch.jit.export
+    def start(self, image: Tensor, spacing: list[float], tile_step_size: float, mirror: bool) -> dict[str, Tensor]:
+        self.states.append(self.path.start(image, spacing, tile_step_size, mirror))
+        return {"tiles": self.states[-1].tiles}
+
+    @torch.jit.export
+    def views(self, state: dict[str, Tensor], tile: int) -> Tensor:
+        return self.path.views(self.states[-1], tile)
+
+    @torch.jit.export
+    def add(
+        self, state: dict[str, Tensor], tile: int, seg_logits: Tensor, class_logits: Tensor | None
+    ) -> dict[str, Tensor]:
+        self.states[-1] = self.path.add(self.states[-1], tile, seg_logits, class_logits)
+        return state
+
+    @torch.jit.export
+    def finish(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.path.finish(self.states[-1])
 
 
 def expect_labels(output, expected):
@@ -55,6 +93,19 @@ def test_labels_and_class_are_those_of_python(command, bundle, model, scan, tmp_
 def test_a_compiled_network_gives_the_labels_of_python(command, model, scan, tmp_path):
     bundle = build_bundle(model, tmp_path / "compiled", backend="inductor", device="cpu")
     result = command(bundle, scan, tmp_path / "out.nii.gz")
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = Engine.load(model, device="cpu", backend="torch").predict(scan)
+    expect_labels(tmp_path / "out.nii.gz", expected)
+    expect_class(result, expected.classification)
+
+
+def test_a_path_with_a_dictionary_as_its_state_runs_too(command, own_bundle, model, scan, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that torch.jit is deprecated
+        read = read_model(model)
+        torch.jit.script(DictionaryPath(scan_path(read.plan, read.mirror_axes))).save(str(own_bundle / "path.ts"))
+    write_manifest(own_bundle)
+    result = command(own_bundle, scan, tmp_path / "out.nii.gz")
     assert (result.returncode, result.stderr) == (0, "")
     expected = Engine.load(model, device="cpu", backend="torch").predict(scan)
     expect_labels(tmp_path / "out.nii.gz", expected)

@@ -86,6 +86,15 @@ Tensor checked(const Tensor& image, std::size_t channels) {
   return scan;
 }
 
+/// Number of tiles of a case. Its state is a named tuple, and in bundles of earlier versions a dictionary.
+std::int64_t count_tiles(const IValue& state) {
+  if (state.isGenericDict()) return state.toGenericDict().at("tiles").toTensor().size(0);
+  const auto type = state.type()->expect<c10::TupleType>();
+  const auto names = type->names().value();
+  const auto index = std::find(names.begin(), names.end(), "tiles") - names.begin();
+  return state.toTupleRef().elements().at(index).toTensor().size(0);
+}
+
 }  // namespace
 
 struct Engine::Loaded {
@@ -125,7 +134,7 @@ std::pair<Tensor, Tensor> Engine::Loaded::run(const Tensor& scan, const std::arr
                                               const Options& options) const {
   const c10::List<double> spacing({spacing_mm[0], spacing_mm[1], spacing_mm[2]});
   IValue state = path.get_method("start")({scan.to(device), spacing, options.tile_step_size, options.mirror});
-  const auto tiles = state.toGenericDict().at("tiles").toTensor().size(0);
+  const auto tiles = count_tiles(state);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const Tensor views = path.get_method("views")({state, tile}).toTensor();
     const auto logits = network->run(views);
