@@ -57,16 +57,28 @@ class OutputError(EngineError):
             the folder is affected, and the next result cannot be written either.
     """
 
-    def __init__(self, *args: object, of_one_file: bool = False) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: object, of_one_file: bool = False, transient: bool = False) -> None:
+        super().__init__(*args, transient=transient)
         self.of_one_file = of_one_file
 
     @classmethod
     def of(cls, path: object, error: OSError) -> OutputError:
-        """Make the error for a file from the system's error."""
-        reason = error.strerror or error
-        return cls(f"{path} cannot be written: {reason}", of_one_file=error.errno in _OF_ONE_FILE)
+        """Make the error for a file from the system's; it is transient where another program has it open."""
+        busy = is_busy(error)
+        return cls(
+            f"{path} cannot be written: {error.strerror or error}",
+            of_one_file=busy or error.errno in _OF_ONE_FILE,
+            transient=busy,
+        )
 
+
+def is_busy(error: OSError) -> bool:
+    """Whether another program has the file open, so that a later attempt may succeed."""
+    return getattr(error, "winerror", None) in _HELD_BY_ANOTHER or error.errno in (errno.EBUSY, errno.ETXTBSY)
+
+
+_HELD_BY_ANOTHER = (5, 32)
+"""What Windows says of files that another program has open: access denied, sharing violation."""
 
 _OF_ONE_FILE = {
     getattr(errno, name)

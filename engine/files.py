@@ -13,16 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError
+from .errors import OutputError, is_busy
 
 TEMPORARY = ".writing-file-"
 """How the names of folders begin whose content is not complete; a process that is killed leaves them behind."""
 
 _ABANDONED_S = 600
 """A file that is being written changes more often."""
-
-_HELD_BY_ANOTHER = (5, 32)
-"""What Windows says of files that another program has open: access denied, sharing violation."""
 
 _HELD_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """How long to wait between attempts; virus scanners let go of a new file after a second or so."""
@@ -62,7 +59,7 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
 
 
 def put_in_place(written: Path, path: Path) -> None:
-    """Give a file or folder its final name; on Windows, wait a little for a program that has one of the two open.
+    """Give a file or folder its final name; wait a little for a program that has one of the two open.
 
     Raises:
         OSError: Where it stays as it was.
@@ -71,8 +68,8 @@ def put_in_place(written: Path, path: Path) -> None:
         try:
             written.replace(path)
             return
-        except PermissionError as error:
-            if pause_s is None or getattr(error, "winerror", None) not in _HELD_BY_ANOTHER:
+        except OSError as error:
+            if pause_s is None or not is_busy(error):
                 raise
         time.sleep(pause_s)
 

@@ -217,7 +217,12 @@ class InProcess:
                         raise
                     what = "DICOM segmentation" if path.suffix == ".dcm" else f"{path.suffix} file"
                     reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__} {error}".strip()
-                    record = replace(record, status=FAILED, error=f"its labels are written, but no {what}: {reason}")
+                    record = replace(
+                        record,
+                        status=FAILED,
+                        error=f"its labels are written, but no {what}: {reason}",
+                        transient=isinstance(error, MemoryError) or getattr(error, "transient", False),
+                    )
             if job.skip_existing:  # somebody may have put labels there meanwhile
                 found = record_folder.state(case.name, results, record.made_of, redo_outdated=job.redo_outdated)
                 if found.kept is not None:

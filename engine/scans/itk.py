@@ -13,6 +13,9 @@ import numpy as np
 from ..errors import VolumeError
 from .voxel_data import check_dimension
 
+_OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc")
+"""How ITK, and C++ below it, say that there is no memory."""
+
 
 def read_information(name: str, image_io: str) -> Any:
     """Let ITK read a file's header.
@@ -50,12 +53,14 @@ def read_voxels(name: str, image_io: str) -> np.ndarray:
         Array (Z, Y, X), or (Y, X) for a 2D image. It uses ITK's memory, keeps that alive, and may be written to.
 
     Raises:
-        VolumeError: If ITK cannot read it.
+        VolumeError: If ITK cannot read it; a transient one if memory is not enough now.
     """
     try:
         with _FIRST_READ.alone(image_io, ends=True), _QUIET_ITK:
             return np.asarray(_OwnedVoxels(_file_reader(name, image_io).Execute()))
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(said in str(error) for said in _OUT_OF_MEMORY):
+            raise VolumeError("out of memory: the voxels need more than there is", transient=True) from None
         raise VolumeError(f"the voxels cannot be read: {_itk_reason(error)}; export or copy the file again") from None
 
 

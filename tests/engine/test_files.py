@@ -74,14 +74,16 @@ class TestPutInPlace:
 
     def test_is_not_waited_for_without_end(self, tmp_path, refuse):
         pauses = refuse(100, winerror=32)
-        with pytest.raises(OutputError, match=r"a\.json cannot be written: Permission denied"):
+        with pytest.raises(OutputError, match=r"a\.json cannot be written: Permission denied") as busy:
             write_json(tmp_path / "a.json", [1])
+        assert (busy.value.transient, busy.value.of_one_file) == (True, True)
         assert 2 < sum(pauses) < 5
         assert list(tmp_path.iterdir()) == []
 
     def test_what_is_not_allowed_fails_at_once(self, tmp_path, refuse):
         pauses = refuse(1)
         (tmp_path / "a").write_text("")
-        with pytest.raises(PermissionError):
+        with pytest.raises(PermissionError) as refused:
             put_in_place(tmp_path / "a", tmp_path / "b")
         assert pauses == []
+        assert not OutputError.of("b", refused.value).transient

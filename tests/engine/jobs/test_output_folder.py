@@ -1,10 +1,11 @@
 """Output folders: files of others in them, scans that would be replaced, disks that are full."""
 
+import errno
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from nnturbo.engine import OutputError
+from nnturbo.engine import OutputError, files
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import predict_cases
@@ -86,6 +87,25 @@ def test_labels_are_there_where_the_rest_cannot_be_written(engine, scans, tmp_pa
         engine, find_cases(scans, ".nii.gz")[:1], Job(output=tmp_path, save_probabilities=True, skip_existing=True)
     )
     assert again.done == ["a"]
+
+
+@pytest.mark.parametrize("opened", ["b.nii.gz", "b.npz"])
+def test_a_result_that_another_program_has_open_is_written_at_the_second_try(
+    engine, scans, tmp_path, monkeypatch, opened
+):
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    put, once = files.Path.replace, []
+
+    def replace_file(self, target):
+        if target.name == opened and len(once) < 7:  # every attempt of the first try
+            once.append(target)
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return put(self, target)
+
+    monkeypatch.setattr(files.Path, "replace", replace_file)
+    outcome = predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "out", save_probabilities=True))
+    assert (sorted(outcome.done), outcome.failed, len(once)) == (["a", "b", "c"], {}, 7)
+    assert (tmp_path / "out" / opened).exists()
 
 
 def test_an_output_folder_that_cannot_be_made_stops_at_once(engine, scans, tmp_path):

@@ -287,10 +287,18 @@ class TestRefusals:
                 raise self.error
 
         error = RuntimeError("Exception thrown\nITK ERROR: NiftiImageIO(0x55ca391bfd0): no luck\nat all")
-        for raised, reason in ((error, "no luck"), (MemoryError(), "MemoryError")):
+        unreadable = "the voxels cannot be read: no luck; export or copy"
+        no_memory = "out of memory: the voxels need more than there is$"
+        itk_without_memory = RuntimeError("Exception thrown\nitkImport.hxx:179:\nFailed to allocate memory for image.")
+        for raised, message, transient in (
+            (error, unreadable, False),
+            (MemoryError(), no_memory, True),
+            (itk_without_memory, no_memory, True),
+        ):
             monkeypatch.setattr(itk, "_file_reader", lambda *arguments, raised=raised: Reader(raised))
-            with pytest.raises(VolumeError, match=f"^the voxels cannot be read: {reason}; export or copy"):
+            with pytest.raises(VolumeError, match=f"^{message}") as refused:
                 itk.read_voxels("v.nii", "NiftiImageIO")
+            assert refused.value.transient is transient
 
 
 def image_file_endings():
