@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
         with temporary_bundle(model, manifest, backend, device) as folder:
             yield folder
         return
-    description = json.dumps(asdict(manifest), sort_keys=True).encode()
+    description = json.dumps(manifest.to_json(), sort_keys=True).encode()
     folder = root / hashlib.sha256(description).hexdigest()[:KEY_LENGTH]
     while True:
         with _lock(folder).read_lock():

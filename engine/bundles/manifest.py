@@ -9,9 +9,10 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from ..backends import Backend
 from ..backends.choose import BACKENDS
 from ..errors import BackendUnavailable, BundleError, EngineError, OutputError
 from ..files import put_in_place, sha256, write_json
+from ..model.agreement import Agreement
 from ..model.folder import Model
+from ..model.json_values import check_object
 from ..model.plans import parse_plan
 from ..options import PRECISIONS
 
@@ -64,7 +67,45 @@ class Manifest:
     machine: Mapping[str, str]
     versions: Mapping[str, str]
     files: Mapping[str, str]
-    agreement: Mapping[str, Any] | None
+    agreement: Agreement | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give all of it, by name; tuples as lists."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Manifest:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: For anything else.
+        """
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if type(schema) is not int:
+            raise ValueError("it must hold an object with a schema number; build the bundle again")
+        if schema < 1:
+            raise ValueError(f"it must have a schema of 1 or more, it has {schema}; build the bundle again")
+        if schema > SCHEMA:
+            raise ValueError(
+                f"it has schema {schema}, this nnturbo knows up to {SCHEMA}: update nnturbo, or build the bundle again"
+            )
+        check_object(content, _KINDS, "a bundle's manifest")
+        agreement = content["agreement"]
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        values["agreement"] = None if agreement is None else Agreement.from_json(agreement)
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        """Write it into a bundle."""
+        write_json(folder / MANIFEST, self.to_json())
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "schema": int, "plans": dict, "dataset": dict, "configuration": str, "folds": list, "mirror_axes": list,
+    "trainer": str, "classifier": (str, NoneType), "source": dict, "backend": str, "precision": str,
+    "machine": dict, "versions": dict, "files": dict, "agreement": (dict, NoneType),
+}  # fmt: skip
+"""Kinds of its values in JSON."""
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -179,7 +220,7 @@ def compile_model(
         ) from error
     write_more(folder)
     manifest = replace(manifest, files={path.name: sha256(path) for path in sorted(folder.iterdir())})
-    write_json(folder / MANIFEST, asdict(manifest))
+    manifest.write(folder)
     return manifest
 
 
@@ -216,28 +257,10 @@ def _parse_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} must be a bundle's manifest; it cannot be read: {error}") from error
-    if not isinstance(content, dict) or type(content.get("schema")) is not int:
-        raise BundleError(f"{path} must hold an object with a schema number; build the bundle again")
-    if content["schema"] < 1:
-        raise BundleError(f"{path} must have a schema of 1 or more, it has {content['schema']}; build the bundle again")
-    if content["schema"] > SCHEMA:
-        raise BundleError(
-            f"{path.parent} is a bundle of schema {content['schema']}, this nnturbo knows up to {SCHEMA}: update "
-            "nnturbo, or build the bundle again"
-        )
-    if wrong := sorted({field.name for field in fields(Manifest)} ^ set(content)):
-        raise BundleError(
-            f"{path} must have exactly the fields of a manifest; "
-            f"missing or unknown are {', '.join(wrong):.120}; build the bundle again"
-        )
-    kinds = {"str": str, "int": int, "Mapping": dict, "tuple": list}
-    for field in fields(Manifest):
-        optional = str(field.type).endswith("| None")
-        kind = kinds[str(field.type).partition("[")[0].partition(" ")[0]]
-        if not (isinstance(content[field.name], kind) or (optional and content[field.name] is None)):
-            raise BundleError(f"{path}: {field.name} must be a {kind.__name__}; build the bundle again")
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-    return Manifest(**values)
+    try:
+        return Manifest.from_json(content)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from error
 
 
 def check_machine(manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from ..backends import Backend
 from ..backends.choose import AUTOMATIC, choose_backend, choose_device, choose_precision, usable_backends
 from ..errors import BackendUnavailable, BundleError, EngineError, ModelError
+from ..model.agreement import Agreement
 from ..model.folder import Model
 from ..model.runner import Runner
 from ..options import DEFAULT_CHECKPOINT
@@ -45,7 +46,7 @@ class Opened:
     backend: str
     precision: str
     classifier: str | None
-    agreement: Mapping[str, Any] | None
+    agreement: Agreement | None
 
 
 def open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> Opened:

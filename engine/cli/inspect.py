@@ -81,16 +81,12 @@ def _model_rows(model: Model) -> list[tuple[str, str]]:
 
 
 def _bundle_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    from ..export.agreement import Agreement
-
-    agreement = "not measured: no scans to compare on, or built for a GPU that was not there"
-    if manifest.agreement is not None:
-        agreement = str(Agreement.parse(manifest.agreement))
+    unmeasured = "not measured: no scans to compare on, or built for a GPU that was not there"
     rows = [
         ("built for", f"{manifest.backend} in {manifest.precision}"),
         ("machine", ", ".join(f"{key} {value}" for key, value in manifest.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in manifest.versions.items())),
-        ("agreement", agreement),
+        ("agreement", unmeasured if manifest.agreement is None else str(manifest.agreement)),
         *((f"source {name}", digest) for name, digest in manifest.source.items()),
         *((f"file {name}", digest) for name, digest in manifest.files.items()),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +30,12 @@ from ..bundles.manifest import (
 )
 from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
-from ..files import write_json, written_atomically
+from ..files import written_atomically
+from ..model.agreement import Agreement
 from ..model.folder import Model, read_model, with_classifier
 from ..options import DEFAULT_CHECKPOINT, EngineOptions
 from ..pipeline.steps import Image
-from .agreement import Agreement, measure_agreement
+from .agreement import measure_agreement
 from .calibration import calibration_tiles, example_tiles
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def build(
             logger.info("%s: %s", out, agreement)
             if agreement.reaches(floor) or is_last or not int8:
                 _check_floor(agreement, floor, target.precision)
-                write_json(aside / MANIFEST, asdict(replace(manifest, agreement=asdict(agreement))))
+                replace(manifest, agreement=agreement).write(aside)
                 break
             (aside / MANIFEST).unlink()
     return out

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import ModelError
+from .json_values import check_object
 
 HEADS = ("gap_linear", "gap_mlp", "attention")
 DESCRIBED = "described"
@@ -123,6 +124,39 @@ class Classification:
             probabilities=tuple(share / total for share in shares),
             logits=tuple(map(float, logits)),
             class_names=tuple(class_names),
+        )
+
+    @property
+    def probability_of(self) -> dict[str, float]:
+        """Probabilities by the name of the class."""
+        return dict(zip(self.class_names, self.probabilities, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the class, and the probability of each by its name."""
+        return {
+            "label": self.label,
+            "name": self.name,
+            "probabilities": self.probability_of,
+            "logits": list(self.logits),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> Classification:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: For anything else.
+        """
+        check_object(content, {"label": int, "name": str, "probabilities": dict, "logits": list}, "a classification")
+        names = tuple(content["probabilities"])
+        if not 0 <= content["label"] < len(names) or content["name"] != names[content["label"]]:
+            raise ValueError(f"a classification: label and name must be of one class, got {content!r:.200}")
+        return cls(
+            label=content["label"],
+            name=content["name"],
+            probabilities=tuple(map(float, content["probabilities"].values())),
+            logits=tuple(map(float, content["logits"])),
+            class_names=names,
         )
 
     @classmethod

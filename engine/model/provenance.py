@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .agreement import Agreement
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSettings:
@@ -75,7 +77,7 @@ class Provenance(LabelSettings):
     folds: tuple[str, ...]
     checkpoint: str | None
     backend: str
-    agreement: Mapping[str, Any] | None
+    agreement: Agreement | None
     plan_remarks: tuple[str, ...]
     device: str
     torch: str
@@ -93,9 +95,42 @@ class Provenance(LabelSettings):
         content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {name: value for name, value in content.items() if value not in (None, [])}
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Provenance:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError, TypeError: For anything else.
+        """
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in dict(content).items()}
+        if "agreement" in given:
+            given["agreement"] = Agreement.from_json(given["agreement"])
+        return cls(**{**_LEFT_OUT, **given})
+
+
+_LEFT_OUT: dict[str, Any] = {
+    "classifier": None,
+    "aggregation": None,
+    "folds": (),
+    "checkpoint": None,
+    "agreement": None,
+    "plan_remarks": (),
+}
+"""Values that `Provenance.to_json` leaves out."""
+
 
 def provenance_json(models: Sequence[Provenance]) -> dict[str, Any]:
     """Describe what made a prediction: one model by itself, several as a list under "models"."""
     if len(models) == 1:
         return models[0].to_json()
     return {"models": [each.to_json() for each in models]}
+
+
+def read_provenance(content: Mapping[str, Any]) -> tuple[Provenance, ...]:
+    """Read what `provenance_json` gave.
+
+    Raises:
+        ValueError, TypeError: For anything else.
+    """
+    models = content["models"] if set(content) == {"models"} else [content]
+    return tuple(Provenance.from_json(each) for each in models)

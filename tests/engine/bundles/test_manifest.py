@@ -180,6 +180,7 @@ class TestDamage:
             ({"machine": {"device": 1}}, "machine must be described in words"),
             ({"mirror_axes": [3]}, "mirror_axes must be among 0, 1, 2"),
             ({"plans": None}, "plans must be a dict"),
+            ({"agreement": {"scans": 1}}, "an agreement must have scans, voxels"),
             ({"plans": {}}, "configurations"),
             ({"extra": 1}, "missing or unknown are extra"),
             ({"backend": "magic"}, "was built for magic in fp32, which this nnturbo lacks"),

@@ -1,7 +1,5 @@
 """How far a bundle in lower precision agrees with fp32: measured, kept with it, and held to a floor."""
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,8 @@ from nnturbo.engine import BundleError, Engine, Prediction, Volume, VolumeError,
 from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles.manifest import read_manifest
 from nnturbo.engine.export import build as compilation
-from nnturbo.engine.export.agreement import Agreement, measure_agreement
+from nnturbo.engine.export.agreement import measure_agreement
+from nnturbo.engine.model.agreement import Agreement
 from nnturbo.engine.model.folder import read_model
 
 from tests.engine.factory import write_model
@@ -30,14 +29,14 @@ class TestAgreement:
         agreement = read_manifest(out).agreement
         exact = Engine.load(multi_task_model, device="cpu", mirror=False).predict(one_tile).segmentation
         low = Engine.load(out, mirror=False).predict(one_tile)
-        assert (agreement["scans"], agreement["what"]) == (2, "smooth fields")
-        assert agreement["voxels"] == 2 * exact.size
-        assert agreement["different"] == 2 * np.count_nonzero(low.segmentation != exact) > 0
+        assert (agreement.scans, agreement.what) == (2, "smooth fields")
+        assert agreement.voxels == 2 * exact.size
+        assert agreement.different == 2 * np.count_nonzero(low.segmentation != exact) > 0
         for name, label in (("pancreas", 1), ("lesion", 2)):
             one, other = exact == label, low.segmentation == label
             dice = 2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other))
-            assert agreement["dice"][name] == pytest.approx(dice)
-        assert agreement["same_class"] in (0, 1, 2)
+            assert agreement.dice[name] == pytest.approx(dice)
+        assert agreement.same_class in (0, 1, 2)
         assert low.provenance[0].agreement == agreement
 
     def test_below_the_floor_there_is_no_bundle(self, multi_task_model, one_tile, tmp_path):
@@ -58,9 +57,9 @@ class TestAgreement:
     def test_fp32_is_measured_where_scans_are_given(self, multi_task_model, several_tiles, tmp_path):
         out = build(multi_task_model, tmp_path / "b", backend="torch", device="cpu", calibration=[several_tiles])
         agreement = read_manifest(out).agreement
-        assert agreement["different"] == 0
-        assert set(agreement["dice"].values()) == {1.0}
-        assert agreement["same_class"] == 1
+        assert agreement.different == 0
+        assert set(agreement.dice.values()) == {1.0}
+        assert agreement.same_class == 1
 
     def test_labels_that_no_scan_shows_are_not_called_equal(self, multi_task_model, tmp_path):
         def scan_of(*labels):
@@ -97,15 +96,15 @@ class TestAgreement:
 
     @pytest.mark.parametrize("content", [{}, [], {"scans": 1}, None])
     def test_what_is_no_agreement(self, built_bundle, content):
-        with pytest.raises(BundleError, match="a bundle's agreement must have scans, voxels"):
-            Agreement.parse(content)
+        with pytest.raises(ValueError, match="an agreement must (have scans, voxels|be a JSON object)"):
+            Agreement.from_json(content)
 
     @pytest.mark.parametrize("change_of", [{"voxels": "1"}, {"dice": {"a": "1"}}, {"same_class": 0.5}])
     def test_values_that_no_agreement_has(self, change_of):
         good = {"scans": 1, "voxels": 1, "different": 0, "dice": {"a": None}, "same_class": None, "what": "scans"}
-        assert asdict(Agreement.parse(good)) == good
-        with pytest.raises(BundleError, match="a bundle's agreement: "):
-            Agreement.parse({**good, **change_of})
+        assert Agreement.from_json(good).to_json() == good
+        with pytest.raises(ValueError, match="an agreement: "):
+            Agreement.from_json({**good, **change_of})
 
     @pytest.mark.thorough
     def test_int8_is_measured_on_scans_that_did_not_calibrate_it(self, multi_task_model, tmp_path, monkeypatch):
