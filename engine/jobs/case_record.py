@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import sha256
+from ..model.classification import Classification
+from ..model.provenance import Provenance, provenance_json, read_provenance
 from .made_of import MadeOf
+
+if TYPE_CHECKING:
+    from .cases import CaseFiles
 
 WRITING, DONE, FAILED, KEPT = "writing", "done", "failed", "kept"
 
@@ -50,7 +56,8 @@ class Record:
         error: Why a case failed.
         transient: Whether a second try may succeed; not written to JSON.
         kept: Why `--continue_prediction` did not replace labels that this job did not make.
-        classification, volumes_ml, timings_ms, warnings, provenance: As in `Prediction`.
+        classification, volumes_ml, timings_ms, warnings: As in `Prediction`.
+        provenance: As in `Prediction`; a mapping for a result of a version that recorded other facts.
     """
 
     name: str
@@ -62,11 +69,17 @@ class Record:
     error: str | None = None
     transient: bool = False
     kept: str | None = None
-    classification: Mapping[str, Any] | None = None
+    classification: Classification | None = None
     volumes_ml: Mapping[str, float] | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] | None = None
+    provenance: tuple[Provenance, ...] | Mapping[str, Any] = ()
+
+    @classmethod
+    def failed(cls, case: CaseFiles, error: str, *, transient: bool = False) -> Record:
+        """Make the record of a case that failed."""
+        images = tuple(os.fspath(path) for path in case.images)
+        return cls(name=case.name, status=FAILED, images=images, error=error, transient=transient)
 
     def knows(self, file: str, fingerprint: Fingerprint) -> bool:
         """Whether nnturbo wrote a file, for this result or for the result that it replaces."""
@@ -74,20 +87,22 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Give the fields that are not empty, and those that the status always has."""
-        content: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, bool):  # `transient` matters only while the job runs
-                continue
-            if isinstance(value, MadeOf):
-                value = value.to_json()
-            is_empty = value is None or len(value) == 0
-            if is_empty and each.name not in ("name", *_ALWAYS[self.status]):
-                continue
-            content[each.name] = list(value) if isinstance(value, tuple) else value
-        for name in content.keys() & {"results", "replaces"}:
-            content[name] = {file: asdict(of) for file, of in content[name].items()}
-        return content
+        made_of, answer, provenance = self.made_of, self.classification, self.provenance
+        content = {
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            "results": {file: asdict(of) for file, of in self.results.items()},
+            "replaces": {file: asdict(of) for file, of in self.replaces.items()},
+            "made_of": None if made_of is None else made_of.to_json(),
+            "classification": None if answer is None else answer.to_json(),
+            "provenance": provenance_json(provenance) if isinstance(provenance, tuple) and provenance else provenance,
+        }
+        del content["transient"]
+        always = ("name", *_ALWAYS[self.status])
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in content.items()
+            if name in always or not (value is None or len(value) == 0)
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Record:
@@ -98,7 +113,7 @@ class Record:
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"a record must be a JSON object, got {type(content).__name__}")
-        known = {each.name for each in fields(cls)}
+        known = {each.name for each in fields(cls)} - {"transient"}
         values = {name: value for name, value in content.items() if name in known}
         for name in ("results", "replaces"):
             if name in values:
@@ -106,19 +121,23 @@ class Record:
         for name in ("images", "warnings"):
             if name in values:
                 values[name] = tuple(map(str, values[name]))
-        if "made_of" in values:
-            values["made_of"] = _made_of(values["made_of"])
+        for name, read in _READ.items():
+            if name in values:
+                try:
+                    values[name] = read(values[name])
+                except (KeyError, TypeError, ValueError):  # another version recorded other facts
+                    values[name] = dict(values[name]) if name == "provenance" else None
         if values.get("status") not in _ALWAYS or not isinstance(values.get("name"), str):
             raise ValueError("a record must have a name and a known status")
         return cls(**values)
 
 
-def _made_of(content: Any) -> MadeOf | None:
-    try:
-        return MadeOf.from_json(content)
-    except (KeyError, TypeError, ValueError):
-        return None
-
+_READ: dict[str, Callable[[Any], Any]] = {
+    "made_of": MadeOf.from_json,
+    "classification": Classification.from_json,
+    "provenance": read_provenance,
+}
+"""Values of a record that are objects of their own."""
 
 _ALWAYS = {
     WRITING: ("images", "results"),

@@ -263,12 +263,10 @@ class RecordFolder:
         The two differ for a data set without the class 0. None if the record has no class, or its classes are not the
         model's.
         """
-        names = self.class_names or ()
-        match record.classification:
-            case {"label": int(label), "probabilities": {**probabilities}}:
-                if list(probabilities) == list(names) and 0 <= label < len(names):
-                    return names[label] if names[label].isdecimal() else str(label)
-        return None
+        answer = record.classification
+        if answer is None or self.class_names is None or answer.class_names != tuple(self.class_names):
+            return None
+        return answer.name if answer.name.isdecimal() else str(answer.label)
 
     def _path(self, name: str) -> Path:
         return self.output / RECORDS / f"{name}.json"

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -260,8 +260,8 @@ def _encoded(picture: Any, kind: str, **options: Any) -> str:
 def _table(records: Sequence[Record]) -> str:
     """Write the table's head and body."""
     volumes = list(dict.fromkeys(name for record in records for name in record.volumes_ml or {}))
-    answers = (record.classification or {} for record in records)
-    classes = list(dict.fromkeys(name for answer in answers for name in answer.get("probabilities", {})))
+    answers = (record.classification for record in records if record.classification is not None)
+    classes = list(dict.fromkeys(name for answer in answers for name in answer.class_names))
     heads = [("case", False), ("status", False)]
     heads += [("class", False), *((f"p({name})", True) for name in classes)] if classes else []
     heads += [(f"{name}, ml", True) for name in volumes] + [("seconds", True), ("notes", False)]
@@ -271,12 +271,13 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _row(index: int, record: Record, volumes: Sequence[str], classes: Sequence[str]) -> str:
-    answer: Mapping[str, Any] = record.classification or {}
+    answer = record.classification
     seconds = sum(record.timings_ms.values()) / 1000 if record.timings_ms else None
     cells = [_text(record.name), _text(record.status)]
     if classes:
-        cells.append(_text(answer.get("name", "")))
-        cells += [_number(answer.get("probabilities", {}).get(name), 3) for name in classes]
+        probability_of = {} if answer is None else answer.probability_of
+        cells.append(_text("" if answer is None else answer.name))
+        cells += [_number(probability_of.get(name), 3) for name in classes]
     cells += [_number((record.volumes_ml or {}).get(name), 2) for name in volumes]
     kept = None if record.kept is None else f"labels left as they were: {record.kept}"
     notes = (record.error, kept, *record.warnings)

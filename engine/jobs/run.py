@@ -11,15 +11,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..errors import DeviceLost, EngineError, OutputError, PredictionError
 from ..files import staging_folder, written_atomically
-from ..model.classification import Classification
-from ..model.provenance import provenance_json
 from ..overlap import overlapped
 from ..pipeline.prediction import Prediction
 from ..pipeline.steps import Request
@@ -174,12 +172,9 @@ class InProcess:
 
     def _keep(self, job: Job, case: CaseFiles, made_of: MadeOf, prediction: Prediction | EngineError) -> Record:
         """Write one result, and then that it is there."""
-        images = tuple(os.fspath(path) for path in case.images)
         if isinstance(prediction, Prediction):
             try:
-                return self._write_results(job, case, prediction, Record(
-                    name=case.name, status=DONE, images=images, made_of=made_of, **_answers(prediction)
-                ))  # fmt: skip
+                return self._write_results(job, case, prediction, _record(case, made_of, prediction))
             except DeviceLost:
                 raise
             except OutputError as error:
@@ -195,9 +190,7 @@ class InProcess:
                 prediction = PredictionError(f"its results cannot be written: {type(error).__name__}: {error}")
         if isinstance(prediction, PredictionError):
             self._check_devices()
-        return Record(
-            name=case.name, status=FAILED, images=images, error=str(prediction), transient=prediction.transient
-        )
+        return Record.failed(case, str(prediction), transient=prediction.transient)
 
     def _write_results(self, job: Job, case: CaseFiles, prediction: Prediction, record: Record) -> Record:
         """Write what a case has, its labels first, and put all of it in place, its labels last."""
@@ -254,21 +247,16 @@ class InProcess:
                 raise DeviceLost(f"{device} does not answer any more ({reason}); start again to go on") from error
 
 
-def _answers(prediction: Prediction) -> dict[str, Any]:
-    answer = prediction.classification
-    return {
-        "classification": None if answer is None else _describe(answer),
-        "volumes_ml": prediction.volumes_ml,
-        "timings_ms": {stage: round(ms, 3) for stage, ms in prediction.timings.items()},
-        "warnings": prediction.warnings,
-        "provenance": provenance_json(prediction.provenance),
-    }
-
-
-def _describe(answer: Classification) -> dict[str, Any]:
-    return {
-        "label": answer.label,
-        "name": answer.name,
-        "probabilities": dict(zip(answer.class_names, answer.probabilities, strict=True)),
-        "logits": list(answer.logits),
-    }
+def _record(case: CaseFiles, made_of: MadeOf, prediction: Prediction) -> Record:
+    """Make the record of a case that is done, without its results."""
+    return Record(
+        name=case.name,
+        status=DONE,
+        images=tuple(os.fspath(path) for path in case.images),
+        made_of=made_of,
+        classification=prediction.classification,
+        volumes_ml=prediction.volumes_ml,
+        timings_ms={stage: round(ms, 3) for stage, ms in prediction.timings.items()},
+        warnings=prediction.warnings,
+        provenance=prediction.provenance,
+    )

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import DeviceLost
 from ..predictor import Predictor
-from .case_record import FAILED, Record
+from .case_record import Record
 from .cases import CaseFiles
 from .events import Ended, Lost, OnEvent, Ready, Stop, Tiles, Unusable
 from .job import Job, ModelInfo
@@ -174,13 +174,7 @@ class WorkerPool(ABC, Generic[_Place]):
         on_event(Lost(how=how, cases=tuple(worker.given)))
         self._drop(worker)
         for case in worker.given.values():
-            yield Record(
-                name=case.name,
-                status=FAILED,
-                images=tuple(str(path) for path in case.images),
-                error=f"the process that worked on it ended ({how})",
-                transient=True,
-            )
+            yield Record.failed(case, f"the process that worked on it ended ({how})", transient=True)
 
     def _drop(self, worker: Worker[_Place]) -> None:
         """Remove a process; if it could not load its model, no other one is started at its place."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nnturbo.engine import OutputError
+from nnturbo.engine import Classification, OutputError
 from nnturbo.engine.jobs.case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
 from nnturbo.engine.jobs.records import CaseState, RecordFolder
@@ -21,6 +21,7 @@ from tests.engine.factory import provenance
 
 MADE_OF = MadeOf(models=(provenance().settings,), inputs={"a": (FileStamp("a", 1, 2),), "b": None})
 OTHER = replace(MADE_OF, inputs={"a": (FileStamp("a", 1, 3),)})
+ANSWER = Classification.from_logits([-1.0, 2.0], ["low", "high"])
 GEOMETRY = Geometry(spacing=(1, 1, 1), origin=(0, 0, 0), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1))
 
 
@@ -274,11 +275,11 @@ records = st.builds(
     error=st.none() | text.filter(bool),
     transient=st.just(False),
     kept=st.none() | text.filter(bool),
-    classification=st.none() | st.just({"label": 0}),
+    classification=st.none() | st.just(ANSWER),
     volumes_ml=st.none() | st.just({"lesion": 0.0}),
     timings_ms=st.dictionaries(text, st.floats(0, 1e6), max_size=2),
     warnings=st.lists(text, max_size=2).map(tuple),
-    provenance=st.none() | st.just({"torch": "2"}),
+    provenance=st.sampled_from([(), (provenance(),), (provenance(), provenance(backend="openvino")), {"torch": "2"}]),
 )
 
 
@@ -306,6 +307,16 @@ def test_what_another_version_was_made_of_is_never_the_same(record_folder, made_
     assert record_folder.read("a").made_of is None
     assert record_folder.state("a", [path], MADE_OF).kept.startswith("made with another model, other settings")
     assert record_folder.state("a", [path], MADE_OF, redo_outdated=True) == CaseState()
+
+
+@pytest.mark.parametrize(
+    "written", [{"torch": "1.13", "gpu": "of another version"}, {"models": [{"torch": "1.13"}]}, {"models": 3}]
+)
+def test_what_another_version_says_of_its_models_stays_as_it_is(written):
+    content = {"name": "a", "status": DONE, "provenance": written, "classification": {"label": 0}}
+    record = Record.from_json(content)
+    assert record.classification is None
+    assert record.to_json()["provenance"] == written
 
 
 def test_every_setting_that_decides_labels_counts():
@@ -354,7 +365,7 @@ def test_tables_hold_all_records_by_name(tmp_path):
     record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
     record_folder.begin()
     for name, label in (("b", 1), ("a", 0)):
-        finish(record_folder, name, classification={"label": label, "probabilities": {"low": 0.5, "high": 0.5}})
+        finish(record_folder, name, classification=replace(ANSWER, label=label, name=ANSWER.class_names[label]))
     record_folder.write(Record(name="c", status=FAILED, error="why"))
     record_folder.write(Record(name="d", status=WRITING))
     record_folder.collect()
@@ -366,7 +377,7 @@ def test_names_that_are_no_text_cost_no_table(tmp_path):
     record_folder = RecordFolder(output=tmp_path, file_ending=".nii.gz", class_names=("low", "high"))
     record_folder.begin()
     name = "m\udcfcller"
-    finish(record_folder, name, classification={"label": 1, "probabilities": {"low": 0.5, "high": 0.5}})
+    finish(record_folder, name, classification=ANSWER)
     record_folder.collect()
     assert cases(record_folder)[0]["name"] == name
     assert (tmp_path / "subtype_results.csv").read_text() == "Names,Subtype\nm\\udcfcller.nii.gz,1\n"

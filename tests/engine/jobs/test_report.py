@@ -14,6 +14,7 @@ from nnturbo.engine.files import write_json
 from nnturbo.engine.jobs.case_record import DONE, FAILED, Record
 from nnturbo.engine.jobs.records import RecordFolder
 from nnturbo.engine.jobs.report import write_report
+from nnturbo.engine.model.classification import Classification
 
 from tests.engine.factory import dataset_json, plans_2d, plans_json, smooth_scan, write_model, write_scan
 
@@ -46,7 +47,9 @@ def output(tmp_path):
             name=name, status=DONE, images=(str(tmp_path / f"{name}_0000.nii.gz"),),
             volumes_ml={"pancreas": volume, "lesion": 20 - volume}, timings_ms={"read": 100.0, "network": 900.0},
             warnings=("a <b>slice</b> is missing",) if name == "a" else (),
-            classification={"label": 1, "name": "high", "probabilities": {"low": 0.25, "high": 0.75}},
+            classification=Classification(
+                label=1, name="high", probabilities=(0.25, 0.75), logits=(0.0, 1.0), class_names=("low", "high")
+            ),
         ))  # fmt: skip
     record_folder.write(Record(name="c", status=FAILED, error="c_0000.nii.gz: cut off </script>"))
     return out
