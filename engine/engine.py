@@ -12,7 +12,6 @@ from torch import nn
 
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, open_bundle, open_model
-from .errors import EngineError
 from .model.folder import Model, read_model, with_classifier
 from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
@@ -135,7 +134,7 @@ class Engine(Predictor[Prepared, Segmented]):
             loader=options.loader,
         )
 
-    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[Prepared | EngineError, None, None]:
+    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[Prepared | Exception, None, None]:
         return self.loader(requests, readers=readers)
 
     def _segment(self, prepared: Prepared, save_probabilities: bool, progress: Progress | None) -> Segmented:

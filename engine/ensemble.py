@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .engine import Engine
-from .errors import EngineError, ModelError
+from .errors import ModelError
 from .model.classification import Classification
 from .model.labels import LabelScheme
 from .overlap import overlapped
@@ -83,7 +83,7 @@ class Ensemble(Predictor[ReadScan, Prediction]):
             raise ValueError(f"an ensemble reads with the exact loader, got {options.loader!r}: leave the loader out")
         return cls([Engine.load(model, **arguments) for model in models])
 
-    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[ReadScan | EngineError, None, None]:
+    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[ReadScan | Exception, None, None]:
         """Read scans; each model preprocesses them for itself."""
         return overlapped(
             lambda request: caught(lambda: self._read(request)), requests, threads=readers, name="nnturbo-read"

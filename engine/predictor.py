@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from typing import Generic, TypeVar
 
-from .errors import EngineError, PredictionError
+from .errors import PredictionError
 from .model.folder import Model
 from .model.provenance import Provenance
 from .overlap import overlapped
@@ -74,7 +74,7 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
         save_probabilities: bool = False,
         readers: int = 1,
         progress: Callable[[int, int, int], None] | None = None,
-    ) -> Generator[Prediction | EngineError, None, None]:
+    ) -> Generator[Prediction | Exception, None, None]:
         """Segment scans; the network goes on with the next one while those after it are read, and an answer is used.
 
         Args:
@@ -86,7 +86,8 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
             progress: Called with (index of the image, tiles done, tiles in all).
 
         Yields:
-            For each image in order its prediction, or the error that `predict` would have raised.
+            For each image in order its prediction, or the error that `predict` would have raised: an `EngineError`,
+            unless an argument or the code is wrong.
         """
         stopped = threading.Event()
         numbered = itertools.count()
@@ -97,7 +98,7 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
             if progress is not None:
                 progress(index, done, total)
 
-        def segment(prepared: _Prepared | EngineError) -> _Segmented | EngineError:
+        def segment(prepared: _Prepared | Exception) -> _Segmented | Exception:
             of_case = functools.partial(tiles_done, next(numbered))
             return caught(lambda: self._segment(_unless_error(prepared), save_probabilities, of_case))
 
@@ -108,7 +109,7 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
                 yield caught(lambda segmented=segmented: self._answer(_unless_error(segmented)))
 
     @abstractmethod
-    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[_Prepared | EngineError, None, None]:
+    def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[_Prepared | Exception, None, None]:
         """Read and preprocess scans in order, `readers` at once ahead; yields an error for a bad one."""
 
     @abstractmethod
@@ -120,7 +121,7 @@ class Predictor(ABC, Generic[_Prepared, _Segmented]):
         """Fetch the labels, and say how they came about."""
 
 
-def _unless_error(value: _Value | EngineError) -> _Value:
-    if isinstance(value, EngineError):
+def _unless_error(value: _Value | Exception) -> _Value:
+    if isinstance(value, Exception):
         raise value
     return value

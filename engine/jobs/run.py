@@ -147,7 +147,7 @@ class InProcess:
                 raise PredictionError("abandoned")
             on_event(Tiles(name=names[index], done=done, total=total))
 
-        def answers() -> Generator[tuple[CaseFiles, MadeOf, Prediction | EngineError], None, None]:
+        def answers() -> Generator[tuple[CaseFiles, MadeOf, Prediction | Exception], None, None]:
             predictions = self._engine.predict_many(
                 requests(),
                 save_probabilities=job.save_probabilities,
@@ -170,7 +170,7 @@ class InProcess:
             leave=leaving,
         )
 
-    def _keep(self, job: Job, case: CaseFiles, made_of: MadeOf, prediction: Prediction | EngineError) -> Record:
+    def _keep(self, job: Job, case: CaseFiles, made_of: MadeOf, prediction: Prediction | Exception) -> Record:
         """Write one result, and then that it is there."""
         if isinstance(prediction, Prediction):
             try:
@@ -188,6 +188,9 @@ class InProcess:
             except Exception as error:  # of a library that writes
                 logger.warning("unexpected error", exc_info=True)
                 prediction = PredictionError(f"its results cannot be written: {type(error).__name__}: {error}")
+        if not isinstance(prediction, EngineError):
+            logger.error("unexpected error", exc_info=prediction)
+            prediction = PredictionError(f"unexpected error: {type(prediction).__name__}: {prediction!s:.300}")
         if isinstance(prediction, PredictionError):
             self._check_devices()
         return Record.failed(case, str(prediction), transient=prediction.transient)

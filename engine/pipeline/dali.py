@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import BackendUnavailable, EngineError
+from ..errors import BackendUnavailable
 from ..model.plans import Plan
 from ..scans.geometry import Geometry
 from .loading import check_previous_stage, read
@@ -62,7 +62,7 @@ class ScanSource:
         if sample.idx_in_epoch >= len(self.requests):
             raise StopIteration
         read = caught(lambda: self._read(self.requests[sample.idx_in_epoch]))
-        if not isinstance(read, EngineError):
+        if not isinstance(read, Exception):
             return read
         nothing = np.zeros((len(self.plan.channels), 1, 1, 1), np.float32)
         numbers = np.ones((4, len(nothing), 1, 1, 1), np.float32)
@@ -133,9 +133,7 @@ class DaliLoader:
         self._dali = _dali()
         self._plan, self._device, self._interpolation = plan, device, interpolation
 
-    def __call__(
-        self, requests: Iterable[Request], *, readers: int = 0
-    ) -> Generator[Prepared | EngineError, None, None]:
+    def __call__(self, requests: Iterable[Request], *, readers: int = 0) -> Generator[Prepared | Exception, None, None]:
         """See `Loader`; takes all requests before it begins, and reads in 2 to 4 processes, not more than scans."""
         requests = tuple(requests)
         if not requests:
@@ -148,8 +146,8 @@ class DaliLoader:
             timings = Timings(self._device)
             with timings("read"):  # waits for what other processes have begun long before
                 ready = caught(pipeline.run)
-                facts = ready if isinstance(ready, EngineError) else pickle.loads(ready[1].at(0).tobytes())
-            if isinstance(ready, EngineError) or isinstance(facts, EngineError):
+                facts = ready if isinstance(ready, Exception) else pickle.loads(ready[1].at(0).tobytes())
+            if isinstance(ready, Exception) or isinstance(facts, Exception):
                 yield facts
                 continue
             planes = ready[0]

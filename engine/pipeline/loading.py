@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..errors import EngineError, VolumeError
+from ..errors import VolumeError
 from ..model.plans import Plan
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
@@ -23,9 +23,7 @@ from .transfers import Transfers
 class Loader(Protocol):
     """Makes scans ready for the network."""
 
-    def __call__(
-        self, requests: Iterable[Request], *, readers: int = 0
-    ) -> Generator[Prepared | EngineError, None, None]:
+    def __call__(self, requests: Iterable[Request], *, readers: int = 0) -> Generator[Prepared | Exception, None, None]:
         """Prepare scans in order.
 
         Args:
@@ -54,9 +52,7 @@ class ExactLoader:
         self.device = device
         self._plan, self._transfers = plan, transfers
 
-    def __call__(
-        self, requests: Iterable[Request], *, readers: int = 0
-    ) -> Generator[Prepared | EngineError, None, None]:
+    def __call__(self, requests: Iterable[Request], *, readers: int = 0) -> Generator[Prepared | Exception, None, None]:
         """See `Loader`."""
         return overlapped(
             lambda request: caught(lambda: self.load(request)), requests, threads=readers, name="nnturbo-read"

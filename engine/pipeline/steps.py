@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..errors import EngineError, PredictionError
+from ..errors import PredictionError
 from ..scans.geometry import Geometry
 from ..scans.volume import Volume
 from .preprocessing import Case
@@ -144,10 +144,10 @@ def engine_errors() -> Iterator[None]:
         raise PredictionError(f"{reason:.300}") from error
 
 
-def caught(run: Callable[[], _Result]) -> _Result | EngineError:
+def caught(run: Callable[[], _Result]) -> _Result | Exception:
     """Give what a function raises for a bad scan as a value."""
     try:
         with engine_errors():
             return run()
-    except EngineError as error:
+    except Exception as error:  # an error in the code fails its scan too, and no other one
         return error

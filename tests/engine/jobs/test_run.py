@@ -17,8 +17,9 @@ from nnturbo.engine.jobs.case_record import Record
 from nnturbo.engine.jobs.cases import CaseFiles, find_cases
 from nnturbo.engine.jobs.job import Job, ModelInfo
 from nnturbo.engine.jobs.run import predict_cases, run_job
+from nnturbo.engine.jobs.worker_pool import QueuedEngine
 from nnturbo.engine.model.runner import NetworkOutput
-from nnturbo.engine.pipeline import prediction
+from nnturbo.engine.pipeline import loading, prediction
 
 from tests.engine.factory import write_scan
 from tests.engine.jobs.outputs import read_records
@@ -76,6 +77,40 @@ def test_a_network_that_fails_or_gives_nonsense_fails_its_case(engine, scans, tm
         "a"
     ]
     assert not (tmp_path / "out" / "a.nii.gz").exists()
+
+
+@pytest.mark.parametrize("readers", [0, 3])
+@pytest.mark.parametrize("where", ["read", "network"])
+def test_an_error_in_the_code_fails_its_case_only_and_is_not_tried_again(
+    engine, scans, tmp_path, monkeypatch, where, readers
+):
+    """A process that takes cases one by one has no next case to read when the last one fails."""
+    read_volume, calls = loading.read_volume, []
+
+    def read(image, **how):
+        calls.append(str(image))
+        if where == "read" and "b_0000" in str(image):
+            raise TypeError("a bug")
+        return read_volume(image, **how)
+
+    def compute(prepared, *arguments):
+        if where == "network" and prepared.properties["shape_before_cropping"][0] == 9:
+            raise TypeError("a bug")
+        return segmenter(prepared, *arguments)
+
+    segmenter = engine.segmenter
+    write_scan(scans / "b_0000.nii.gz", shape=(9, 14, 16))
+    monkeypatch.setattr(loading, "read_volume", read)
+    monkeypatch.setattr(engine, "segmenter", compute)
+    job = Job(output=tmp_path / "out", readers=readers, writers=readers)
+    queued = QueuedEngine(engine, job, lambda event: None)
+    queued.info.record_folder(job).begin()
+    futures = [queued.submit(case) for case in find_cases(scans, ".nii.gz")]
+    a, b, c = (future.result(timeout=60) for future in futures)
+    queued.close()
+    assert (a.status, b.status, c.status) == ("done", "failed", "done")
+    assert (b.error, b.transient) == ("unexpected error: TypeError: a bug", False)
+    assert len(calls) == 3
 
 
 def test_what_a_library_raises_while_it_writes_fails_its_case_only(engine, scans, tmp_path, monkeypatch):
