@@ -25,12 +25,12 @@ from nnturbo.engine.bundles.manifest import (
     bundle_model,
     compile_model,
     describe_machine,
-    new_bundle,
     plan_bundle,
     read_manifest,
     source_hashes,
 )
 from nnturbo.engine.errors import EngineError
+from nnturbo.engine.files import new_folder
 from nnturbo.engine.model.folder import Model, read_model
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
@@ -85,7 +85,7 @@ def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile:
     start = time.perf_counter()
     if precision == "int8" and model.plan.dataset_name == DATASET:
         backend = OpenVinoBackend(floor=0)  # labels of random weights are noise, so int8 uses the first recipe
-    with new_bundle(folder) as aside:
+    with new_folder(folder) as aside:
         tiles = torch.cat([tile, tile.flip(-1)])
         compile_model(
             model, plan_bundle(model, hashes, backend, precision, describe_machine(CPU)), backend, tiles, aside

@@ -28,7 +28,7 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import InferenceNetwork, inference_network
 from nnturbo.engine.model.mirroring import View, mirror_views
 from nnturbo.engine.model.runner import Runner
-from nnturbo.engine.options import DEFAULT_CHECKPOINT
+from nnturbo.engine.options import ModelChoice
 from nnturbo.engine.pipeline.preprocessing import Case, preprocess
 from nnturbo.engine.pipeline.sliding_window import predict_logits
 from nnturbo.engine.pipeline.tiling import gaussian
@@ -147,9 +147,9 @@ def main() -> None:
         used = {}
         for precision in ("fp32", "bf16"):
             with contextlib.suppress(BackendUnavailable):
-                opened = open_model(found, DEFAULT_CHECKPOINT, "auto", precision, "cpu")
+                opened = open_model(found, ModelChoice(precision=precision), "cpu")
                 ways[f"nnturbo {precision}"] = nnturbo(case, opened.runner, window, outputs)
-                used[precision] = opened.provenance["backend"]
+                used[precision] = opened.backend
         labels = {way: run(array).argmax(0) for way, run in ways.items()}
         samples: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(options.rounds):

@@ -12,11 +12,11 @@ from torch import nn
 
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, open_bundle, open_model
-from .model.folder import Model, read_model, with_classifier
+from .model.folder import Model, read_chosen
 from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
 from .model.runner import Runner, tiles_dtype_of
-from .options import DEFAULT_CHECKPOINT, EngineOptions
+from .options import EngineOptions, ModelChoice
 from .pipeline.loaders import make_loader
 from .pipeline.prediction import Prediction, answer
 from .pipeline.segmenting import Segmenter
@@ -64,7 +64,7 @@ class Engine(Predictor[Prepared, Segmented]):
         model: str | os.PathLike[str],
         *,
         folds: Sequence[int | str] | None = None,
-        checkpoint: str = DEFAULT_CHECKPOINT,
+        checkpoint: str | None = None,
         configuration: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
@@ -79,7 +79,7 @@ class Engine(Predictor[Prepared, Segmented]):
         Args:
             model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`), export zip, or bundle.
             folds: Folds to average; by default all numbered ones, else "all".
-            checkpoint: File name of the checkpoint in each fold.
+            checkpoint: File name of the checkpoint in each fold; by default checkpoint_final.pth, or that of a bundle.
             configuration: The one wanted; needed for a zip that holds several.
             backend: How the network runs: "auto" or a name that `nnturbo inspect` lists.
             precision: "fp32", "bf16", "fp16", "int8" (bundles only), or "auto": fp32 on a CPU and fp16 on a GPU, as
@@ -98,22 +98,23 @@ class Engine(Predictor[Prepared, Segmented]):
             ValueError: For arguments out of range.
         """
         options = options or EngineOptions()
+        choice = ModelChoice(
+            folds=folds,
+            checkpoint=checkpoint,
+            configuration=configuration,
+            backend=backend,
+            precision=precision,
+            tile_step_size=tile_step_size,
+            mirror=mirror,
+            options=options,
+        )
         given = None if network is None else GivenNetwork(given=network)
-        if is_bundle(model):
-            if given is not None:
-                raise ValueError(f"network needs a model folder; {model} is a bundle, whose network is compiled")
-            asked = {
-                "folds": None if folds is None else sorted(map(str, folds)),
-                "checkpoint": None if checkpoint == DEFAULT_CHECKPOINT else checkpoint,
-                "configuration": configuration,
-                "backend": None if backend == "auto" else backend,
-                "precision": None if precision == "auto" else precision,
-                "classifier": None if options.classifier == "auto" else options.classifier,
-            }
-            opened = open_bundle(Path(model), asked, device)
+        if not is_bundle(model):
+            opened = open_model(read_chosen(model, choice, given=given), choice, device)
+        elif given is None:
+            opened = open_bundle(Path(model), choice, device)
         else:
-            read = read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration, given=given)
-            opened = open_model(with_classifier(read, options.classifier), checkpoint, backend, precision, device)
+            raise ValueError(f"network needs a model folder; {model} is a bundle, whose network is compiled")
         views = opened.model.views if mirror else ((),)
         window = SlidingWindow.of_plan(
             opened.model.plan,

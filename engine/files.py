@@ -15,8 +15,11 @@ from typing import Any
 
 from .errors import OutputError, is_busy
 
-TEMPORARY = ".writing-file-"
+WRITING = ".writing-"
 """How the names of folders begin whose content is not complete; a process that is killed leaves them behind."""
+
+TEMPORARY = f"{WRITING}file-"
+"""How they begin where files are written."""
 
 _ABANDONED_S = 600
 """A file that is being written changes more often."""
@@ -75,16 +78,20 @@ def put_in_place(written: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
+def staging_folder(path: Path, *, prefix: str = TEMPORARY) -> Iterator[Path]:
     """Give a folder beside where `path` will be, on the same disk, that goes with the block.
 
     What is not complete is in a folder, so that a listing by file ending misses it.
+
+    Args:
+        path: The final name.
+        prefix: Of the folder's name. Not the final name where files are written: some libraries do not take every name.
 
     Raises:
         OutputError: Where it cannot be made, and in place of an `OSError` from inside.
     """
     try:
-        folder = tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY)
+        folder = tempfile.mkdtemp(dir=path.parent, prefix=prefix)
     except OSError as error:
         raise OutputError.of(path, error) from error
     try:
@@ -93,6 +100,26 @@ def staging_folder(path: Path) -> Iterator[Path]:
         raise OutputError.of(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder that gets the name `path` when the block ends well, and goes otherwise.
+
+    Raises:
+        OutputError: Where something has that name already, or it cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path} exists: choose another folder, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+    with staging_folder(path, prefix=f"{WRITING}{path.name[:80]}-") as staged:
+        folder = staged / "new"
+        folder.mkdir()
+        yield folder
+        put_in_place(folder, path)
 
 
 def remove_abandoned(folder: Path) -> None:

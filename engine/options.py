@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOADERS = ("exact", "dali", "dali-linear")
@@ -43,3 +45,26 @@ class EngineOptions:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.views_per_call is not None and self.views_per_call < 1:
             raise ValueError(f"views_per_call must be at least 1, got {self.views_per_call}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """What of a model is taken, and how it runs: the arguments of `Engine.load`, without model, network and device."""
+
+    folds: Sequence[int | str] | None = None
+    checkpoint: str | None = None
+    configuration: str | None = None
+    backend: str = "auto"
+    precision: str = "auto"
+    tile_step_size: float = 0.5
+    mirror: bool = True
+    options: EngineOptions = EngineOptions()
+
+    @property
+    def checkpoint_file(self) -> str:
+        """File name of the checkpoint in each fold."""
+        return self.checkpoint or DEFAULT_CHECKPOINT
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments of `Engine.load`."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..engine.errors import OutputError
-from ..engine.files import put_in_place, write_json, written_atomically
+from ..engine.files import new_folder, write_json
 from ..engine.model.folder import read_model
+from ..engine.model.plans import DATASET, PLANS
 from .history import CURVES_FILE, HISTORY_FILE
 
 INFERENCE_KEYS = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes", "pooled_classifier")
@@ -44,27 +44,19 @@ def publish_model(
         OutputError: Where the target exists, or cannot be written.
     """
     source, target = Path(model_folder), Path(target)
-    if target.exists():
-        raise OutputError(f"{target} exists: choose another folder, or remove it")
     model = read_model(source, folds=folds, checkpoint=checkpoint)
-    aside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with new_folder(target) as folder:
         for fold in model.folds:
             of_fold = Path(f"fold_{fold}")
-            (aside / of_fold).mkdir(parents=True)
+            (folder / of_fold).mkdir()
             content = torch.load(source / of_fold / checkpoint, map_location="cpu", weights_only=False)
             kept = {key: content[key] for key in INFERENCE_KEYS if key in content}
-            with written_atomically(aside / of_fold / checkpoint) as temporary:
-                torch.save({**kept, "init_args": {"configuration": model.plan.configuration}}, temporary)
+            torch.save(
+                {**kept, "init_args": {"configuration": model.plan.configuration}}, folder / of_fold / checkpoint
+            )
             for path in (source / of_fold / name for name in RECORDS):
                 if path.is_file():
-                    shutil.copyfile(path, aside / of_fold / path.name)
-        write_json(aside / "plans.json", model.plans)
-        write_json(aside / "dataset.json", model.dataset)
-        put_in_place(aside, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+                    shutil.copyfile(path, folder / of_fold / path.name)
+        write_json(folder / PLANS, model.plans)
+        write_json(folder / DATASET, model.dataset)
     return target

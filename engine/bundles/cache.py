@@ -17,9 +17,9 @@ import torch
 
 from ..backends import Backend
 from ..errors import BundleError
-from ..files import cache_root
+from ..files import WRITING, cache_root, new_folder
 from ..model.folder import Model
-from .manifest import MANIFEST, WRITING, Manifest, compile_model, new_bundle, read_manifest
+from .manifest import MANIFEST, Manifest, compile_model, read_manifest
 
 if TYPE_CHECKING:
     from filelock import ReadWriteLock
@@ -79,9 +79,8 @@ def temporary_bundle(model: Model, manifest: Manifest, backend: Backend, device:
 
 
 def _compile(model: Model, manifest: Manifest, backend: Backend, device: torch.device, folder: Path) -> None:
-    tiles = torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
-    with new_bundle(folder) as aside:
-        compile_model(model, manifest, backend, tiles, aside)
+    with new_folder(folder) as aside:
+        compile_model(model, manifest, backend, model.example_tiles(device), aside)
 
 
 def _writable(root: Path | None) -> Path | None:

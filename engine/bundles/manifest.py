@@ -6,9 +6,7 @@ import contextlib
 import json
 import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +17,8 @@ import torch
 
 from ..backends import Backend
 from ..backends.choose import BACKENDS
-from ..errors import BackendUnavailable, BundleError, EngineError, OutputError
-from ..files import put_in_place, sha256, write_json
+from ..errors import BackendUnavailable, BundleError, EngineError
+from ..files import sha256, write_json
 from ..model.agreement import Agreement
 from ..model.folder import Model
 from ..model.json_values import check_object
@@ -29,8 +27,6 @@ from ..options import PRECISIONS
 
 SCHEMA = 1
 MANIFEST = "engine.json"
-WRITING = ".writing-"
-"""Prefix of the folder in which a bundle is written until it is complete."""
 LARGEST_MANIFEST_BYTES = 256 * 2**20
 PACKAGES = ("nnturbo", "torch", "openvino", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "torch-tensorrt")
 """Packages whose versions a manifest keeps."""
@@ -92,8 +88,7 @@ class Manifest:
         check_object(content, _KINDS, "a bundle's manifest")
         agreement = content["agreement"]
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-        values["agreement"] = None if agreement is None else Agreement.from_json(agreement)
-        return cls(**values)
+        return cls(**{**values, "agreement": None if agreement is None else Agreement.from_json(agreement)})
 
     def write(self, folder: Path) -> None:
         """Write it into a bundle."""
@@ -139,7 +134,6 @@ def plan_bundle(
     model: Model, source: Mapping[str, str], backend: Backend, precision: str, machine: Mapping[str, str]
 ) -> Manifest:
     """Make the manifest of a bundle before it is built, for this machine (`describe_machine`) or another one."""
-    scheme, fitted = model.plan.classification, model.pooled_classifiers
     return Manifest(
         schema=SCHEMA,
         plans=model.plans,
@@ -148,7 +142,7 @@ def plan_bundle(
         folds=model.folds,
         mirror_axes=model.mirror_axes,
         trainer=model.trainer,
-        classifier=None if scheme is None else "lda" if fitted else "head",
+        classifier=model.classifier,
         source=source,
         backend=backend.name,
         precision=precision,
@@ -157,30 +151,6 @@ def plan_bundle(
         files={},
         agreement=None,
     )
-
-
-@contextlib.contextmanager
-def new_bundle(out: Path) -> Iterator[Path]:
-    """Give a temporary folder for a bundle. It gets its name when the block succeeds, and is removed otherwise.
-
-    Raises:
-        OutputError: Where `out` exists or cannot be written.
-    """
-    if out.exists():
-        raise OutputError(f"{out} exists: choose another folder for the bundle, or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{WRITING}{out.name[:80]}-", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
-    try:
-        yield aside
-        aside.chmod(0o755)  # mkdtemp makes folders private
-        put_in_place(aside, out)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def compile_model(
@@ -219,7 +189,8 @@ def compile_model(
             "backend, or a machine with more memory if that ran out"
         ) from error
     write_more(folder)
-    manifest = replace(manifest, files={path.name: sha256(path) for path in sorted(folder.iterdir())})
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    manifest = replace(manifest, files=files)
     manifest.write(folder)
     return manifest
 

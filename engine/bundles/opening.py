@@ -16,8 +16,8 @@ from ..errors import BackendUnavailable, BundleError, EngineError, ModelError
 from ..model.agreement import Agreement
 from ..model.folder import Model
 from ..model.runner import Runner
-from ..options import DEFAULT_CHECKPOINT
-from .manifest import bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
+from ..options import DEFAULT_CHECKPOINT, ModelChoice
+from .manifest import Manifest, bundle_model, check_machine, describe_machine, plan_bundle, read_manifest, source_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +49,25 @@ class Opened:
     agreement: Agreement | None
 
 
-def open_model(model: Model, checkpoint: str, backend: str, precision: str, device: str) -> Opened:
+def open_model(model: Model, choice: ModelChoice, device: str) -> Opened:
     """Choose how a model runs here, and compile it if need be, or take what was compiled before.
 
     With "auto", the next best backend runs what the best one cannot compile.
+
+    Args:
+        model: As `read_chosen` reads it.
+        choice: Its checkpoint, backend and precision count.
+        device: Where to run.
     """
     target = choose_device(device)
-    precision = choose_precision(precision, target)
-    candidates, missing = usable_backends(backend, target, precision)
-    if model.given is not None and backend == "auto":  # it would be compiled for each engine
+    precision = choose_precision(choice.precision, target)
+    candidates, missing = usable_backends(choice.backend, target, precision)
+    if model.given is not None and choice.backend == "auto":  # it would be compiled for each engine
         candidates = [candidate for candidate in candidates if not candidate.compiles]
     *others, last = candidates
     for candidate in others:
         try:
-            opened = _opened_by(candidate, model, checkpoint, precision, target)
+            opened = _opened_by(candidate, model, choice.checkpoint_file, precision, target)
             break
         except BackendUnavailable as error:
             # That a model is not one for the kernels is expected; that a compiler fails is not.
@@ -70,7 +75,7 @@ def open_model(model: Model, checkpoint: str, backend: str, precision: str, devi
                 logger.warning("%s; going on without it", error)
             missing[candidate.name] = str(error)
     else:
-        opened = _opened_by(last, model, checkpoint, precision, target)
+        opened = _opened_by(last, model, choice.checkpoint_file, precision, target)
     _say_choice(opened, missing)
     return opened
 
@@ -88,9 +93,6 @@ def _say_choice(opened: Opened, missing: Mapping[str, str]) -> None:
 
 def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:
     source = source_hashes(model, checkpoint)
-    classifier = None
-    if model.plan.classification is not None:
-        classifier = "lda" if model.pooled_classifiers else "head"
     runner = _runner_of(chosen, model, source, precision, target)
     if model.given is not None:
         _check_given(model, runner)
@@ -102,7 +104,7 @@ def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, t
         checkpoint=checkpoint if model.folds else None,
         backend=chosen.name,
         precision=precision,
-        classifier=classifier,
+        classifier=model.classifier,
         agreement=None,
     )
 
@@ -144,30 +146,17 @@ def _runner_of(
         return chosen.load(model, folder, target, precision)
 
 
-def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
+def open_bundle(folder: Path, choice: ModelChoice, device: str) -> Opened:
     """Verify a bundle and load what was compiled.
 
     Args:
         folder: The bundle.
-        asked: Arguments of `Engine.load`, None where they were left out; they may only repeat what it was built for.
+        choice: What is chosen may only repeat what the bundle was built for.
         device: Where to run.
     """
     manifest = read_manifest(folder)
     model = bundle_model(manifest, folder)
-    built = {
-        "folds": sorted(manifest.folds),
-        "checkpoint": Path(next(iter(manifest.source), DEFAULT_CHECKPOINT)).name,
-        "configuration": manifest.configuration,
-        "backend": manifest.backend,
-        "precision": manifest.precision,
-        "classifier": manifest.classifier or asked["classifier"],
-    }
-    for name, wanted in asked.items():
-        if wanted is not None and wanted != built[name]:
-            raise BundleError(
-                f"{folder} was built with {name} {_in_words(built[name])}, not {_in_words(wanted)}: build another "
-                "bundle for that"
-            )
+    _check_choice(choice, manifest, folder)
     target = choose_device(manifest.machine.get("device", "cpu") if device == "auto" else device)
     chosen = choose_backend(manifest.backend, target, manifest.precision)
     check_machine(manifest, chosen, target, folder)
@@ -191,6 +180,28 @@ def open_bundle(folder: Path, asked: Mapping[str, Any], device: str) -> Opened:
         classifier=manifest.classifier,
         agreement=manifest.agreement,
     )
+
+
+def _check_choice(choice: ModelChoice, manifest: Manifest, folder: Path) -> None:
+    """Refuse what a bundle was not built for."""
+    weights = next(iter(manifest.source), "")
+    checkpoint = choice.checkpoint
+    if "/" not in weights and checkpoint == DEFAULT_CHECKPOINT:  # a zip's name does not tell its checkpoint
+        checkpoint = None
+    asked_and_built = {
+        "folds": (None if choice.folds is None else sorted(map(str, choice.folds)), sorted(manifest.folds)),
+        "checkpoint": (checkpoint, Path(weights).name),
+        "configuration": (choice.configuration, manifest.configuration),
+        "backend": (choice.backend, manifest.backend),
+        "precision": (choice.precision, manifest.precision),
+        "classifier": (choice.options.classifier, manifest.classifier or choice.options.classifier),
+    }
+    for name, (asked, built) in asked_and_built.items():
+        if asked not in (None, "auto", built):
+            raise BundleError(
+                f"{folder} was built with {name} {_in_words(built)}, not {_in_words(asked)}: build another bundle for "
+                "that"
+            )
 
 
 def _in_words(value: str | list[str]) -> str:

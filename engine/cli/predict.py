@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..options import EngineOptions, ModelChoice
 from .output import DONE, SOME_FAILED, say
 from .predict_flags import add_flags
 
@@ -147,7 +148,7 @@ def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases
     """Load the models in this process, in several processes, or on a cluster."""
     from ..jobs.worker import ModelArguments, local_places
 
-    model_arguments = ModelArguments(models=tuple(models), arguments=_engine_arguments(options))
+    model_arguments = ModelArguments(models=tuple(models), choice=_choice(options))
     if options.ray is not None:
         from ..jobs.ray_workers import RayWorkers
 
@@ -160,8 +161,7 @@ def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases
         from ..jobs.job import file_ending_of
 
         # No more processes than cases.
-        model = {name: model_arguments.arguments[name] for name in ("folds", "checkpoint", "configuration")}
-        places = places[: max(1, len(cases_of(file_ending_of(models[0], **model))))]
+        places = places[: max(1, len(cases_of(file_ending_of(models[0], model_arguments.choice))))]
     if len(places) > 1:
         from ..jobs.local_workers import LocalWorkers
 
@@ -170,28 +170,26 @@ def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases
     from ..jobs.job import load_predictor
     from ..jobs.run import InProcess
 
-    return InProcess(load_predictor(model_arguments.models, device=places[0].device, **model_arguments.arguments), job)
+    return InProcess(load_predictor(model_arguments.models, model_arguments.choice, places[0].device), job)
 
 
-def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Give the arguments of `Engine.load` that the flags stand for."""
-    from ..options import EngineOptions
-
-    return {
-        "folds": options.f,
-        "checkpoint": options.chk,
-        "configuration": options.c if options.m else None,
-        "backend": options.backend,
-        "precision": options.precision,
-        "tile_step_size": options.step_size,
-        "mirror": not options.disable_tta,
-        "options": EngineOptions(
+def _choice(options: argparse.Namespace) -> ModelChoice:
+    """Give what the flags choose of a model."""
+    return ModelChoice(
+        folds=options.f,
+        checkpoint=options.chk,
+        configuration=options.c if options.m else None,
+        backend=options.backend,
+        precision=options.precision,
+        tile_step_size=options.step_size,
+        mirror=not options.disable_tta,
+        options=EngineOptions(
             sums_on_device=not options.not_on_device,
             classifier=options.classifier,
             aggregation=options.aggregation,
             loader=options.loader,
         ),
-    }
+    )
 
 
 def _check_loader(options: argparse.Namespace) -> None:

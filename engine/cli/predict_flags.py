@@ -37,7 +37,7 @@ def _add_model(add: AddArgument) -> None:
     add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer, with -d (default: %(default)s)")
     add("-c", metavar="CONFIGURATION", help="configuration, with -d or with a zip that holds several")
     add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
-    add("-chk", default=DEFAULT_CHECKPOINT, metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add("-chk", metavar="FILE", help=f"checkpoint file (default: {DEFAULT_CHECKPOINT}, or that of a bundle)")
 
 
 def _add_results(add: AddArgument) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,25 +18,23 @@ from ..backends.quantization import INT8_FLOOR
 from ..backends.tensorrt import TensorRtBackend
 from ..backends.torchscript import save_script, trace
 from ..bundles.manifest import (
-    MANIFEST,
     Manifest,
     compile_model,
     describe_gpus,
     describe_machine,
     is_bundle,
-    new_bundle,
     plan_bundle,
     source_hashes,
 )
 from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
-from ..files import written_atomically
+from ..files import new_folder, written_atomically
 from ..model.agreement import Agreement
-from ..model.folder import Model, read_model, with_classifier
-from ..options import DEFAULT_CHECKPOINT, EngineOptions
+from ..model.folder import Model, read_chosen
+from ..options import DEFAULT_CHECKPOINT, EngineOptions, ModelChoice
 from ..pipeline.steps import Image
 from .agreement import measure_agreement
-from .calibration import calibration_tiles, example_tiles
+from .calibration import calibration_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -97,85 +95,54 @@ def build(
         OutputError: Where the folder exists or cannot be written.
     """
     _check_arguments(model, floor, calibration, compute_capabilities)
-    target = _choose(backend, precision, device, compute_capabilities)
+    target = _choose(backend, precision, device, floor, compute_capabilities)
     if target.precision != "fp32" and not (calibration or compute_capabilities):
         raise ValueError(
             f"{target.precision} changes some labels, and a bundle says how many: scans are needed as calibration"
         )
-    source = _Source(
-        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
+    choice = ModelChoice(
+        folds=folds, checkpoint=checkpoint, configuration=configuration, options=EngineOptions(classifier=classifier)
     )
-    loaded = source.read()
+    loaded = read_chosen(model, choice)
     if calibration and loaded.plan.previous_stage is not None:
         raise ValueError(
             f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
             "it: build it in fp32, without calibration"
         )
-    out, int8 = Path(out), target.precision == "int8"
+    int8 = target.precision == "int8"
     # Of two scans or more, half calibrate int8 and the agreement is measured on the others.
     measured = (calibration[1::2] or calibration) if int8 else calibration
-    floor = FLOORS[target.precision] if floor is None else floor
-    # If int8 does not reach the floor there, the recipe that agrees best is tried too.
-    attempts = [OpenVinoBackend(floor), OpenVinoBackend(1.0)] if int8 else target.backends
-    hashes = source_hashes(loaded, checkpoint)
-    with new_bundle(out) as aside:
+    with new_folder(Path(out)) as folder:
         tiles = (
-            calibration_tiles(loaded, calibration[::2], target.device) if int8 else example_tiles(loaded, target.device)
+            calibration_tiles(loaded, calibration[::2], target.device) if int8 else loaded.example_tiles(target.device)
         )
-        for attempt in attempts:
-            is_last = attempt is attempts[-1]
-            manifest = _compile(loaded, target, attempt, hashes, tiles, aside, is_last)
-            if manifest is None:
-                continue
-            if not calibration:
-                break
-            agreement = _measure(source, aside, device, measured, calibration_name)
-            logger.info("%s: %s", out, agreement)
-            if agreement.reaches(floor) or is_last or not int8:
-                _check_floor(agreement, floor, target.precision)
-                replace(manifest, agreement=agreement).write(aside)
-                break
-            (aside / MANIFEST).unlink()
-    return out
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """The model that is compiled; all as `Engine.load` takes it."""
-
-    model: str | os.PathLike[str]
-    folds: Sequence[int | str] | None
-    checkpoint: str
-    configuration: str | None
-    classifier: str
-
-    def read(self) -> Model:
-        read = read_model(self.model, folds=self.folds, checkpoint=self.checkpoint, configuration=self.configuration)
-        return with_classifier(read, self.classifier)
-
-    def reference(self, device: str) -> Engine:
-        """Load the model in fp32, to compare with."""
-        return Engine.load(
-            self.model,
-            folds=self.folds,
-            checkpoint=self.checkpoint,
-            configuration=self.configuration,
-            backend="torch",
-            precision="fp32",
-            device=device,
-            mirror=False,  # takes an eighth of the time, and mirroring would average differences out
-            options=EngineOptions(classifier=self.classifier),
-        )
+        manifest = _compile_best(
+            loaded, target, source_hashes(loaded, checkpoint), tiles, folder,
+            lambda: _measure(model, choice, folder, device, measured, calibration_name),
+        )  # fmt: skip
+        _judge(manifest, target.floor)
+        manifest.write(folder)
+    return Path(out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """Device, precision and machine of a bundle, and the backends that may compile it, the best first."""
+    """What a bundle is built for, and with.
+
+    Args:
+        device: Device.
+        precision: Such as "fp16".
+        attempts: Backends that may compile it, the best first; for int8 one list for each recipe, of which the next one
+            is tried where the labels of one do not reach the floor.
+        machine: Of `describe_machine`.
+        floor: Least Dice with fp32, of the label that agrees least.
+    """
 
     device: torch.device
     precision: str
-    backends: Sequence[Backend]
+    attempts: Sequence[Sequence[Backend]]
     machine: Mapping[str, str]
+    floor: float
 
 
 def _check_arguments(
@@ -197,16 +164,21 @@ def _check_arguments(
         raise ModelError(f"{model} is a bundle already; build from the model folder or zip that it was made of")
 
 
-def _choose(backend: str, precision: str, device: str, compute_capabilities: Sequence[str]) -> _Target:
+def _choose(
+    backend: str, precision: str, device: str, floor: float | None, compute_capabilities: Sequence[str]
+) -> _Target:
     """Choose the target of a bundle: a device of this machine, or with TensorRT, GPUs that are not here."""
     if not compute_capabilities:
         target = choose_device(device)
         precision = choose_precision(precision, target)
+        floor = FLOORS[precision] if floor is None else floor
+        usable = usable_backends(backend, target, precision)[0]
         return _Target(
             device=target,
             precision=precision,
-            backends=usable_backends(backend, target, precision)[0],
+            attempts=[[OpenVinoBackend(floor)], [OpenVinoBackend(1.0)]] if precision == "int8" else [usable],
             machine=describe_machine(target),
+            floor=floor,
         )
     if backend not in ("auto", "tensorrt"):
         raise ValueError(f"for GPUs that are not here only tensorrt can build, not {backend}")
@@ -216,34 +188,71 @@ def _choose(backend: str, precision: str, device: str, compute_capabilities: Seq
     return _Target(
         device=torch.device("cpu"),
         precision=precision,
-        backends=[chosen],
+        attempts=[[chosen]],
         machine=describe_gpus(compute_capabilities),
+        floor=FLOORS[precision],
     )
 
 
-def _compile(
+def _compile_best(
     model: Model,
     target: _Target,
-    backend: Backend,
-    hashes: Mapping[str, str],
+    source: Mapping[str, str],
     tiles: Tensor,
     folder: Path,
-    is_last: bool,
-) -> Manifest | None:
-    """Compile a model with one backend; None if it cannot and other backends are left to try."""
-    plan = plan_bundle(model, hashes, backend, target.precision, target.machine)
+    measure: Callable[[], Agreement | None],
+) -> Manifest:
+    """Compile a model; where labels do not reach the floor, with the next attempt.
 
-    def write_more(folder: Path) -> None:
-        if backend.name in FOR_CPP:
-            _write_scan_path(model, folder)
+    Args:
+        model: With weights.
+        target: What for, and with.
+        source: Of `source_hashes`.
+        tiles: As `Backend.build` takes them.
+        folder: Of the bundle.
+        measure: Gives the agreement of the bundle with fp32.
 
-    try:
+    Returns:
+        The manifest, with the agreement.
+
+    Raises:
+        BackendUnavailable: Where no backend of an attempt can compile it.
+    """
+    manifest, agreement = None, None
+    for backends in target.attempts:
+        manifest = _compile_first(model, target, backends, source, tiles, folder)
+        agreement = measure()
+        if agreement is None or agreement.reaches(target.floor):
+            break
+    assert manifest is not None  # there is one attempt at least
+    return replace(manifest, agreement=agreement)
+
+
+def _compile_first(
+    model: Model,
+    target: _Target,
+    backends: Sequence[Backend],
+    source: Mapping[str, str],
+    tiles: Tensor,
+    folder: Path,
+) -> Manifest:
+    """Compile a model with the first backend that can."""
+
+    def compile_with(backend: Backend) -> Manifest:
+        def write_more(folder: Path) -> None:
+            if backend.name in FOR_CPP:
+                _write_scan_path(model, folder)
+
+        plan = plan_bundle(model, source, backend, target.precision, target.machine)
         return compile_model(model, plan, backend, tiles, folder, write_more=write_more)
-    except BackendUnavailable as error:
-        if is_last:
-            raise
-        logger.info("%s; going on without it", error)
-        return None
+
+    *others, last = backends
+    for backend in others:
+        try:
+            return compile_with(backend)
+        except BackendUnavailable as error:
+            logger.info("%s; going on without it", error)
+    return compile_with(last)
 
 
 def _write_scan_path(model: Model, folder: Path) -> None:
@@ -291,11 +300,11 @@ def build_whole_path(
     """
     from .scripted.whole_path import whole_path
 
-    source = _Source(
-        model=model, folds=folds, checkpoint=checkpoint, configuration=configuration, classifier=classifier
+    choice = ModelChoice(
+        folds=folds, checkpoint=checkpoint, configuration=configuration, options=EngineOptions(classifier=classifier)
     )
-    read = source.read()
-    network = trace(read, example_tiles(read, choose_device(device)), "fp32")
+    read = read_chosen(model, choice)
+    network = trace(read, read.example_tiles(choose_device(device)), "fp32")
     script = whole_path(network, read.plan, read.mirror_axes, aggregation)
     if Path(out).is_dir():
         raise OutputError(f"{out} must be a file to write, it is a folder")
@@ -304,13 +313,25 @@ def build_whole_path(
     return Path(out)
 
 
-def _measure(source: _Source, bundle: Path, device: str, scans: Sequence[Image], name: str) -> Agreement:
-    """Compare the labels of a bundle with those of its model in fp32."""
-    reference = source.reference(device)
-    return measure_agreement(reference, Engine.load(bundle, device=device, mirror=False), scans, name)
+def _measure(
+    model: str | os.PathLike[str], choice: ModelChoice, bundle: Path, device: str, scans: Sequence[Image], name: str
+) -> Agreement | None:
+    """Compare the labels of a bundle with those of its model in fp32; None without scans."""
+    if not scans:
+        return None
+    # Mirroring takes eight times as long, and would average differences out.
+    exact = replace(choice, backend="torch", precision="fp32", mirror=False)
+    reference = Engine.load(model, device=device, **exact.arguments())
+    agreement = measure_agreement(reference, Engine.load(bundle, device=device, mirror=False), scans, name)
+    logger.info("%s: %s", bundle, agreement)
+    return agreement
 
 
-def _check_floor(agreement: Agreement, floor: float, precision: str) -> None:
+def _judge(manifest: Manifest, floor: float) -> None:
+    """Refuse a bundle whose labels agree too little with those in fp32, where that was measured."""
+    agreement, precision = manifest.agreement, manifest.precision
+    if agreement is None:
+        return
     if agreement.lowest_dice is None:
         raise BundleError(
             f"the {agreement.what} must show what the model segments, neither fp32 nor {precision} finds any of it "

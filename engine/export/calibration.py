@@ -1,4 +1,4 @@
-"""Makes the tiles with which networks are traced and calibrated."""
+"""Takes the tiles with which networks are calibrated from scans."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from ..pipeline.steps import Image
 from ..pipeline.window import SlidingWindow
 
 CALIBRATION_TILES = 24
-
-
-def example_tiles(model: Model, device: torch.device) -> Tensor:
-    """Make tiles for tracing, (2, C, *patch); two, because the batch size 1 would become a constant."""
-    return torch.zeros(2, model.plan.input_channels, *model.plan.patch_size, device=device)
 
 
 def calibration_tiles(model: Model, scans: Sequence[Image], device: torch.device) -> Tensor:

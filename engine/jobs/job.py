@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundles.manifest import bundle_model, is_bundle, read_manifest
+from ..engine import Engine
 from ..ensemble import Ensemble
 from ..errors import OutputError
-from ..model.folder import read_model
+from ..model.folder import read_chosen
+from ..model.plans import DATASET, PLANS
 from ..model.provenance import LabelSettings
+from ..options import ModelChoice
 from ..predictor import Predictor
 from ..scans.image_header import DETACHED_ENDINGS
 from ..scans.label_file import second_file
@@ -24,27 +27,18 @@ from .dicom_seg import import_highdicom
 from .made_of import FileStamp, MadeOf
 from .records import SUBTYPES, RecordFolder
 
-PLANS, DATASET = "plans.json", "dataset.json"
-"""nnU-Net leaves both with its predictions."""
+
+def load_predictor(models: Sequence[str | os.PathLike[str]], choice: ModelChoice, device: str) -> Predictor[Any, Any]:
+    """Load one model, or several whose probabilities are averaged."""
+    arguments = {**choice.arguments(), "device": device}
+    return Engine.load(models[0], **arguments) if len(models) == 1 else Ensemble.load(models, **arguments)
 
 
-def load_predictor(models: Sequence[str | os.PathLike[str]], **arguments: Any) -> Predictor:
-    """Load one model, or several whose probabilities are averaged; arguments are those of `Engine.load`."""
-    ensemble = Ensemble.load(models, **arguments)
-    return ensemble if len(models) > 1 else ensemble.engines[0]
-
-
-def file_ending_of(
-    model: str | os.PathLike[str],
-    *,
-    folds: Sequence[int | str] | None,
-    checkpoint: str,
-    configuration: str | None,
-) -> str:
-    """Find out what a model's scans end in, without making it ready to run; arguments are those of `Engine.load`."""
+def file_ending_of(model: str | os.PathLike[str], choice: ModelChoice) -> str:
+    """Find out what a model's scans end in, without making it ready to run."""
     if is_bundle(model):
         return bundle_model(read_manifest(Path(model)), Path(model)).plan.file_ending
-    return read_model(model, folds=folds, checkpoint=checkpoint, configuration=configuration).plan.file_ending
+    return read_chosen(model, choice).plan.file_ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +83,7 @@ class ModelInfo:
     Args:
         models: What decides the labels of each model.
         file_ending: Of scans and segmentations.
+        reader: nnU-Net's class that reads scans and labels.
         class_names: Classes of a case, or None.
         previous_stage: Of a cascade, or None.
         plans: nnU-Net's.
@@ -97,15 +92,11 @@ class ModelInfo:
 
     models: tuple[LabelSettings, ...]
     file_ending: str
+    reader: str
     class_names: tuple[str, ...] | None
     previous_stage: str | None
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
-
-    @property
-    def reader(self) -> str:
-        """The class of nnU-Net's that reads scans and labels."""
-        return str(self.plans.get("image_reader_writer", "SimpleITKIO"))
 
     @classmethod
     def of(cls, engine: Predictor) -> ModelInfo:
@@ -114,6 +105,7 @@ class ModelInfo:
         return cls(
             models=tuple(each.settings for each in engine.provenance),
             file_ending=model.plan.file_ending,
+            reader=model.plan.reader,
             class_names=engine.class_names,
             previous_stage=model.plan.previous_stage,
             plans=model.plans,

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from ..errors import OutputError
 from ..files import write_json
+from ..model.plans import DATASET, PLANS
 from .case_record import FAILED, KEPT, Record
 from .cases import CaseFiles
 from .events import Done, Failed, Finished, OnEvent, Retried
-from .job import DATASET, PLANS, Job, ModelInfo
+from .job import Job, ModelInfo
 from .records import CaseState, RecordFolder
 
 logger = logging.getLogger(__name__)

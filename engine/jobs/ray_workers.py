@@ -40,7 +40,7 @@ class Actor:
         import torch
 
         torch.set_num_threads(self._cores)
-        engine = load_predictor(self._model_arguments.models, device=self._device, **self._model_arguments.arguments)
+        engine = load_predictor(self._model_arguments.models, self._model_arguments.choice, self._device)
         self._engine_queue = QueuedEngine(engine, self._job, lambda event: None)
         return self._engine_queue.info
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import BackendUnavailable, EngineError, VolumeError
 from ..files import written_atomically
 from ..model.labels import LabelScheme, parse_labels
-from ..model.plans import read_channel_names
+from ..model.plans import DATASET, PLANS, read_channel_names, read_reader
 from ..overlap import overlapped
 from ..scans.volume import Volume, read_volume
 from .case_record import DONE, FAILED, KEPT, WRITING, Record
@@ -83,13 +83,13 @@ def write_report(output: Path, path: Path, *, only: str | None = None) -> None:
 def _read_settings(output: Path) -> tuple[LabelScheme, str, str, str]:
     """Read labels, name of the first channel, file ending and reader from the JSON files beside predictions."""
     try:
-        dataset = json.loads((output / "dataset.json").read_bytes())
+        dataset = json.loads((output / DATASET).read_bytes())
         labels, channel = parse_labels(dataset), read_channel_names(dataset)[0]
         file_ending = dataset["file_ending"]
-        reader = json.loads((output / "plans.json").read_bytes()).get("image_reader_writer", "SimpleITKIO")
+        reader = read_reader(json.loads((output / PLANS).read_bytes()))
     except (OSError, ValueError, KeyError) as error:
         raise VolumeError(
-            f"{output} must be where nnturbo predict wrote, with dataset.json and plans.json: {error}"
+            f"{output} must be where nnturbo predict wrote, with {DATASET} and {PLANS}: {error}"
         ) from error
     return labels, channel, file_ending, reader
 

@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+from ..options import ModelChoice
 
 if TYPE_CHECKING:
     from .job import Job
@@ -41,7 +42,7 @@ class ModelArguments:
     """Model that each process loads: the arguments of `job.load_predictor` without the device."""
 
     models: tuple[str, ...]
-    arguments: Mapping[str, Any]
+    choice: ModelChoice
 
 
 def local_places(device: str, workers: int | None) -> list[Place]:
@@ -96,7 +97,7 @@ def serve(connection: Connection, model_arguments: ModelArguments, job: Job, pla
     from .worker_pool import QueuedEngine, throttled
 
     try:
-        engine = load_predictor(model_arguments.models, device=place.device, **model_arguments.arguments)
+        engine = load_predictor(model_arguments.models, model_arguments.choice, place.device)
     except (EngineError, ValueError) as error:
         connection.send(Unusable(error))
         return

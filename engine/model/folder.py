@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ModelError
-from ..options import DEFAULT_CHECKPOINT
+from ..options import DEFAULT_CHECKPOINT, ModelChoice
 from .checkpoint import UNREADABLE, Checkpoint, read_checkpoint
 from .foreign_head import find_head
 from .given_network import GivenNetwork
@@ -25,7 +26,7 @@ from .head_description import HEAD_KEY
 from .heads import PooledClassifier
 from .mirroring import View, mirror_views
 from .plan_classes import is_unet, remarks_on
-from .plans import Plan, parse_plan
+from .plans import DATASET, PLANS, Plan, parse_plan
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,13 @@ class Model:
         )
 
     @property
+    def classifier(self) -> str | None:
+        """What classifies a case, "head" or "lda"; None without classification."""
+        if self.plan.classification is None:
+            return None
+        return "lda" if self.pooled_classifiers else "head"
+
+    @property
     def views(self) -> tuple[View, ...]:
         """Every mirror view that the model was trained for."""
         return mirror_views(self.mirror_axes, len(self.plan.patch_size))
@@ -86,6 +94,28 @@ class Model:
     def num_parameters(self) -> int:
         """Number of parameters of one fold; a parameter with several names counts once."""
         return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights[0].values()}.values())
+
+    def example_tiles(self, device: torch.device) -> Tensor:
+        """Make tiles for tracing, (2, C, *patch); two, because the batch size 1 would become a constant."""
+        return torch.zeros(2, self.plan.input_channels, *self.plan.patch_size, device=device)
+
+
+def read_chosen(path: str | os.PathLike[str], choice: ModelChoice, *, given: GivenNetwork | None = None) -> Model:
+    """Read the folds of a model that are chosen, with the chosen classifier.
+
+    Args:
+        path: As for `read_model`.
+        choice: Its folds, checkpoint, configuration and classifier count.
+        given: A network to run in place of the plan's.
+
+    Raises:
+        ModelError: Where something is missing or not supported.
+        CheckpointError: As for `read_model`.
+    """
+    read = read_model(
+        path, folds=choice.folds, checkpoint=choice.checkpoint_file, configuration=choice.configuration, given=given
+    )
+    return with_classifier(read, choice.options.classifier)
 
 
 def read_model(
@@ -117,7 +147,7 @@ def read_model(
             if path.suffix == ".pth":
                 found = "is a checkpoint: give the folder with plans.json, two above it"
             raise ModelError(f"a model must be a folder or an nnU-Net export zip; {path} {found}")
-        plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
+        plans, dataset = _read_json(folder / PLANS), _read_json(folder / DATASET)
         names, checkpoints = _read_folds(folder, folds, checkpoint, plans, configuration, given)
         first = checkpoints[0]
         if configuration not in (None, first.configuration):
@@ -242,7 +272,7 @@ def with_classifier(model: Model, wanted: str) -> Model:
             "%s: fold %s has no fitted classifier, so the network's head answers", model.source, ", ".join(without)
         )
     chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
-    logger.info("classifier %s of %s", "lda" if chosen.pooled_classifiers else "head", model.source)
+    logger.info("classifier %s of %s", chosen.classifier, model.source)
     return chosen
 
 
@@ -333,7 +363,7 @@ def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
 
 def _choose_in_zip(path: Path, archive: zipfile.ZipFile, configuration: str | None) -> str:
     """Find the folder inside a zip that holds the model."""
-    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.rpartition("/")[2] == "plans.json"})
+    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.rpartition("/")[2] == PLANS})
     chosen = [root for root in roots if configuration is None or root.endswith(f"__{configuration}")]
     if len(chosen) != 1:
         wanted = f"the configuration {configuration!r}" if configuration else "exactly one model; name a configuration"

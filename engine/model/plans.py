@@ -17,6 +17,9 @@ from .json_values import take
 from .labels import LabelScheme, parse_labels
 from .resampling_function import Resampling, parse_resampling
 
+PLANS, DATASET = "plans.json", "dataset.json"
+"""Names of the two files in a model folder; nnU-Net leaves both with its predictions."""
+
 NORMALIZATIONS = (
     "CTNormalization",
     "ZScoreNormalization",
@@ -259,7 +262,7 @@ def parse_plan(plans: Mapping[str, Any], dataset: Mapping[str, Any], configurati
     """
     configuration = _resolve(plans, configuration_name)
     patch_size, spacing = _patch_and_spacing(configuration)
-    reader = _reader(plans)
+    reader = read_reader(plans)
     _check_preprocessor(plans, configuration)
     file_ending = _file_ending(dataset, reader)
     names = read_channel_names(dataset)
@@ -303,7 +306,12 @@ def _patch_and_spacing(configuration: Mapping[str, Any]) -> tuple[tuple[int, ...
     return patch_size, spacing
 
 
-def _reader(plans: Mapping[str, Any]) -> str:
+def read_reader(plans: Mapping[str, Any]) -> str:
+    """Read which class of nnU-Net's reads scans and labels, one of `READERS`.
+
+    Raises:
+        ModelError: For another class.
+    """
     reader = str(plans.get("image_reader_writer", "SimpleITKIO"))
     if reader not in READERS:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 import pytest
 from nnturbo.engine import OutputError, files
-from nnturbo.engine.files import put_in_place, write_json, written_atomically
+from nnturbo.engine.files import new_folder, put_in_place, write_json, written_atomically
 
 
 class TestWrittenAtomically:
@@ -38,6 +38,39 @@ class TestWrittenAtomically:
         write_json(tmp_path / "a.json", {})
         (tmp_path / "b.json").write_text("{}")
         assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+
+class TestNewFolder:
+    def test_it_is_there_when_the_block_ends_well(self, tmp_path):
+        (tmp_path / "plain").mkdir()
+        with new_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text("content")
+            assert not (tmp_path / "a" / "b").exists()
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+        assert (tmp_path / "a" / "b" / "file").read_text() == "content"
+        assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    @pytest.mark.parametrize(("raised", "shown"), [(KeyError("x"), KeyError), (OSError(28, "disk full"), OutputError)])
+    def test_nothing_is_left_when_it_does_not(self, tmp_path, raised, shown):
+        def fail():
+            with new_folder(tmp_path / "a") as folder:
+                (folder / "file").write_text("content")
+                raise raised
+
+        with pytest.raises(shown):
+            fail()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_is_there_stays(self, tmp_path):
+        (tmp_path / "a").write_text("mine")
+        with pytest.raises(OutputError, match="exists: choose another folder"), new_folder(tmp_path / "a"):
+            pass
+        assert (tmp_path / "a").read_text() == "mine"
+
+    def test_a_long_name_is_no_obstacle(self, tmp_path):
+        with new_folder(tmp_path / ("é" * 120)):
+            pass
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 class TestPutInPlace:

@@ -196,7 +196,7 @@ class TestInt8:
             model, tmp_path / "b", backend="openvino", precision="int8", device="cpu", calibration=[scan], floor=0.9
         )
         assert floors == [0.9, 1.0]
-        assert read_manifest(out).agreement["dice"] == {"a": 0.95}
+        assert read_manifest(out).agreement.dice == {"a": 0.95}
 
     @THOROUGH
     def test_whole_resolutions_stay_in_float_but_never_all(self, model, tmp_path):
@@ -237,7 +237,7 @@ class TestInt8:
         )
         assert capsys.readouterr() == ("", "")
         agreement = read_manifest(out).agreement
-        assert agreement["different"] > 0
+        assert agreement.different > 0
         assert Engine.load(out, mirror=False).predict(scan).provenance[0].precision == "int8"
 
     @pytest.mark.thorough

@@ -9,6 +9,8 @@ from nnturbo.engine.backends.choose import backends
 from nnturbo.engine.bundles import manifest as bundle_module
 from nnturbo.engine.bundles.manifest import MANIFEST, read_manifest
 from nnturbo.engine.files import sha256
+from nnturbo.engine.jobs.job import load_predictor
+from nnturbo.engine.options import ModelChoice
 
 
 @pytest.fixture
@@ -94,6 +96,24 @@ class TestUse:
             options=EngineOptions(classifier="lda"),
         )
         assert engine.class_names == ("0", "1", "2")
+
+    def test_the_checkpoint_that_it_was_built_of_is_the_default(self, model, tmp_path):
+        folder = shutil.copytree(model, tmp_path / "m")
+        (folder / "fold_0" / "checkpoint_final.pth").rename(folder / "fold_0" / "checkpoint_best.pth")
+        out = build(folder, tmp_path / "b", backend="torch", device="cpu", checkpoint="checkpoint_best.pth")
+        for checkpoint in (None, "checkpoint_best.pth"):
+            assert Engine.load(out, checkpoint=checkpoint).provenance[0].backend == "torch"
+        with pytest.raises(BundleError, match=r"built with checkpoint checkpoint_best\.pth, not checkpoint_final\.pth"):
+            Engine.load(out, checkpoint="checkpoint_final.pth")
+        with pytest.raises(BundleError, match=r"built with checkpoint checkpoint_best\.pth, not checkpoint_final\.pth"):
+            load_predictor([out], ModelChoice(checkpoint="checkpoint_final.pth"), "cpu")
+
+    def test_a_zip_does_not_say_which_checkpoint_was_taken(self, multi_task_model, tmp_path):
+        archive = shutil.make_archive(str(tmp_path / "model"), "zip", multi_task_model.parent, "m")
+        out = build(archive, tmp_path / "b", backend="torch", device="cpu")
+        assert Engine.load(out, checkpoint="checkpoint_final.pth").class_names
+        with pytest.raises(BundleError, match=r"built with checkpoint model\.zip, not checkpoint_best\.pth"):
+            Engine.load(out, checkpoint="checkpoint_best.pth")
 
     def test_its_own_hash_of_a_zip_is_the_zips(self, multi_task_model, tmp_path):
         archive = shutil.make_archive(str(tmp_path / "model"), "zip", multi_task_model.parent, "m")

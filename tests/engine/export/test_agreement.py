@@ -1,5 +1,7 @@
 """How far a bundle in lower precision agrees with fp32: measured, kept with it, and held to a floor."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,7 @@ class TestAgreement:
         assert set(agreement.dice.values()) == {1.0}
         assert agreement.same_class == 1
 
-    def test_labels_that_no_scan_shows_are_not_called_equal(self, multi_task_model, tmp_path):
+    def test_labels_that_no_scan_shows_are_not_called_equal(self, built_bundle, tmp_path):
         def scan_of(*labels):
             return Prediction(
                 segmentation=np.array([[labels]], np.uint8),
@@ -91,8 +93,9 @@ class TestAgreement:
         assert "pancreas 0.6667, lesion not seen" in str(seen)
         nothing = measure_agreement(Fixed(scan_of(0, 0)), Fixed(scan_of(0, 0)), ["scan"], "scans")
         assert nothing.lowest_dice is None
+        manifest = replace(read_manifest(built_bundle), precision="bf16", agreement=nothing)
         with pytest.raises(BundleError, match="the scans must show what the model segments"):
-            compilation._check_floor(nothing, 0.0, "bf16")
+            compilation._judge(manifest, 0.0)
 
     @pytest.mark.parametrize("content", [{}, [], {"scans": 1}, None])
     def test_what_is_no_agreement(self, built_bundle, content):

@@ -19,10 +19,11 @@ import sys, time
 from pathlib import Path
 from nnturbo.engine.jobs.run import predict_cases
 from nnturbo.engine.jobs.job import Job, load_predictor
+from nnturbo.engine.options import ModelChoice
 from nnturbo.engine.jobs.cases import find_cases
 
 model, scans, out, resume = sys.argv[1:]
-engine = load_predictor([model], device="cpu", mirror=False, backend="torch")
+engine = load_predictor([model], ModelChoice(mirror=False, backend="torch"), "cpu")
 print("begins", flush=True)
 began = time.monotonic()
 outcome = predict_cases(engine, find_cases(Path(scans), ".nii.gz"), Job(
@@ -35,10 +36,11 @@ import gc, os, sys
 from pathlib import Path
 from nnturbo.engine.jobs.run import predict_cases
 from nnturbo.engine.jobs.job import Job, load_predictor
+from nnturbo.engine.options import ModelChoice
 from nnturbo.engine.jobs.cases import CaseFiles
 
 model, scan, out, count = sys.argv[1:]
-engine = load_predictor([model], device="cpu", mirror=False, backend="torch")
+engine = load_predictor([model], ModelChoice(mirror=False, backend="torch"), "cpu")
 seen = []
 
 def on_event(event):

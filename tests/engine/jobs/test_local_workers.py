@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from nnturbo.engine.jobs.job import Job, load_predictor
 from nnturbo.engine.jobs.local_workers import LocalWorkers
 from nnturbo.engine.jobs.run import predict_cases, run_job
 from nnturbo.engine.jobs.worker import ModelArguments, Place, local_places, serve
+from nnturbo.engine.options import ModelChoice
 from nnturbo.engine.pipeline import loading
 
 from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
 
-ARGUMENTS = {"mirror": False, "backend": "torch"}
+CHOICE = ModelChoice(mirror=False, backend="torch")
 CORES = [core for place in local_places("cpu", None) for core in place.cores]
 PLACES = [Place("cpu", (core,)) for core in CORES[:2]] * 2
 
@@ -46,9 +48,7 @@ def scans(tmp_path):
 
 @pytest.fixture
 def pool(model, tmp_path):
-    made = LocalWorkers(
-        ModelArguments(models=(str(model),), arguments=ARGUMENTS), Job(output=tmp_path / "out"), PLACES[:2]
-    )
+    made = LocalWorkers(ModelArguments(models=(str(model),), choice=CHOICE), Job(output=tmp_path / "out"), PLACES[:2])
     yield made
     made.close()
 
@@ -65,7 +65,7 @@ def test_results_are_those_of_one_process_with_as_many_cores(model, scans, tmp_p
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        engine = load_predictor([model], device="cpu", **ARGUMENTS)
+        engine = load_predictor([model], CHOICE, "cpu")
         predict_cases(engine, find_cases(scans, ".nii.gz"), Job(output=tmp_path / "alone"))
     finally:
         torch.set_num_threads(before)
@@ -96,7 +96,7 @@ def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkey
     monkeypatch.setattr(pool_module, "serve", serve_with_poison)
     write_scan(scans / "poison_0000.nii.gz")
     job = Job(output=tmp_path / "out")
-    workers = LocalWorkers(ModelArguments(models=(str(model),), arguments=ARGUMENTS), job, PLACES[:2])
+    workers = LocalWorkers(ModelArguments(models=(str(model),), choice=CHOICE), job, PLACES[:2])
     try:
         outcome = run_job(workers, find_cases(scans, ".nii.gz"), job)
     finally:
@@ -117,7 +117,7 @@ def test_a_bad_scan_and_a_result_that_cannot_be_written_fail_their_cases(scans, 
 
 @pytest.mark.thorough  # starts processes for what the next test shows too
 def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
-    wrong = ModelArguments(models=(str(model),), arguments={**ARGUMENTS, "tile_step_size": 2})
+    wrong = ModelArguments(models=(str(model),), choice=replace(CHOICE, tile_step_size=2))
     with pytest.raises(ValueError, match="tile_step_size must be in"):
         LocalWorkers(wrong, Job(output=tmp_path), PLACES[:2])
 
@@ -125,7 +125,7 @@ def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
 def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         LocalWorkers(
-            ModelArguments(models=(str(tmp_path / "nowhere"),), arguments=ARGUMENTS), Job(output=tmp_path), PLACES[:2]
+            ModelArguments(models=(str(tmp_path / "nowhere"),), choice=CHOICE), Job(output=tmp_path), PLACES[:2]
         )
 
 

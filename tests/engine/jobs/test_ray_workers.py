@@ -13,6 +13,7 @@ from nnturbo.engine.jobs.events import Ready
 from nnturbo.engine.jobs.job import Job
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker import ModelArguments
+from nnturbo.engine.options import ModelChoice
 
 from tests.engine.factory import write_scan, write_scans
 from tests.engine.jobs.outputs import label_files
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-ARGUMENTS = {"mirror": False, "backend": "torch"}
+CHOICE = ModelChoice(mirror=False, backend="torch")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def scans(tmp_path):
 def workers(address, model, out, **more):
     from nnturbo.engine.jobs.ray_workers import RayWorkers
 
-    model_arguments = ModelArguments(models=(str(model),), arguments=ARGUMENTS)
+    model_arguments = ModelArguments(models=(str(model),), choice=CHOICE)
     return RayWorkers(address, model_arguments, Job(output=out), **{"device": "cpu", "workers": 2, "cores": 1, **more})
 
 

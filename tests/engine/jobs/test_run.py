@@ -24,6 +24,10 @@ from nnturbo.engine.pipeline import loading, prediction
 from tests.engine.factory import write_scan
 from tests.engine.jobs.outputs import read_records
 
+INFO = ModelInfo(
+    models=(), file_ending=".nii.gz", reader="SimpleITKIO", class_names=None, previous_stage=None, plans={}, dataset={}
+)
+
 
 def test_every_case_is_predicted_written_and_recorded(engine, scans, tmp_path):
     out = tmp_path / "deep" / "out"
@@ -181,7 +185,15 @@ def test_the_same_name_twice_is_refused(engine, tmp_path):
 
 def test_a_stop_looks_at_the_record_of_each_case_alone(tmp_path):
     class Full:
-        info = ModelInfo(models=(), file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(
+            models=(),
+            file_ending=".nii.gz",
+            reader="SimpleITKIO",
+            class_names=None,
+            previous_stage=None,
+            plans={},
+            dataset={},
+        )
 
         def __call__(self, cases, *, on_event, alone):
             raise OutputError("the disk is full")
@@ -212,7 +224,15 @@ def test_a_job_of_many_cases_begins_at_once(tmp_path):
         pass
 
     class Nobody:
-        info = ModelInfo(models=(), file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+        info = ModelInfo(
+            models=(),
+            file_ending=".nii.gz",
+            reader="SimpleITKIO",
+            class_names=None,
+            previous_stage=None,
+            plans={},
+            dataset={},
+        )
 
         def __call__(self, cases, *, on_event, alone):
             raise Stopped

@@ -12,7 +12,9 @@ from nnturbo.engine.jobs.job import Job, ModelInfo
 from nnturbo.engine.jobs.run import run_job
 from nnturbo.engine.jobs.worker_pool import Worker, WorkerPool, throttled
 
-INFO = ModelInfo(models=(), file_ending=".nii.gz", class_names=None, previous_stage=None, plans={}, dataset={})
+INFO = ModelInfo(
+    models=(), file_ending=".nii.gz", reader="SimpleITKIO", class_names=None, previous_stage=None, plans={}, dataset={}
+)
 
 
 class Played(WorkerPool):
