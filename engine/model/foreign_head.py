@@ -54,7 +54,7 @@ def find_head(weights: Sequence[Mapping[str, Tensor]], described: Mapping[str, A
         )
     used: set[str] = set()
     if described is not None:
-        used = _used(HeadDescription.parse(described))
+        used = _used(HeadDescription.from_json(described))
     unused = [name for name in others if name.rpartition(".")[0] not in used and name not in used]
     if unused:
         remark = _unused(unused, described is not None)
@@ -75,8 +75,8 @@ def _recognised(head: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Any],
     regions, encoder = plan.labels.regions_class_order is not None, plan.architecture.encoder_channels
     described = family.describe(head, plan.labels.num_outputs, regions)
     try:
-        DescribedHead(HeadDescription.parse(described), head, encoder, len(plan.patch_size))
-        HeadDescription.parse(described).scheme(len(encoder), regions)
+        DescribedHead(HeadDescription.from_json(described), head, encoder, len(plan.patch_size))
+        HeadDescription.from_json(described).scheme(len(encoder), regions)
     except ModelError:
         return None  # names alike, shapes not
     return described, family.name

@@ -97,7 +97,7 @@ class Layer:
             raise ModelError(f"{HEAD_KEY}: layer {self.kind}: {'; '.join(broken)}")
 
     @classmethod
-    def parse(cls, described: Any) -> Layer:
+    def from_json(cls, described: Any) -> Layer:
         """Read one layer.
 
         Raises:
@@ -153,7 +153,7 @@ class HeadDescription:
     mask_combine: str
 
     @classmethod
-    def parse(cls, described: Any) -> HeadDescription:
+    def from_json(cls, described: Any) -> HeadDescription:
         """Read a description.
 
         Raises:
@@ -169,7 +169,7 @@ class HeadDescription:
         focus = _indices(described["focus_channels"], "focus_channels")
         description = cls(
             taps=tuple(_tap(each) for each in _few(described["taps"], "taps", least=1)),
-            layers=tuple(Layer.parse(each) for each in _few(described["layers"], "layers")),
+            layers=tuple(Layer.from_json(each) for each in _few(described["layers"], "layers")),
             class_names=tuple(_few(described["class_names"], "class_names", most=1024)),
             focus_channels=focus,
             mask_channels=_indices(mask.get("channels", list(focus)), "mask channels"),
@@ -220,7 +220,7 @@ def _tap(described: Any) -> Tap:
             f"{HEAD_KEY}: a tap must have the number of a stage under encoder or decoder, and layers; got "
             f"{described!r:.160}"
         )
-    layers = tuple(Layer.parse(each) for each in _few(described.get("layers", []), "layers of a tap"))
+    layers = tuple(Layer.from_json(each) for each in _few(described.get("layers", []), "layers of a tap"))
     return Tap(part=parts[0], stage=described[parts[0]], layers=layers)
 
 

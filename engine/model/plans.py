@@ -213,7 +213,7 @@ def _head(plans: Mapping[str, Any], architecture: Architecture) -> HeadDescripti
         raise ModelError(
             f"plans.json: {HEAD_KEY} must be left out for nnturbo's own multi-task network, whose head is known"
         )
-    return HeadDescription.parse(plans[HEAD_KEY])
+    return HeadDescription.from_json(plans[HEAD_KEY])
 
 
 def _classification(

@@ -361,7 +361,7 @@ def test_what_is_wrong_with_a_description_is_named(described, tmp_path, path, va
 
 def test_a_description_can_lie_in_the_plans_but_not_beside_nnturbos_own_head():
     plans = {**deep_plans(), "classification_head": DESCRIPTION}
-    assert parse_plan(plans, dataset_json(), "3d_fullres").head == HeadDescription.parse(DESCRIPTION)
+    assert parse_plan(plans, dataset_json(), "3d_fullres").head == HeadDescription.from_json(DESCRIPTION)
     own = {**multi_task(plans_json()), "classification_head": DESCRIPTION}
     with pytest.raises(ModelError, match="must be left out for nnturbo's own multi-task network"):
         parse_plan(own, dataset_json(), "3d_fullres")
