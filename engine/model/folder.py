@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +15,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ModelError
 from ..options import DEFAULT_CHECKPOINT, ModelChoice
-from .checkpoint import UNREADABLE, Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint
+from .export_zip import model_folder
 from .foreign_head import find_head
 from .given_network import GivenNetwork
 from .head_description import HEAD_KEY
@@ -141,7 +138,7 @@ def read_model(
         CheckpointError: For a checkpoint that is damaged or holds more than weights and plain values.
     """
     path = Path(path)
-    with _folder(path, configuration) as folder:
+    with model_folder(path, configuration) as folder:
         if not folder.is_dir():
             found = "is a file, and no whole zip" if path.is_file() else "does not exist"
             if path.suffix == ".pth":
@@ -329,43 +326,3 @@ def _find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str
             f"found are {', '.join(sorted(found)) or 'none'}"
         )
     return names
-
-
-@contextlib.contextmanager
-def _folder(path: Path, configuration: str | None) -> Iterator[Path]:
-    """Give the model folder; a zip is unpacked to a temporary folder that exists during the block."""
-    if path.suffix == ".pth" or not (path.is_file() and zipfile.is_zipfile(path)):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="nnturbo-") as target, zipfile.ZipFile(path) as archive:
-        root = _choose_in_zip(path, archive, configuration)
-        wanted = [
-            member
-            for member in archive.infolist()
-            if member.filename.startswith(f"{root}/" if root else "") and member.filename.endswith((".json", ".pth"))
-        ]
-        free = shutil.disk_usage(target).free
-        if (needed := sum(member.file_size for member in wanted)) > free:
-            raise ModelError(f"{path} unpacks to {needed} bytes, {target} has {free} free")
-        for member in wanted:
-            inside = PurePosixPath(member.filename)
-            if inside.is_absolute() or ".." in inside.parts or "\\" in member.filename:
-                raise ModelError(f"{path} must not hold paths that leave its folder, it holds {member.filename!r:.120}")
-            try:
-                archive.extract(member, target)
-            except UNREADABLE as error:
-                raise ModelError(
-                    f"{path} must be a whole zip without a password; {member.filename:.120} cannot be unpacked: "
-                    f"{str(error).partition(chr(10))[0]:.120}"
-                ) from error
-        yield Path(target) / root
-
-
-def _choose_in_zip(path: Path, archive: zipfile.ZipFile, configuration: str | None) -> str:
-    """Find the folder inside a zip that holds the model."""
-    roots = sorted({name.rpartition("/")[0] for name in archive.namelist() if name.rpartition("/")[2] == PLANS})
-    chosen = [root for root in roots if configuration is None or root.endswith(f"__{configuration}")]
-    if len(chosen) != 1:
-        wanted = f"the configuration {configuration!r}" if configuration else "exactly one model; name a configuration"
-        raise ModelError(f"{path} must hold {wanted}; it holds {', '.join(roots) or 'none'}")
-    return chosen[0]
