@@ -117,7 +117,7 @@ def build(
             calibration_tiles(loaded, calibration[::2], target.device) if int8 else loaded.example_tiles(target.device)
         )
         manifest = _compile_best(
-            loaded, target, source_hashes(loaded, checkpoint), tiles, folder,
+            loaded, target, checkpoint, tiles, folder,
             lambda: _measure(model, choice, folder, device, measured, calibration_name),
         )  # fmt: skip
         _judge(manifest, target.floor)
@@ -197,7 +197,7 @@ def _choose(
 def _compile_best(
     model: Model,
     target: _Target,
-    source: Mapping[str, str],
+    checkpoint: str,
     tiles: Tensor,
     folder: Path,
     measure: Callable[[], Agreement | None],
@@ -207,7 +207,7 @@ def _compile_best(
     Args:
         model: With weights.
         target: What for, and with.
-        source: Of `source_hashes`.
+        checkpoint: File name in each fold.
         tiles: As `Backend.build` takes them.
         folder: Of the bundle.
         measure: Gives the agreement of the bundle with fp32.
@@ -218,7 +218,7 @@ def _compile_best(
     Raises:
         BackendUnavailable: Where no backend of an attempt can compile it.
     """
-    manifest, agreement = None, None
+    source, manifest, agreement = source_hashes(model, checkpoint), None, None
     for backends in target.attempts:
         manifest = _compile_first(model, target, backends, source, tiles, folder)
         agreement = measure()
