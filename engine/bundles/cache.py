@@ -72,7 +72,8 @@ def cached_bundle(model: Model, manifest: Manifest, backend: Backend, device: to
 @contextlib.contextmanager
 def temporary_bundle(model: Model, manifest: Manifest, backend: Backend, device: torch.device) -> Iterator[Path]:
     """Give the bundle of a model, compiled now, for the time of the block; arguments as of `cached_bundle`."""
-    with tempfile.TemporaryDirectory(prefix="nnturbo-") as own:
+    # Windows removes no file that is mapped into memory, as a loaded network's weights are.
+    with tempfile.TemporaryDirectory(prefix="nnturbo-", ignore_cleanup_errors=True) as own:
         folder = Path(own) / "bundle"
         _compile(model, manifest, backend, device, folder)
         yield folder
