@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cpu"
-SHARED = ("threads.cpp", "dispatch.cpp")
+SHARED = ("threads.cpp", "dispatch.cpp", "check.cpp", "operations.cpp", "head.cpp", "program.cpp")
 VARIED = "convolution.cpp"
 FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden", "-pthread")
 

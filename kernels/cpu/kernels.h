@@ -1,5 +1,6 @@
 // What the parts of the library of kernels for CPUs share: one table of functions for each set of instructions, compiled
-// from convolution.cpp, and below them threads and memory, compiled once for all processors of a kind.
+// from convolution.cpp, and below them threads and memory, compiled once for all processors of a kind. Programs that call
+// the library see program.h alone.
 //
 // Functions that are compiled for other instructions than the rest must not be shared by the linker: convolution.cpp has
 // no functions and templates of the standard library, and all of its own are local to it.
@@ -13,31 +14,60 @@ namespace nnturbo {
 
 using Size = std::int64_t;
 
-// See dispatch.cpp for what each does; those that allocate throw std::bad_alloc.
+// Maps are (z, y, x, channel) in memory. Those that allocate throw std::bad_alloc.
 struct Kernels {
+  // Channels come in multiples of `lanes`, but those of a direct convolution's input and of logits; weights in panels of
+  // as many `columns`, the last filled up.
   int lanes, columns;
+
+  // Floats of the transformed weights of a kernel of `taps` (1 or 3) x 3 x 3.
   Size (*weights_size)(Size taps, Size inputs, Size outputs);
+
+  // From (outputs, inputs, taps, 3, 3) to panels of columns for each position.
   void (*transform_weights)(Size taps, Size inputs, Size outputs, const float* from, float* to);
+
+  // Convolve (z, y, x, inputs), taken from two tensors one after the other, with zeros around it. The first may be none
+  // and `coarse` in its place, to be spread by `stride` (see below); `to` may be the last one.
   void (*convolve)(Size taps, Size z, Size y, Size x, const float* one, Size channels_one, const float* other,
                    Size channels_other, Size outputs, const float* weights, const float* bias, float* to,
                    const float* coarse, Size channels_coarse, const Size* stride, const float* spread_weights,
                    const float* spread_bias);
+
+  // With any odd number of taps and any strides, zeros around; weights are (panels, taps, inputs, columns).
   void (*convolve_directly)(const Size* size, const Size* taps, const Size* stride, Size inputs, Size outputs,
                             const float* from, const float* weights, const float* bias, float* to);
+
+  // Each input voxel becomes `stride` output voxels; weights are (stride, panels, inputs, columns).
   void (*spread)(const Size* size, const Size* stride, Size inputs, Size outputs, const float* from,
                  const float* weights, const float* bias, float* to);
+
+  // One output channel after the other, (outputs, z, y, x), of each voxel by itself; weights are (panels, inputs,
+  // columns), biases as many as panels have columns.
   void (*project)(Size voxels, Size inputs, Size outputs, const float* from, const float* weights, const float* bias,
                   float* to);
+
+  // Normalise each channel over all voxels, add a residual where there is one, and damp negative values by `slope`.
   void (*normalise)(Size voxels, Size channels, const float* scale, const float* shift, float epsilon,
                     const float* residual, float slope, float* values);
+};
+
+// Those of the instructions that are used; null where this processor has too few.
+const Kernels* kernels();
+
+// Threads that work for the one that makes this, as long as it lives; what follows needs them.
+class Threads {
+ public:
+  explicit Threads(int count);
+  ~Threads();
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
 };
 
 // Do tasks 0 to `tasks` - 1 with all threads; the first exception of one of them ends it.
 void run(Size tasks, void (*task)(const void* context, Size index), const void* context);
 
-// Threads that `run` works with; `resize` changes how many.
+// How many there are.
 Size threads();
-void resize(int count);
 
 // Memory for the task that asks, kept for the next one of its thread.
 float* scratch(std::size_t floats);

@@ -30,6 +30,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(_WIN32)
+#define NNTURBO_EXPORTED __declspec(dllexport)
+#else
+#define NNTURBO_EXPORTED __attribute__((visibility("default")))
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -107,20 +113,27 @@ typedef struct nnturbo_shapes {
   int64_t weight_bytes, buffer_bytes; /* that it keeps, and that it needs while it runs one tile */
 } nnturbo_shapes;
 
+/* The name of the instructions that are used, the widest that this processor has; null where it has too few, and can
+ * run no program. */
+NNTURBO_EXPORTED const char* nnturbo_variant(void);
+
+/* Use those of another name for programs that are made from now on. 1 where they are not here, else 0. */
+NNTURBO_EXPORTED int nnturbo_use(const char* name);
+
 /* Check a program and pack its weights for this processor, with so many threads. What is described may go afterwards.
  * Null where it cannot be run or memory is short; the reason is written to `error`. */
-nnturbo_program* nnturbo_program_create(const nnturbo_description* description, int threads, char* error,
-                                        size_t error_size);
+NNTURBO_EXPORTED nnturbo_program* nnturbo_program_create(const nnturbo_description* description, int threads,
+                                                         char* error, size_t error_size);
 
-void nnturbo_program_destroy(nnturbo_program* program);
+NNTURBO_EXPORTED void nnturbo_program_destroy(nnturbo_program* program);
 
-void nnturbo_program_shapes(const nnturbo_program* program, nnturbo_shapes* shapes);
+NNTURBO_EXPORTED void nnturbo_program_shapes(const nnturbo_program* program, nnturbo_shapes* shapes);
 
 /* Run tiles, (tiles, channels, z, y, x). Several threads may do so at once, each with threads and buffers of its own.
  * `logits` become (tiles, outputs, z, y, x), `class_logits` (tiles, classes), each of `features` (tiles, z, y, x,
  * channels); the last two may be null. 1 where memory is short, else 0. */
-int nnturbo_program_run(const nnturbo_program* program, int64_t tiles, const float* input, float* logits,
-                        float* class_logits, float* const* features, int threads);
+NNTURBO_EXPORTED int nnturbo_program_run(const nnturbo_program* program, int64_t tiles, const float* input,
+                                         float* logits, float* class_logits, float* const* features, int threads);
 
 #ifdef __cplusplus
 }

@@ -22,15 +22,17 @@
 namespace nnturbo {
 namespace {
 
-// Which thread of a crew this one is; 0 is whoever calls. No thread has more of its own: MinGW frees what threads have
-// before it ends what they have made with it.
+class Crew;
+
+// The crew that this thread works in, and which of its threads this one is; 0 is whoever calls. No thread has more of its
+// own: MinGW frees what threads have before it ends what they have made with it.
+thread_local Crew* own_crew = nullptr;
 thread_local int own_index = 0;
 
 // Threads that wait for work; each takes the next task until there is none.
 class Crew {
  public:
   void resize(int count) {
-    std::lock_guard<std::mutex> one_at_a_time(running_);
     if (static_cast<int>(threads_.size()) == count - 1) return;
     stop();
     stopped_ = false;
@@ -38,6 +40,7 @@ class Crew {
     try {
       for (int index = 1; index < count; ++index)
         threads_.emplace_back([this, index, seen = turn_] {
+          own_crew = this;
           own_index = index;
           wait(seen);
         });
@@ -47,7 +50,6 @@ class Crew {
   }
 
   void run(Size tasks, void (*task)(const void*, Size), const void* context) {
-    std::lock_guard<std::mutex> one_at_a_time(running_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = task;
@@ -134,7 +136,7 @@ class Crew {
     }
   }
 
-  std::mutex running_, mutex_;
+  std::mutex mutex_;
   std::condition_variable woken_, done_;
   std::vector<std::thread> threads_;
   std::vector<Block> blocks_ = std::vector<Block>(1);
@@ -148,28 +150,60 @@ class Crew {
   bool stopped_ = false;
 };
 
+// Crews that nobody works with; there are as many as calls that were ever made at the same time.
+struct Idle {
+  std::mutex mutex;
+  std::vector<Crew*> crews;
+  std::size_t made = 0;
+};
+
 // Never ended: threads may outlive static objects.
-Crew*& made() {
-  static Crew* of_process = new Crew;
+Idle*& idle() {
+  static Idle* of_process = new Idle;
+#if !defined(_WIN32)
+  // A process that was forked has none of the threads, and starts new ones.
+  static const int once = pthread_atfork(nullptr, nullptr, [] { of_process = new Idle; });
+  (void)once;
+#endif
   return of_process;
 }
 
-Crew& crew() {
-#if !defined(_WIN32)
-  // A process that was forked has none of the threads, and starts new ones.
-  static const int once = pthread_atfork(nullptr, nullptr, [] { made() = new Crew; });
-  (void)once;
-#endif
-  return *made();
+Crew* take() {
+  Idle& all = *idle();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  if (all.crews.empty()) {
+    all.crews.reserve(++all.made);  // so that giving it back needs no memory
+    return new Crew;
+  }
+  Crew* const crew = all.crews.back();
+  all.crews.pop_back();
+  return crew;
+}
+
+void give_back(Crew* crew) {
+  Idle& all = *idle();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.crews.push_back(crew);
 }
 
 }  // namespace
 
-void run(Size tasks, void (*task)(const void*, Size), const void* context) { crew().run(tasks, task, context); }
+Threads::Threads(int count) {
+  Crew* const crew = take();
+  try {
+    crew->resize(count);
+  } catch (...) {
+    give_back(crew);
+    throw;
+  }
+  own_crew = crew;
+}
 
-Size threads() { return crew().size(); }
+Threads::~Threads() { give_back(std::exchange(own_crew, nullptr)); }
 
-void resize(int count) { crew().resize(count); }
+void run(Size tasks, void (*task)(const void*, Size), const void* context) { own_crew->run(tasks, task, context); }
+
+Size threads() { return own_crew->size(); }
 
 void* allocate(std::size_t bytes) {
   constexpr std::size_t ALIGNMENT = 64;
@@ -191,6 +225,6 @@ void release(void* memory) noexcept {
 #endif
 }
 
-float* scratch(std::size_t floats) { return crew().scratch(floats); }
+float* scratch(std::size_t floats) { return own_crew->scratch(floats); }
 
 }  // namespace nnturbo

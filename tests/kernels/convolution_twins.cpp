@@ -1,7 +1,8 @@
 // Compares every function of the kernels with plain loops in float64, for processors and systems without torch; the
 // instructions to use are the program's argument, and where they are not here it ends with status 77.
 
-#include "../../kernels/cpu/dispatch.cpp"
+#include "../../kernels/cpu/kernels.h"
+#include "../../kernels/cpu/program.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +11,9 @@
 #include <vector>
 
 namespace {
+
+using nnturbo::kernels;
+using nnturbo::Size;
 
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
@@ -65,7 +69,7 @@ Doubles convolved(const Floats& from, const Size size[3], Size inputs, const Flo
 
 // From (outputs, inputs, taps) to (panels, taps, inputs, columns).
 Floats panels(const Floats& weight, Size outputs, Size inputs, Size taps) {
-  const Size columns = nnturbo_columns(), count = (outputs + columns - 1) / columns;
+  const Size columns = kernels()->columns, count = (outputs + columns - 1) / columns;
   Floats packed(count * taps * inputs * columns, 0.0f);
   for (Size output = 0; output < outputs; ++output)
     for (Size input = 0; input < inputs; ++input)
@@ -104,21 +108,21 @@ Doubles spread(const Floats& from, const Size size[3], const Size stride[3], Siz
 }
 
 void check(const Size size[3]) {
-  const Size voxels = size[0] * size[1] * size[2], lanes = nnturbo_lanes(), outputs = nnturbo_columns() + lanes;
+  const Size voxels = size[0] * size[1] * size[2], lanes = kernels()->lanes, outputs = kernels()->columns + lanes;
   const Size one_step[3] = {1, 1, 1};
   const Floats bias = noise(outputs);
   for (Size taps : {1, 3}) {
     const Size all_taps[3] = {taps, 3, 3};
     const Floats one = noise(voxels * lanes), weight = noise(outputs * (lanes + outputs) * taps * 9);
-    Floats other = noise(voxels * outputs), transformed(nnturbo_weights_size(taps, lanes + outputs, outputs));
-    nnturbo_transform_weights(taps, lanes + outputs, outputs, weight.data(), transformed.data());
+    Floats other = noise(voxels * outputs), transformed(kernels()->weights_size(taps, lanes + outputs, outputs));
+    kernels()->transform_weights(taps, lanes + outputs, outputs, weight.data(), transformed.data());
     const Doubles expected = convolved(joined(one, lanes, other, outputs), size, lanes + outputs, weight, all_taps,
                                        one_step, bias, outputs);
     Floats got(voxels * outputs);
-    nnturbo_convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,
+    kernels()->convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,
                      transformed.data(), bias.data(), got.data(), nullptr, 0, nullptr, nullptr, nullptr);
     compare("convolve", got, expected);
-    nnturbo_convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,
+    kernels()->convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,
                      transformed.data(), bias.data(), other.data(), nullptr, 0, nullptr, nullptr, nullptr);
     compare("convolve over its input", other, expected);
   }
@@ -126,7 +130,7 @@ void check(const Size size[3]) {
   const Floats from = noise(voxels * 5), weight = noise(outputs * 5 * 15), of_spread = noise(6 * outputs * 5);
   const Doubles expected = convolved(from, size, 5, weight, taps, stride, bias, outputs);
   Floats got(expected.size());
-  nnturbo_convolve_directly(size, taps, stride, 5, outputs, from.data(), panels(weight, outputs, 5, 15).data(),
+  kernels()->convolve_directly(size, taps, stride, 5, outputs, from.data(), panels(weight, outputs, 5, 15).data(),
                             bias.data(), got.data());
   compare("convolve_directly", got, expected);
   const Doubles finer = spread(from, size, stride, 5, outputs, of_spread, bias);
@@ -136,15 +140,15 @@ void check(const Size size[3]) {
     const Floats panel = panels(here, outputs, 5, 1);
     packed.insert(packed.end(), panel.begin(), panel.end());
   }
-  nnturbo_spread(size, stride, 5, outputs, from.data(), packed.data(), bias.data(), fine.data());
+  kernels()->spread(size, stride, 5, outputs, from.data(), packed.data(), bias.data(), fine.data());
   compare("spread", fine, finer);
   const Doubles logits = convolved(from, size, 5, weight, one_step, one_step, bias, 3);
   Doubles planar(logits.size());
   for (Size voxel = 0; voxel < voxels; ++voxel)
     for (Size output = 0; output < 3; ++output) planar[output * voxels + voxel] = logits[voxel * 3 + output];
-  Floats projected(planar.size()), padded(nnturbo_columns(), 0.0f);
+  Floats projected(planar.size()), padded(kernels()->columns, 0.0f);
   std::copy_n(bias.begin(), 3, padded.begin());
-  nnturbo_project(voxels, 5, 3, from.data(), panels(weight, 3, 5, 1).data(), padded.data(), projected.data());
+  kernels()->project(voxels, 5, 3, from.data(), panels(weight, 3, 5, 1).data(), padded.data(), projected.data());
   compare("project", projected, planar);
   Floats values = noise(voxels * outputs);
   const Floats residual = noise(voxels * outputs), scale = noise(outputs);
@@ -161,7 +165,7 @@ void check(const Size size[3]) {
       normal[at] = value > 0 ? value : 0.01 * value;
     }
   }
-  nnturbo_normalise(voxels, outputs, scale.data(), bias.data(), 1e-5f, residual.data(), 0.01f, values.data());
+  kernels()->normalise(voxels, outputs, scale.data(), bias.data(), 1e-5f, residual.data(), 0.01f, values.data());
   compare("normalise", values, normal);
 }
 
@@ -169,9 +173,8 @@ void check(const Size size[3]) {
 
 int main(int, char** arguments) {
   if (nnturbo_use(arguments[1])) return 77;
-  nnturbo_threads(3);
+  const nnturbo::Threads working(3);
   for (const auto& size : {std::vector<Size>{2, 3, 5}, {5, 4, 13}, {9, 7, 26}}) check(size.data());
-  nnturbo_threads(1);
   std::printf("%s: %d faults\n", nnturbo_variant(), faults);
   return faults != 0;
 }

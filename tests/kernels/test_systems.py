@@ -11,6 +11,7 @@ from nnturbo.kernels.compilation import (
     FOLDER,
     LINKED,
     OF_SYSTEM,
+    SHARED,
     VARIANTS,
     VARIED,
     compile_kernels,
@@ -52,7 +53,7 @@ def test_every_function_gives_what_plain_loops_give(tmp_path, name):
     command, system, processor, emulator = needed(name)
     flags = [*FLAGS, *OF_SYSTEM[system]]
     program, objects = tmp_path / "twins.exe", []
-    for source in (FOLDER / "threads.cpp", TWINS):
+    for source in (*(FOLDER / name for name in SHARED), TWINS):
         objects.append(tmp_path / f"{source.name}.o")
         subprocess.run([*command, *flags, "-c", source, "-o", objects[-1]], check=True)
     for variant, instructions in VARIANTS[processor].items():
@@ -81,7 +82,7 @@ def test_the_library_is_small_and_needs_nothing_but_the_system(tmp_path, name):
     content = library.read_bytes()
     for needed_elsewhere in (b"libstdc++", b"libgcc_s", b"libwinpthread"):
         assert needed_elsewhere not in content.replace(b"libstdc++ demangler", b"")
-    assert b"nnturbo_convolve" in content
+    assert b"nnturbo_program_run" in content
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
