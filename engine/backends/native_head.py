@@ -27,11 +27,11 @@ def program_head(builder: Builder, network: MultiTaskUNet, features: Sequence[in
     """
     head: Any = network.head
     if isinstance(head, AttentionHead):
-        kind, tensors = "attention", list[Any](_of_attention(head))
+        kind, tensors = "attention", _of_attention(head)
     elif isinstance(head, PooledHead):
         kind, tensors = "pooled", []
     elif isinstance(head, LinearClassifier):
-        kind, tensors = "focus_pooling", [head.weight, head.bias]
+        kind, tensors = "focus_pooling", list(head.buffers())
     else:
         return None
     layers = [layer for layer in getattr(head, "layers", ()) if isinstance(layer, (nn.LayerNorm, nn.Linear))]

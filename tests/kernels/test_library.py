@@ -10,7 +10,7 @@ from nnturbo.engine.files import cache_root
 from nnturbo.kernels import compilation, library
 from nnturbo.kernels.compilation import FLAGS, FOLDER, SHARED, VARIANTS, compiler, here
 from nnturbo.kernels.library import find_library, lacking, load_library
-from nnturbo.kernels.program import variant
+from nnturbo.kernels.program import variant as variant_of
 
 KEPT = (cache_root() or Path.cwd()) / "kernels"
 pytestmark = pytest.mark.skipif(lacking(KEPT) is not None, reason=str(lacking(KEPT)))
@@ -47,7 +47,7 @@ class TestLibrary:
         foreign = tmp_path / "foreign" / made.name
         foreign.parent.mkdir()
         foreign.write_bytes(b"of another system")
-        assert variant(load_library(foreign.parent)) in VARIANTS[here()[1]]
+        assert variant_of(load_library(foreign.parent)) in VARIANTS[here()[1]]
         assert foreign.stat().st_size == made.stat().st_size
 
     @needs_compiler
@@ -112,6 +112,7 @@ def test_nothing_compiled_for_some_processors_can_stand_in_for_what_runs_on_all(
         assert not set(shared) - {"__clang_call_terminate"}
 
 
+@pytest.mark.thorough
 @needs_compiler
 @pytest.mark.parametrize("watched", ["address,undefined", "thread"])
 def test_memory_and_threads_are_clean(tmp_path, watched):

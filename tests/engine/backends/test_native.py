@@ -1,15 +1,19 @@
 """The native backend: torch's logits from nnturbo's own kernels, for the networks that it takes."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, Volume, build
-from nnturbo.engine.backends import choose, native
-from nnturbo.engine.backends.native import Block, Decoder, NativeBackend, plan_overwriting
+from nnturbo.engine.backends import choose, native, native_builder
+from nnturbo.engine.backends.buffers import reads
+from nnturbo.engine.backends.native import NativeBackend
+from nnturbo.engine.backends.native_files import PROGRAM_FILE, WEIGHTS_FILE
 from nnturbo.engine.backends.torch import TorchBackend
 from nnturbo.engine.bundles.manifest import read_manifest
+from nnturbo.engine.errors import BundleError
 from nnturbo.engine.model.folder import read_model
 
 from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
@@ -46,8 +50,25 @@ def plans(network="PlainConvUNet", patch=(8, 24, 32), **changes):
     }
     if network != "PlainConvUNet":
         arguments["n_blocks_per_stage"] = arguments.pop("n_conv_per_stage")
-    if network == "ResidualUNet":
-        arguments["n_blocks_per_stage_decoder"] = arguments.pop("n_conv_per_stage_decoder")
+    return made
+
+
+def with_bottlenecks(made):
+    architecture = made["configurations"]["3d_fullres"]["architecture"]
+    architecture["arch_kwargs"] |= {
+        "block": "dynamic_network_architectures.building_blocks.residual.BottleneckD",
+        "bottleneck_channels": [8, 12, 16],
+    }
+    architecture["_kw_requires_import"].append("block")
+    return made
+
+
+def in_2d(made):
+    configuration = made["configurations"]["3d_fullres"]
+    arguments = configuration["architecture"]["arch_kwargs"]
+    configuration |= {"patch_size": configuration["patch_size"][1:], "spacing": configuration["spacing"][1:]}
+    arguments |= {key: [each[1:] for each in arguments[key]] for key in ("kernel_sizes", "strides")}
+    arguments |= {"conv_op": "torch.nn.Conv2d", "norm_op": "torch.nn.InstanceNorm2d"}
     return made
 
 
@@ -57,14 +78,25 @@ KINDS = {
     "multi-task": multi_task(plans(), kind="attention"),
     "relu, without biases": plans(nonlin="torch.nn.ReLU", conv_bias=False),
     "odd sizes": plans(patch=(6, 20, 36)),
+    "residual": plans("ResidualUNet"),
+    "bottlenecks": with_bottlenecks(plans("ResidualEncoderUNet")),
+    "odd channels": plans(features_per_stage=[5, 19, 37]),
+    "2D": in_2d(plans(features_per_stage=[12, 32, 64])),
+    "2D residual encoder": in_2d(plans("ResidualEncoderUNet", features_per_stage=[12, 32, 64])),
+    "2D multi-task": multi_task(in_2d(plans()), kind="attention", stages=[0, 2]),
+    "average": multi_task(plans(), kind="gap_linear", stages=[0, 2]),
+    "average, two layers": multi_task(plans(), kind="gap_mlp", stages=[1]),
     "wide": plans(features_per_stage=[32, 64, 128], n_conv_per_stage=[1, 1, 3]),
 }
 
 
+UNSUITED = plans(norm_op=None, norm_op_kwargs=None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("least", [1, native.LEAST_VOXELS])
+@pytest.mark.parametrize("least", [1, native_builder.LEAST_VOXELS])
 def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch, kind, least):
-    monkeypatch.setattr(native, "LEAST_VOXELS", least)
+    monkeypatch.setattr(native_builder, "LEAST_VOXELS", least)
     model = read_model(write_model(tmp_path / "m", plans=KINDS[kind]))
     expected_of = TorchBackend().load(model, None, CPU, "fp32")
     runner = NativeBackend().load(model, None, CPU, "fp32")
@@ -79,35 +111,24 @@ def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch
             torch.testing.assert_close(got.class_logits, expected.class_logits, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual encoder", "multi-task"])
-def test_overwriting_changes_nothing_where_planned_and_what_is_read_again_elsewhere(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(native, "LEAST_VOXELS", 1)
+@pytest.mark.parametrize(("kind", "maps"), [("plain", 2), ("residual encoder", 3), ("average", 3)])
+def test_memory_is_that_of_few_maps_of_the_finest_stage(tmp_path, monkeypatch, kind, maps):
+    """Convolutions write over what nothing reads later; a skip connection needs a map of its own."""
+    monkeypatch.setattr(native_builder, "LEAST_VOXELS", 1)
     model = read_model(write_model(tmp_path / "m", plans=KINDS[kind]))
-    tile = torch.randn(1, 1, *model.plan.patch_size, generator=torch.Generator().manual_seed(1))
-
-    def logits(change):
-        runner = NativeBackend().load(model, None, CPU, "fp32")
-        change(runner._network)
-        return torch.cat([part.flatten() for part in runner(tile) if part is not None])
-
-    def blocks(network):
-        return {name: module for name, module in network.named_modules() if isinstance(module, Block)}
-
-    def overwrite_nothing(network):
-        for block in blocks(network).values():
-            block.convolve.may_overwrite = False
-
-    planned = logits(lambda network: None)
-    assert torch.equal(planned, logits(overwrite_nothing))
-
-    def overwrite_also(name):
-        return lambda network: setattr(blocks(network)[name].convolve, "may_overwrite", True)
-
-    network = NativeBackend().load(model, None, CPU, "fp32")._network
-    differing = {name for name in blocks(network) if not torch.equal(planned, logits(overwrite_also(name)))}
-    # A plain network's first blocks read one channel, or have a stride: they cannot overwrite what they are given.
-    assert bool(differing) == (kind != "plain"), "a flag that is wrong must show"
-    assert not differing & {name for name, block in blocks(network).items() if block in plan_overwriting(network)}
+    program = NativeBackend().load(model, None, CPU, "fp32")._folds[0].executor.program
+    later = [each for each in program.operations if each.name.endswith(("convs.1", "conv2"))]
+    over = [program.values[each.output].buffer == program.values[each.inputs[-1]].buffer for each in later]
+    assert over
+    assert all(over)
+    holds, numbers = {program.values[0].buffer: 0}, {}
+    for operation in program.operations:
+        assert all(holds[program.values[value].buffer] == value for value in reads(operation))
+        holds[program.values[operation.output].buffer] = operation.output
+    for value in program.values[:-1]:
+        numbers[value.buffer] = max(numbers.get(value.buffer, 0), value.channels * math.prod(value.size))
+    finest = program.values[1]
+    assert sum(numbers.values()) <= maps * finest.channels * math.prod(finest.size)
 
 
 def test_several_folds_are_averaged(tmp_path):
@@ -119,14 +140,9 @@ def test_several_folds_are_averaged(tmp_path):
 
 
 def test_what_comes_from_the_encoder_is_not_copied(tmp_path):
-    model = read_model(write_model(tmp_path / "m", plans=plans()))
-    runner = NativeBackend().load(model, None, CPU, "fp32")
-    assert any(isinstance(module, Decoder) for module in runner._network.modules())
-    assert not [
-        module
-        for module in runner._network.modules()
-        if isinstance(module, (torch.nn.Conv3d, torch.nn.ConvTranspose3d))
-    ]
+    model = read_model(write_model(tmp_path / "m", plans=plans(patch=(16, 48, 64))))
+    operations = NativeBackend().load(model, None, CPU, "fp32")._folds[0].executor.program.operations
+    assert {operation.kind for operation in operations} == {"convolution", "projection"}
 
 
 class TestChoice:
@@ -134,15 +150,16 @@ class TestChoice:
     def automatic(self, monkeypatch):
         monkeypatch.setitem(choose.AUTOMATIC, "cpu", ("native", "torch"))
 
-    def test_auto_takes_it_for_networks_that_suit_it(self, tmp_path):
-        model = write_model(tmp_path / "m", plans=plans())
+    @pytest.mark.parametrize("suited", [plans(), plans_json(), plans_2d()])
+    def test_auto_takes_it_for_networks_that_suit_it(self, tmp_path, suited):
+        model = write_model(tmp_path / "m", plans=copy.deepcopy(suited))
         assert Engine.load(model, device="cpu").provenance[0].backend == "native"
 
-    @pytest.mark.parametrize("unsuited", [plans_2d(), plans_json(), plans(norm_op=None, norm_op_kwargs=None)])
+    @pytest.mark.parametrize("unsuited", [plans(norm_op="torch.nn.BatchNorm3d"), UNSUITED])
     def test_auto_takes_another_one_for_others(self, tmp_path, unsuited):
         model = write_model(tmp_path / "m", plans=copy.deepcopy(unsuited))
         assert Engine.load(model, device="cpu").provenance[0].backend == "torch"
-        with pytest.raises(BackendUnavailable, match="channels are multiples of"):
+        with pytest.raises(BackendUnavailable, match="no instance norm|no convolution with norm"):
             Engine.load(model, device="cpu", backend="native")
 
     def test_says_where_it_cannot_run(self, monkeypatch):
@@ -168,20 +185,45 @@ class TestChoice:
 
 def test_a_bundle_is_built_by_another_backend_where_the_kernels_cannot_run_the_network(tmp_path, monkeypatch):
     monkeypatch.setitem(choose.AUTOMATIC, "cpu", ("native", "torch"))
-    model = write_model(tmp_path / "m", plans=plans_2d())
+    model = write_model(tmp_path / "m", plans=copy.deepcopy(UNSUITED))
     bundle = build(model, tmp_path / "bundle", device="cpu")
     assert read_manifest(bundle).backend == "torch"
     assert Engine.load(bundle, device="cpu").provenance[0].backend == "torch"
-    with pytest.raises(BackendUnavailable, match="channels are multiples of"):
+    with pytest.raises(BackendUnavailable, match="no instance norm|no convolution with norm"):
         build(model, tmp_path / "other", device="cpu", backend="native")
     assert not (tmp_path / "other").exists()
 
 
-def test_a_bundle_gives_the_labels_of_the_model(tmp_path):
-    model = write_model(tmp_path / "m", plans=multi_task(plans()))
+@pytest.mark.parametrize("kind", ["multi-task", "average, two layers", "2D multi-task", "residual encoder"])
+def test_a_bundle_gives_the_labels_of_the_model(tmp_path, kind):
+    model = write_model(tmp_path / "m", plans=KINDS[kind], folds=("0", "1"))
     bundle = build(model, tmp_path / "bundle", backend="native", device="cpu")
+    assert {PROGRAM_FILE, WEIGHTS_FILE} <= {path.name for path in bundle.iterdir()}
     scan = Volume.from_array(smooth_scan((12, 40, 50)), (2.0, 1.5, 1.5))
     one, other = (Engine.load(path, device="cpu", backend="native").predict(scan) for path in (model, bundle))
     assert np.array_equal(one.segmentation, other.segmentation)
     assert len(np.unique(one.segmentation)) > 1
     assert one.classification == other.classification
+
+
+def test_a_bundle_with_damaged_files_is_refused(tmp_path):
+    model = read_model(write_model(tmp_path / "m", plans=plans()))
+    tile = torch.zeros(2, 1, *model.plan.patch_size)
+    NativeBackend().build(model, tile, "fp32", tmp_path)
+    unharmed = {name: (tmp_path / name).read_bytes() for name in (PROGRAM_FILE, WEIGHTS_FILE)}
+    for name, before, after, reason in [
+        (PROGRAM_FILE, b'"format": 1', b'"format": 2', "it has format 2"),
+        (PROGRAM_FILE, b'"values"', b'"numbers"', "'values'"),
+        (PROGRAM_FILE, b'"inputs": [\n    1\n', b'"inputs": [\n    9\n', "reads value 9, which is not there then"),
+        (WEIGHTS_FILE, b"F32", b"F16", "a tensor of F16"),
+        (WEIGHTS_FILE, b"convs.0.weight", b"convs.9.weight", "convs.0.weight"),
+    ]:
+        for each, content in unharmed.items():
+            (tmp_path / each).write_bytes(content)
+        assert before in unharmed[name]
+        (tmp_path / name).write_bytes(unharmed[name].replace(before, after, 1))
+        with pytest.raises(BundleError, match=reason):
+            NativeBackend().load(model, tmp_path, CPU, "fp32")
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        NativeBackend().load(model, tmp_path, CPU, "fp32")

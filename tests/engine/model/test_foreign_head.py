@@ -242,20 +242,30 @@ def test_the_answer_for_a_case_is_weighted_over_tiles_views_and_folds(described)
 
 
 @pytest.mark.parametrize("backend", ["torchscript", pytest.param("openvino", marks=pytest.mark.thorough), "native"])
-def test_backends_run_heads_of_families_and_what_they_cannot_is_refused(tmp_path, described, backend):
+def test_backends_run_heads_of_families(tmp_path, backend):
     if backend == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed")
     engine = Engine.load(fork(tmp_path / "m", seeded(MaskedPowers), plans=None), device="cpu", backend="torch")
     tiles = tiles_of(engine.model)
-    if backend == "native":
-        with pytest.raises(BackendUnavailable, match="keeps no features of the decoder"):
-            Engine.load(described, device="cpu", backend="native")
-        with pytest.raises(BackendUnavailable, match="must be one of nnU-Net's U-Nets"):
-            with_channels_last(inference_network(read_model(described)), torch.float16)
-        return
     other = Engine.load(tmp_path / "m", device="cpu", backend=backend)
     for one, two in zip(engine.segmenter.runner(tiles), other.segmenter.runner(tiles), strict=True):
         assert torch.allclose(one, two, atol=2e-3)
+
+
+def test_the_kernels_give_a_head_features_of_the_decoder_and_a_bundle_keeps_both(tmp_path, described):
+    from nnturbo.engine import build
+
+    engine = Engine.load(described, device="cpu", backend="torch")
+    bundle = build(described, tmp_path / "bundle", device="cpu", backend="native")
+    tiles = tiles_of(engine.model)
+    for other in (Engine.load(described, device="cpu", backend="native"), Engine.load(bundle, device="cpu")):
+        for one, two in zip(engine.segmenter.runner(tiles), other.segmenter.runner(tiles), strict=True):
+            assert torch.allclose(one, two, atol=2e-3)
+
+
+def test_layers_of_a_network_with_taps_on_its_decoder_are_not_replaced_on_a_gpu(described):
+    with pytest.raises(BackendUnavailable, match="must be one of nnU-Net's U-Nets"):
+        with_channels_last(inference_network(read_model(described)), torch.float16)
 
 
 def test_a_bundle_keeps_the_head(tmp_path):

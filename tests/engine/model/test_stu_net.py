@@ -4,10 +4,9 @@ import pytest
 import torch
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends.channels_last import with_channels_last
-from nnturbo.engine.backends.native import compiled_kernels, with_native_kernels
+from nnturbo.engine.backends.native import NativeBackend
 from nnturbo.engine.cli.inspect import describe
 from nnturbo.engine.model.folds import inference_network
-from nnturbo.engine.model.stu_net import StuBlock
 from torch.nn import functional as F
 
 from tests.engine.model.named_models import LARGER, filled, model_of, plans_of, stu_net, tiles_of
@@ -78,19 +77,14 @@ def test_stu_net_computes_what_its_paper_says(tmp_path, depth, planned):
     assert logits.std() > 0.1
 
 
-@pytest.mark.parametrize(("base", "depth"), [pytest.param(16, 2, marks=pytest.mark.thorough), (32, 1)])
+@pytest.mark.parametrize(("base", "depth"), [pytest.param(16, 2, marks=pytest.mark.thorough), (32, 1), (3, 2)])
 def test_the_kernels_run_stu_net(tmp_path, base, depth):
-    network = inference_network(
-        model_of(tmp_path / "m", filled(stu_net(base, depth)), "STUNetTrainer_small", plans_of(LARGER))
-    )
-    tiles, kernels = tiles_of(LARGER)[:1], compiled_kernels()
-    with torch.inference_mode():
-        expected = network(tiles)[0]
-        native = with_native_kernels(network, kernels)
-        assert not [module for module in native.modules() if isinstance(module, StuBlock)]
-        for _ in range(2):  # memory of the first run is used again
-            assert torch.allclose(native(tiles)[0], expected, atol=1e-3 * float(expected.abs().max()))
-            kernels.give_back()
+    model = model_of(tmp_path / "m", filled(stu_net(base, depth)), "STUNetTrainer_small", plans_of(LARGER))
+    tiles = tiles_of(LARGER)
+    expected = inference_network(model)(tiles)[0]
+    runner = NativeBackend().load(model, None, torch.device("cpu"), "fp32")
+    for _ in range(2):
+        assert torch.allclose(runner(tiles).seg_logits, expected, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_inspect_names_the_network_that_was_trained(tmp_path):
@@ -102,9 +96,3 @@ def test_what_a_gpu_does_with_u_nets_is_not_done_with_others(tmp_path):
     network = inference_network(model_of(tmp_path / "m", filled(stu_net(16)), "STUNetTrainer_small", plans_of(LARGER)))
     with pytest.raises(BackendUnavailable, match="must be one of nnU-Net's U-Nets"):
         with_channels_last(network, torch.float16)
-
-
-def test_the_kernels_refuse_a_stu_net_of_odd_widths(tmp_path):
-    model = model_of(tmp_path / "m", filled(stu_net(3)), "STUNetTrainer_small", plans_of(LARGER))
-    with pytest.raises(BackendUnavailable, match="whose channels are multiples of"):
-        with_native_kernels(inference_network(model), compiled_kernels())
