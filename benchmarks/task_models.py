@@ -25,6 +25,7 @@ from .stages import dataset_json, smooth_field
 
 PATCH = [64, 128, 192]
 SPACING_MM = [2.0, 0.732, 0.732]
+FLAT, FLAT_PATCH = "2d", [256, 256]
 FEATURES = [32, 64, 128, 256, 320, 320]
 CLASSES = 3
 TASK_MEDIAN, TASK_LARGEST = (60, 118, 180), (128, 166, 244)
@@ -88,9 +89,28 @@ def plans_json(network: str, patch: Sequence[int] = PATCH) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def flat_plans_json(patch: Sequence[int] = FLAT_PATCH) -> dict[str, Any]:
+    """nnU-Net's plan of a 2D network with 33 million parameters, for slices."""
+    plans, stages = plans_json("PlainConvUNet"), 7
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration |= {"patch_size": list(patch), "spacing": SPACING_MM[1:]}
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": stages,
+        "features_per_stage": [min(32 * 2**stage, 512) for stage in range(stages)],
+        "conv_op": "torch.nn.modules.conv.Conv2d",
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+        "kernel_sizes": [[3, 3]] * stages,
+        "strides": [[1, 1], *[[2, 2]] * (stages - 1)],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    return plans
+
+
 def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -> Path:
     """Write a model folder with random weights, seeded."""
-    plans, dataset = plans_json(network, patch), dataset_json(CLASSES)
+    plans = flat_plans_json() if network == FLAT else plans_json(network, patch)
+    dataset = dataset_json(CLASSES)
     plan = parse_plan(plans, dataset, "3d_fullres")
     made = make_network(plan.architecture, plan.input_channels, CLASSES).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)

@@ -269,6 +269,15 @@ class Executor:
             raise MemoryError("the network needs more memory than there is")
         return Outputs(logits, class_logits, tuple(each.movedim(-1, 1) for each in features))
 
+    def measure(self, tile: Tensor, threads: int) -> list[tuple[float, float]]:
+        """Run a tile, (1, C, Z, Y, X); gives the seconds of each operation and of the norm after it."""
+        last, count = self.program.values[self.program.logits], len(self.program.operations)
+        logits, seconds = torch.empty(last.channels, *last.size), (ctypes.c_double * (2 * count))()
+        given = _at(tile.contiguous()), _at(logits)
+        if self._library.nnturbo_program_measure(self._made, *given, seconds, ctypes.c_int(threads)):
+            raise MemoryError("the network needs more memory than there is")
+        return list(zip(seconds[::2], seconds[1::2], strict=True))
+
 
 def variant(library: ctypes.CDLL) -> str:
     """Name the instructions that are used, as `compilation.VARIANTS` does: the widest that this processor has."""

@@ -130,7 +130,7 @@ Size Operation::weight_bytes() const {
   return count * static_cast<Size>(sizeof(float));
 }
 
-void Operation::run(const Memory& memory) const {
+void Operation::compute(const Memory& memory) const {
   const Map &from = memory.maps[of_.inputs[0]], &to = memory.maps[of_.output];
   const Size size[3] = {from.size[0] * memory.images, from.size[1], from.size[2]};
   switch (of_.kind) {
@@ -166,7 +166,12 @@ void Operation::convolve(const Memory& memory) const {
     kernels_->convolve_directly(size, of_.taps, of_.stride, from.padded, to.padded, first, weight_.data(), bias_.data(),
                                 result);
   }
+}
+
+void Operation::normalise(const Memory& memory) const {
   if (!normalises_) return;
+  const Map& to = memory.maps[of_.output];
+  float* const result = memory.to(of_.output);
   const float* const residual = of_.residual < 0 ? nullptr : memory.from(of_.residual);
   for (Size image = 0; image < memory.images; ++image) {
     const Size offset = image * to.voxels() * to.padded;

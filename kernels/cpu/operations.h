@@ -33,7 +33,9 @@ class Operation {
   // What it is given must fit, see check.h.
   Operation(const nnturbo_operation& given, const std::vector<Map>& maps, const Kernels& kernels);
 
-  void run(const Memory& memory) const;
+  // Compute its output but for the norm, and then that.
+  void compute(const Memory& memory) const;
+  void normalise(const Memory& memory) const;
   Size weight_bytes() const;
 
  private:

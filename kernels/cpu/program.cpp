@@ -6,6 +6,7 @@
 #include "head.h"
 #include "operations.h"
 
+#include <chrono>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -83,8 +84,13 @@ void give_out(const float* from, const Map& map, Size images, float* to) {
     std::memcpy(to + voxel * map.channels, from + voxel * map.padded, map.channels * sizeof(float));
 }
 
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// With `seconds`, two numbers for each operation are written there.
 void run(const nnturbo_program& program, Size tiles, const float* input, float* logits, float* class_logits,
-         float* const* features) {
+         float* const* features, double* seconds) {
   const Map &tile = program.maps[0], &last = program.maps[program.logits];
   const Size at_once = program.is_flat ? std::min(tiles, PLANES_AT_ONCE) : 1;
   std::vector<Floats> memory;
@@ -103,7 +109,15 @@ void run(const nnturbo_program& program, Size tiles, const float* input, float* 
     }
     const Memory lies{program.maps.data(), given, buffers.data(), images,
                       logits + first * last.channels * last.voxels()};
-    for (const Operation& operation : program.operations) operation.run(lies);
+    for (std::size_t index = 0; index < program.operations.size(); ++index) {
+      const double start = now();
+      program.operations[index].compute(lies);
+      const double computed = now();
+      program.operations[index].normalise(lies);
+      if (!seconds) continue;
+      seconds[2 * index] = computed - start;
+      seconds[2 * index + 1] = now() - computed;
+    }
     if (program.head && class_logits) program.head->run(lies, class_logits + first * program.head->classes());
     for (std::size_t index = 0; features && index < program.features.size(); ++index) {
       const Size value = program.features[index];
@@ -118,6 +132,19 @@ void give_back() {
 #if defined(__GLIBC__)
   malloc_trim(0);
 #endif
+}
+
+// 0, or 1 where memory is short.
+template <class Work>
+int guarded(int threads, const Work& work) {
+  try {
+    const nnturbo::Threads working(threads);
+    work();
+    give_back();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 }  // namespace
@@ -155,12 +182,10 @@ void nnturbo_program_shapes(const nnturbo_program* program, nnturbo_shapes* shap
 
 int nnturbo_program_run(const nnturbo_program* program, int64_t tiles, const float* input, float* logits,
                         float* class_logits, float* const* features, int threads) {
-  try {
-    const nnturbo::Threads working(threads);
-    run(*program, tiles, input, logits, class_logits, features);
-    give_back();
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  return guarded(threads, [&] { run(*program, tiles, input, logits, class_logits, features, nullptr); });
+}
+
+int nnturbo_program_measure(const nnturbo_program* program, const float* input, float* logits, double* seconds,
+                            int threads) {
+  return guarded(threads, [&] { run(*program, 1, input, logits, nullptr, nullptr, seconds); });
 }

@@ -135,6 +135,10 @@ NNTURBO_EXPORTED void nnturbo_program_shapes(const nnturbo_program* program, nnt
 NNTURBO_EXPORTED int nnturbo_program_run(const nnturbo_program* program, int64_t tiles, const float* input,
                                          float* logits, float* class_logits, float* const* features, int threads);
 
+/* Run one tile, and write to `seconds` how long each operation took, two numbers each: the second is that of its norm. */
+NNTURBO_EXPORTED int nnturbo_program_measure(const nnturbo_program* program, const float* input, float* logits,
+                                             double* seconds, int threads);
+
 #ifdef __cplusplus
 }
 #endif
