@@ -15,6 +15,9 @@ from .buffers import Shape
 LEAST_VOXELS = 2048
 """Least output size of a transformed convolution: below it, transforming weights takes longer than the voxels."""
 
+LEAST_VOXELS_OF_PLANES = 256
+"""The same of a 2D network, in which several tiles are computed at once and the kernel has no taps along z."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finer:
@@ -90,7 +93,7 @@ class Builder:
             taps in ((3, 3, 3), (1, 3, 3))
             and stride == (1, 1, 1)
             and 0 not in values
-            and math.prod(size) >= LEAST_VOXELS
+            and math.prod(size) >= (LEAST_VOXELS if size[0] > 1 else LEAST_VOXELS_OF_PLANES)
         )
         if not transformed:
             values = [self.together(name, values)]

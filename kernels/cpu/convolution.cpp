@@ -96,7 +96,7 @@ struct Product {
   const float* start;  // (COLUMNS), what every sum starts with
   float* c;
   Size width;    // from one row of c to the next
-  Size columns;  // from here to the end of a row of c; LANES, or more
+  Size columns;  // that are wanted; all are computed if these are more than LANES
 };
 
 template <int R, bool WHOLE>
@@ -144,7 +144,7 @@ void multiply_block(const Product& of, Size first, Size end) {
 }
 
 void multiply_rows(const Product& of, Size first, Size end) {
-  of.columns >= COLUMNS ? multiply_block<true>(of, first, end) : multiply_block<false>(of, first, end);
+  of.columns > LANES ? multiply_block<true>(of, first, end) : multiply_block<false>(of, first, end);
 }
 
 // Outputs as the weights have them, in whole panels.
@@ -237,16 +237,19 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles) {
   }
 }
 
-// The same where there are no taps along z: `tiles` times OUT rows of a plane, which are transformed along y and x.
-void flat_block(const Convolution& of, Size z, Size y0, Size tiles) {
-  const Size depth = of.depth(), tiles_x = (of.x + OUT - 1) / OUT, count = tiles * tiles_x;
+// The same where there are no taps along z: `rows` rows of tiles, of one plane after the other, which are transformed along
+// y and x. Small planes share a block, and so the weights.
+void flat_block(const Convolution& of, Size first_row, Size rows) {
+  const Size depth = of.depth(), tiles_x = (of.x + OUT - 1) / OUT, count = rows * tiles_x;
+  const Size tiles_y = (of.y + OUT - 1) / OUT;
   float* transformed = scratch(IN * IN * count * (depth + of.outputs));
   float* products = transformed + IN * IN * count * depth;
   Size offset = 0;
   for (const Input& input : of.inputs) {
-    const float* plane = input.channels ? input.plane(z, of.y * of.x) : nullptr;
-    for (Size tile = 0; tile < count; ++tile) {
-      const Size first_y = y0 + tile / tiles_x * OUT - 1, first_x = tile % tiles_x * OUT - 1;
+    for (Size tile = 0; tile < (input.channels ? count : 0); ++tile) {
+      const Size row = first_row + tile / tiles_x;
+      const float* const plane = input.plane(of.first + row / tiles_y, of.y * of.x);
+      const Size first_y = row % tiles_y * OUT - 1, first_x = tile % tiles_x * OUT - 1;
       for (Size channel = 0; channel < input.channels; channel += LANES) {
         Vector along_y[IN][IN], d[IN], v[IN];
         for (int i = 0; i < IN; ++i) {
@@ -276,7 +279,8 @@ void flat_block(const Convolution& of, Size z, Size y0, Size tiles) {
                     0, count);
   }
   for (Size tile = 0; tile < count; ++tile) {
-    const Size first_y = y0 + tile / tiles_x * OUT, first_x = tile % tiles_x * OUT;
+    const Size row = first_row + tile / tiles_x, plane = row / tiles_y;
+    const Size first_y = row % tiles_y * OUT, first_x = tile % tiles_x * OUT;
     for (Size channel = 0; channel < of.outputs; channel += LANES) {
       const float* from = products + tile * of.outputs + channel;
       Vector along_x[IN][OUT], m[IN], y[OUT];
@@ -288,9 +292,9 @@ void flat_block(const Convolution& of, Size z, Size y0, Size tiles) {
       for (int column = 0; column < least(OUT, of.x - first_x); ++column) {
         for (int j = 0; j < IN; ++j) m[j] = along_x[j][column];
         transform_output(m, y);
-        for (int row = 0; row < least(OUT, of.y - first_y); ++row)
-          store(of.to + (((z - of.first) * of.y + first_y + row) * of.x + first_x + column) * of.outputs + channel,
-                y[row] + bias);
+        for (int line = 0; line < least(OUT, of.y - first_y); ++line)
+          store(of.to + ((plane * of.y + first_y + line) * of.x + first_x + column) * of.outputs + channel,
+                y[line] + bias);
       }
     }
   }
@@ -351,11 +355,19 @@ void convolve(Convolution of, const Spread* coarse) {
       of.inputs[0] = {finer.data(), coarse->outputs, from};
     }
     of.to = overwrites ? aside.data() : to + of.first * plane * of.outputs;
-    in_parallel((of.end - of.first + PLANES - 1) / PLANES * blocks_y, [&](Size index) {
-      const Size row = index % blocks_y * tiles;
-      const auto of_kind = ALONG_Z ? block : flat_block;
-      of_kind(of, of.first + index / blocks_y * PLANES, row * OUT, least(tiles, tiles_y - row));
-    });
+    if constexpr (ALONG_Z) {
+      in_parallel((of.end - of.first + PLANES - 1) / PLANES * blocks_y, [&](Size index) {
+        const Size row = index % blocks_y * tiles;
+        block(of, of.first + index / blocks_y * PLANES, row * OUT, least(tiles, tiles_y - row));
+      });
+    } else {
+      const Size rows = (of.end - of.first) * tiles_y, fewest_blocks = (rows * of.x + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+      const Size blocks = least(rows, (fewest_blocks + threads() - 1) / threads() * threads());
+      in_parallel(blocks, [&](Size index) {
+        const Size first = index * rows / blocks;
+        flat_block(of, first, (index + 1) * rows / blocks - first);
+      });
+    }
     if (overwrites) {
       copy(last.values + (of.end - 1) * plane * of.outputs, plane * of.outputs, before.data());
       copy(aside.data(), (of.end - of.first) * plane * of.outputs, to + of.first * plane * of.outputs);
@@ -427,23 +439,29 @@ void transform_weights(Size taps, Size inputs, Size outputs, const float* from, 
                                   {1.0 / 24, 1.0 / 12, 1.0 / 6}, {1.0 / 24, -1.0 / 12, 1.0 / 6}, {0, 0, 1}};
   const Size panels = whole_panels(outputs) / COLUMNS;
   in_parallel(panels, [&](Size panel) {
-    for (Size lane = 0; lane < COLUMNS; ++lane)
-      for (Size input = 0; input < inputs; ++input) {
-        const Size output = panel * COLUMNS + lane;
-        const float* kernel = from + (output * inputs + input) * taps * 9;
-        for (int i = 0; i < IN; ++i)
-          for (int j = 0; j < IN; ++j)
-            for (int tap = 0; tap < taps; ++tap) {
-              // With three taps along z, those along x are left; with one, none are.
-              double sum = 0;
-              for (int one = 0; one < (output < outputs ? 3 : 0); ++one)
-                for (int other = 0; other < 3; ++other)
-                  sum += G[i][one] * G[j][other] * kernel[taps == 3 ? (one * 3 + other) * 3 + tap : one * 3 + other];
-              const Size position = i * IN + j;
-              to[((position * panels + panel) * taps * inputs + tap * inputs + input) * COLUMNS + lane] =
-                  static_cast<float>(sum);
-            }
+    double kernels[27][COLUMNS] = {}, sums[COLUMNS];
+    for (Size input = 0; input < inputs; ++input) {
+      for (Size lane = 0; lane < least(COLUMNS, outputs - panel * COLUMNS); ++lane) {
+        const float* kernel = from + ((panel * COLUMNS + lane) * inputs + input) * taps * 9;
+        for (int at = 0; at < taps * 9; ++at) kernels[at][lane] = kernel[at];
       }
+      for (int i = 0; i < IN; ++i)
+        for (int j = 0; j < IN; ++j)
+          for (int tap = 0; tap < taps; ++tap) {
+            // With three taps along z, those along x are left; with one, none are.
+            for (double& sum : sums) sum = 0;
+            for (int one = 0; one < 3; ++one)
+              for (int other = 0; other < 3; ++other) {
+                const double factor = G[i][one] * G[j][other];
+                const double* const kernel = kernels[taps == 3 ? (one * 3 + other) * 3 + tap : one * 3 + other];
+                for (int lane = 0; lane < COLUMNS; ++lane) sums[lane] += factor * kernel[lane];
+              }
+            const Size position = i * IN + j;
+            float* const place =
+                to + ((position * panels + panel) * taps * inputs + tap * inputs + input) * COLUMNS;
+            for (int lane = 0; lane < COLUMNS; ++lane) place[lane] = static_cast<float>(sums[lane]);
+          }
+    }
   });
 }
 
@@ -485,7 +503,8 @@ void project(Size voxels, Size inputs, Size outputs, const float* from, const fl
     float* const rows = scratch(count * COLUMNS);
     const float* const values = from + start * inputs;
     for (Size column = 0; column < outputs; column += COLUMNS) {
-      multiply_rows({&values, 1, inputs, weights + column * inputs, inputs, bias + column, rows, COLUMNS, COLUMNS}, 0, count);
+      multiply_rows({&values, 1, inputs, weights + column * inputs, inputs, bias + column, rows, COLUMNS, outputs - column},
+                    0, count);
       for (Size lane = 0; lane < least(COLUMNS, outputs - column); ++lane)
         for (Size voxel = 0; voxel < count; ++voxel)
           to[(column + lane) * voxels + start + voxel] = rows[voxel * COLUMNS + lane];

@@ -42,6 +42,7 @@ def kernels(request, tmp_path_factory):
 def least_voxels(monkeypatch):
     """Transforms convolutions of any size."""
     monkeypatch.setattr(native_builder, "LEAST_VOXELS", 1)
+    monkeypatch.setattr(native_builder, "LEAST_VOXELS_OF_PLANES", 1)
 
 
 def values(*shape, seed=0):

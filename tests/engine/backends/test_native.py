@@ -97,6 +97,7 @@ UNSUITED = plans(norm_op=None, norm_op_kwargs=None)
 @pytest.mark.parametrize("least", [1, native_builder.LEAST_VOXELS])
 def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch, kind, least):
     monkeypatch.setattr(native_builder, "LEAST_VOXELS", least)
+    monkeypatch.setattr(native_builder, "LEAST_VOXELS_OF_PLANES", least)
     model = read_model(write_model(tmp_path / "m", plans=KINDS[kind]))
     expected_of = TorchBackend().load(model, None, CPU, "fp32")
     runner = NativeBackend().load(model, None, CPU, "fp32")
