@@ -32,6 +32,7 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 constexpr int COLUMNS = 2 * LANES;
 constexpr int OUT = 4, IN = 6;  // F(4, 3)
 constexpr int ROWS_AT_ONCE = 192;
+constexpr Size PART_X = 48;  // about; of more, what a block transforms of few channels does not stay in the cache
 constexpr Size TASKS_PER_THREAD = 16;  // at least, between two waits for all of them
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
@@ -150,6 +151,12 @@ void multiply_rows(const Product& of, Size first, Size end) {
 // Outputs as the weights have them, in whole panels.
 constexpr Size whole_panels(Size outputs) { return (outputs + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
+// Size of each of so many parts, so that only the last has less than whole blocks of rows.
+constexpr Size whole_rows(Size count, Size parts) {
+  const Size each = (count + parts - 1) / parts;
+  return parts == 1 ? count : (each + ROWS - 1) / ROWS * ROWS;
+}
+
 const float NOTHING[COLUMNS] = {};
 
 struct Input {
@@ -168,10 +175,9 @@ struct Convolution {
   Size depth() const { return inputs[0].channels + inputs[1].channels; }
 };
 
-// One block: OUT planes of `tiles` times OUT rows. Taps along x are summed directly.
-void block(const Convolution& of, Size z0, Size y0, Size tiles) {
-  const Size depth = of.depth(), padded = of.x + 2;
-  const Size tile_in = padded * depth, tile_out = of.x * of.outputs;
+// One block: OUT planes of `tiles` times OUT rows, of which `width` voxels from x0 on. Taps along x are summed directly.
+void block(const Convolution& of, Size z0, Size y0, Size tiles, Size x0, Size width) {
+  const Size depth = of.depth(), tile_in = (width + 2) * depth, tile_out = width * of.outputs;
   float* transformed = scratch(IN * IN * tiles * (tile_in + tile_out));
   float* products = transformed + IN * IN * tiles * tile_in;
   Size offset = 0;
@@ -183,8 +189,8 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles) {
       planes[i] = z < 0 || z >= of.z ? nullptr : gone ? input.before : input.plane(z, of.y * of.x);
     }
     for (Size tile = 0; tile < tiles; ++tile)
-      for (Size x = -1; x <= of.x; ++x) {
-        float* to = transformed + tile * tile_in + (x + 1) * depth + offset;
+      for (Size x = x0 - 1; x <= x0 + width; ++x) {
+        float* to = transformed + tile * tile_in + (x - x0 + 1) * depth + offset;
         for (Size channel = 0; channel < input.channels; channel += LANES) {
           Vector along_z[IN][IN], d[IN], v[IN];
           for (int j = 0; j < IN; ++j) {
@@ -211,13 +217,13 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles) {
         const float* rows = transformed + (position * tiles + tile) * tile_in;
         multiply_rows({&rows, 1, depth, matrix + column * 3 * depth, 3 * depth, NOTHING,
                        products + (position * tiles + tile) * tile_out + column, of.outputs, of.outputs - column},
-                      0, of.x);
+                      0, width);
       }
   }
   for (Size tile = 0; tile < tiles; ++tile) {
     const Size rows = least(OUT, of.y - (y0 + tile * OUT));
     const Size planes = least(OUT, of.end - z0);
-    for (Size x = 0; x < of.x; ++x)
+    for (Size x = 0; x < width; ++x)
       for (Size channel = 0; channel < of.outputs; channel += LANES) {
         const float* from = products + tile * tile_out + x * of.outputs + channel;
         Vector along_y[IN][OUT], m[IN], y[OUT];
@@ -230,7 +236,7 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles) {
           for (int i = 0; i < IN; ++i) m[i] = along_y[i][row];
           transform_output(m, y);
           for (int plane = 0; plane < planes; ++plane)
-            store(of.to + (((z0 - of.first + plane) * of.y + y0 + tile * OUT + row) * of.x + x) * of.outputs + channel,
+            store(of.to + (((z0 - of.first + plane) * of.y + y0 + tile * OUT + row) * of.x + x0 + x) * of.outputs + channel,
                   y[plane] + bias);
         }
       }
@@ -339,6 +345,7 @@ void convolve(Convolution of, const Spread* coarse) {
   constexpr Size PLANES = ALONG_Z ? OUT : 1, HALO = ALONG_Z ? 1 : 0;
   const Size tiles_y = (of.y + OUT - 1) / OUT, tiles = within(ROWS_AT_ONCE / of.x, 1, tiles_y);
   const Size blocks_y = (tiles_y + tiles - 1) / tiles, plane = of.y * of.x;
+  const Size part_x = whole_rows(of.x, most(1, (of.x + PART_X / 2) / PART_X)), parts_x = (of.x + part_x - 1) / part_x;
   Input& last = of.inputs[of.inputs[1].channels ? 1 : 0];
   float* const to = of.to;
   const bool overwrites = to == last.values;
@@ -356,9 +363,10 @@ void convolve(Convolution of, const Spread* coarse) {
     }
     of.to = overwrites ? aside.data() : to + of.first * plane * of.outputs;
     if constexpr (ALONG_Z) {
-      in_parallel((of.end - of.first + PLANES - 1) / PLANES * blocks_y, [&](Size index) {
-        const Size row = index % blocks_y * tiles;
-        block(of, of.first + index / blocks_y * PLANES, row * OUT, least(tiles, tiles_y - row));
+      in_parallel((of.end - of.first + PLANES - 1) / PLANES * blocks_y * parts_x, [&](Size index) {
+        const Size row = index / parts_x % blocks_y * tiles, part = index % parts_x;
+        block(of, of.first + index / (blocks_y * parts_x) * PLANES, row * OUT, least(tiles, tiles_y - row), part * part_x,
+              least(part_x, of.x - part * part_x));
       });
     } else {
       const Size rows = (of.end - of.first) * tiles_y, fewest_blocks = (rows * of.x + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;

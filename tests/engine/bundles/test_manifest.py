@@ -158,13 +158,14 @@ class TestDamage:
         for path in bundle.iterdir():
             if path.name != MANIFEST:
                 path.unlink()
-        names = ("network.ts", "network.pt2", "network.xml", "network.bin", "network.onnx", "fold_0.pth", "fold_1.pth")
+        networks = [f"network.{ending}" for ending in ("ts", "pt2", "xml", "bin", "onnx", "json")]
+        names = (*networks, "fold_0.pth", "fold_1.pth", "weights.safetensors")
         for name in names:
             (bundle / name).write_bytes(b"no network")
         manifest = json.loads((bundle / MANIFEST).read_text())
         here = {**manifest["machine"], **bundle_module.describe_machine(torch.device("cpu"))}
         change(bundle, backend=backend, machine=here, files={name: sha256(bundle / name) for name in names})
-        with pytest.raises(ModelError, match=f"{backend} cannot load|fold_0.pth must"):
+        with pytest.raises(ModelError, match=f"{backend} cannot load|(fold_0.pth|network.json) must"):
             Engine.load(bundle)
 
     def test_a_newer_schema(self, bundle):
