@@ -71,7 +71,9 @@ def overwritten(operation: Operation, shapes: Sequence[Shape]) -> int | None:
     last = operation.inputs[-1]
     is_made = operation.upsampling is not None and len(operation.inputs) == 1
     fits = operation.transformed and not is_made and shapes[last] == shapes[operation.output]
-    return last if fits and reads(operation).count(last) == 1 else None
+    # It goes plane by plane, with a copy of each, which takes longer than memory of planes is worth.
+    is_flat = shapes[last].size[0] == 1
+    return last if fits and not is_flat and reads(operation).count(last) == 1 else None
 
 
 def _take(count: int, numbers: list[int], free: set[int]) -> int:

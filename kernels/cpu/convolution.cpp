@@ -32,6 +32,8 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 constexpr int COLUMNS = 2 * LANES;
 constexpr int OUT = 4, IN = 6;  // F(4, 3)
 constexpr int ROWS_AT_ONCE = 192;
+constexpr Size TILES_AT_ONCE = 48;
+constexpr Size SHORT = 2;  // so many times ROWS
 constexpr Size PART_X = 48;  // about; of more, what a block transforms of few channels does not stay in the cache
 constexpr Size TASKS_PER_THREAD = 16;  // at least, between two waits for all of them
 
@@ -157,6 +159,9 @@ constexpr Size whole_rows(Size count, Size parts) {
   return parts == 1 ? count : (each + ROWS - 1) / ROWS * ROWS;
 }
 
+// So many parts, or a few more, so that all threads have as many.
+Size shared_among_threads(Size parts) { return (parts + threads() - 1) / threads() * threads(); }
+
 const float NOTHING[COLUMNS] = {};
 
 struct Input {
@@ -243,19 +248,18 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles, Size x0, Size wi
   }
 }
 
-// The same where there are no taps along z: `rows` rows of tiles, of one plane after the other, which are transformed along
-// y and x. Small planes share a block, and so the weights.
-void flat_block(const Convolution& of, Size first_row, Size rows) {
-  const Size depth = of.depth(), tiles_x = (of.x + OUT - 1) / OUT, count = rows * tiles_x;
-  const Size tiles_y = (of.y + OUT - 1) / OUT;
+// The same where there are no taps along z: some tiles, row by row and plane by plane, which are transformed along y and
+// x. Small planes share a block, and so the weights.
+void flat_block(const Convolution& of, Size first_tile, Size count) {
+  const Size depth = of.depth(), tiles_x = (of.x + OUT - 1) / OUT, tiles_y = (of.y + OUT - 1) / OUT;
   float* transformed = scratch(IN * IN * count * (depth + of.outputs));
   float* products = transformed + IN * IN * count * depth;
   Size offset = 0;
   for (const Input& input : of.inputs) {
     for (Size tile = 0; tile < (input.channels ? count : 0); ++tile) {
-      const Size row = first_row + tile / tiles_x;
+      const Size row = (first_tile + tile) / tiles_x;
       const float* const plane = input.plane(of.first + row / tiles_y, of.y * of.x);
-      const Size first_y = row % tiles_y * OUT - 1, first_x = tile % tiles_x * OUT - 1;
+      const Size first_y = row % tiles_y * OUT - 1, first_x = (first_tile + tile) % tiles_x * OUT - 1;
       for (Size channel = 0; channel < input.channels; channel += LANES) {
         Vector along_y[IN][IN], d[IN], v[IN];
         for (int i = 0; i < IN; ++i) {
@@ -285,8 +289,8 @@ void flat_block(const Convolution& of, Size first_row, Size rows) {
                     0, count);
   }
   for (Size tile = 0; tile < count; ++tile) {
-    const Size row = first_row + tile / tiles_x, plane = row / tiles_y;
-    const Size first_y = row % tiles_y * OUT, first_x = tile % tiles_x * OUT;
+    const Size row = (first_tile + tile) / tiles_x, plane = row / tiles_y;
+    const Size first_y = row % tiles_y * OUT, first_x = (first_tile + tile) % tiles_x * OUT;
     for (Size channel = 0; channel < of.outputs; channel += LANES) {
       const float* from = products + tile * of.outputs + channel;
       Vector along_x[IN][OUT], m[IN], y[OUT];
@@ -369,12 +373,10 @@ void convolve(Convolution of, const Spread* coarse) {
               least(part_x, of.x - part * part_x));
       });
     } else {
-      const Size rows = (of.end - of.first) * tiles_y, fewest_blocks = (rows * of.x + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-      const Size blocks = least(rows, (fewest_blocks + threads() - 1) / threads() * threads());
-      in_parallel(blocks, [&](Size index) {
-        const Size first = index * rows / blocks;
-        flat_block(of, first, (index + 1) * rows / blocks - first);
-      });
+      const Size all = (of.end - of.first) * tiles_y * ((of.x + OUT - 1) / OUT);
+      const Size each = whole_rows(all, shared_among_threads((all + TILES_AT_ONCE - 1) / TILES_AT_ONCE));
+      in_parallel((all + each - 1) / each,
+                  [&](Size index) { flat_block(of, index * each, least(each, all - index * each)); });
     }
     if (overwrites) {
       copy(last.values + (of.end - 1) * plane * of.outputs, plane * of.outputs, before.data());
@@ -394,27 +396,29 @@ struct Direct {
   Size out(int axis) const { return (size[axis] + 2 * (taps[axis] / 2) - taps[axis]) / stride[axis] + 1; }
 };
 
-// Some rows of a plane of outputs. Rows of a product are voxels of the input as they lie; where taps reach beyond its
-// ends, they are copied.
-void direct_rows(const Direct& of, Size z, Size first_y, Size end_y) {
+// Some lines along x of outputs, plane by plane. Rows of a product are voxels of the input as they lie; where taps reach
+// beyond its ends, they are copied, and so are those of short lines, which make whole blocks of rows together.
+void direct_lines(const Direct& of, Size first_line, Size end_line) {
   const Size parts = of.taps[0] * of.taps[1], depth = of.taps[2] * of.channels, width = of.out(2);
-  const Size padding = of.taps[2] / 2, stride = of.stride[2], lines = end_y - first_y;
-  const Size first = least(width, (padding + stride - 1) / stride);
+  const Size padding = of.taps[2] / 2, stride = of.stride[2], lines = end_line - first_line;
+  const bool is_short = width < SHORT * ROWS;
+  const Size first = is_short ? width : least(width, (padding + stride - 1) / stride);
   const Size end = most(first, least(width, (of.size[2] + padding - of.taps[2]) / stride + 1));
-  const Size outside = width - (end - first);
-  float* const copied = scratch(lines * outside * parts * depth);
-  const Array<const float*> rows(lines * parts), copies(lines * outside * parts);
+  const Size outside = width - (end - first), copies = lines * outside;
+  float* const copied = scratch(copies * (parts * depth + COLUMNS));
+  float* const products = copied + copies * parts * depth;
+  const Array<const float*> rows(lines * parts);
   for (Size line = 0; line < lines; ++line)
     for (Size part = 0; part < parts; ++part) {
+      const Size z = (first_line + line) / of.out(1), y = (first_line + line) % of.out(1);
       const Size from_z = z * of.stride[0] + part / of.taps[1] - of.taps[0] / 2;
-      const Size from_y = (first_y + line) * of.stride[1] + part % of.taps[1] - of.taps[1] / 2;
+      const Size from_y = y * of.stride[1] + part % of.taps[1] - of.taps[1] / 2;
       const bool inside = from_z >= 0 && from_z < of.size[0] && from_y >= 0 && from_y < of.size[1];
       const float* row = inside ? of.from + (from_z * of.size[1] + from_y) * of.size[2] * of.channels : of.zeros;
       rows[line * parts + part] = row - padding * of.channels;
       for (Size index = 0; index < outside; ++index) {
         const Size x = index < first ? index : end + index - first;
         float* const to = copied + ((line * outside + index) * parts + part) * depth;
-        copies[(line * outside + index) * parts + part] = to;
         for (Size tap = 0; tap < of.taps[2]; ++tap) {
           const Size at = x * stride + tap - padding;
           if (at >= 0 && at < of.size[2])
@@ -424,18 +428,20 @@ void direct_rows(const Direct& of, Size z, Size first_y, Size end_y) {
         }
       }
     }
-  for (Size column = 0; column < of.outputs; column += COLUMNS)
-    for (Size line = 0; line < lines; ++line) {
-      float* const to = of.to + (z * of.out(1) + first_y + line) * width * of.outputs + column;
-      Product product{rows.data() + line * parts, parts, stride * of.channels, of.weights + column * parts * depth,
-                      depth, of.bias + column, to, of.outputs, of.outputs - column};
-      multiply_rows(product, first, end);
-      for (Size index = 0; index < outside; ++index) {
-        product.a = copies.data() + (line * outside + index) * parts;
-        product.c = to + (index < first ? index : end + index - first) * of.outputs;
-        multiply_rows(product, 0, 1);
-      }
+  for (Size column = 0; column < of.outputs; column += COLUMNS) {
+    const float *const weights = of.weights + column * parts * depth, *const bias = of.bias + column;
+    float* const to = of.to + first_line * width * of.outputs + column;
+    const Size columns = of.outputs - column;
+    for (Size line = 0; line < lines; ++line)
+      multiply_rows({rows.data() + line * parts, parts, stride * of.channels, weights, depth, bias,
+                     to + line * width * of.outputs, of.outputs, columns},
+                    first, end);
+    multiply_rows({&copied, 1, parts * depth, weights, parts * depth, bias, products, COLUMNS, columns}, 0, copies);
+    for (Size copy = 0; copy < copies; ++copy) {
+      const Size index = copy % outside, x = index < first ? index : end + index - first;
+      copy_floats(products + copy * COLUMNS, least(columns, COLUMNS), to + (copy / outside * width + x) * of.outputs);
     }
+  }
 }
 
 constexpr Size VOXELS_AT_ONCE = 1024;
@@ -490,12 +496,9 @@ void convolve_directly(const Size* size, const Size* taps, const Size* stride, S
   clear_floats(zeros.data(), size[2] * inputs);
   const Direct of{from, {size[0], size[1], size[2]}, inputs, {taps[0], taps[1], taps[2]},
                   {stride[0], stride[1], stride[2]}, outputs, weights, bias, to, zeros.data()};
-  const Size rows = of.out(1), lines = within(ROWS_AT_ONCE / of.out(2), 1, rows);
-  const Size blocks = (rows + lines - 1) / lines;
-  in_parallel(of.out(0) * blocks, [&](Size index) {
-    const Size first = index % blocks * lines;
-    direct_rows(of, index / blocks, first, least(rows, first + lines));
-  });
+  const Size all = of.out(0) * of.out(1), at_once = most(1, ROWS_AT_ONCE / of.out(2));
+  const Size blocks = least(all, shared_among_threads((all + at_once - 1) / at_once));
+  in_parallel(blocks, [&](Size index) { direct_lines(of, index * all / blocks, (index + 1) * all / blocks); });
 }
 
 void spread(const Size* size, const Size* stride, Size inputs, Size outputs, const float* from, const float* weights,
