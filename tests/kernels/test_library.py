@@ -43,6 +43,7 @@ class TestLibrary:
         assert [path.stat().st_mtime_ns for path in made.parent.iterdir()] == [before]
 
     @needs_compiler
+    @pytest.mark.thorough
     def test_is_compiled_again_where_the_file_cannot_be_loaded(self, made, tmp_path):
         foreign = tmp_path / "foreign" / made.name
         foreign.parent.mkdir()

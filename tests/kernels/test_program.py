@@ -244,6 +244,13 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
             assert torch.equal(executor(tile, threads).features[0], expected)
 
 
+def test_each_operation_and_its_norm_are_timed(kernels):
+    tile = values(1, 33, 9, 10, 11)
+    (same, no_norm), (convolution, norm), (logits, _) = convolution_executor(kernels, tile).measure(tile, 2)
+    assert min(same, convolution, norm, logits) > 0
+    assert no_norm < norm
+
+
 @pytest.mark.posix("forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_that_was_forked_has_threads_of_its_own(kernels):
