@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from ...kernels.program import Program
 from ..errors import BackendUnavailable
-from ..model.folds import only_spreads
 from ..model.multi_task_unet import MultiTaskUNet
 from ..model.network import is_known
 from ..model.stu_net import StuBlock, StuNet, StuUpsampling
 from .buffers import Shape, plan_buffers
 from .native_builder import Builder, Finer, of_axes
 from .native_head import head_places, program_head
+from .rewrites import ACTIVATIONS, last_activation, negative_slope, only_spreads
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
-ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 POOLINGS = (nn.AvgPool2d, nn.AvgPool3d)
 
@@ -160,11 +159,10 @@ def _residual(builder: Builder, name: str, module: Any, values: Sequence[int | F
     value = builder.together(name, values)
     # An identity is a function there, a pooling or a convolution a module.
     residual = run(builder, f"{name}.skip", module.skip, [value]) if isinstance(module.skip, nn.Module) else value
-    bottleneck = hasattr(module, "conv3")
-    for part in ("conv1", "conv2") if bottleneck else ("conv1",):
+    *names, last = ("conv1", "conv2", "conv3") if hasattr(module, "conv3") else ("conv1", "conv2")
+    for part in names:
         value = _block(builder, f"{name}.{part}", getattr(module, part), [value])
-    last, activation = ("conv3", module.nonlin3) if bottleneck else ("conv2", module.nonlin2)
-    return _block(builder, f"{name}.{last}", getattr(module, last), [value], activation, residual)
+    return _block(builder, f"{name}.{last}", getattr(module, last), [value], last_activation(module), residual)
 
 
 def _stu_block(builder: Builder, name: str, module: StuBlock, values: Sequence[int | Finer]) -> int:
@@ -201,7 +199,7 @@ def _check_convolution(name: str, module: Any) -> None:
 def _slope(name: str, activation: Any) -> float:
     if not isinstance(activation, ACTIVATIONS):
         raise _refused(f"{name} has no (leaky) ReLU")
-    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+    return negative_slope(activation)
 
 
 def _refused(reason: str) -> BackendUnavailable:
