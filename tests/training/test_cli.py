@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 from nnturbo.engine.cli import main
-from nnturbo.training import cli, recipe
+from nnturbo.training import recipe
+from nnturbo.training.cli import choices
 from nnturbo.training.data import planning
 from nnturbo.training.phantoms import phantom
 
@@ -365,9 +366,9 @@ def test_what_the_system_refuses_gives_one_line(run, monkeypatch, error, status,
 
 
 def test_constants_are_those_of_the_library():
-    assert cli.PHANTOM_COUNTS == phantom.PANCREAS_COUNTS
-    assert cli.PLANNERS == planning.PLANNERS
-    assert set(cli.PRESETS) == set(recipe.PRESETS)
+    assert choices.PHANTOM_COUNTS == phantom.PANCREAS_COUNTS
+    assert choices.PLANNERS == planning.PLANNERS
+    assert set(choices.PRESETS) == set(recipe.PRESETS)
 
 
 def test_importing_is_light():

@@ -1,0 +1,86 @@
+"""`nnturbo prepare`: checks a data set, converts it for nnU-Net, plans and preprocesses it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from .choices import CONFIGURATIONS, PHANTOM_COUNTS, PLANNERS
+from .command import DONE, add_command, nnunet_folder, progress_line, say
+
+
+def add_prepare(commands: Any) -> None:
+    """Declare the command."""
+    add = add_command(
+        commands, "prepare", _prepare, "check a data set, convert it to nnU-Net's raw format, plan and preprocess it"
+    )
+    add(
+        "-i",
+        required=True,
+        metavar="SOURCE",
+        help="folder with train|validation/subtype{0,1,2} and test; or see --table",
+    )
+    add("--table", metavar="FILE", help="csv or xlsx with filename, subtype, split, for files anywhere in SOURCE")
+    add("-d", required=True, type=int, metavar="ID", help="number of the data set, 1 to 999")
+    add("-n", required=True, metavar="NAME", help="name of the data set; the folder is DatasetID_NAME")
+    add("--raw", metavar="FOLDER", help="default: the environment variable nnUNet_raw")
+    add("--preprocessed", metavar="FOLDER", help="default: the environment variable nnUNet_preprocessed")
+    add(
+        "--planner",
+        choices=PLANNERS,
+        default=PLANNERS[0],
+        help="ResEnc M, plain U-Net, or a small U-Net for CPUs (default: %(default)s)",
+    )
+    add(
+        "--configurations",
+        nargs="+",
+        choices=CONFIGURATIONS,
+        default=["3d_fullres"],
+        metavar="C",
+        help=f"of {', '.join(CONFIGURATIONS)} (default: 3d_fullres)",
+    )
+    add("--no_preprocessing", action="store_true", help="write the raw data set only")
+    add("--processes", type=int, default=4, metavar="N", help="that nnU-Net starts (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace the raw data set of this id and name")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    raw = nnunet_folder(options.raw, "nnUNet_raw", "--raw")
+    preprocessed = None
+    if not options.no_preprocessing:
+        preprocessed = nnunet_folder(options.preprocessed, "nnUNet_preprocessed", "--preprocessed")
+        if options.processes < 1:
+            raise ValueError(f"--processes must be at least 1, got {options.processes}")
+        from ..data.planning import require_nnunet
+
+        require_nnunet()
+    from ..data.prepare import plan_and_preprocess, prepare_dataset
+
+    with progress_line("checking") as progress:
+        dataset = prepare_dataset(
+            options.i,
+            raw,
+            dataset_id=options.d,
+            dataset_name=options.n,
+            table=options.table,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    counts = ", ".join(f"{len(dataset.names(split))} {split}" for split in PHANTOM_COUNTS)
+    say(f"{dataset.folder}: {counts}; {len(dataset.rounded)} masks rounded to whole labels")
+    if preprocessed is None:
+        return DONE
+    say("planning from the training cases alone, and preprocessing all")
+    plans_file = plan_and_preprocess(
+        dataset.folder,
+        preprocessed,
+        planner=options.planner,
+        configurations=options.configurations,
+        processes=options.processes,
+    )
+    say(f"plans: {plans_file}")
+    given = {"nnUNet_raw": options.raw, "nnUNet_preprocessed": options.preprocessed}
+    setting = "".join(f"{name}={shlex.quote(folder)} " for name, folder in given.items() if folder)
+    say(f"next: {setting}nnturbo train -d {options.d} -c {options.configurations[0]} -p {plans_file.stem}")
+    return DONE

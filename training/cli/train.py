@@ -1,0 +1,80 @@
+"""`nnturbo train`: trains the multi-task model, and fits a classifier."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from .choices import PRESETS
+from .command import DONE, add_command, dataset_name, nnunet_folder, progress_line, say
+
+
+def add_train(commands: Any) -> None:
+    """Declare the command."""
+    add = add_command(commands, "train", _train, "train the multi-task model on a prepared data set")
+    add("-d", required=True, metavar="DATASET", help="number or name of the data set")
+    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    add("-p", default="nnUNetResEncUNetMPlans", metavar="PLANS", help="default: %(default)s")
+    add("-f", default="0", metavar="FOLD", help="split of splits_final.json, or all (default: %(default)s)")
+    add("--preset", choices=PRESETS, default=PRESETS[0], help="recipe to begin with (default: %(default)s)")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="entries of the recipe to change, such as epochs=60 head=gap_mlp head_stages=1,2 focus_labels=lesion",
+    )
+    add("--lda", nargs="+", type=int, metavar="STAGE", help="afterwards fit a classifier on these encoder stages")
+    add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--pretrained", metavar="FILE", help="checkpoint to begin with; a plain nnU-Net's will do")
+    add("--continue", dest="resume", action="store_true", help="go on from the newest checkpoint")
+    add("--val", action="store_true", help="run nnU-Net's own validation of the final checkpoint afterwards")
+    for name in ("raw", "preprocessed", "results"):
+        add(f"--{name}", metavar="FOLDER", help=f"default: the environment variable nnUNet_{name}")
+
+
+def _train(options: argparse.Namespace) -> int:
+    folders = {
+        name: nnunet_folder(getattr(options, name), f"nnUNet_{name}", f"--{name}")
+        for name in ("raw", "preprocessed", "results")
+    }
+    from ..data.planning import require_nnunet
+
+    require_nnunet()
+    from ..pooled_classifier import check_counts, fit_pooled_classifier, training_scans
+    from ..recipe import changed_recipe
+    from ..train import train
+
+    recipe = changed_recipe(options.preset, options.set)
+    dataset = dataset_name(options.d, folders["preprocessed"])
+    fold: int | str = int(options.f) if options.f.isdecimal() else options.f
+    scans = []
+    if options.lda is not None:
+        # Errors that would stop the fit are raised before hours of training.
+        scans = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold)
+        subtypes = [scan.subtype for scan in scans]
+        check_counts(subtypes, max(subtypes) + 1)
+    model = train(
+        dataset,
+        options.c,
+        fold,
+        recipe=recipe,
+        plans_name=options.p,
+        device=options.device,
+        resume=options.resume,
+        pretrained=options.pretrained,
+        final_validation=options.val,
+        **folders,
+    )
+    if options.lda is not None:
+        say("fitting a classifier on pooled features of the training cases")
+        with progress_line("cases") as progress:
+            fit = fit_pooled_classifier(
+                model, fold, scans, stages=options.lda, device=options.device, progress=progress
+            )
+        say(f"fitted on {fit.cases} cases; macro-F1 {fit.macro_f1:.3f} in cross-validation over them")
+    say(f"model: {model}")
+    say(f"next: nnturbo predict -i SCANS -o PREDICTIONS -m {shlex.quote(str(model))} -f {fold}")
+    return DONE
