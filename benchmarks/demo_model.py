@@ -39,7 +39,7 @@ def main() -> None:
         demo = demonstrate(options.model, output, cases=options.cases, seed=DEMO_SEED, mirror=options.mirror)
         write_evaluation(demo.evaluation, output)
     evaluation = demo.evaluation
-    truth = [case.subtype for case in evaluation.cases if case.subtype is not None]
+    truth = [int(case.subtype) for case in evaluation.cases if case.subtype is not None]
     guesses = np.random.default_rng(0).integers(3, size=len(truth)).tolist()
     control, interval = (
         classification_metrics(truth, guesses),
@@ -50,8 +50,8 @@ def main() -> None:
     subtypes = evaluation.subtypes
     write_report(options.json, {
         "benchmark": "demo_model", "cases": len(evaluation.cases), "seed": DEMO_SEED, "mirror": options.mirror,
-        "whole": asdict(evaluation.whole), "whole_dsc_interval": asdict(evaluation.whole_dsc_interval),
-        "lesion": asdict(evaluation.lesion), "lesion_dsc_interval": asdict(evaluation.lesion_dsc_interval),
+        **{name: asdict(metrics) for name, metrics in evaluation.structures.items()},
+        **{f"{name}_dsc_interval": asdict(interval) for name, interval in evaluation.dsc_intervals.items()},
         "subtypes": None if subtypes is None else asdict(subtypes),
         "control": {"macro_f1": control.macro_f1, "interval": asdict(interval)},
         "classifier": next(iter(demo.records.values()))["provenance"].get("classifier"),

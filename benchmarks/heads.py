@@ -95,9 +95,9 @@ def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse
 
 def held_out_scans(folder: Path) -> list[ClassifiedScan]:
     """Scans of the test split of a phantom data set that was written with its answers."""
-    answers = read_subtype_results(folder / "test_answers" / "subtype_results.csv")
+    answers = read_subtype_results(folder / "test_answers" / "subtype_results.csv").subtypes
     return [
-        ClassifiedScan(images=(folder / "test" / f"{name.removesuffix('.nii.gz')}_0000.nii.gz",), subtype=subtype)
+        ClassifiedScan(images=(folder / "test" / f"{name}_0000.nii.gz",), subtype=int(subtype))
         for name, subtype in answers.items()
     ]
 

@@ -18,6 +18,7 @@ from ..engine.jobs.cases import find_cases
 from ..engine.jobs.job import Job
 from ..engine.jobs.run import predict_cases
 from ..engine.scans.volume import read_volume
+from .data.task import WHOLE
 from .evaluation.evaluate import evaluate
 from .evaluation.results import CaseEvaluation, Evaluation
 from .phantoms.phantom import SMALL_SETTINGS, write_dataset
@@ -82,10 +83,9 @@ def demonstrate(
     records = {
         record["name"]: record for record in json.loads((predictions / "predictions.json").read_bytes())["cases"]
     }
-    subtypes = _read_answers(truth / "subtype_results.csv")
-    evaluation = evaluate(predictions, truth, subtypes=subtypes, resamples=500)
+    evaluation = evaluate(predictions, truth, resamples=500)
     # The case in the middle: neither the best nor the worst.
-    shown = sorted(evaluation.cases, key=lambda case: case.lesion.dsc)[len(evaluation.cases) // 2]
+    shown = sorted(evaluation.cases, key=lambda case: case.structures["lesion"].dsc)[len(evaluation.cases) // 2]
     picture = output / f"{shown.name}.png"
     _draw(shown, output, records[shown.name].get("classification"), picture)
     return Demo(evaluation=evaluation, records=records, picture=picture)
@@ -100,8 +100,9 @@ def demo_table(demo: Demo) -> str:
         if classification:
             probability = classification["probabilities"][classification["name"]]
             predicted = f"{classification['name']} ({probability:.2f})"
-        lines.append(f"{case.name:<12}{case.whole.dsc:>12.3f}{case.lesion.dsc:>12.3f}{case.subtype:>9}  {predicted:>9}")
-    whole, lesion = demo.evaluation.whole.dsc, demo.evaluation.lesion.dsc
+        whole, lesion = (case.structures[name].dsc for name in (WHOLE, "lesion"))
+        lines.append(f"{case.name:<12}{whole:>12.3f}{lesion:>12.3f}{case.subtype:>9}  {predicted:>9}")
+    whole, lesion = (demo.evaluation.structures[name].dsc for name in (WHOLE, "lesion"))
     lines += ["-" * 57, f"{'mean':<12}{whole:>12.3f}{lesion:>12.3f}", "", "seconds by stage, mean over the cases"]
     stages: dict[str, list[float]] = {}
     for record in demo.records.values():
@@ -109,12 +110,6 @@ def demo_table(demo: Demo) -> str:
             stages.setdefault(stage, []).append(milliseconds / 1000)
     lines += [f"  {stage:<15}{np.mean(seconds):>8.2f}" for stage, seconds in stages.items()]
     return "\n".join(lines)
-
-
-def _read_answers(path: Path) -> dict[str, int]:
-    from .data.tables import read_subtype_results
-
-    return {name.removesuffix(".nii.gz"): subtype for name, subtype in read_subtype_results(path).items()}
 
 
 def _draw(case: CaseEvaluation, output: Path, classification: Mapping[str, Any] | None, path: Path) -> None:
@@ -126,12 +121,13 @@ def _draw(case: CaseEvaluation, output: Path, classification: Mapping[str, Any] 
     predicted = read_volume(output / "predictions" / f"{case.name}.nii.gz", channels=1).array[0]
     z = int(np.argmax((truth == 2).sum((1, 2))))
     aspect = image.geometry.spacing[1] / image.geometry.spacing[2]
+    whole, lesion = (case.structures[name].dsc for name in (WHOLE, "lesion"))
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=(3, 3, 3, 1.6))
     for axes, title, labels in (
         (panels[0], f"{case.name}, slice {z}", None),
         (panels[1], "truth", truth[z]),
-        (panels[2], f"prediction (DSC {case.whole.dsc:.3f}, lesion {case.lesion.dsc:.3f})", predicted[z]),
+        (panels[2], f"prediction (DSC {whole:.3f}, lesion {lesion:.3f})", predicted[z]),
     ):
         axes.imshow(image.array[0, z], cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], aspect=aspect)
         axes.set_title(title, fontsize=10)

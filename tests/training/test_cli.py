@@ -88,7 +88,8 @@ class TestEndToEnd:
             assert "| over 2 cases | measured | 95 % interval | target | reached | best published |" in out
             assert out.count("| 1.000 | 1.000 to 1.000 |") == 3
             found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-            assert found["whole"]["dsc"] == found["lesion"]["dsc"] == found["subtypes"]["metrics"]["macro_f1"] == 1
+            assert [part["dsc"] for part in found["structures"].values()] == [1, 1]
+            assert found["subtypes"]["metrics"]["macro_f1"] == 1
             assert {path.suffix for path in (tmp_path / "evaluation").iterdir()} == {".json", ".csv", ".png"}
 
     def test_submit_and_the_answers(self, phantoms, run, tmp_path):

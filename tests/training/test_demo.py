@@ -24,9 +24,9 @@ def test_every_case_is_predicted_and_compared(shown):
             read_volume(folder / part / f"{case.name}.nii.gz", channels=1).array[0] > 0
             for part in ("test_answers", "predictions")
         )
-        assert case.whole.dsc == pytest.approx(2 * (truth & ours).sum() / (truth.sum() + ours.sum()))
+        assert case.structures["whole"].dsc == pytest.approx(2 * (truth & ours).sum() / (truth.sum() + ours.sum()))
     with (folder / "test_answers" / "subtype_results.csv").open() as file:
-        answers = {row["Names"]: int(row["Subtype"]) for row in csv.DictReader(file)}
+        answers = {row["Names"]: row["Subtype"] for row in csv.DictReader(file)}
     assert {f"{case.name}.nii.gz": case.subtype for case in demo.evaluation.cases} == answers
 
 
@@ -38,7 +38,7 @@ def test_table_says_what_the_records_say(shown):
         answer = record["classification"]
         line = next(line for line in table.splitlines() if line.startswith(case.name))
         assert line.split()[1:5] == [
-            f"{case.whole.dsc:.3f}", f"{case.lesion.dsc:.3f}", str(case.subtype), str(answer["label"])
+            *(f"{part.dsc:.3f}" for part in case.structures.values()), case.subtype, str(answer["label"])
         ]  # fmt: skip
     network = np.mean([record["timings_ms"]["network"] for record in records]) / 1000
     stages = dict(line.split() for line in table.partition("seconds by stage")[2].splitlines()[1:])
@@ -56,4 +56,6 @@ def test_picture_is_one_of_the_cases_and_not_empty(shown):
 def test_again_into_the_same_folder(shown, trained):
     demo, folder = shown
     again = demonstrate(trained, folder, cases=2, device="cpu")
-    assert [case.whole.dsc for case in again.evaluation.cases] == [case.whole.dsc for case in demo.evaluation.cases]
+    assert [case.structures["whole"].dsc for case in again.evaluation.cases] == [
+        case.structures["whole"].dsc for case in demo.evaluation.cases
+    ]

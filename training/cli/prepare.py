@@ -19,9 +19,29 @@ def add_prepare(commands: Any) -> None:
         "-i",
         required=True,
         metavar="SOURCE",
-        help="folder with train|validation/subtype{0,1,2} and test; or see --table",
+        help="folder with train|validation/subtype{0,1,2} and test, of the pancreas task; with train|validation/CLASS "
+        "and a dataset.json, of another one; or see --table",
     )
     add("--table", metavar="FILE", help="csv or xlsx with filename, subtype, split, for files anywhere in SOURCE")
+    add(
+        "--dataset_json",
+        metavar="FILE",
+        help="channel_names, labels and file_ending of another task, and class_names if they are to be checked "
+        "(default: dataset.json in SOURCE, if it is there)",
+    )
+    add(
+        "--regions",
+        nargs="+",
+        metavar="NAME=LABEL,LABEL",
+        help="regions to learn in place of labels, larger ones first, such as pancreas=pancreas,lesion lesion=lesion",
+    )
+    add(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="cross-validation of the training cases, stratified by class: splits 0 to K-1; the given split is then "
+        "split K, and its validation cases are in no fold",
+    )
     add("-d", required=True, type=int, metavar="ID", help="number of the data set, 1 to 999")
     add("-n", required=True, metavar="NAME", help="name of the data set; the folder is DatasetID_NAME")
     add("--raw", metavar="FOLDER", help="default: the environment variable nnUNet_raw")
@@ -64,11 +84,17 @@ def _prepare(options: argparse.Namespace) -> int:
             dataset_id=options.d,
             dataset_name=options.n,
             table=options.table,
+            description=options.dataset_json,
+            regions=None if options.regions is None else _regions(options.regions),
+            folds=options.folds,
             overwrite=options.overwrite,
             progress=progress,
         )
     counts = ", ".join(f"{len(dataset.names(split))} {split}" for split in PHANTOM_COUNTS)
     say(f"{dataset.folder}: {counts}; {len(dataset.rounded)} masks rounded to whole labels")
+    say(f"classes: {', '.join(dataset.task.class_names)}; labels: {', '.join(dataset.task.structures)}")
+    if options.folds is not None:
+        say(f"folds 0 to {options.folds - 1} of the training cases; split {options.folds} is the given one")
     if preprocessed is None:
         return DONE
     say("planning from the training cases alone, and preprocessing all")
@@ -82,5 +108,17 @@ def _prepare(options: argparse.Namespace) -> int:
     say(f"plans: {plans_file}")
     given = {"nnUNet_raw": options.raw, "nnUNet_preprocessed": options.preprocessed}
     setting = "".join(f"{name}={shlex.quote(folder)} " for name, folder in given.items() if folder)
-    say(f"next: {setting}nnturbo train -d {options.d} -c {options.configurations[0]} -p {plans_file.stem}")
+    *_, last = dataset.task.structures
+    focus = "" if "lesion" in dataset.task.structures else f" --set focus_labels={shlex.quote(last)}"
+    say(f"next: {setting}nnturbo train -d {options.d} -c {options.configurations[0]} -p {plans_file.stem}{focus}")
     return DONE
+
+
+def _regions(given: list[str]) -> dict[str, list[str]]:
+    regions = {}
+    for text in given:
+        name, _, labels = text.partition("=")
+        if not name or not labels or name in regions:
+            raise ValueError(f"--regions must be different NAME=LABEL,LABEL, got {text!r}")
+        regions[name] = labels.split(",")
+    return regions

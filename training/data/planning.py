@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ...engine.errors import EngineError, OutputError
 from ...engine.files import write_json
-from .cases import ENDING, LABELS_FILE, SPLITS_FILE
+from .cases import LABELS_FILE, SPLITS_FILE
 from .tables import DatasetError
+from .task import DATASET_FILE, read_task
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def plan_and_preprocess(
     Note:
         nnunetv2's `fingerprint_extractor.DatasetFingerprintExtractor` and `default_experiment_planner` take all of
         imagesTr: intensities, spacings and shapes of validation cases would reach the plans. Here the extractor's
-        `dataset` and the planner's `numTraining` hold the first split's training cases. All cases are preprocessed.
+        `dataset` and the planner's `numTraining` hold the training cases of the data set's own split; those of a
+        cross-validation are all among them, as in nnU-Net. All cases are preprocessed.
         Running nnU-Net's own command with `--clean` afterwards would undo this.
     """
     if planner not in PLANNERS:
@@ -83,7 +85,7 @@ def plan_and_preprocess(
             raise EngineError(f"nnU-Net failed on {raw}: {error}; if memory ran out, take fewer processes") from error
     references = plans_file.parent / "gt_segmentations"
     references.mkdir(exist_ok=True)
-    for source in (raw / "labelsTr").glob(f"*{ENDING}"):
+    for source in (raw / "labelsTr").glob(f"*{read_task(raw / DATASET_FILE).file_ending}"):
         shutil.copyfile(source, references / source.name)
     shutil.copyfile(raw / LABELS_FILE, plans_file.parent / LABELS_FILE)
     return plans_file
@@ -91,7 +93,7 @@ def plan_and_preprocess(
 
 def _check_room(dataset_folder: Path, preprocessed: Path, configurations: int) -> None:
     """Refuse to begin if the disk has too little room."""
-    stored = sum(path.stat().st_size for path in (dataset_folder / "imagesTr").glob(f"*{ENDING}"))
+    stored = sum(path.stat().st_size for path in (dataset_folder / "imagesTr").iterdir())
     needed = PREPROCESSED_RATIO * stored * configurations
     existing = next(folder for folder in (preprocessed, *preprocessed.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -113,21 +115,23 @@ def require_nnunet() -> None:
 
 
 def _training_cases(dataset_folder: Path, target: Path) -> frozenset[str]:
-    """Read the training cases of the first split, and check that nothing in the target was made with another."""
-    for name in ("dataset.json", SPLITS_FILE, LABELS_FILE):
+    """Read the training cases, and check that nothing in the target was made with other splits."""
+    for name in (DATASET_FILE, SPLITS_FILE, LABELS_FILE):
         if not (dataset_folder / name).is_file():
             raise DatasetError(f"{dataset_folder / name} is missing: make the folder with nnturbo prepare")
-    split = _first_split(dataset_folder / SPLITS_FILE)
+    splits = _read_splits(dataset_folder / SPLITS_FILE)
     present = target / SPLITS_FILE
-    if present.is_file() and _first_split(present) != split:
-        raise DatasetError(f"{present} holds another split than {dataset_folder}: remove {target}")
-    return split["train"]
+    if present.is_file() and _read_splits(present) != splits:
+        raise DatasetError(f"{present} holds other splits than {dataset_folder}: remove {target}")
+    return splits[-1]["train"]  # of the data set's own split, which is the last one
 
 
-def _first_split(path: Path) -> dict[str, frozenset[str]]:
+def _read_splits(path: Path) -> list[dict[str, frozenset[str]]]:
     try:
-        split = json.loads(path.read_bytes())[0]
-        return {part: frozenset(split[part]) for part in ("train", "val")}
+        splits = [
+            {part: frozenset(split[part]) for part in ("train", "val")} for split in json.loads(path.read_bytes())
+        ]
+        return [*splits[:-1], splits[-1]]  # an empty list is an error
     except (ValueError, LookupError, TypeError) as error:
         raise DatasetError(
             f"{path} must be a list of splits with train and val, it cannot be read so ({error}): remove it and "

@@ -1,7 +1,7 @@
-"""Convert the pancreas data set to nnU-Net's raw format, with splits and class labels.
+"""Convert a data set to nnU-Net's raw format, with splits and class labels.
 
-`cases` finds the cases before, and `planning` runs nnU-Net's planning afterwards. Everything is checked before the
-first file is written, and the folder gets its name only when it is complete.
+`task` says what it is about, `cases` finds the cases before, and `planning` runs nnU-Net's planning afterwards.
+Everything is checked before the first file is written, and the folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,12 @@ import numpy as np
 from ...engine.errors import OutputError, VolumeError
 from ...engine.files import put_in_place, write_json, written_atomically
 from ...engine.scans.volume import Volume, read_volume, write_segmentation
-from .cases import (
-    ENDING,
-    IMAGE_ENDING,
-    LABELS,
-    LABELS_FILE,
-    SPLITS_FILE,
-    SourceCase,
-    find_cases,
-    grid_difference,
-    read_mask,
-)
+from .cases import LABELS_FILE, SPLITS_FILE, SourceCase, find_cases
+from .cross_validation import FOLD_COLUMN, splits, stratified_folds
+from .masks import grid_difference, read_mask
 from .planning import plan_and_preprocess
 from .tables import DatasetError, raise_problems
+from .task import DATASET_FILE, WHOLE, Task, find_task
 
 __all__ = ["LABELS_FILE", "SPLITS_FILE", "DatasetError", "PreparedDataset", "plan_and_preprocess", "prepare_dataset"]
 
@@ -49,16 +42,18 @@ class PreparedDataset:
 
     Attributes:
         folder: `.../DatasetXXX_Name`, which also holds `splits_final.json` and `classification_labels.csv`.
+        task: Channels, labels or regions, classes and file ending.
         cases: Source files of each case, split by split.
         rounded: Names of the cases whose masks held numbers that are not integers.
-        without_lesion: Names of the cases whose masks hold no lesion; in the task every case has one.
+        without_label: Names of the cases whose masks lack a label or region, by its name; "whole" of empty masks.
         linked: Number of images that are hard links to the source; the others are copies.
     """
 
     folder: Path
+    task: Task
     cases: tuple[SourceCase, ...]
     rounded: tuple[str, ...]
-    without_lesion: tuple[str, ...]
+    without_label: Mapping[str, tuple[str, ...]]
     linked: int
 
     def names(self, split: str) -> tuple[str, ...]:
@@ -73,6 +68,9 @@ def prepare_dataset(
     dataset_id: int,
     dataset_name: str,
     table: str | os.PathLike[str] | None = None,
+    description: str | os.PathLike[str] | None = None,
+    regions: Mapping[str, Sequence[str]] | None = None,
+    folds: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> PreparedDataset:
@@ -84,6 +82,12 @@ def prepare_dataset(
         dataset_id: 1 to 999.
         dataset_name: Letters, digits, - and _; the folder is `DatasetXXX_<dataset_name>`.
         table: csv or xlsx with the columns filename, subtype and split, if the folders do not have this information.
+        description: `dataset.json` with channels, labels, file ending and, if they are to be checked, `class_names`; by
+            default the one in `source`. Without one, the data set is that of the pancreas task.
+        regions: Labels of each region, by name, larger ones first: nnU-Net then learns regions in place of labels.
+        folds: Makes a cross-validation of the training cases, stratified by class: the splits are its folds, from 0,
+            and after them the given split, whose validation cases are in none of the folds. By default the given split
+            is the only one.
         overwrite: Whether an existing folder of this name is replaced.
         progress: Called after each case was checked with the number done, the number of all, and the name.
 
@@ -91,7 +95,7 @@ def prepare_dataset(
         What was written.
 
     Raises:
-        ValueError: If the id or the name is not valid.
+        ValueError: If the id, the name or the regions are not valid.
         DatasetError: If files of the data set are missing, doubled or do not fit together; it lists all problems.
         OutputError: If the folder or another data set of this id exists, the source lies in the folder, the disk has
             too little room, or a file cannot be written. After any error, nothing under the final name has changed.
@@ -107,17 +111,25 @@ def prepare_dataset(
         raise ValueError(f"dataset_name must be letters, digits, - and _, got {dataset_name!r}")
     target = Path(raw_folder) / f"Dataset{dataset_id:03d}_{dataset_name}"
     _check_target(target, Path(source), overwrite)
-    cases, problems = find_cases(source, table)
+    task = find_task(Path(source), None if description is None else Path(description))
+    task = task if regions is None else task.with_regions(regions)
+    cases, problems = find_cases(source, task, table)
+    of_training = {case.name: case.subtype for case in cases if case.split == "train" and case.subtype is not None}
+    held_out = {} if folds is None or problems else stratified_folds(of_training, folds)
     _check_room(target, cases)
-    rounded, without_lesion, unusable = _check_scans(cases, progress)
+    rounded, without_label, unusable = _check_scans(cases, task, progress)
     raise_problems(str(source), [*problems, *unusable])
-    if without_lesion:
-        logger.warning("%d masks hold no lesion: %s", len(without_lesion), ", ".join(without_lesion))
+    task = task.with_classes(case.subtype for case in cases if case.subtype is not None)
+    for label, names in without_label.items():
+        lack = "are empty" if label == WHOLE else f"hold no {label}"
+        logger.warning("%d masks %s: %s", len(names), lack, ", ".join(names))
     with _built_aside(target) as folder:
-        linked = _write_cases(folder, cases)
-        _write_descriptions(folder, target.name, cases)
+        linked = _write_cases(folder, task, cases)
+        _write_descriptions(folder, target.name, task, cases, held_out)
     logger.info("%s: %d cases, %d masks rounded, %d images linked", target, len(cases), len(rounded), linked)
-    return PreparedDataset(folder=target, cases=cases, rounded=rounded, without_lesion=without_lesion, linked=linked)
+    return PreparedDataset(
+        folder=target, task=task, cases=cases, rounded=rounded, without_label=without_label, linked=linked
+    )
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
@@ -138,8 +150,9 @@ def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     status = os.stat(existing)
     files = [case.mask for case in cases if case.mask is not None]
-    copied = [case for case in cases if case.image.stat().st_dev != status.st_dev]  # cannot be linked
-    files += [case.image for case in copied] + [case.image for case in copied if case.split == "validation"]
+    copied = [(case, image) for case in cases for image in case.images if image.stat().st_dev != status.st_dev]
+    files += [image for _, image in copied]  # they cannot be linked
+    files += [image for case, image in copied if case.split == "validation"]
     needed = sum(path.stat().st_size for path in files) + _SPARE_BYTES
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -150,25 +163,27 @@ def _check_room(target: Path, cases: Sequence[SourceCase]) -> None:
 
 
 def _check_scans(
-    cases: Sequence[SourceCase], progress: Callable[[int, int, str], None] | None
-) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
-    """Read all files; return the names of cases to round, of cases without lesion, and the problems.
+    cases: Sequence[SourceCase], task: Task, progress: Callable[[int, int, str], None] | None
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], list[str]]:
+    """Read all files; return the names of cases to round, of cases that lack a label, and the problems.
 
     Note:
         Scans are compared by their voxels as float32, so that copies with another compression or type are found too.
     """
-    rounded, without_lesion, problems, seen = [], [], [], dict[bytes, SourceCase]()
+    rounded, problems, seen = [], [], dict[bytes, SourceCase]()
+    lacking: dict[str, list[str]] = {name: [] for name in task.structures}
     for done, case in enumerate(cases, start=1):
         image, mask = None, None
         try:
-            image = read_volume(case.image, channels=1)
+            image = read_volume(list(case.images), channels=len(task.channel_names))
         except VolumeError as error:
             problems.append(str(error))
         if case.mask is not None:
             try:
-                mask, was_rounded = read_mask(case.mask)
+                mask, was_rounded = read_mask(case.mask, task)
                 rounded += [case.name] if was_rounded else []
-                without_lesion += [] if (mask.array == LABELS["lesion"]).any() else [case.name]
+                for name, values in task.structures.items():
+                    lacking[name] += [] if np.isin(mask.array, values).any() else [case.name]
             except (VolumeError, DatasetError) as error:
                 problems.append(str(error))
         if image is not None and mask is not None and (difference := grid_difference(mask, image)):
@@ -176,12 +191,14 @@ def _check_scans(
         if image is not None:
             twin = seen.setdefault(_voxel_digest(image), case)
             if twin.split != case.split:
-                problems.append(f"{case.image}: leaked, the same scan as {twin.image} of the {twin.split} split")
+                problems.append(
+                    f"{case.images[0]}: leaked, the same scan as {twin.images[0]} of the {twin.split} split"
+                )
             elif twin is not case:
-                problems.append(f"{case.image}: a scan must occur once, {twin.image} is the same")
+                problems.append(f"{case.images[0]}: a scan must occur once, {twin.images[0]} is the same")
         if progress is not None:
             progress(done, len(cases), case.name)
-    return tuple(rounded), tuple(without_lesion), problems
+    return tuple(rounded), {name: tuple(names) for name, names in lacking.items() if names}, problems
 
 
 def _voxel_digest(image: Volume) -> bytes:
@@ -214,21 +231,22 @@ def _built_aside(target: Path) -> Iterator[Path]:
     shutil.rmtree(displaced, ignore_errors=True)
 
 
-def _write_cases(folder: Path, cases: Sequence[SourceCase]) -> int:
+def _write_cases(folder: Path, task: Task, cases: Sequence[SourceCase]) -> int:
     """Write images and masks, and return how many images are linked."""
     for name in ("imagesTr", "labelsTr", "imagesTs", "imagesVal"):
         (folder / name).mkdir()
     linked = 0
     for case in cases:
         images = "imagesTs" if case.mask is None else "imagesTr"
-        linked += _link_or_copy(case.image, folder / images / f"{case.name}{IMAGE_ENDING}")
-        if case.split == "validation":
-            _link_or_copy(case.image, folder / "imagesVal" / f"{case.name}{IMAGE_ENDING}")
+        for image, ending in zip(case.images, task.image_endings(), strict=True):
+            linked += _link_or_copy(image, folder / images / f"{case.name}{ending}")
+            if case.split == "validation":
+                _link_or_copy(image, folder / "imagesVal" / f"{case.name}{ending}")
         if case.mask is not None:
-            mask, _ = read_mask(case.mask)
+            mask, _ = read_mask(case.mask, task)
             # With the image's own geometry, so that headers do not differ in the last digit.
-            geometry = read_volume(case.image).geometry
-            write_segmentation(folder / "labelsTr" / f"{case.name}{ENDING}", mask.array[0], geometry)
+            geometry = read_volume(case.images[0]).geometry
+            write_segmentation(folder / "labelsTr" / f"{case.name}{task.file_ending}", mask.array[0], geometry)
     return linked
 
 
@@ -242,21 +260,19 @@ def _link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _write_descriptions(folder: Path, name: str, cases: Sequence[SourceCase]) -> None:
-    """Write `dataset.json`, the one explicit split, and the class labels."""
+def _write_descriptions(
+    folder: Path, name: str, task: Task, cases: Sequence[SourceCase], folds: Mapping[str, int]
+) -> None:
+    """Write `dataset.json`, the splits, and the class labels."""
     by_split = {split: [case.name for case in cases if case.split == split] for split in ("train", "validation")}
-    description = {
-        "name": name,
-        "channel_names": {"0": "CT"},
-        "labels": LABELS,
-        "numTraining": sum(map(len, by_split.values())),
-        "file_ending": ENDING,
-    }
-    write_json(folder / "dataset.json", description)
-    write_json(folder / SPLITS_FILE, [{"train": by_split["train"], "val": by_split["validation"]}])
+    description = {"name": name, **task.describe(), "numTraining": sum(map(len, by_split.values()))}
+    write_json(folder / DATASET_FILE, description)
+    write_json(folder / SPLITS_FILE, splits(folds, by_split["train"], by_split["validation"]))
     rows = [(case.name, case.subtype, case.split) for case in cases if case.subtype is not None]
+    header = ("case", "subtype", "split", *([FOLD_COLUMN] if folds else []))
     with (
         written_atomically(folder / LABELS_FILE) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        csv.writer(file, lineterminator="\n").writerows([("case", "subtype", "split"), *rows])
+        fold_of = {row[0]: [folds.get(row[0], "")] if folds else [] for row in rows}
+        csv.writer(file, lineterminator="\n").writerows([header, *((*row, *fold_of[row[0]]) for row in rows)])

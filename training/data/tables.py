@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.errors import EngineError
 
-SUBTYPES = (0, 1, 2)
 RESULTS_HEADER = ("Names", "Subtype")
 
 
@@ -40,13 +40,24 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
         raise DatasetError(f"{what}: {len(problems)} problem(s) must be corrected, nothing was written:\n{lines}")
 
 
-def parse_subtype(text: str) -> int | None:
-    """Read a subtype from a table ("1", or "1.0" from a spreadsheet); `None` if it is not 0, 1 or 2."""
+def parse_class(text: str) -> str | None:
+    """Read a class from a table: "1", "1.0" from a spreadsheet, or a name; `None` for an empty cell."""
     try:
         number = float(text)
     except ValueError:
-        return None
-    return int(number) if number in SUBTYPES else None
+        return text or None
+    return str(int(number)) if number.is_integer() else text
+
+
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Put different classes in the order of a network's outputs: numbers ascending, or texts in alphabetical order."""
+    found = set(names)
+    return tuple(sorted(found, key=int if all(name.isdecimal() for name in found) else None))
+
+
+def in_words(names: Sequence[str]) -> str:
+    """List names, such as "0, 1 or 2"."""
+    return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def read_table(
@@ -54,6 +65,7 @@ def read_table(
     columns: Sequence[str],
     *,
     exact: bool = False,
+    more: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> tuple[TableRow, ...]:
     """Read rows of a csv or of the first sheet of an xlsx; empty rows are left out.
@@ -63,6 +75,7 @@ def read_table(
             semicolons or tabs, as spreadsheets write them.
         columns: Names that the header must hold, in upper or lower case.
         exact: Whether the header must be exactly these columns, separated by commas.
+        more: Columns of which all or none follow those of an exact header.
         aliases: Other names of columns, in lower case, and which column each means.
 
     Returns:
@@ -85,7 +98,9 @@ def read_table(
     stripped = [(number, [cell.strip() for cell in line]) for number, line in enumerate(lines, start=1)]
     filled = [(number, line) for number, line in stripped if any(line)]
     header = filled[0][1] if filled else []
-    if exact and header != list(columns):
+    if exact and header == [*columns, *more]:
+        columns = header
+    elif exact and header != list(columns):
         raise DatasetError(
             f"{path}: the header must be exactly {','.join(columns)}, got {','.join(header) or 'nothing'}"
         )
@@ -131,32 +146,74 @@ def _xlsx_lines(path: Path) -> list[list[str]]:
     return [["" if cell is None else str(cell) for cell in line] for line in values]
 
 
-def read_subtype_results(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Read predicted subtypes, in the form of `nnturbo predict` and of the task's submission.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedClasses:
+    """Predicted classes by case, and probabilities of all classes where they are known.
+
+    Attributes:
+        subtypes: Name of the class.
+        probabilities: One per class, in the order of `class_order`; they add up to 1.
+    """
+
+    subtypes: Mapping[str, str]
+    probabilities: Mapping[str, tuple[float, ...]]
+
+
+def read_subtype_results(
+    path: str | os.PathLike[str], *, class_names: Sequence[str] = ("0", "1", "2"), file_ending: str = ".nii.gz"
+) -> PredictedClasses:
+    """Read predicted classes, in the form of `nnturbo predict` and of the pancreas task's submission.
 
     Args:
-        path: csv with the header `Names,Subtype` and names that end with .nii.gz.
-
-    Returns:
-        The subtype of each case, by its name without the ending.
+        path: csv with the header `Names,Subtype` and names that end with the file ending; a column
+            `Probability_<class>` for each class may follow. Classes that are not all numbers may be given by their
+            place, from 0, as `nnturbo predict` writes them.
+        class_names: The classes.
+        file_ending: Of the masks.
 
     Raises:
         DatasetError: If the file cannot be read, a row is not such a pair, or a case occurs twice.
     """
-    subtypes: dict[str, int] = {}
+    more = [f"Probability_{name}" for name in class_names]
+    classes: dict[str, str] = {}
+    probabilities: dict[str, tuple[float, ...]] = {}
     problems = []
-    for row in read_table(path, RESULTS_HEADER, exact=True):
-        filename, subtype = row.cells["Names"], parse_subtype(row.cells["Subtype"])
-        name = filename.removesuffix(".nii.gz")
+    for row in read_table(path, RESULTS_HEADER, exact=True, more=more):
+        filename, found = row.cells["Names"], _named_class(row.cells["Subtype"], class_names)
+        name = filename.removesuffix(file_ending)
+        shares = _shares([row.cells[column] for column in more if column in row.cells])
         if name == filename:
-            problems.append(f"line {row.line}: names must end with .nii.gz, got {filename!r}")
-        elif name in subtypes:
+            problems.append(f"line {row.line}: names must end with {file_ending}, got {filename!r}")
+        elif name in classes:
             problems.append(f"line {row.line}: {filename} must occur once")
-        elif subtype is None:
+        elif found is None:
             problems.append(
-                f"line {row.line}: the subtype of {filename} must be 0, 1 or 2, got {row.cells['Subtype']!r}"
+                f"line {row.line}: the subtype of {filename} must be {in_words(class_names)}, got "
+                f"{row.cells['Subtype']!r}"
             )
+        elif shares is None:
+            problems.append(f"line {row.line}: the probabilities of {filename} must be numbers that add up to 1")
         else:
-            subtypes[name] = subtype
+            classes[name] = found
+            probabilities |= {name: shares} if shares else {}
     raise_problems(str(path), problems)
-    return subtypes
+    return PredictedClasses(subtypes=classes, probabilities=probabilities)
+
+
+def _shares(cells: Sequence[str]) -> tuple[float, ...] | None:
+    """Read the probabilities of a row; `None` if they are none."""
+    try:
+        shares = tuple(map(float, cells))
+    except ValueError:
+        return None
+    is_one = not shares or (min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-3))
+    return shares if is_one else None
+
+
+def _named_class(cell: str, class_names: Sequence[str]) -> str | None:
+    """Find the class that a cell names or numbers."""
+    found = parse_class(cell)
+    if found in class_names or found is None:
+        return found
+    is_place = found.isdecimal() and int(found) < len(class_names)
+    return class_names[int(found)] if is_place and not all(name.isdecimal() for name in class_names) else None

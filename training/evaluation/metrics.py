@@ -178,7 +178,7 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int, seed: int) -> Int
         resamples: Number of sets of as many cases, drawn with replacement.
         seed: Seed of the draws; the same number of cases gives the same draws.
     """
-    return _interval(_draw(len(values), resamples, seed) @ np.asarray(values, dtype=float) / len(values))
+    return interval_of(draw_resamples(len(values), resamples, seed) @ np.asarray(values, dtype=float) / len(values))
 
 
 def bootstrap_macro_f1(
@@ -188,16 +188,17 @@ def bootstrap_macro_f1(
     one_hot = np.zeros((len(truth), classes, classes + 1))
     for case, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
         one_hot[case, true, classes if guess is None else guess] = 1
-    confusions = np.tensordot(_draw(len(truth), resamples, seed), one_hot, axes=1)
-    return _interval(np.nanmean(_f1(confusions), axis=1))
+    confusions = np.tensordot(draw_resamples(len(truth), resamples, seed), one_hot, axes=1)
+    return interval_of(np.nanmean(_f1(confusions), axis=1))
 
 
-def _draw(cases: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """Number of times that each resample holds each case, (resamples, cases)."""
+def draw_resamples(cases: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Draw how many times each resample of a bootstrap holds each case, (resamples, cases)."""
     counts = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=resamples)
     return counts.astype(float)
 
 
-def _interval(statistics: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(statistics, (2.5, 97.5))
+def interval_of(statistics: NDArray[np.float64]) -> Interval:
+    """Take the middle 95 % of a statistic over resamples; NaN, where it is not defined, does not count."""
+    low, high = np.nanpercentile(statistics, (2.5, 97.5))
     return Interval(low=float(low), high=float(high))

@@ -1,9 +1,11 @@
-"""Results of an evaluation: by case, of the subtypes, and over all cases."""
+"""Results of an evaluation: by case, by fold, of the classes, and over all cases."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .calibration import ProbabilityMetrics
 from .metrics import ClassificationMetrics, Interval, StructureMetrics
 
 
@@ -14,26 +16,58 @@ class CaseEvaluation:
     Attributes:
         name: Such as "quiz_0_041".
         is_missing: Whether there is no predicted mask; then every measure is 0.
-        whole: Of pancreas and lesion together.
-        lesion: Of the lesion.
+        structures: Of all foreground together ("whole"), and of every label or region.
         subtype: True class; `None` where classes are not evaluated.
         predicted_subtype: `None` where there is none.
+        probabilities: Of all classes; `None` where they are not known.
+        fold: Fold of the cross-validation in which the case is held out; `None` where there is none.
     """
 
     name: str
     is_missing: bool
-    whole: StructureMetrics
-    lesion: StructureMetrics
-    subtype: int | None
-    predicted_subtype: int | None
+    structures: Mapping[str, StructureMetrics]
+    subtype: str | None
+    predicted_subtype: str | None
+    probabilities: tuple[float, ...] | None = None
+    fold: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubtypeEvaluation:
-    """The classification over all cases, and the interval of its macro-F1."""
+    """The classification over all cases.
 
+    Attributes:
+        class_names: In the order of all that is listed by class.
+        metrics: F1, confusion, and more.
+        macro_f1_interval: Bootstrap 95 % interval.
+        probabilities: `None` where not every predicted class has its probabilities.
+    """
+
+    class_names: tuple[str, ...]
     metrics: ClassificationMetrics
     macro_f1_interval: Interval
+    probabilities: ProbabilityMetrics | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldEvaluation:
+    """One fold of a cross-validation.
+
+    Attributes:
+        fold: Number of the fold.
+        cases: Number of its cases.
+        dsc: Mean DSC of each structure.
+        dsc_intervals: Bootstrap 95 % intervals.
+        macro_f1: `None` where classes are not evaluated.
+        macro_f1_interval: Bootstrap 95 % interval.
+    """
+
+    fold: int
+    cases: int
+    dsc: Mapping[str, float]
+    dsc_intervals: Mapping[str, Interval]
+    macro_f1: float | None
+    macro_f1_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,24 +76,24 @@ class Evaluation:
 
     Attributes:
         cases: All cases of the reference, sorted by name.
-        whole: Means over all cases.
-        lesion: The same.
-        whole_dsc_interval: Bootstrap 95 % interval of the mean.
-        lesion_dsc_interval: The same.
-        subtypes: `None` if no subtypes were predicted.
+        structures: Means over all cases, of all foreground together ("whole") and of every label or region.
+        dsc_intervals: Bootstrap 95 % intervals of the mean DSC.
+        subtypes: `None` if no classes were predicted.
+        folds: The folds of a cross-validation, if every case belongs to one; otherwise empty.
+        is_pancreas: Whether the data are of the pancreas task, which has targets.
         missing_masks: Cases without a predicted mask; they count as 0.
-        missing_subtypes: Cases without a predicted subtype, if any were predicted; they count as wrong.
+        missing_subtypes: Cases without a predicted class, if any were predicted; they count as wrong.
         additional: Predictions that the reference does not have; they do not count.
         resamples: Number of resamples of the bootstrap.
         seed: Seed of the bootstrap.
     """
 
     cases: tuple[CaseEvaluation, ...]
-    whole: StructureMetrics
-    lesion: StructureMetrics
-    whole_dsc_interval: Interval
-    lesion_dsc_interval: Interval
+    structures: Mapping[str, StructureMetrics]
+    dsc_intervals: Mapping[str, Interval]
     subtypes: SubtypeEvaluation | None
+    folds: tuple[FoldEvaluation, ...]
+    is_pancreas: bool
     missing_masks: tuple[str, ...]
     missing_subtypes: tuple[str, ...]
     additional: tuple[str, ...]

@@ -15,9 +15,13 @@ import numpy as np
 from ...engine.errors import OutputError, VolumeError
 from ...engine.files import written_atomically
 from ...engine.scans.volume import read_volume
-from ..data.cases import ENDING, IMAGE_ENDING, LABELS, case_name, grid_difference, images_below
+from ..data.cases import images_below
+from ..data.masks import grid_difference
 from ..data.references import RESULTS_FILE, masks_in, missing
 from ..data.tables import RESULTS_HEADER, DatasetError, raise_problems, read_subtype_results
+from ..data.task import PANCREAS
+
+ENDING, IMAGE_ENDING = PANCREAS.file_ending, PANCREAS.image_ending
 
 _TEST_NAME = re.compile(r"quiz_\d+")
 _EARLIEST = (1980, 1, 1, 0, 0, 0)  # time stamp in the zip, so that the same predictions give the same bytes
@@ -34,7 +38,7 @@ class Submission:
     """
 
     path: Path
-    subtypes: dict[str, int]
+    subtypes: dict[str, str]
     compared_with_images: bool
 
 
@@ -69,10 +73,11 @@ def write_submission(
         raise ValueError(f"{path}: the name of a submission must end with .zip")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another name, or allow replacing it (--overwrite, overwrite=True)")
-    masks = masks_in(predictions_folder)
+    masks = masks_in(PANCREAS, predictions_folder)
     if not masks:
         raise DatasetError(f"{predictions_folder}: there must be masks named quiz_<number>{ENDING}, got none")
-    results = read_subtype_results(Path(predictions_folder) / RESULTS_FILE if subtypes is None else subtypes)
+    table = Path(predictions_folder) / RESULTS_FILE if subtypes is None else subtypes
+    results = dict(read_subtype_results(table).subtypes)
     images = None if images_folder is None else _images_in(Path(images_folder))
     expected = sorted(masks if images is None else images)
     problems = [f"{name}: the mask {name}{ENDING} is missing" for name in missing(expected, masks)]
@@ -89,7 +94,7 @@ def write_submission(
 
 def _images_in(folder: Path) -> dict[str, Path]:
     files = (path for path in images_below(folder) if path.parent == folder and path.name.endswith(IMAGE_ENDING))
-    images = {case_name(path.name): path for path in files}
+    images = {PANCREAS.case_name(path.name): path for path in files}
     if not images:
         raise DatasetError(f"{folder}: there must be test images named quiz_<number>{IMAGE_ENDING}, got none")
     return images
@@ -106,12 +111,12 @@ def _mask_trouble(name: str, mask: Path, image: Path | None) -> str | None:
         return str(error)
     if volume.array.dtype != np.uint8:
         return f"a mask must be stored as uint8, got {volume.array.dtype}; write it again"
-    if int(volume.array.max()) > max(LABELS.values()):
+    if int(volume.array.max()) > max(PANCREAS.mask_values):
         return f"labels must be 0, 1 or 2, got {int(volume.array.max())}"
     return difference
 
 
-def _write_zip(path: Path, masks: Mapping[str, Path], subtypes: Mapping[str, int]) -> None:
+def _write_zip(path: Path, masks: Mapping[str, Path], subtypes: Mapping[str, str]) -> None:
     table = io.StringIO()
     for row in (RESULTS_HEADER, *((f"{name}{ENDING}", subtypes[name]) for name in sorted(subtypes))):
         table.write(f"{row[0]},{row[1]}\n")

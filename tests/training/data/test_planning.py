@@ -68,7 +68,7 @@ class TestPlanning:
         present = tmp_path / "pre" / "Dataset007_Pancreas" / "splits_final.json"
         present.parent.mkdir(parents=True)
         present.write_text(json.dumps([{"train": list(CASES), "val": []}]))
-        with pytest.raises(DatasetError, match=r"splits_final\.json holds another split than .*: remove"):
+        with pytest.raises(DatasetError, match=r"splits_final\.json holds other splits than .*: remove"):
             plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
 
     @pytest.mark.parametrize("content", ["", "{}", "[]", '[{"train": []}]', "[1]"])

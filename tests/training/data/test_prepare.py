@@ -41,6 +41,7 @@ class TestFolders:
             "labels": {"background": 0, "pancreas": 1, "lesion": 2},
             "numTraining": 4,
             "file_ending": ".nii.gz",
+            "class_names": ["0", "1", "2"],
         }
         split = {"train": ["quiz_0_001", "quiz_1_002"], "val": ["quiz_0_004", "quiz_2_003"]}
         assert json.loads((folder / "splits_final.json").read_text()) == [split]
@@ -290,8 +291,9 @@ def test_images_that_lie_elsewhere_are_named(source, raw):
 
 def test_masks_without_lesion_are_named_and_kept(source, raw, caplog):
     write_image(mask_of(source, "quiz_0_001"), labels() * np.uint8(0))
-    assert prepare(source, raw).without_lesion == ("quiz_0_001",)
+    assert prepare(source, raw).without_label == {"whole": ("quiz_0_001",), "lesion": ("quiz_0_001",)}
     assert "1 masks hold no lesion: quiz_0_001" in caplog.text
+    assert "1 masks are empty: quiz_0_001" in caplog.text
 
 
 class TestTarget:

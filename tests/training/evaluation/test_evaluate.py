@@ -38,11 +38,14 @@ def predictions(tmp_path):
 class TestMeasures:
     def test_perfect_predictions(self, predictions, reference):
         found = evaluate(predictions, reference)
-        for structure in (found.whole, found.lesion):
+        for structure in found.structures.values():
             assert (structure.dsc, structure.nsd_1mm, structure.nsd_2mm) == (1, 1, 1)
             assert structure.predicted_ml == structure.reference_ml
-        assert (found.whole.reference_ml, found.lesion.reference_ml) == (pytest.approx(0.24), pytest.approx(0.04))
-        assert found.whole_dsc_interval == found.lesion_dsc_interval == Interval(low=1.0, high=1.0)
+        assert (found.structures["whole"].reference_ml, found.structures["lesion"].reference_ml) == (
+            pytest.approx(0.24),
+            pytest.approx(0.04),
+        )
+        assert set(found.dsc_intervals.values()) == {Interval(low=1.0, high=1.0)}
         assert found.subtypes.metrics.macro_f1 == found.subtypes.metrics.balanced_accuracy == 1
         assert (found.missing_masks, found.missing_subtypes, found.additional) == ((), (), ())
 
@@ -52,30 +55,38 @@ class TestMeasures:
         mask[1, 1, 1:5] = 2  # 2 voxels of the lesion, and 2 more
         write_mask(predictions / f"{NAMES[0]}.nii.gz", mask)
         first, *others = evaluate(predictions, reference).cases
-        assert first.whole.dsc == pytest.approx(2 * 12 / 36)
-        assert first.lesion.dsc == pytest.approx(2 * 2 / 8)
-        assert (first.whole.predicted_ml, first.lesion.predicted_ml) == (pytest.approx(0.12), pytest.approx(0.04))
+        assert first.structures["whole"].dsc == pytest.approx(2 * 12 / 36)
+        assert first.structures["lesion"].dsc == pytest.approx(2 * 2 / 8)
+        assert (first.structures["whole"].predicted_ml, first.structures["lesion"].predicted_ml) == (
+            pytest.approx(0.12),
+            pytest.approx(0.04),
+        )
         nsd = normalised_surface_dice(mask == 2, labels() == 2, SPACING)
-        assert (first.lesion.nsd_1mm, first.lesion.nsd_2mm) == nsd
-        assert all(case.whole.dsc == 1 for case in others)
+        assert (first.structures["lesion"].nsd_1mm, first.structures["lesion"].nsd_2mm) == nsd
+        assert all(case.structures["whole"].dsc == 1 for case in others)
         found = evaluate(predictions, reference)
-        assert found.whole.dsc == pytest.approx((2 * 12 / 36 + 2) / 3)
-        assert found.whole_dsc_interval.low <= found.whole.dsc <= found.whole_dsc_interval.high
+        assert found.structures["whole"].dsc == pytest.approx((2 * 12 / 36 + 2) / 3)
+        assert found.dsc_intervals["whole"].low <= found.structures["whole"].dsc <= found.dsc_intervals["whole"].high
 
     def test_empty_predictions(self, predictions, reference):
         for name in NAMES:
             write_mask(predictions / f"{name}.nii.gz", np.zeros((4, 6, 6), np.uint8))
         found = evaluate(predictions, reference)
-        assert (found.whole.dsc, found.lesion.dsc, found.lesion.nsd_2mm, found.whole.predicted_ml) == (0, 0, 0, 0)
+        assert (
+            found.structures["whole"].dsc,
+            found.structures["lesion"].dsc,
+            found.structures["lesion"].nsd_2mm,
+            found.structures["whole"].predicted_ml,
+        ) == (0, 0, 0, 0)
 
     def test_no_lesion_in_both_is_right(self, predictions, reference):
         for folder in (predictions, reference):
             write_mask(folder / f"{NAMES[0]}.nii.gz", labels(lesion=False))
-        assert evaluate(predictions, reference).lesion.dsc == 1
+        assert evaluate(predictions, reference).structures["lesion"].dsc == 1
 
     def test_scaled_masks_are_rounded(self, predictions, reference):
         write_mask(reference / f"{NAMES[0]}.nii.gz", labels() * SCALED_ONE)
-        assert evaluate(predictions, reference).whole.dsc == 1
+        assert evaluate(predictions, reference).structures["whole"].dsc == 1
 
     def test_takes_the_folders_of_the_data_set(self, tmp_path):
         write_dataset(tmp_path / "phantoms", counts={"validation": 2}, settings=SMALL_SETTINGS)
@@ -85,8 +96,8 @@ class TestMeasures:
             (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
         write_results(tmp_path / "out", [f"{path.name},0" for path in masks])
         found = evaluate(tmp_path / "out", tmp_path / "phantoms" / "validation")
-        assert found.whole.dsc == found.lesion.dsc == 1
-        assert [case.subtype for case in found.cases] == [int(case.name[5]) for case in found.cases]
+        assert found.structures["whole"].dsc == found.structures["lesion"].dsc == 1
+        assert [case.subtype for case in found.cases] == [case.name[5] for case in found.cases]
 
 
 class TestMissing:
@@ -98,8 +109,11 @@ class TestMissing:
         assert found.missing_masks == (NAMES[1],)
         assert found.cases[1].is_missing
         # Not even a lesion that is not there was found.
-        assert (found.whole.dsc, found.lesion.dsc) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-        assert found.cases[1].whole.reference_ml == pytest.approx(0.24)
+        assert (found.structures["whole"].dsc, found.structures["lesion"].dsc) == (
+            pytest.approx(2 / 3),
+            pytest.approx(2 / 3),
+        )
+        assert found.cases[1].structures["whole"].reference_ml == pytest.approx(0.24)
         assert "1 masks are missing and count as 0: quiz_1_002" in caplog.text
 
     def test_subtypes_count_as_wrong(self, predictions, reference):
@@ -135,7 +149,7 @@ class TestSubtypes:
         rows = ["case,subtype,split", f"{NAMES[0]},2,train", f"{NAMES[1]},1,validation", f"{NAMES[2]},0,validation"]
         (tmp_path / "labels.csv").write_text("\n".join(rows))
         found = evaluate(predictions, reference, subtypes=tmp_path / "labels.csv", split="validation")
-        assert [(case.name, case.subtype) for case in found.cases] == [(NAMES[1], 1), (NAMES[2], 0)]
+        assert [(case.name, case.subtype) for case in found.cases] == [(NAMES[1], "1"), (NAMES[2], "0")]
         assert found.additional == (NAMES[0],)
         assert len(evaluate(predictions, reference, subtypes=tmp_path / "labels.csv").cases) == 3
 
@@ -234,7 +248,7 @@ class TestOutputs:
         content = json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
         assert content["missing_masks"] == content["missing_subtypes"] == ["quiz_1_002"]
         assert content["additional"] == ["quiz_0_009"]
-        assert content["whole"]["dsc"] == pytest.approx(2 / 3)
+        assert content["structures"]["whole"]["dsc"] == pytest.approx(2 / 3)
         assert content["subtypes"]["metrics"]["confusion"] == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
         assert [row["target"] for row in content["comparison"]] == [0.91, 0.31, 0.70]
         assert [row["best_published"] for row in content["comparison"]] == [0.939, 0.667, 0.7445]
@@ -261,7 +275,7 @@ class TestOutputs:
 
     def test_table(self, evaluation):
         lines = comparison_table(evaluation).splitlines()
-        interval = evaluation.whole_dsc_interval
+        interval = evaluation.dsc_intervals["whole"]
         assert lines[0] == "| over 3 cases | measured | 95 % interval | target | reached | best published |"
         assert lines[2] == (
             f"| whole-pancreas DSC | 0.667 | {interval.low:.3f} to {interval.high:.3f} | 0.91 | no | 0.939 |"

@@ -35,7 +35,7 @@ def predictions(tmp_path):
 def test_zip_is_flat_and_complete(predictions, images, tmp_path):
     path = tmp_path / "submission.zip"
     done = write_submission(predictions, path, images_folder=images)
-    assert (done.path, done.subtypes, done.compared_with_images) == (path, {"quiz_041": 2, "quiz_003": 0}, True)
+    assert (done.path, done.subtypes, done.compared_with_images) == (path, {"quiz_041": "2", "quiz_003": "0"}, True)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.namelist() == ["quiz_003.nii.gz", "quiz_041.nii.gz", "subtype_results.csv"]
