@@ -12,7 +12,7 @@ HISTORY_FILE, CURVES_FILE = "history.csv", "curves.png"
 
 PANELS = (
     ("loss on patches", ("train_loss", "val_loss", "class_loss")),
-    ("validation", ("pseudo_dice", "foreground_dsc", "macro_f1")),
+    ("validation", ("pseudo_dice", "foreground_dsc", "focus_dsc", "macro_f1", "score")),
 )
 
 
@@ -23,13 +23,18 @@ def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
         lines: One per epoch, without values that were not measured in that epoch.
         folder: Folder for the files; files of these names are replaced.
     """
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for line in lines for name in line))
     with written_atomically(folder / HISTORY_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+    draw_curves(lines, names, folder / CURVES_FILE)
+
+
+def draw_curves(lines: Sequence[Mapping[str, float]], names: Sequence[str], path: Path) -> None:
+    """Draw the values of these names over the epochs."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     panels = (*PANELS, ("DSC of whole cases by label", [name for name in names if name.startswith("dsc_")]))
     for axes, (title, shown) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -40,5 +45,5 @@ def write_history(lines: Sequence[Mapping[str, float]], folder: Path) -> None:
                 axes.legend(fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
-    with written_atomically(folder / CURVES_FILE) as temporary:
+    with written_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -1,4 +1,4 @@
-"""Saves and restores the state of all random number generators, so that a resumed training draws the same numbers."""
+"""Seeds, saves and restores all random number generators, so that a resumed training draws the same numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -1,14 +1,11 @@
-"""Recipes of multi-task trainings: all settings, four presets, and the learning rate over the epochs."""
+"""Recipes of multi-task trainings: all settings, and four presets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
+from typing import Any
 
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTATIONS = (
@@ -62,9 +59,15 @@ class Recipe:
         left_out: Augmentations of nnU-Net's that are not applied, some of `AUGMENTATIONS`.
         validate_every: Epochs between validations on whole cases; 0 for none, and then training does not stop early.
         validation_cases: Greatest number of cases of such a validation, spread evenly over the split; 0 for all.
-        patience: Epochs without a better score (mean of foreground DSC and macro-F1) before the learning rate anneals.
+        patience: Epochs without a better score before the learning rate anneals. The score is the mean of the DSC of
+            foreground and focus, and the macro-F1.
         annealing_epochs: Epochs in which the learning rate then goes to zero.
         save_every: Epochs between checkpoints.
+        batches_per_step: Batches whose gradients are averaged before the optimizers step; `iterations` counts batches.
+        average_decay: Decay, per step of the optimizer, of an exponential moving average of the weights, which is then
+            validated and kept as the model; 0 for none.
+        seed: Seed of weights, batches and augmentation; -1 leaves the random number generators as they are.
+        preset: Name of the preset that it began with.
     """
 
     head: str = "attention"
@@ -95,6 +98,10 @@ class Recipe:
     patience: int = 30
     annealing_epochs: int = 10
     save_every: int = 5
+    batches_per_step: int = 1
+    average_decay: float = 0.0
+    seed: int = -1
+    preset: str = "balanced"
 
     def __post_init__(self) -> None:
         """Check all values, because people may have typed them."""
@@ -131,6 +138,10 @@ class Recipe:
             "label_smoothing, pancreas_weight and oversample_foreground must lie in 0 to 1": all(
                 0 <= share <= 1 for share in (self.label_smoothing, self.pancreas_weight, self.oversample_foreground)
             ),
+            "batches_per_step must be at least 1, and iterations a multiple of it": self.batches_per_step >= 1
+            and self.iterations % max(self.batches_per_step, 1) == 0,
+            "average_decay must lie in 0 to 1, without 1": 0 <= self.average_decay < 1,
+            "seed must lie in 0 to 4294967295, or be -1": -1 <= self.seed < 2**32,
             "focus_labels must name at least one label": len(self.focus_labels) > 0,
             "epochs must be more than segmentation_epochs, or the head never learns": self.epochs
             > self.segmentation_epochs,
@@ -159,15 +170,24 @@ class Recipe:
 
 
 PRESETS: Mapping[str, Recipe] = {
-    # nnU-Net's own optimizer, and a head that hardly changes the encoder.
+    # nnU-Net's own optimizer and augmentation, and a head that hardly changes the encoder.
     "conservative": Recipe(
-        optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, class_loss_weight=0.1, detached_epochs=30
+        preset="conservative",
+        optimizer="sgd",
+        learning_rate=1e-2,
+        weight_decay=3e-5,
+        class_loss_weight=0.1,
+        detached_epochs=30,
+        left_out=(),
     ),
     "balanced": Recipe(),
     # Both tasks from an early epoch on, with equal weight.
-    "aggressive": Recipe(segmentation_epochs=5, detached_epochs=5, class_loss_weight=1.0, learning_rate=2e-3),
+    "aggressive": Recipe(
+        preset="aggressive", segmentation_epochs=5, detached_epochs=5, class_loss_weight=1.0, learning_rate=2e-3
+    ),
     # A long schedule, from which the segmentation gains most; the head never changes the encoder.
     "segmentation_focused": Recipe(
+        preset="segmentation_focused",
         optimizer="sgd",
         learning_rate=1e-2,
         weight_decay=3e-5,
@@ -177,29 +197,34 @@ PRESETS: Mapping[str, Recipe] = {
         validate_every=25,
         patience=150,
         annealing_epochs=50,
+        left_out=(),
     ),
 }
 
 
-def changed_recipe(preset: str, changes: Sequence[str]) -> Recipe:
+def changed_recipe(preset: str | None, changes: Sequence[str], stored: Recipe | None = None) -> Recipe:
     """Take a preset, and change some of its entries.
 
     Args:
-        preset: One of `PRESETS`.
+        preset: One of `PRESETS`; "balanced" if it is `None`.
         changes: `name=value` each; values of lists are separated by commas.
+        stored: Recipe of a training that goes on. Without a preset, or with its own, its entries are the ones that are
+            changed.
 
     Raises:
         ValueError: For an unknown name, or a value of the wrong kind.
     """
-    if preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    values = PRESETS[preset].describe()
+    begin = stored if stored is not None and preset in (None, stored.preset) else PRESETS[preset or "balanced"]
+    values = begin.describe()
+    known = [name for name in values if name != "preset"]
     for change in changes:
-        name, _, text = change.partition("=")
-        if name not in values or not text:
-            raise ValueError(f"a change must be NAME=VALUE with a name of {', '.join(values)}, got {change!r}")
+        name, equals, text = change.partition("=")
+        if name not in known or not equals or (not text and not isinstance(values[name], list)):
+            raise ValueError(f"a change must be NAME=VALUE with a name of {', '.join(known)}, got {change!r}")
         try:
-            values[name] = _like(values[name], text)
+            values[name] = _like(getattr(Recipe(), name), text)
         except ValueError as error:
             raise ValueError(f"{name} must be like {values[name]!r}, got {text!r}") from error
     return Recipe.parse(values)
@@ -207,61 +232,7 @@ def changed_recipe(preset: str, changes: Sequence[str]) -> Recipe:
 
 def _like(example: Any, text: str) -> Any:
     """Read a text as a value of the same kind as another."""
-    if isinstance(example, list):
+    if isinstance(example, tuple):
         kind = type(example[0]) if example else str
         return [kind(part) for part in text.split(",") if part]
     return type(example)(text)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """Learning rate over the epochs, as a factor of the first one.
-
-    nnU-Net's polynomial decay. If training stops early, the rate goes linearly to zero from there, because it is still
-    high at that point.
-
-    Attributes:
-        epochs: Planned number of epochs.
-        annealing_epochs: Number of epochs in which the rate goes to zero after an early stop.
-        anneal_from: First of these epochs; `None` before an early stop.
-    """
-
-    epochs: int
-    annealing_epochs: int
-    anneal_from: int | None = None
-
-    @property
-    def last_epoch(self) -> int:
-        """One past the last epoch."""
-        if self.anneal_from is None:
-            return self.epochs
-        return min(self.epochs, self.anneal_from + self.annealing_epochs)
-
-    def factor(self, epoch: int) -> float:
-        """Factor of the first learning rate in an epoch, counted from 0."""
-        if self.anneal_from is None or epoch < self.anneal_from:
-            return (1 - epoch / self.epochs) ** 0.9
-        left = (self.last_epoch - epoch) / (self.last_epoch - self.anneal_from + 1)
-        return (1 - self.anneal_from / self.epochs) ** 0.9 * max(left, 0.0)
-
-
-class EpochScheduler:
-    """Sets the learning rates of both optimizers at the start of an epoch, as nnU-Net's scheduler does for one.
-
-    Args:
-        trainer: Object with `schedule`, which may change, `recipe` and `head_optimizer`.
-        optimizer: Optimizer of encoder and decoder.
-    """
-
-    def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
-        self._trainer, self._optimizer = trainer, optimizer
-
-    def step(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0."""
-        factor, recipe = self._trainer.schedule.factor(epoch), self._trainer.recipe
-        for optimizer, rate in (
-            (self._optimizer, recipe.learning_rate),
-            (self._trainer.head_optimizer, recipe.head_learning_rate),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor

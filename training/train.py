@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from .data.multi_task_plans import RECIPE_KEY
 from .data.planning import nnunet_environment
 from .data.tables import DatasetError
 from .recipe import Recipe
+from .trainer_state import stored_recipe
 
 logger = logging.getLogger(__name__)
+
+TRAINER = "nnUNetTrainerMultiTask"
 
 RESUMABLE = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """Checkpoints from which a training resumes, in nnU-Net's order."""
@@ -36,6 +40,7 @@ def train(
     results: str | os.PathLike[str],
     device: str = "auto",
     resume: bool = False,
+    change_recipe: bool = False,
     pretrained: str | os.PathLike[str] | None = None,
     final_validation: bool = False,
 ) -> Path:
@@ -45,7 +50,7 @@ def train(
         dataset_name: Such as Dataset801_PancreasPhantom.
         configuration: Such as 3d_fullres.
         fold: Number of a split of `splits_final.json`, or "all".
-        recipe: Settings of the training.
+        recipe: Settings of the training; of one that goes on, those of its checkpoint, see `recipe_to_go_on_with`.
         plans_name: Plans file without its ending, such as nnUNetResEncUNetMPlans.
         raw: nnU-Net's nnUNet_raw.
         preprocessed: nnU-Net's nnUNet_preprocessed.
@@ -53,6 +58,8 @@ def train(
         device: "auto", "cpu", "cuda" or "mps".
         resume: Whether to continue from the final, latest or best checkpoint, the first that exists; without one, the
             training begins. A finished training is not changed.
+        change_recipe: Whether a training may go on with another recipe than its checkpoint's; if it has more epochs, a
+            finished training goes on too.
         pretrained: Checkpoint of nnU-Net's trainer or of this one, with whose weights a new training begins. Encoder
             and decoder must fit; a head is used if it fits.
         final_validation: Whether to run nnU-Net's own validation of the final checkpoint afterwards.
@@ -63,7 +70,8 @@ def train(
     Raises:
         ValueError: For an unknown device, or a fold that the splits do not have.
         DatasetError: Where the preprocessed data set is missing.
-        EngineError: Where nnU-Net is not installed, the device is missing, or a training would be overwritten.
+        EngineError: Where nnU-Net is not installed, the device is missing, a training would be overwritten, or one
+            would go on with another recipe.
     """
     folder = Path(preprocessed) / dataset_name
     plans, dataset = _read_preprocessed(folder, plans_name, configuration)
@@ -77,24 +85,55 @@ def train(
         except ImportError as error:
             raise EngineError(f"training needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
         plans |= {RECIPE_KEY: recipe.describe(), "continue_training": resume}
-        # As in nnU-Net, named by the plans' own name and not by their file.
-        model = f"{nnUNetTrainerMultiTask.__name__}__{plans['plans_name']}__{configuration}"
-        target = Path(results) / dataset_name / model
-        present = [path for name in RESUMABLE if (path := target / f"fold_{fold}" / name).is_file()]
-        if present and not resume:
-            raise EngineError(f"{present[0]} is there: resume that training with --continue, or remove its folder")
+        target = _model_folder(Path(results), dataset_name, plans, configuration)
+        present = _resumable(target / f"fold_{fold}")
+        if present is not None and not resume:
+            raise EngineError(f"{present} is there: resume that training with --continue, or remove its folder")
+        if present is None and resume:
+            logger.warning("%s has no checkpoint to go on from: the training begins", target / f"fold_{fold}")
         trainer = nnUNetTrainerMultiTask(plans, configuration, fold, dataset, chosen)
-        if present:
-            trainer.load_checkpoint(str(present[0]))
+        if present is not None:
+            trainer.load_checkpoint(str(present), change_recipe=change_recipe)
         elif pretrained is not None:
             trainer.begin_with(read_checkpoint(Path(pretrained)).weights)
-        if present and present[0].name == RESUMABLE[0] and trainer.current_epoch >= trainer.schedule.last_epoch:
-            logger.info("%s: the training is finished", present[0])
+        if (
+            present is not None
+            and present.name == RESUMABLE[0]
+            and trainer.current_epoch >= trainer.schedule.last_epoch
+        ):
+            logger.info("%s: the training is finished", present)
         else:
             trainer.run_training()
         if final_validation:
             trainer.perform_actual_validation()
     return target
+
+
+def recipe_to_go_on_with(
+    dataset_name: str,
+    configuration: str,
+    fold: int | str,
+    *,
+    plans_name: str,
+    preprocessed: str | os.PathLike[str],
+    results: str | os.PathLike[str],
+) -> Recipe | None:
+    """Read the recipe of the checkpoint from which `train` would go on; `None` if there is none.
+
+    Args and errors are those of `train`, and a `CheckpointError` for a checkpoint that cannot be used.
+    """
+    plans, _ = _read_preprocessed(Path(preprocessed) / dataset_name, plans_name, configuration)
+    present = _resumable(_model_folder(Path(results), dataset_name, plans, configuration) / f"fold_{fold}")
+    return None if present is None else stored_recipe(present)
+
+
+def _model_folder(results: Path, dataset_name: str, plans: Mapping[str, Any], configuration: str) -> Path:
+    """Name the model folder as nnU-Net does: by the plans' own name, and not by their file's."""
+    return results / dataset_name / f"{TRAINER}__{plans['plans_name']}__{configuration}"
+
+
+def _resumable(fold_folder: Path) -> Path | None:
+    return next((path for name in RESUMABLE if (path := fold_folder / name).is_file()), None)
 
 
 def _read_preprocessed(folder: Path, plans_name: str, configuration: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,18 +41,21 @@ class ValidationResult:
 
     Attributes:
         foreground_dsc: Mean DSC of everything that is not background.
+        focus_dsc: Mean DSC of the focus, such as the lesion.
         label_dsc: Mean DSC by label value.
         macro_f1: Over the classes; NaN for a network without classification.
     """
 
     foreground_dsc: float
+    focus_dsc: float
     label_dsc: Mapping[int, float]
     macro_f1: float
 
     @property
     def score(self) -> float:
-        """Score that decides when training stops: mean of foreground DSC and macro-F1."""
-        return self.foreground_dsc if math.isnan(self.macro_f1) else (self.foreground_dsc + self.macro_f1) / 2
+        """Score that decides when training stops: mean of the DSC of foreground and focus, and the macro-F1."""
+        parts = [self.foreground_dsc, self.focus_dsc, *([] if math.isnan(self.macro_f1) else [self.macro_f1])]
+        return sum(parts) / len(parts)
 
 
 def find_labelled_cases(
@@ -114,19 +117,28 @@ def network_engine(
         plans=plans,
         dataset=dataset,
     )
-    runner = TorchRunner(InferenceNetwork([network]), device, choose_precision("auto", device))
+    # Without CUDA graphs: their memory would stay, and each training step changes the weights.
+    runner = TorchRunner(InferenceNetwork([network]), device, choose_precision("auto", device), graphs=False)
     return Engine(model, runner, window=SlidingWindow.of_plan(plan), sums_device=device)
 
 
-def validate(engine: Engine, cases: Sequence[LabelledCase]) -> ValidationResult:
+def validate(engine: Engine, cases: Sequence[LabelledCase], focus_labels: Sequence[str]) -> ValidationResult:
     """Predict whole cases and compare.
+
+    Args:
+        engine: Predicts.
+        cases: At least one.
+        focus_labels: Names of labels or regions of the data set, which together are the focus.
 
     Raises:
         EngineError: Where a case cannot be read or predicted.
     """
     labels = engine.model.plan.labels.foreground
-    ignored = engine.model.dataset["labels"].get("ignore")
+    named = engine.model.dataset["labels"]
+    ignored = named.get("ignore")
+    focus_values = np.unique(np.concatenate([np.atleast_1d(named[name]) for name in focus_labels]))
     foreground: list[float] = []
+    focus: list[float] = []
     by_label: dict[int, list[float]] = {label: [] for label in labels}
     predicted: list[int] = []
     for case in cases:
@@ -136,6 +148,7 @@ def validate(engine: Engine, cases: Sequence[LabelledCase]) -> ValidationResult:
         known = np.ones(reference.shape, bool) if ignored is None else reference != ignored
         segmentation, reference = prediction.segmentation[known], reference[known]
         foreground.append(dice(segmentation > 0, reference > 0))
+        focus.append(dice(np.isin(segmentation, focus_values), np.isin(reference, focus_values)))
         for label in labels:
             by_label[label].append(dice(segmentation == label, reference == label))
         if prediction.classification is not None:
@@ -146,6 +159,7 @@ def validate(engine: Engine, cases: Sequence[LabelledCase]) -> ValidationResult:
         macro_f1 = classification_metrics(truth, predicted, len(engine.class_names)).macro_f1
     return ValidationResult(
         foreground_dsc=float(np.mean(foreground)),
+        focus_dsc=float(np.mean(focus)),
         label_dsc={label: float(np.mean(values)) for label, values in by_label.items()},
         macro_f1=macro_f1,
     )

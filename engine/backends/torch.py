@@ -61,12 +61,13 @@ class TorchRunner:
         network: Network in evaluation mode, on the device.
         device: Device of the network.
         precision: "fp32"; "bf16" and "fp16" run under autocast, as nnU-Net does with fp16 on CUDA.
+        graphs: Whether a GPU may launch the network as a CUDA graph, whose memory stays as long as the runner.
 
     Attributes:
         tiles_dtype: Number type that it takes without a copy: that which autocast casts to on a GPU.
     """
 
-    def __init__(self, network: InferenceNetwork, device: torch.device, precision: str) -> None:
+    def __init__(self, network: InferenceNetwork, device: torch.device, precision: str, *, graphs: bool = True) -> None:
         self._network = network
         self._device = device
         self._precision = precision
@@ -74,7 +75,7 @@ class TorchRunner:
         # What a given network does may depend on its input, and its code may not know other number types.
         known = on_gpu and not network.given
         self.tiles_dtype = DTYPES[precision] if known else torch.float32
-        self._run = GraphedNetwork(self._launched) if known else self._launched
+        self._run = GraphedNetwork(self._launched) if known and graphs else self._launched
         self._in_thread = OwnThread(device) if on_gpu else lambda run: run()
 
     def _launched(self, tiles: Tensor) -> tuple[Tensor, ...]:

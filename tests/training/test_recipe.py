@@ -1,13 +1,11 @@
-"""Recipes refuse what cannot be meant; the learning rate over the epochs."""
+"""Recipes refuse what cannot be meant; changes of presets and of stored recipes."""
 
 import json
 import math
-import types
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-import torch
-from nnturbo.training.recipe import PRESETS, EpochScheduler, Recipe, Schedule
+from nnturbo.training.recipe import PRESETS, Recipe, changed_recipe
 
 
 class TestPresets:
@@ -30,6 +28,12 @@ class TestPresets:
         assert focused.class_loss_weight == 0
         weights = [PRESETS[name].class_loss_weight for name in ("conservative", "balanced", "aggressive")]
         assert weights == sorted(set(weights))
+
+    def test_those_that_put_the_segmentation_first_keep_nnunets_augmentation(self):
+        assert [name for name in PRESETS if not PRESETS[name].left_out] == ["conservative", "segmentation_focused"]
+
+    def test_each_knows_its_name(self):
+        assert {name: recipe.preset for name, recipe in PRESETS.items()} == {name: name for name in PRESETS}
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_they_are_frozen_and_survive_json(self, name):
@@ -64,6 +68,13 @@ class TestRefusals:
             ({"label_smoothing": 1.1}, "must lie in 0 to 1"),
             ({"pancreas_weight": -0.1}, "must lie in 0 to 1"),
             ({"oversample_foreground": 2}, "must lie in 0 to 1"),
+            (
+                {"iterations": 10, "batches_per_step": 4},
+                "batches_per_step must be at least 1, and iterations a multiple",
+            ),
+            ({"batches_per_step": 0}, "batches_per_step must be at least 1, and iterations a multiple of it"),
+            ({"average_decay": 1.0}, "average_decay must lie in 0 to 1, without 1"),
+            ({"seed": -2}, "seed must lie in 0 to 4294967295, or be -1"),
             ({"focus_labels": ()}, "focus_labels must name at least one label"),
             ({"epochs": 20}, "epochs must be more than segmentation_epochs, or the head never learns"),
             ({"left_out": ("GaussianBlur",)}, "left_out must be among GaussianNoiseTransform, "),
@@ -93,47 +104,39 @@ class TestRefusals:
             Recipe.parse("balanced")
 
 
-class TestSchedule:
-    def test_without_stopping_it_is_nnunets(self):
-        polylr = pytest.importorskip("nnunetv2.training.lr_scheduler.polylr")
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.01)
-        scheduler = polylr.PolyLRScheduler(optimizer, 0.01, 50)
-        schedule = Schedule(epochs=50, annealing_epochs=10)
-        assert schedule.last_epoch == 50
-        for epoch in range(50):
-            scheduler.step(epoch)
-            assert 0.01 * schedule.factor(epoch) == optimizer.param_groups[0]["lr"]
+class TestChanges:
+    """What `--preset` and `--set` mean, for a new training and for one that goes on."""
 
-    def test_annealing_by_hand(self):
-        schedule = Schedule(epochs=100, annealing_epochs=4, anneal_from=50)
-        there = 0.5358867312681466  # 0.5 ** 0.9
-        assert schedule.last_epoch == 54
-        assert schedule.factor(0) == 1
-        assert schedule.factor(49) == pytest.approx(0.51**0.9)
-        factors = [schedule.factor(epoch) for epoch in range(50, 56)]
-        assert factors == pytest.approx([there * part for part in (0.8, 0.6, 0.4, 0.2, 0, 0)])
+    stored = replace(PRESETS["aggressive"], epochs=60, head="gap_mlp")
 
-    def test_annealing_does_not_go_beyond_the_last_epoch(self):
-        schedule = Schedule(epochs=100, annealing_epochs=10, anneal_from=97)
-        assert schedule.last_epoch == 100
-        assert [schedule.factor(e) / 0.03**0.9 for e in (97, 98, 99, 100)] == pytest.approx([0.75, 0.5, 0.25, 0])
+    def test_a_new_training_begins_with_balanced(self):
+        assert changed_recipe(None, []) == PRESETS["balanced"]
+        assert changed_recipe(None, ["epochs=60"]) == replace(PRESETS["balanced"], epochs=60)
 
-    def test_it_never_rises(self):
-        for start in range(1, 40):
-            schedule = replace(Schedule(epochs=40, annealing_epochs=5), anneal_from=start)
-            factors = [schedule.factor(epoch) for epoch in range(schedule.last_epoch + 1)]
-            assert factors == sorted(factors, reverse=True)
-            assert factors[-1] == 0
-            assert factors[-2] > 0
+    @pytest.mark.parametrize(
+        ("preset", "changes"),
+        [(None, []), ("aggressive", []), (None, ["epochs=60"]), ("aggressive", ["head=gap_mlp", "epochs=60"])],
+    )
+    def test_forgotten_flags_are_the_stored_ones(self, preset, changes):
+        assert changed_recipe(preset, changes, self.stored) == self.stored
 
+    @pytest.mark.parametrize(
+        ("preset", "changes", "wanted"),
+        [
+            (None, ["epochs=70"], replace(stored, epochs=70)),
+            ("balanced", [], PRESETS["balanced"]),
+            ("conservative", ["epochs=60"], replace(PRESETS["conservative"], epochs=60)),
+        ],
+    )
+    def test_other_flags_are_taken_as_they_are(self, preset, changes, wanted):
+        assert changed_recipe(preset, changes, self.stored) == wanted
 
-def test_both_optimizers_follow_the_schedule():
-    first, second = (torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1.0) for _ in range(2))
-    recipe = Recipe(learning_rate=1e-2, head_learning_rate=3e-3)
-    schedule = Schedule(epochs=10, annealing_epochs=2, anneal_from=5)
-    owner = types.SimpleNamespace(recipe=recipe, schedule=schedule, head_optimizer=second)
-    scheduler = EpochScheduler(owner, first)
-    for epoch in (0, 3, 5, 6):
-        scheduler.step(epoch)
-        assert first.param_groups[0]["lr"] == 1e-2 * schedule.factor(epoch)
-        assert second.param_groups[0]["lr"] == 3e-3 * schedule.factor(epoch)
+    def test_lists_may_become_empty(self):
+        assert changed_recipe("balanced", ["left_out="]).left_out == ()
+        assert changed_recipe("conservative", ["left_out=GammaTransform"]).left_out == ("GammaTransform",)
+        with pytest.raises(ValueError, match="a change must be NAME=VALUE .*, got 'epochs='"):
+            changed_recipe("balanced", ["epochs="])
+
+    def test_the_preset_has_a_flag_of_its_own(self):
+        with pytest.raises(ValueError, match="a change must be NAME=VALUE .*, got 'preset=aggressive'"):
+            changed_recipe("balanced", ["preset=aggressive"])

@@ -1,6 +1,7 @@
-"""A training that is killed and resumed ends as if nothing had happened; early stopping; foreign checkpoints."""
+"""A training that is killed and resumed ends as if nothing had happened; other recipes; foreign checkpoints."""
 
 import csv
+import json
 import math
 import os
 import pickle
@@ -10,17 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, EngineError
 from nnturbo.engine.errors import CheckpointError
 from nnturbo.engine.model.checkpoint import read_checkpoint
-from nnturbo.training.recipe import Schedule
 from nnturbo.training.train import train
-from nnturbo.training.whole_cases import ValidationResult
 
-from tests.training.tiny import TINY, import_nnunet, make_trainer, seed_everything
+from tests.training.tiny import CONFIGURATION, TINY, assert_same, import_nnunet, make_trainer, seed_everything
 
 SCRIPT = """
 import pickle, sys
@@ -35,26 +33,6 @@ torch.set_num_threads(threads)
 seed_everything(0)
 train(**arguments)
 """
-TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
-
-
-def assert_same(got, wanted, where="checkpoint"):
-    """Compare nested values bit by bit."""
-    assert type(got) is type(wanted), where
-    if isinstance(wanted, dict):
-        assert list(got) == list(wanted), where
-        for key in wanted:
-            if key not in TIMES:
-                assert_same(got[key], wanted[key], f"{where}[{key!r}]")
-    elif isinstance(wanted, (list, tuple)):
-        assert len(got) == len(wanted), where
-        for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
-            assert_same(one, other, f"{where}[{index}]")
-    elif isinstance(wanted, torch.Tensor):
-        assert got.dtype == wanted.dtype, where
-        assert torch.equal(got, wanted), where
-    else:
-        assert got == wanted or (got != got and wanted != wanted), where
 
 
 def load(folder, name="checkpoint_final.pth"):
@@ -71,7 +49,7 @@ def kill_after_first_epoch(arguments, folder):
         same_modules = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen(command, stdout=output, stderr=output, env=same_modules)
         try:
-            wanted = folder / "fold_0" / "checkpoint_latest.pth"
+            wanted = folder / "fold_0" / "checkpoint_best.pth"  # of the first epoch
             until = time.monotonic() + 120
             while not wanted.is_file() and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
@@ -92,7 +70,7 @@ def resumed(tiny, trained, tmp_path_factory):
         kill_after_first_epoch(tiny.arguments(results), folder)
         assert not (folder / "fold_0" / "checkpoint_final.pth").exists()
         for path in (folder / "fold_0").glob("checkpoint_*.pth"):
-            assert load(folder, path.name)["current_epoch"] in (1, 2), path
+            assert load(folder, path.name)["current_epoch"] in (0, 1, 2), path
         with pytest.raises(EngineError, match=r"checkpoint_\w+\.pth is there: resume that training with --continue"):
             train(**tiny.arguments(results))
         seed_everything(99)  # what was drawn before must not matter
@@ -116,10 +94,10 @@ class TestKilled:
             assert (resumed / name).read_text() == (trained / name).read_text()
         names = {path.name for path in (resumed / "fold_0").iterdir() if not path.name.startswith("training_log")}
         records = {"history.csv", "curves.png", "progress.png", "debug.json"}
-        whole = {"checkpoint_final.pth", "checkpoint_best.pth", *records}
+        whole = {"checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_best_score.pth", *records}
         # Killed while it wrote, it may leave a file, though under no final name.
         assert {name for name in names if not name.startswith(".writing-")} == whole
-        for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
+        for name in ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_best_score.pth"):
             read_checkpoint(resumed / "fold_0" / name)
 
     def test_history_is_a_table_of_all_epochs(self, trained):
@@ -148,9 +126,9 @@ def test_a_finished_training_stays_as_it_is(tiny, trained):
 
 
 class TestOtherCheckpoints:
-    def resume(self, tiny, trained, **changes):
+    def resume(self, tiny, trained, allowed=False, **changes):
         trainer = make_trainer(tiny, replace(TINY, **changes))
-        trainer.load_checkpoint(str(trained / "fold_0" / "checkpoint_final.pth"))
+        trainer.load_checkpoint(str(trained / "fold_0" / "checkpoint_final.pth"), change_recipe=allowed)
         return trainer
 
     @pytest.mark.parametrize(
@@ -172,13 +150,28 @@ class TestOtherCheckpoints:
         with pytest.raises(EngineError, match="is of optimizer adamw, the recipe asks for sgd; resume with the same"):
             self.resume(tiny, trained, optimizer="sgd")
 
-    def test_with_more_epochs_and_another_decay_it_goes_on(self, tiny, trained, environment):
-        trainer = self.resume(tiny, trained, epochs=5, weight_decay=0.5, head_weight_decay=0.25)
+    def test_of_another_recipe(self, tiny, trained, environment):
+        changes = {"epochs": 5, "weight_decay": 0.5, "head_weight_decay": 0.25}
+        said = "weight_decay 0.01 is now 0.5; head_weight_decay 0.01 is now 0.25; epochs 2 is now 5"
+        message = f"with the recipe of its checkpoint, another is asked for: {said}; leave out .* with --change-recipe$"
+        with pytest.raises(EngineError, match=message) as caught:
+            self.resume(tiny, trained, **changes)
+        assert "\n" not in str(caught.value)
+        trainer = self.resume(tiny, trained, allowed=True, **changes)
         assert (trainer.current_epoch, trainer.schedule.last_epoch) == (2, 5)
         assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
         assert trainer.head_optimizer.param_groups[0]["weight_decay"] == 0.25
-        log = Path(trainer.log_file).read_text()
-        assert "Going on with another recipe: weight_decay 0.01 is now 0.5; head_weight_decay 0.01 is now 0.25" in log
+        assert f"Going on with another recipe: {said}" in Path(trainer.log_file).read_text()
+
+    def test_nnunets_own_command_takes_the_recipe_of_the_checkpoint(self, tiny, trained, environment):
+        """It cannot name a recipe: the plans that it reads have none."""
+        plans = json.loads(json.dumps(tiny.plans)) | {"continue_training": True}
+        trainer_class = import_nnunet().nnUNetTrainerMultiTask
+        trainer = trainer_class(plans, CONFIGURATION, 0, tiny.dataset, torch.device("cpu"))
+        trainer.load_checkpoint(str(trained / "fold_0" / "checkpoint_final.pth"))
+        assert trainer.recipe == TINY
+        assert trainer.network.head.queries.shape == (2, TINY.head_queries, TINY.head_hidden)
+        assert (trainer.current_epoch, trainer.schedule.last_epoch, trainer.num_iterations_per_epoch) == (2, 2, 2)
 
     def test_of_nnunets_own_trainer(self, tiny, trained, environment, tmp_path):
         checkpoint = load(trained) | {"trainer_name": "nnUNetTrainer"}
@@ -197,104 +190,3 @@ class TestOtherCheckpoints:
         (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(CheckpointError, match=r"half\.pth must be a torch checkpoint; it cannot be read"):
             make_trainer(tiny, TINY).load_checkpoint(str(tmp_path / "half.pth"))
-
-
-STOPPING = replace(
-    TINY, epochs=12, iterations=1, detached_epochs=0, validate_every=1, patience=2, annealing_epochs=3, save_every=1
-)
-
-
-@pytest.fixture
-def scored(tiny, environment, monkeypatch):
-    """Makes trainers whose validation gives the scores one asks for, by epoch; the last one goes on for ever."""
-
-    def make(scores, recipe=STOPPING):
-        trainer = make_trainer(tiny, recipe)
-
-        def validate(engine, cases):
-            score = scores[min(trainer.current_epoch, len(scores) - 1)]
-            return ValidationResult(foreground_dsc=score, label_dsc={1: score}, macro_f1=math.nan)
-
-        monkeypatch.setattr(import_nnunet(), "validate", validate)
-        monkeypatch.setattr(trainer.logger, "plot_progress_png", lambda folder: None)
-        return trainer
-
-    return make
-
-
-class TestEarlyStopping:
-    scores = (0.1, 0.2, 0.3, 0.3, 0.3)
-
-    def test_the_rate_goes_to_zero_and_training_ends(self, scored):
-        trainer = scored(self.scores)
-        trainer.run_training()
-        # The best score is that of epoch 2; two epochs later patience is at its end.
-        assert trainer.schedule == Schedule(epochs=12, annealing_epochs=3, anneal_from=5)
-        assert trainer.current_epoch == len(trainer.history) == 8
-        there = (1 - 5 / 12) ** 0.9
-        rates = [(1 - e / 12) ** 0.9 for e in range(5)] + [there * part for part in (0.75, 0.5, 0.25)]
-        assert [line["learning_rate"] for line in trainer.history] == pytest.approx([1e-3 * rate for rate in rates])
-        assert trainer.head_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * there * 0.25)
-        folder = Path(trainer.output_folder)
-        assert torch.load(folder / "checkpoint_final.pth", weights_only=False)["current_epoch"] == 8
-        assert not (folder / "checkpoint_latest.pth").exists()
-
-    def test_while_scores_rise_nothing_stops(self, scored):
-        trainer = scored([epoch / 20 for epoch in range(12)])
-        trainer.initialize()
-        assert self.patience_ends(trainer) is None
-
-    @pytest.mark.thorough  # three trainings; the state that they need is in checkpoints, which TestKilled compares
-    def test_it_survives_an_interruption(self, scored, tiny):
-        seed_everything(5)
-        whole = scored(self.scores)
-        whole.run_training()
-        wanted = torch.load(Path(whole.output_folder) / "checkpoint_final.pth", weights_only=False)
-        seed_everything(5)
-        first = scored(self.scores)
-        step = first.train_step
-
-        def interrupted(batch):
-            if first.current_epoch == 6:  # while it anneals
-                raise KeyboardInterrupt
-            return step(batch)
-
-        first.train_step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            first.run_training()
-        second = scored(self.scores)
-        second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-        assert second.schedule == Schedule(epochs=12, annealing_epochs=3, anneal_from=5)
-        second.run_training()
-        got = torch.load(Path(second.output_folder) / "checkpoint_final.pth", weights_only=False)
-        assert_same(got, wanted)
-
-    def patience_ends(self, trainer, validate_every=1):
-        """The epoch from which the rate anneals."""
-        for epoch in range(trainer.recipe.epochs):
-            trainer.current_epoch = epoch
-            if (epoch + 1) % validate_every == 0:
-                trainer._validate_whole_cases({})
-        return trainer.schedule.anneal_from
-
-    def test_patience_begins_after_the_warm_up(self, scored):
-        trainer = scored([0.5], replace(STOPPING, segmentation_epochs=3, detached_epochs=2))
-        trainer.initialize()
-        assert self.patience_ends(trainer) == 5 + 2 + 1
-
-    def test_patience_counts_epochs_not_validations(self, scored):
-        trainer = scored([0.5], replace(STOPPING, epochs=30, patience=7))
-        trainer.initialize()
-        # The first score is that of epoch 3, and 7 epochs without a better one are over at the validation of 11.
-        assert self.patience_ends(trainer, validate_every=4) == 12
-
-    def test_the_last_epoch_stops_nothing(self, scored):
-        trainer = scored([0.5], replace(STOPPING, epochs=3))
-        trainer.initialize()
-        assert self.patience_ends(trainer) is None
-
-    def test_undefined_scores_are_never_the_best(self, scored):
-        trainer = scored([0.1, np.nan, np.nan, np.nan])
-        trainer.initialize()
-        assert self.patience_ends(trainer) == 3
-        assert trainer._best == (0.1, 0)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +86,8 @@ class TestWholeCases:
         assert [float(line[name]) for name in ("foreground_dsc", "dsc_1", "dsc_2")] == pytest.approx(means, abs=1e-12)
         macro_f1 = f1_score([int(case.split("_")[1]) for case in cases], answers, average="macro")
         assert float(line["macro_f1"]) == pytest.approx(macro_f1)
-        assert float(line["score"]) == pytest.approx((means[0] + macro_f1) / 2)
+        assert float(line["focus_dsc"]) == pytest.approx(means[2], abs=1e-12)  # the lesion's
+        assert float(line["score"]) == pytest.approx((means[0] + means[2] + macro_f1) / 3)
 
     def test_it_leaves_the_network_as_it_was(self, tiny, environment):
         trainer = make_trainer(tiny, replace(TINY, validation_cases=1))
@@ -92,11 +95,42 @@ class TestWholeCases:
         trainer.network.eval()
         before = {name: weights.clone() for name, weights in trainer.network.state_dict().items()}
         random = torch.get_rng_state()
-        trainer._validate_whole_cases({})
+        trainer.whole_cases.validate({})
         assert trainer.network.decoder.deep_supervision
         assert all(torch.equal(weights, before[name]) for name, weights in trainer.network.state_dict().items())
         assert all(parameter.requires_grad for parameter in trainer.network.parameters())
         assert torch.equal(torch.get_rng_state(), random)
+
+    def test_it_leaves_no_memory_behind_and_says_one_line(self, tiny, environment, monkeypatch, capsys):
+        trainer = make_trainer(tiny, replace(TINY, validation_cases=1))
+        trainer.initialize()
+        trainer.network.eval()
+        trainer.whole_cases.validate({})
+        runners = []
+
+        def watched(*arguments):
+            engine = network_engine(*arguments)
+            runners.append(weakref.ref(engine.segmenter.runner))
+            return engine
+
+        monkeypatch.setattr("nnturbo.training.whole_case_validation.network_engine", watched)
+        capsys.readouterr()
+        trainer.whole_cases.validate({})
+        assert [runner() for runner in runners] == [None]
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1
+        assert re.search(
+            r"Whole cases: foreground DSC 0\.\d+, lesion DSC .*, by label 1: .*, macro-F1 .*, score ", said
+        )
+
+    def test_fold_all_has_none(self, tiny, environment, capsys):
+        """Its validation cases are training cases: no score, and no early end, comes from them."""
+        trainer = make_trainer(tiny, replace(TINY, epochs=1, iterations=1), fold="all")
+        trainer.run_training()
+        assert trainer.schedule.anneal_from is None
+        assert [set(line) & {"score", "foreground_dsc"} for line in trainer.history] == [set()]
+        assert capsys.readouterr().out.count("Fold all trains on every case: none is left to validate on, all 1") == 1
+        assert not (Path(trainer.output_folder) / "checkpoint_best_score.pth").exists()
 
     def test_what_is_to_be_ignored_does_not_count(self, tiny, trained, tmp_path):
         """Where the prediction is wrong the reference says ignore: all that is left agrees."""
@@ -109,12 +143,13 @@ class TestWholeCases:
         reference.CopyInformation(sitk.ReadImage(str(cases[0].labels)))
         sitk.WriteImage(reference, str(tmp_path / "labels.nii.gz"))
         case = replace(cases[0], labels=tmp_path / "labels.nii.gz")
-        assert validate(engine, [case]).foreground_dsc < 1
+        assert validate(engine, [case], ["lesion"]).foreground_dsc < 1
         dataset = tiny.dataset | {"labels": tiny.dataset["labels"] | {"ignore": 3}}
         plans = json.loads((trained / "plans.json").read_text())
         network = engine.segmenter.runner._network.networks[0]
-        result = validate(network_engine(network, plans, dataset, CONFIGURATION, torch.device("cpu")), [case])
-        assert result.foreground_dsc == 1
+        ignoring = network_engine(network, plans, dataset, CONFIGURATION, torch.device("cpu"))
+        result = validate(ignoring, [case], ["lesion"])
+        assert result.foreground_dsc == result.focus_dsc == 1
         assert result.label_dsc == {1: 1, 2: 1}
 
     def test_scans_may_lie_where_the_data_set_says(self, tmp_path, monkeypatch):

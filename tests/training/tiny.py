@@ -29,6 +29,7 @@ PHANTOMS = replace(
 )
 
 CONFIGURATION = "3d_fullres"
+TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
 TINY = Recipe(
     head_stages=(1, 2),
     head_hidden=8,
@@ -96,11 +97,11 @@ def import_nnunet() -> types.ModuleType:
     return trainer
 
 
-def make_trainer(tiny: TinyDataset, recipe: Recipe, **changes: Any) -> Any:
+def make_trainer(tiny: TinyDataset, recipe: Recipe, *, fold: int | str = 0, **changes: Any) -> Any:
     """Make a trainer as `train` does, inside an environment; `changes` replace entries of plans."""
     plans = json.loads(json.dumps(tiny.plans)) | changes
     plans |= {"nnturbo_recipe": recipe.describe(), "continue_training": False}
-    return import_nnunet().nnUNetTrainerMultiTask(plans, CONFIGURATION, 0, tiny.dataset, torch.device("cpu"))
+    return import_nnunet().nnUNetTrainerMultiTask(plans, CONFIGURATION, fold, tiny.dataset, torch.device("cpu"))
 
 
 def work_in_threads(patch: pytest.MonkeyPatch) -> None:
@@ -120,3 +121,22 @@ def shrink(configuration: dict[str, Any]) -> None:
         "n_conv_per_stage": [1, 1, 1, 1],
         "n_conv_per_stage_decoder": [1, 1, 1],
     }
+
+
+def assert_same(got: Any, wanted: Any, where: str = "checkpoint") -> None:
+    """Compare nested values bit by bit, but for nnU-Net's times of day."""
+    assert type(got) is type(wanted), where
+    if isinstance(wanted, dict):
+        assert list(got) == list(wanted), where
+        for key in wanted:
+            if key not in TIMES:
+                assert_same(got[key], wanted[key], f"{where}[{key!r}]")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted), where
+        for index, (one, other) in enumerate(zip(got, wanted, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    elif isinstance(wanted, torch.Tensor):
+        assert got.dtype == wanted.dtype, where
+        assert torch.equal(got, wanted), where
+    else:
+        assert got == wanted or (got != got and wanted != wanted), where

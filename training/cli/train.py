@@ -17,7 +17,7 @@ def add_train(commands: Any) -> None:
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
     add("-p", default="nnUNetResEncUNetMPlans", metavar="PLANS", help="default: %(default)s")
     add("-f", default="0", metavar="FOLD", help="split of splits_final.json, or all (default: %(default)s)")
-    add("--preset", choices=PRESETS, default=PRESETS[0], help="recipe to begin with (default: %(default)s)")
+    add("--preset", choices=PRESETS, help=f"recipe to begin with (default: {PRESETS[0]})")
     add(
         "--set",
         nargs="+",
@@ -26,10 +26,14 @@ def add_train(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="entries of the recipe to change, such as epochs=60 head=gap_mlp head_stages=1,2 focus_labels=lesion",
     )
+    add("--seed", type=int, metavar="S", help="of weights, batches and augmentation; the same as --set seed=S")
     add("--lda", nargs="+", type=int, metavar="STAGE", help="afterwards fit a classifier on these encoder stages")
     add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add("--pretrained", metavar="FILE", help="checkpoint to begin with; a plain nnU-Net's will do")
-    add("--continue", dest="resume", action="store_true", help="go on from the newest checkpoint")
+    add("--continue", dest="resume", action="store_true", help="go on from the newest checkpoint, with its recipe")
+    add(
+        "--change-recipe", action="store_true", help="with --continue: let --preset, --set and --seed change the recipe"
+    )
     add("--val", action="store_true", help="run nnU-Net's own validation of the final checkpoint afterwards")
     for name in ("raw", "preprocessed", "results"):
         add(f"--{name}", metavar="FOLDER", help=f"default: the environment variable nnUNet_{name}")
@@ -45,11 +49,22 @@ def _train(options: argparse.Namespace) -> int:
     require_nnunet()
     from ..pooled_classifier import check_counts, fit_pooled_classifier, training_scans
     from ..recipe import changed_recipe
-    from ..train import train
+    from ..train import recipe_to_go_on_with, train
 
-    recipe = changed_recipe(options.preset, options.set)
     dataset = dataset_name(options.d, folders["preprocessed"])
     fold: int | str = int(options.f) if options.f.isdecimal() else options.f
+    stored = None
+    if options.resume:
+        stored = recipe_to_go_on_with(
+            dataset,
+            options.c,
+            fold,
+            plans_name=options.p,
+            preprocessed=folders["preprocessed"],
+            results=folders["results"],
+        )
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = changed_recipe(options.preset, [*options.set, *seed], stored)
     scans = []
     if options.lda is not None:
         # Errors that would stop the fit are raised before hours of training.
@@ -64,6 +79,7 @@ def _train(options: argparse.Namespace) -> int:
         plans_name=options.p,
         device=options.device,
         resume=options.resume,
+        change_recipe=options.change_recipe,
         pretrained=options.pretrained,
         final_validation=options.val,
         **folders,
