@@ -130,10 +130,18 @@ def _fitted_rows(model: Model) -> list[tuple[str, str]]:
         return []
     fitted = [
         f"fold {fold}: {classifier.kind} on stages {', '.join(map(str, classifier.stages))}"
+        f"{_divided(classifier.temperature)}"
         for fold, classifier in zip(model.folds, model.pooled_classifiers, strict=True)
         if classifier is not None
     ]
-    return [("fitted classifier", "; ".join(fitted) or "none")]
+    of_head = [f"fold {fold}{_divided(value)}" for fold, value in zip(model.folds, model.temperatures, strict=True)
+               if value != 1]  # fmt: skip
+    calibrated = [("probabilities of the head", "; ".join(of_head))] if of_head else []
+    return [("fitted classifier", "; ".join(fitted) or "none"), *calibrated]
+
+
+def _divided(temperature: float) -> str:
+    return "" if temperature == 1 else f", calibrated by temperature {temperature:.3g}"
 
 
 def _network_name(model: Model) -> str:

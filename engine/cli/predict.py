@@ -38,6 +38,7 @@ def add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     _check_flags(options)  # before torch is imported, so that a wrong flag or path is answered at once
+    _take_choice(options)
     models = _models(options)
     source = _source(options.i)
 
@@ -92,6 +93,7 @@ def _job(options: argparse.Namespace) -> Job:
     return Job(
         output=Path(options.o).absolute(),
         save_probabilities=options.save_probabilities,
+        class_probabilities=options.class_probabilities,
         dicom_seg=options.dicom_seg,
         skip_existing=options.continue_prediction,
         redo_outdated=options.redo_outdated,
@@ -247,6 +249,28 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
         )
     if given and not Path(given).is_dir():
         raise ValueError(f"-prev_stage_predictions must be a folder, {given} is not one")
+
+
+def _take_choice(options: argparse.Namespace) -> None:
+    """Replace a choice that is given as the model by what it says, and set what nobody said to its default."""
+    if options.m and any(name.endswith(".json") and Path(name).is_file() for name in options.m):
+        from ..jobs.choice import read_choice
+
+        if len(options.m) > 1:
+            raise ValueError(f"-m must be one choice alone, or models, got {', '.join(options.m)}")
+        flags = {
+            "-f": options.f,
+            "-chk": options.chk,
+            "--classifier": options.classifier,
+            "--aggregation": options.aggregation,
+        }
+        if given := [flag for flag, value in flags.items() if value is not None]:
+            raise ValueError(f"{options.m[0]} says it already: leave out {', '.join(given)}, or give the models as -m")
+        choice = read_choice(Path(options.m[0]))
+        options.m, options.f, options.chk = list(choice.models), list(choice.folds), choice.checkpoint
+        options.classifier, options.aggregation = choice.classifier, choice.aggregation
+    options.classifier = options.classifier or "auto"
+    options.aggregation = options.aggregation or "foreground"
 
 
 def _models(options: argparse.Namespace) -> list[str]:

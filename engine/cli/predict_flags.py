@@ -30,7 +30,8 @@ def _add_model(add: AddArgument) -> None:
         nargs="+",
         action="extend",
         metavar="MODEL",
-        help="model folder, nnU-Net export zip, or bundle; the probabilities of several are averaged",
+        help="model folder, nnU-Net export zip, or bundle; the probabilities of several are averaged; or what nnturbo "
+        "choose wrote, choice.json, which names models, folds, classifier and aggregation",
     )
     add("-d", metavar="DATASET", help="dataset name or number, looked up in $nnUNet_results, in place of -m")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans, with -d (default: %(default)s)")
@@ -53,6 +54,11 @@ def _add_results(add: AddArgument) -> None:
         "--save_probabilities",
         action="store_true",
         help="also write .npz and .pkl, as nnU-Net; takes 4 bytes per class and voxel of memory",
+    )
+    add(
+        "--class_probabilities",
+        action="store_true",
+        help="also write the probability of each class into subtype_results.csv, for multi-task models",
     )
     add(
         "--dicom_seg",
@@ -107,16 +113,14 @@ def _add_network(add: AddArgument) -> None:
     )
     add(
         "--classifier",
-        default="auto",
         choices=CLASSIFIERS,
         help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
-        "auto takes the latter where every fold has one (default: %(default)s)",
+        "auto takes the latter where every fold has one (default: auto)",
     )
     add(
         "--aggregation",
-        default="foreground",
         choices=AGGREGATIONS,
-        help="tiles count by how much they show of what the class is about, or all alike (default: %(default)s)",
+        help="tiles count by how much they show of what the class is about, or all alike (default: foreground)",
     )
     add(
         "--loader",

@@ -48,6 +48,7 @@ class Job:
     Args:
         output: Folder for results; made if it is not there.
         save_probabilities: Write `.npz` and `.pkl` beside each segmentation, as nnU-Net does.
+        class_probabilities: Write the probabilities of all classes into the table of classes too.
         dicom_seg: Write a DICOM Segmentation object `.dcm` beside each; scans must be DICOM folders.
         skip_existing: Leave the labels alone that are there, as nnU-Net does: those that are complete, and those that
             this job would not make, such as corrected ones.
@@ -60,6 +61,7 @@ class Job:
 
     output: Path
     save_probabilities: bool = False
+    class_probabilities: bool = False
     dicom_seg: bool = False
     skip_existing: bool = False
     redo_outdated: bool = False
@@ -134,7 +136,12 @@ class ModelInfo:
 
     def record_folder(self, job: Job) -> RecordFolder:
         """Open the records in the output folder."""
-        return RecordFolder(output=job.output, file_ending=self.file_ending, class_names=self.class_names)
+        return RecordFolder(
+            output=job.output,
+            file_ending=self.file_ending,
+            class_names=self.class_names,
+            class_probabilities=job.class_probabilities,
+        )
 
     def labels_before(self, job: Job, name: str) -> Path | None:
         """Name the file with a case's labels of a cascade's previous stage."""

@@ -9,7 +9,6 @@ after the job was continued. Files that no record names as nnturbo's are not cha
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from ..errors import OutputError
 from ..files import put_in_place, remove_abandoned, write_json, written_atomically
 from ..scans.label_file import is_whole
 from .case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
+from .class_table import write_class_table
 from .made_of import MadeOf
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,13 @@ class RecordFolder:
         output: The folder.
         file_ending: File ending of segmentations, which names in the table of classes have too.
         class_names: Classes of a case, or None for models without a classification head.
+        class_probabilities: Whether the table of classes has their probabilities too.
     """
 
     output: Path
     file_ending: str
     class_names: Sequence[str] | None
+    class_probabilities: bool = False
 
     def begin(self) -> None:
         """Prepare the folder.
@@ -122,7 +124,7 @@ class RecordFolder:
                 "made with another model, other settings or another version of the scan; --redo_outdated replaces it"
             )
             return CaseState(kept=None if redo_outdated else reason)
-        return CaseState(is_done=is_complete and (self.class_names is None or self._subtype(record) is not None))
+        return CaseState(is_done=is_complete and (self.class_names is None or self._answer(record) is not None))
 
     def settle(self, name: str, images: Iterable[Path], state: CaseState) -> None:
         """Record that an existing result is done, or why labels are kept."""
@@ -248,25 +250,20 @@ class RecordFolder:
         return all((self.output / name).exists() for name in (PREDICTIONS, *([SUBTYPES] if self.class_names else [])))
 
     def _write_subtypes(self) -> None:
-        rows = ((f"{record.name}{self.file_ending}", self._subtype(record)) for record in self._ended())
-        with (
-            written_atomically(self.output / SUBTYPES) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("Names", "Subtype"))
-            table.writerows(sorted((name, subtype) for name, subtype in rows if subtype is not None))
+        answers = ((f"{record.name}{self.file_ending}", self._answer(record)) for record in self._ended())
+        write_class_table(
+            self.output / SUBTYPES,
+            {name: answer for name, answer in answers if answer is not None},
+            self.class_names or (),
+            with_probabilities=self.class_probabilities,
+        )
 
-    def _subtype(self, record: Record) -> str | None:
-        """Take the class from a record: its name if that is a number, else its index.
-
-        The two differ for a data set without the class 0. None if the record has no class, or its classes are not the
-        model's.
-        """
+    def _answer(self, record: Record) -> tuple[int, Sequence[float]] | None:
+        """Take class and probabilities from a record; None if it has none, or its classes are not the model's."""
         answer = record.classification
         if answer is None or self.class_names is None or answer.class_names != tuple(self.class_names):
             return None
-        return answer.name if answer.name.isdecimal() else str(answer.label)
+        return answer.label, answer.probabilities
 
     def _path(self, name: str) -> Path:
         return self.output / RECORDS / f"{name}.json"

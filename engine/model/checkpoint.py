@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .heads import PooledClassifier
+from .heads import PooledClassifier, parse_temperature
 from .untrusted import is_plain
 
 UNREADABLE = (
@@ -35,6 +35,9 @@ UNREADABLE = (
 )
 """Exceptions of torch and zipfile for damaged files."""
 
+TEMPERATURE_KEY = "class_temperature"
+"""Key of the temperature of a network's own classification head."""
+
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to parameter names."""
 
@@ -44,6 +47,7 @@ class Checkpoint:
     """The parts of a checkpoint file that inference needs.
 
     Args:
+        temperature: By which the class logits of the network's own head are divided.
         other_weights: Of networks beside the main one: those under `class_decoder_weights` as `class_decoder.*`.
     """
 
@@ -52,6 +56,7 @@ class Checkpoint:
     mirror_axes: tuple[int, ...]
     trainer: str
     pooled_classifier: PooledClassifier | None
+    temperature: float = 1.0
     other_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -109,6 +114,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         mirror_axes=tuple(sorted(set(axes))),
         trainer=str(content.get("trainer_name", "unknown")),
         pooled_classifier=_pooled_classifier(content, path),
+        temperature=parse_temperature(content.get(TEMPERATURE_KEY, 1.0), f"{path}: {TEMPERATURE_KEY}"),
         other_weights=_own_copies(_other_weights(content), path),
     )
 

@@ -20,7 +20,7 @@ from .export_zip import model_folder
 from .foreign_head import find_head
 from .given_network import GivenNetwork
 from .head_description import HEAD_KEY
-from .heads import PooledClassifier
+from .heads import PooledClassifier, divide_class_logits
 from .mirroring import View, mirror_views
 from .plan_classes import is_unet, remarks_on
 from .plans import DATASET, PLANS, Plan, parse_plan
@@ -45,6 +45,7 @@ class Model:
         pooled_classifiers: Classifiers that were fitted after training and replace the network's classification head:
             one per fold, None for a fold without. Empty if the head classifies in all folds.
         given: Replaces the plan's network. If it is a module, there are no folds, and no weights beside its own.
+        temperatures: By fold, what the class logits of the network's own head were divided by; `weights` have it.
         weights_remark: Says which weights of the checkpoints nothing uses, or that a head was recognised by its keys.
     """
 
@@ -58,6 +59,7 @@ class Model:
     dataset: Mapping[str, Any]
     pooled_classifiers: tuple[PooledClassifier | None, ...] = ()
     given: GivenNetwork | None = None
+    temperatures: tuple[float, ...] = ()
     weights_remark: str | None = None
 
     @property
@@ -155,6 +157,9 @@ def read_model(
         weights, plans, plan, remark = _with_foreign_head(folder, checkpoints, plans, dataset, plan, given)
         for name, loaded in zip(names, checkpoints, strict=True):
             _check_classes(loaded.pooled_classifier, plan, f"{path}, fold {name}")
+        if given is None:
+            weights = tuple(map(_calibrated, weights, checkpoints))
+        temperatures = tuple(loaded.temperature for loaded in checkpoints)
         has_weights = given is not None and given.has_weights
         model = Model(
             plan=plan,
@@ -167,6 +172,7 @@ def read_model(
             dataset=dataset,
             pooled_classifiers=() if has_weights else tuple(loaded.pooled_classifier for loaded in checkpoints),
             given=given,
+            temperatures=() if has_weights else temperatures,
             weights_remark=remark,
         )
         for remark in model.remarks:
@@ -271,6 +277,11 @@ def with_classifier(model: Model, wanted: str) -> Model:
     chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
     logger.info("classifier %s of %s", chosen.classifier, model.source)
     return chosen
+
+
+def _calibrated(weights: Mapping[str, Tensor], loaded: Checkpoint) -> Mapping[str, Tensor]:
+    """Divide the class logits of a network's own head by the temperature in its checkpoint."""
+    return weights if loaded.temperature == 1 else divide_class_logits(weights, loaded.temperature)
 
 
 def _check_classes(fitted: PooledClassifier | None, plan: Plan, where: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from ..errors import CheckpointError, ModelError
 from .classification import ClassificationScheme, is_indices
 from .untrusted import is_plain
+
+_HEAD_LAYER = re.compile(r"head\.layers\.(\d+)\.weight")
 
 SMALLEST_FOCUS = 1e-4
 """Least probability of a voxel to belong to the focus; lower ones are raised to it."""
@@ -185,22 +188,24 @@ class PooledClassifier:
         stages: Encoder stages that `FocusPooling` pools.
         weight: (S, F) float32 by class and feature; F is three times the channels of all stages.
         bias: (S,) float32.
+        temperature: By which class logits are divided, so that probabilities are as often right as they say.
     """
 
     kind: str
     stages: tuple[int, ...]
     weight: Tensor
     bias: Tensor
+    temperature: float = 1.0
 
     @classmethod
     def parse(cls, description: Any) -> PooledClassifier:
-        """Read the entry "pooled_classifier" of a checkpoint: four values, with numbers as lists or tensors.
+        """Read the entry "pooled_classifier" of a checkpoint: numbers as lists or tensors; the temperature may lack.
 
         Raises:
             CheckpointError: Where the entry is anything else.
         """
         keys = ("kind", "stages", "weight", "bias")
-        if not isinstance(description, dict) or set(description) != set(keys):
+        if not isinstance(description, dict) or {*description} - {"temperature"} != {*keys}:
             has = list(description) if isinstance(description, dict) else type(description).__name__
             raise CheckpointError(f"pooled_classifier must have exactly {', '.join(keys)}; got {has!s:.120}")
         if description["kind"] not in POOLED_KINDS:
@@ -216,7 +221,13 @@ class PooledClassifier:
                 "pooled_classifier: weight must be (classes, features) and bias (classes,), got "
                 f"{tuple(weight.shape)} and {tuple(bias.shape)}"
             )
-        return cls(kind=description["kind"], stages=tuple(stages), weight=weight, bias=bias)
+        return cls(
+            kind=description["kind"],
+            stages=tuple(stages),
+            weight=weight,
+            bias=bias,
+            temperature=parse_temperature(description.get("temperature", 1.0), "pooled_classifier: temperature"),
+        )
 
     def make_head(self, channels: Sequence[int]) -> LinearClassifier:
         """Build the head for an encoder with these channels by stage.
@@ -237,7 +248,32 @@ class PooledClassifier:
                 "take the network's head with --classifier head"
             )
         # The part that all classes share does not change the answer, and is so large that it costs digits.
-        return LinearClassifier(self.stages, self.weight - self.weight.mean(0), self.bias - self.bias.mean())
+        weight, bias = self.weight - self.weight.mean(0), self.bias - self.bias.mean()
+        return LinearClassifier(self.stages, weight / self.temperature, bias / self.temperature)
+
+
+def parse_temperature(value: Any, what: str) -> float:
+    """Read the temperature of class logits.
+
+    Raises:
+        CheckpointError: Where it is no number from 0.001 to 1000.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-3 <= value <= 1e3:
+        raise CheckpointError(f"{what} must be a number from 0.001 to 1000, got {value!r:.80}")
+    return float(value)
+
+
+def divide_class_logits(weights: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """Divide the class logits of a network's own head by a temperature, by way of its last layer, which is linear.
+
+    Raises:
+        CheckpointError: Where the weights have no such head.
+    """
+    last = max((int(match[1]) for name in weights if (match := _HEAD_LAYER.fullmatch(name))), default=None)
+    if last is None:
+        raise CheckpointError("class_temperature may be given only with the weights of a head that nnturbo trained")
+    ours = f"head.layers.{last}."
+    return {name: tensor / temperature if name.startswith(ours) else tensor for name, tensor in weights.items()}
 
 
 def _finite(values: Any, name: str) -> Tensor:

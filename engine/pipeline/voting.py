@@ -60,14 +60,18 @@ class Votes:
             shown = [focus_map(view[None].float(), self._scheme).mean() for view in output.seg_logits]
             self._weights.append(torch.stack(shown))
 
-    def mean_logits(self) -> Tensor:
+    def mean_logits(self, *, alike: bool = False) -> Tensor:
         """Give the weighted mean over tiles, (S,) float64 on the CPU.
+
+        Args:
+            alike: Give all tiles the same weight, whatever the aggregation.
 
         Raises:
             PredictionError: Where class logits are not finite.
         """
         logits = torch.cat(self._logits).unflatten(0, (-1, self._views))
-        shown = torch.cat(self._weights) if self._by_foreground else torch.ones(logits.shape[:2])
+        weigh = self._by_foreground and not alike
+        shown = torch.cat(self._weights) if weigh else torch.ones(logits.shape[:2])
         mean = mean_vote(logits, shown.reshape(-1, self._views))
         if not torch.isfinite(mean).all():
             raise not_finite_error("class logits")
