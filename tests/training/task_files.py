@@ -8,7 +8,7 @@ SHAPE = (4, 6, 8)
 CASES = {
     "quiz_0_001": "train",
     "quiz_1_002": "train",
-    "quiz_2_003": "validation",
+    "quiz_1_003": "validation",
     "quiz_0_004": "validation",
 }
 

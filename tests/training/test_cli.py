@@ -13,7 +13,7 @@ import pytest
 from nnturbo.engine.cli import main
 from nnturbo.training import recipe
 from nnturbo.training.cli import choices
-from nnturbo.training.data import planning
+from nnturbo.training.data import planners, planning
 from nnturbo.training.phantoms import phantom
 
 from tests.training.task_files import CASES, image_of, labels, mask_of, scan, write_image
@@ -194,7 +194,7 @@ def link_to_nothing(source):
     (source / "test" / "quiz_008_0000.nii.gz").symlink_to(source / "gone.nii.gz")
 
 
-ROWS = b"quiz_0_001,0,train\nquiz_1_002,1,train\nquiz_2_003,2,validation\n"
+ROWS = b"quiz_0_001,0,train\nquiz_1_002,1,train\nquiz_1_003,1,validation\n"
 HEADER = b"filename,subtype,split\n"
 BAD_SOURCES = {
     "wrong columns": (table_of(b"name,subtype,split\n" + ROWS), "cases.csv: the first line must name the columns"),
@@ -280,7 +280,7 @@ class TestEvaluate:
         assert "1 masks are missing and count as 0: quiz_0_004" in caplog.text
 
     def test_missing_rows_are_named_and_give_status_1(self, source, predictions, run):
-        (predictions / "subtype_results.csv").write_text("Names,Subtype\nquiz_2_003.nii.gz,2\n")
+        (predictions / "subtype_results.csv").write_text("Names,Subtype\nquiz_1_003.nii.gz,1\n")
         status, out, _ = run("evaluate -p {p} -r {r} --resamples 10", p=predictions, r=source)
         assert status == 1
         assert "1 subtypes missing, counted as wrong: quiz_0_004" in out
@@ -294,7 +294,7 @@ class TestEvaluate:
         assert f"| over {cases} cases |" in out
 
     def test_true_subtypes_from_a_table(self, source, predictions, run, tmp_path):
-        (tmp_path / "truth.csv").write_text("Names,Subtype\nquiz_0_004.nii.gz,1\nquiz_2_003.nii.gz,2\n")
+        (tmp_path / "truth.csv").write_text("Names,Subtype\nquiz_0_004.nii.gz,1\nquiz_1_003.nii.gz,1\n")
         line = "evaluate -p {p} -r {r} --reference_subtypes {tmp}/truth.csv --subtypes {p}/subtype_results.csv"
         status, out, _ = run(line + " --resamples 10", p=predictions, r=source)
         assert status == 0
@@ -368,7 +368,7 @@ def test_what_the_system_refuses_gives_one_line(run, monkeypatch, error, status,
 
 def test_constants_are_those_of_the_library():
     assert choices.PHANTOM_COUNTS == phantom.PANCREAS_COUNTS
-    assert choices.PLANNERS == planning.PLANNERS
+    assert choices.PLANNERS == planners.PLANNERS
     assert set(choices.PRESETS) == set(recipe.PRESETS)
 
 

@@ -50,7 +50,15 @@ def add_prepare(commands: Any) -> None:
         "--planner",
         choices=PLANNERS,
         default=PLANNERS[0],
-        help="ResEnc M, plain U-Net, or a small U-Net for CPUs (default: %(default)s)",
+        help="ResEnc M, L or XL, plain U-Net, or a small U-Net for CPUs (default: %(default)s)",
+    )
+    add("--memory", type=float, metavar="GB", help="GPU memory to plan for (default: 8; L 24, XL 40)")
+    add(
+        "--spacing",
+        nargs=3,
+        type=float,
+        metavar=("Z", "Y", "X"),
+        help="target spacing of 3d_fullres in mm (default: nnU-Net's choice)",
     )
     add(
         "--configurations",
@@ -72,9 +80,13 @@ def _prepare(options: argparse.Namespace) -> int:
         preprocessed = nnunet_folder(options.preprocessed, "nnUNet_preprocessed", "--preprocessed")
         if options.processes < 1:
             raise ValueError(f"--processes must be at least 1, got {options.processes}")
+        from ..data.planners import Planning
         from ..data.planning import require_nnunet
 
+        # Errors that would come after all files were read come now.
+        Planning(planner=options.planner, spacing=options.spacing, memory_gb=options.memory)
         require_nnunet()
+    from ..data.planners import described_network
     from ..data.prepare import plan_and_preprocess, prepare_dataset
 
     with progress_line("checking") as progress:
@@ -102,10 +114,13 @@ def _prepare(options: argparse.Namespace) -> int:
         dataset.folder,
         preprocessed,
         planner=options.planner,
+        spacing=options.spacing,
+        memory_gb=options.memory,
         configurations=options.configurations,
         processes=options.processes,
     )
     say(f"plans: {plans_file}")
+    say(described_network(plans_file, options.configurations))
     given = {"nnUNet_raw": options.raw, "nnUNet_preprocessed": options.preprocessed}
     setting = "".join(f"{name}={shlex.quote(folder)} " for name, folder in given.items() if folder)
     *_, last = dataset.task.structures

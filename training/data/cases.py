@@ -74,6 +74,13 @@ def find_cases(
     for split in ("train", "validation"):
         if not problems and not any(case.split == split for case in cases):
             problems.append(f"{table or source / split}: there must be {split} cases, got none")
+    if not problems:
+        labels = {split: {case.subtype for case in cases if case.split == split} - {None} for split in SPLITS}
+        problems += [
+            f"{table or source / 'train'}: a class must have a training case, {label!r} of the {split} cases has none"
+            for split in SPLITS[1:]
+            for label in sorted(map(str, labels[split] - labels["train"]))
+        ]
     return cases, tuple(problems)
 
 

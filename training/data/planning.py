@@ -11,27 +11,17 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from ...engine.errors import EngineError, OutputError
-from ...engine.files import write_json
 from .cases import LABELS_FILE, SPLITS_FILE
+from .planners import Planner, Planning, plan_experiment
 from .tables import DatasetError
 from .task import DATASET_FILE, read_task
 
 logger = logging.getLogger(__name__)
 
-Planner = Literal["resenc", "plain", "compact"]
-PLANNERS: tuple[Planner, ...] = ("resenc", "plain", "compact")
-
 # Size of a preprocessed case relative to its gzipped image; measured 2.4 to 4.
 PREPROCESSED_RATIO = 4
-
-COMPACT_FEATURES = (16, 32, 64, 128, 128)
-COMPACT_PATCH = (32, 64, 96)
-COMPACT_PIXELS = 1.5
-COMPACT_STRIDES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-"""A network of 3.1 million parameters that trains on a CPU: two seconds a step of two patches on two cores."""
 
 
 def plan_and_preprocess(
@@ -39,6 +29,8 @@ def plan_and_preprocess(
     preprocessed_folder: str | os.PathLike[str],
     *,
     planner: Planner = "resenc",
+    spacing: Sequence[float] | None = None,
+    memory_gb: float | None = None,
     configurations: Sequence[str] = ("3d_fullres",),
     processes: int = 4,
 ) -> Path:
@@ -47,8 +39,9 @@ def plan_and_preprocess(
     Args:
         dataset_folder: `nnUNet_raw/DatasetXXX_Name` as `prepare_dataset` writes it.
         preprocessed_folder: nnU-Net's `nnUNet_preprocessed`; made if it does not exist.
-        planner: "resenc" for `nnUNetPlannerResEncM`, "plain" for `ExperimentPlanner`, "compact" for the latter
-            with larger pixels and a small network, for CPUs.
+        planner: One of `planners.PLANNERS`.
+        spacing: Target spacing in mm, (z, y, x), if it is not the planner's choice.
+        memory_gb: GPU memory to plan for, if it is not the planner's own.
         configurations: Configurations to preprocess, such as "3d_fullres"; the plans must have them.
         processes: Number of processes that nnU-Net starts.
 
@@ -69,8 +62,7 @@ def plan_and_preprocess(
         cross-validation are all among them, as in nnU-Net. All cases are preprocessed.
         Running nnU-Net's own command with `--clean` afterwards would undo this.
     """
-    if planner not in PLANNERS:
-        raise ValueError(f"planner must be one of {', '.join(PLANNERS)}, got {planner!r}")
+    planning = Planning(planner=planner, spacing=None if spacing is None else tuple(spacing), memory_gb=memory_gb)
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     raw, preprocessed = Path(dataset_folder).absolute(), Path(preprocessed_folder).absolute()
@@ -79,7 +71,7 @@ def plan_and_preprocess(
     # nnU-Net's planner uses n_proc_DA threads, and fails if a training has set it to 0.
     with nnunet_environment(raw=raw.parent, preprocessed=preprocessed, n_proc_DA=processes), _logged_prints():
         try:
-            plans_file = _plan(raw.name, preprocessed, planner, training_cases, processes)
+            plans_file = _plan(raw.name, preprocessed, planning, training_cases, processes)
             _preprocess(raw.name, plans_file, configurations, processes)
         except RuntimeError as error:  # nnU-Net raises this if one of its processes died
             raise EngineError(f"nnU-Net failed on {raw}: {error}; if memory ran out, take fewer processes") from error
@@ -169,52 +161,17 @@ def _logged_prints() -> Iterator[None]:
         logger.debug("%s", printed.getvalue())
 
 
-def _plan(name: str, preprocessed: Path, planner: str, training_cases: frozenset[str], processes: int) -> Path:
+def _plan(name: str, preprocessed: Path, planning: Planning, training_cases: frozenset[str], processes: int) -> Path:
     """Extract the fingerprint and plan the experiment, both from the training cases only."""
     try:
         from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-        from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-        from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
-            nnUNetPlannerResEncM,
-        )
     except ImportError as error:
         raise EngineError(f"planning needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
     extractor = DatasetFingerprintExtractor(name, processes)
     extractor.show_progress_bar = False
     extractor.dataset = {case: files for case, files in extractor.dataset.items() if case in training_cases}
     extractor.run(overwrite_existing=True)
-    planning = (nnUNetPlannerResEncM if planner == "resenc" else ExperimentPlanner)(name)
-    planning.dataset_json["numTraining"] = len(training_cases)
-    if planner == "compact":
-        planning.plans_identifier = "nnUNetCompactPlans"
-    planning.plan_experiment()
-    plans_file = preprocessed / name / f"{planning.plans_identifier}.json"
-    if planner == "compact":
-        plans = json.loads(plans_file.read_bytes())
-        _make_compact(plans["configurations"]["3d_fullres"])
-        write_json(plans_file, plans)
-    return plans_file
-
-
-def _make_compact(configuration: dict[str, Any]) -> None:
-    """Replace the network that was planned for a GPU."""
-    depth = len(COMPACT_FEATURES)
-    # Larger pixels, so that a patch shows most of the region: a small network needs context most.
-    slice_mm, *pixel_mm = configuration["spacing"]
-    configuration["spacing"] = [slice_mm, *(COMPACT_PIXELS * mm for mm in pixel_mm)]
-    slices, *pixels = configuration["median_image_size_in_voxels"]
-    configuration["median_image_size_in_voxels"] = [slices, *(round(count / COMPACT_PIXELS) for count in pixels)]
-    configuration["patch_size"] = list(COMPACT_PATCH)
-    configuration["batch_size"] = 2
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": depth,
-        "features_per_stage": list(COMPACT_FEATURES),
-        # Slices are thicker than pixels, as in nnU-Net's own plans for such spacings.
-        "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (depth - 1)],
-        "strides": [list(stride) for stride in COMPACT_STRIDES],
-        "n_conv_per_stage": [2] * depth,
-        "n_conv_per_stage_decoder": [1] * (depth - 1),
-    }
+    return plan_experiment(name, preprocessed, planning, len(training_cases))
 
 
 def _preprocess(name: str, plans_file: Path, configurations: Sequence[str], processes: int) -> None:

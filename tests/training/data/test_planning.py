@@ -92,7 +92,7 @@ class TestPlanning:
             plan_and_preprocess(bright_validation.folder, tmp_path / "pre")
 
     def test_refuses_arguments(self, tmp_path):
-        with pytest.raises(ValueError, match="planner must be one of resenc, plain, compact, got 'best'"):
+        with pytest.raises(ValueError, match="planner must be one of resenc, .*, got 'best'"):
             plan_and_preprocess(tmp_path, tmp_path, planner="best")
         with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
             plan_and_preprocess(tmp_path, tmp_path, processes=0)

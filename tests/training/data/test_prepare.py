@@ -43,18 +43,29 @@ class TestFolders:
             "file_ending": ".nii.gz",
             "class_names": ["0", "1", "2"],
         }
-        split = {"train": ["quiz_0_001", "quiz_1_002"], "val": ["quiz_0_004", "quiz_2_003"]}
+        split = {"train": ["quiz_0_001", "quiz_1_002"], "val": ["quiz_0_004", "quiz_1_003"]}
         assert json.loads((folder / "splits_final.json").read_text()) == [split]
         assert (folder / "classification_labels.csv").read_text().splitlines() == [
             "case,subtype,split",
             "quiz_0_001,0,train",
             "quiz_1_002,1,train",
             "quiz_0_004,0,validation",
-            "quiz_2_003,2,validation",
+            "quiz_1_003,1,validation",
         ]
         assert {path.name for path in (folder / "imagesTr").iterdir()} == {f"{name}_0000.nii.gz" for name in CASES}
         assert {path.name for path in (folder / "labelsTr").iterdir()} == {f"{name}.nii.gz" for name in CASES}
         assert [path.name for path in (folder / "imagesTs").iterdir()] == ["quiz_005_0000.nii.gz"]
+
+    def test_a_class_without_training_cases_is_refused(self, source, raw):
+        """It would stop the training, after nnU-Net has preprocessed everything."""
+        write_image(source / "validation" / "subtype2" / "quiz_2_009_0000.nii.gz", scan(9))
+        write_image(source / "validation" / "subtype2" / "quiz_2_009.nii.gz", labels())
+        message = (
+            r"train: a class must have a training case, '2' of the validation cases has none; nothing was"
+        )
+        with pytest.raises(DatasetError, match=message):
+            prepare(source, raw)
+        assert_nothing_written(raw)
 
     def test_images_are_links_and_masks_have_the_images_grid(self, source, raw):
         dataset = prepare(source, raw)
@@ -251,7 +262,7 @@ def test_refuses_before_writing(source, raw, spoil):
 
 def test_names_all_problems_at_once(source, raw):
     texts = [spoil(source) for spoil in (missing_mask, unknown_label)]
-    shutil.copyfile(image_of(source, "quiz_2_003"), source / "test" / "quiz_005_0000.nii.gz")
+    shutil.copyfile(image_of(source, "quiz_1_003"), source / "test" / "quiz_005_0000.nii.gz")
     with pytest.raises(DatasetError, match="3 problem") as caught:
         prepare(source, raw)
     assert len(str(caught.value).splitlines()) == 4
