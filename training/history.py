@@ -1,12 +1,16 @@
-"""Writes the history of a training: a line per epoch, and curves."""
+"""Writes the history of a training: a line per epoch, curves, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..engine.files import written_atomically
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE, CURVES_FILE = "history.csv", "curves.png"
 
@@ -47,3 +51,18 @@ def draw_curves(lines: Sequence[Mapping[str, float]], names: Sequence[str], path
         axes.set_xlabel("epoch")
     with written_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def open_events(folder: Path, first_epoch: int) -> Any:
+    """Open torch's writer of TensorBoard events, or return `None` where TensorBoard is not installed.
+
+    Args:
+        folder: Folder of the fold; events lie in its `tensorboard`.
+        first_epoch: Epoch with which the training begins or goes on: later events of an earlier run are discarded.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("no TensorBoard events, as it is not installed: pip install 'nnturbo[tensorboard]'")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
 from ..engine.model.checkpoint import read_checkpoint
@@ -103,6 +105,8 @@ def train(
         ):
             logger.info("%s: the training is finished", present)
         else:
+            if chosen.type == "cuda":
+                torch.backends.cudnn.benchmark = True  # as nnU-Net's own command does
             trainer.run_training()
         if final_validation:
             trainer.perform_actual_validation()

@@ -14,7 +14,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.errors import EngineError
 from ..engine.files import written_atomically
@@ -22,10 +22,12 @@ from .class_loss import class_loss, class_weights, content_weights, shown_conten
 from .data.cases import LABELS_FILE
 from .data.multi_task_plans import RECIPE_KEY, multi_task_plans, read_classes
 from .data.tables import DatasetError
-from .history import write_history
+from .history import open_events, write_history
+from .optimizers import make_optimizers, step_optimizers
 from .random_state import restore_random_state, seed_generators
 from .recipe import PRESETS, Recipe
 from .schedule import EpochScheduler, Schedule
+from .step_cost import try_batch
 from .trainer_state import check_resumable, read_state, recipe_of, restore, state_of
 from .weight_average import WeightAverage
 from .whole_case_validation import WholeCaseValidation
@@ -77,6 +79,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self.average: WeightAverage | None = None
         self.history: list[dict[str, float]] = []
         self.whole_cases = WholeCaseValidation(self)
+        self.events: Any = None
         self._random_state: dict[str, Any] | None = None
         self._batches = 0  # since the optimizers' last step
 
@@ -129,17 +132,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """Give the head its own optimizer; nnU-Net steps the other one, and calls the schedule once an epoch."""
-        recipe, head = self.recipe, list(self.network.head.parameters())
-        # Lists, because a checkpoint identifies parameters by their position.
-        of_head = set(map(id, head))
-        backbone = [parameter for parameter in self.network.parameters() if id(parameter) not in of_head]
-        if recipe.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                backbone, recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=0.99, nesterov=True
-            )
-        else:
-            optimizer = torch.optim.AdamW(backbone, recipe.learning_rate, weight_decay=recipe.weight_decay)
-        self.head_optimizer = torch.optim.AdamW(head, recipe.head_learning_rate, weight_decay=recipe.head_weight_decay)
+        optimizer, self.head_optimizer = make_optimizers(self.network, self.recipe)
         return optimizer, EpochScheduler(self, optimizer)
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
@@ -160,22 +153,31 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         if self._batches == 0:
             self.optimizer.zero_grad(set_to_none=True)
             self.head_optimizer.zero_grad(set_to_none=True)
+        loss, seg_loss, of_class = self.losses(data, target, labels, with_class=with_class, joint=joint)
+        loss = loss / self.recipe.batches_per_step
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        self._batches = (self._batches + 1) % self.recipe.batches_per_step
+        if self._batches == 0:
+            optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
+            step_optimizers(self.network, optimizers, self.grad_scaler, self.recipe)
+            if self.average is not None:
+                self.average.step()
+        return {"loss": seg_loss.detach().cpu().numpy(), "class_loss": of_class.detach().cpu().numpy()}
+
+    def losses(
+        self, data: Tensor, target: list[Tensor] | Tensor, labels: Tensor, *, with_class: bool, joint: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the network, and give the loss that is trained on, the segmentation's and the head's."""
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
             if with_class:
                 seg_logits, class_logits = self.network.forward_multitask(data, detached=not joint)
             else:
                 seg_logits, class_logits = self.network(data), None
             seg_loss = self.loss(seg_logits, target)
-        loss, of_class = seg_loss, torch.zeros((), device=self.device)
-        if class_logits is not None:
-            of_class = self._class_loss(class_logits, labels, target)
-            loss = seg_loss + (self.recipe.class_loss_weight if joint else 1.0) * of_class
-        loss = loss / self.recipe.batches_per_step
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-        self._batches = (self._batches + 1) % self.recipe.batches_per_step
-        if self._batches == 0:
-            self._step(with_class)
-        return {"loss": seg_loss.detach().cpu().numpy(), "class_loss": of_class.detach().cpu().numpy()}
+        if class_logits is None:
+            return seg_loss, seg_loss, torch.zeros((), device=self.device)
+        of_class = self._class_loss(class_logits, labels, target)
+        return seg_loss + (self.recipe.class_loss_weight if joint else 1.0) * of_class, seg_loss, of_class
 
     def _to_device(self, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor] | Tensor, Tensor]:
         target = batch["target"]
@@ -192,26 +194,6 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         focus, foreground = shown_content(finest, self.network.scheme, self.label_manager.ignore_label)
         by_content = content_weights(focus, foreground, self.recipe.pancreas_weight)
         return class_loss(class_logits, labels, self.class_weights, by_content, self.recipe.label_smoothing)
-
-    def _step(self, with_class: bool) -> None:
-        """Clip the gradients of each part, step the optimizers, and let the average of the weights follow."""
-        head = list(self.network.head.parameters())
-        backbone = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
-        if self.grad_scaler is not None:
-            for optimizer in optimizers:
-                self.grad_scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(backbone, self.recipe.gradient_clip)
-        nn.utils.clip_grad_norm_(head, self.recipe.head_gradient_clip)
-        for optimizer in optimizers:
-            if self.grad_scaler is None:
-                optimizer.step()
-            else:
-                self.grad_scaler.step(optimizer)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-        if self.average is not None:
-            self.average.step()
 
     def head_is_trained(self) -> bool:
         """Whether this epoch trains the head too."""
@@ -251,6 +233,26 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         if self.current_epoch % self.recipe.save_every == 0 and self.current_epoch < self.schedule.last_epoch:
             self._write_checkpoint(folder / LATEST, self.current_epoch)
         write_history(self.history, folder)
+        self._log(self.history[-1])
+
+    def _log(self, line: Mapping[str, float]) -> None:
+        """Give a line of the history to TensorBoard, and to what nnU-Net logs to besides, such as W&B."""
+        epoch = int(line["epoch"])
+        for name, value in line.items():
+            if name == "epoch":
+                continue
+            if self.events is not None:
+                self.events.add_scalar(name, value, epoch)
+            for logger in self.logger.loggers:
+                logger.log(name, value, epoch)
+        if self.events is not None:
+            self.events.flush()
+
+    def on_train_end(self) -> None:
+        """Let nnU-Net write the final checkpoint and end its processes."""
+        super().on_train_end()
+        if self.events is not None:
+            self.events.close()
 
     def on_train_start(self) -> None:
         """Prepare the training; a new one is saved before its first epoch, a resumed one takes its random numbers."""
@@ -258,6 +260,11 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             self.initialize()
         _ = self.whole_cases.cases  # errors that would come after hours come now
         super().on_train_start()
+        if self.current_epoch < self.schedule.last_epoch:
+            left = self.schedule.last_epoch - self.current_epoch
+            cost = try_batch(self)
+            self.print_to_log_file(cost.described(left, self.recipe.iterations, self.recipe.validation_iterations))
+        self.events = open_events(Path(self.output_folder), self.current_epoch)
         if self._random_state is not None:
             restore_random_state(self._random_state)
         else:

@@ -67,6 +67,14 @@ def environment(tiny, tmp_path, monkeypatch):
         yield tmp_path / "results"
 
 
+@pytest.fixture
+def without_curves(monkeypatch):
+    """Draw no curves, which take most of the time of a tiny training."""
+    import_nnunet()
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.MetaLogger.plot_progress_png", lambda *_: None)
+    monkeypatch.setattr("nnturbo.training.history.draw_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     """Model folder of a training of two epochs that nothing interrupted."""

@@ -69,12 +69,9 @@ def stopping(moment):
 
 
 @pytest.fixture
-def one_process(monkeypatch):
-    """No processes for augmentation, and no curves, which take most of the time."""
+def one_process(monkeypatch, without_curves):
+    """No processes for augmentation."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    import_nnunet()
-    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.MetaLogger.plot_progress_png", lambda *_: None)
-    monkeypatch.setattr("nnturbo.training.history.draw_curves", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from nnturbo.engine import Engine, EngineError
 from nnturbo.engine.model.checkpoint import read_checkpoint
 from nnturbo.engine.scans.volume import read_volume
-from nnturbo.training.recipe import Recipe
+from nnturbo.training.recipe import PRESETS, Recipe
 from nnturbo.training.whole_cases import find_labelled_cases, network_engine, validate
 from sklearn.metrics import f1_score
 
@@ -174,6 +174,14 @@ class TestInsideNnunet:
         assert trainer_class is import_nnunet().nnUNetTrainerMultiTask
         with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerOther"):
             found_by_nnunet("nnUNetTrainerOther")
+
+    @pytest.mark.parametrize("preset", ["conservative", "aggressive", "segmentation_focused"])
+    def test_its_command_chooses_a_preset_by_the_trainers_name(self, tiny, environment, found_by_nnunet, preset):
+        trainer_class = found_by_nnunet(f"nnUNetTrainerMultiTask_{preset}")
+        plans = json.loads(json.dumps(tiny.plans)) | {"continue_training": False}
+        trainer = trainer_class(plans, CONFIGURATION, 0, tiny.dataset, torch.device("cpu"))
+        assert trainer.recipe == PRESETS[preset]
+        assert f"nnUNetTrainerMultiTask_{preset}__" in trainer.output_folder
 
     def test_plans_without_a_recipe_are_trained_with_the_balanced_one(self, tiny, environment):
         """As nnU-Net's own command does it, whose planner knows of no recipe."""

@@ -60,9 +60,7 @@ class TestFolders:
         """It would stop the training, after nnU-Net has preprocessed everything."""
         write_image(source / "validation" / "subtype2" / "quiz_2_009_0000.nii.gz", scan(9))
         write_image(source / "validation" / "subtype2" / "quiz_2_009.nii.gz", labels())
-        message = (
-            r"train: a class must have a training case, '2' of the validation cases has none; nothing was"
-        )
+        message = r"train: a class must have a training case, '2' of the validation cases has none; nothing was"
         with pytest.raises(DatasetError, match=message):
             prepare(source, raw)
         assert_nothing_written(raw)
