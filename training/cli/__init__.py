@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .choose import add_choose
+from .crossvalidate import add_crossvalidate
 from .demo import add_demo
 from .evaluate import add_evaluate
 from .phantom import add_phantom
@@ -29,6 +31,8 @@ def add_commands(commands: Any) -> None:
     add_phantom(commands)
     add_prepare(commands)
     add_train(commands)
+    add_crossvalidate(commands)
+    add_choose(commands)
     add_evaluate(commands)
     add_submit(commands)
     add_publish(commands)

@@ -185,11 +185,17 @@ def bootstrap_macro_f1(
     truth: Sequence[int], predicted: Sequence[int | None], *, resamples: int, seed: int, classes: int = 3
 ) -> Interval:
     """Percentile bootstrap interval of the macro-F1 over cases; arguments as those of the functions above."""
+    return interval_of(resampled_macro_f1(truth, predicted, draw_resamples(len(truth), resamples, seed), classes))
+
+
+def resampled_macro_f1(
+    truth: Sequence[int], predicted: Sequence[int | None], draws: NDArray[np.float64], classes: int
+) -> NDArray[np.float64]:
+    """Macro-F1 in each resample of `draw_resamples`, (resamples,); arguments as those of the functions above."""
     one_hot = np.zeros((len(truth), classes, classes + 1))
     for case, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
         one_hot[case, true, classes if guess is None else guess] = 1
-    confusions = np.tensordot(draw_resamples(len(truth), resamples, seed), one_hot, axes=1)
-    return interval_of(np.nanmean(_f1(confusions), axis=1))
+    return np.nanmean(_f1(np.tensordot(draws, one_hot, axes=1)), axis=1)
 
 
 def draw_resamples(cases: int, resamples: int, seed: int) -> NDArray[np.float64]:

@@ -1,0 +1,339 @@
+"""Chooses models, classifier and aggregation by held-out cases, and says where these are too few to tell."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from ..engine.ensemble import Ensemble
+from ..engine.model.plans import Plan
+from ..engine.options import DEFAULT_CHECKPOINT
+from ..engine.pipeline.labels import segment_probabilities
+from .data.masks import read_mask
+from .data.task import DATASET_FILE, Task, read_task
+from .evaluation.metrics import Interval, dice, draw_resamples, interval_of, resampled_macro_f1
+from .held_out import ALIKE, FOREGROUND, HEAD, LDA, Answer, HeldOutNetwork, cases_of_folds
+from .whole_cases import LabelledCase
+
+logger = logging.getLogger(__name__)
+
+MOST_MODELS = 5
+FEW_CASES = 10
+"""A class with fewer held-out cases is named."""
+SIMPLEST, BEST = "simplest", "best"
+TAKE = (SIMPLEST, BEST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Evidence:
+    """What held-out cases show, case by case.
+
+    Attributes:
+        truth: (N,) class of each case.
+        class_names: One per class.
+        dsc: By models of an ensemble (places in the list of models): (N, 2), of all foreground and of the focus.
+        logits: By place of a model, classifier and aggregation: (N, S).
+    """
+
+    truth: NDArray[np.integer]
+    class_names: tuple[str, ...]
+    dsc: Mapping[tuple[int, ...], NDArray[np.float64]]
+    logits: Mapping[tuple[int, str, str], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to predict, and how it does.
+
+    Attributes:
+        models: Places in the list of models; the probabilities of several are averaged.
+        classifier: "head" or "lda".
+        aggregation: "foreground" or "mean".
+        score: Mean of the next three, as in training.
+        whole_dsc, focus_dsc, macro_f1: Over the held-out cases.
+        score_interval, whole_dsc_interval, focus_dsc_interval, macro_f1_interval: Bootstrap 95 % intervals.
+    """
+
+    models: tuple[int, ...]
+    classifier: str
+    aggregation: str
+    score: float
+    whole_dsc: float
+    focus_dsc: float
+    macro_f1: float
+    score_interval: Interval
+    whole_dsc_interval: Interval
+    focus_dsc_interval: Interval
+    macro_f1_interval: Interval
+
+    @property
+    def cost(self) -> tuple[int, bool, bool]:
+        """Order from simple to complex: fewer models, the network's own head, weighted tiles."""
+        return len(self.models), self.classifier != HEAD, self.aggregation != FOREGROUND
+
+    @property
+    def name(self) -> str:
+        """Name in tables: models counted from 1."""
+        return f"{' + '.join(str(place + 1) for place in self.models)}, {self.classifier}, {self.aggregation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What is proposed.
+
+    Attributes:
+        chosen: The way to predict.
+        candidates: All ways, the best score first.
+        remarks: Where the evidence is too thin, in sentences.
+    """
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    remarks: tuple[str, ...]
+
+
+# Its parameters are the flags of `nnturbo choose`.
+def gather_evidence(
+    models: Sequence[str | os.PathLike[str]],
+    raw_dataset: Path,
+    preprocessed_dataset: Path,
+    folds: Sequence[int],
+    *,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    mirror: bool = True,
+    device: str = "auto",
+    progress: Callable[[int, int, object], None] | None = None,
+) -> Evidence:
+    """Predict the held-out cases of every fold once with each model of that fold.
+
+    Args:
+        models: Model folders, trained on the same splits.
+        raw_dataset: `nnUNet_raw/DatasetXXX_Name`.
+        preprocessed_dataset: The same in `nnUNet_preprocessed`.
+        folds: Trained folds.
+        checkpoint: File name in each fold.
+        mirror: Whether to average over mirrored views.
+        device: Device of the networks.
+        progress: Called with the number done, the number of all, and the case.
+
+    Raises:
+        ValueError: For no or more than five models, or two folds that hold out the same case.
+        ModelError: Where a model has no classification head, or two do not fit together.
+    """
+    if not 1 <= len(models) <= MOST_MODELS:
+        raise ValueError(f"models must be 1 to {MOST_MODELS} to choose among, got {len(models)}")
+    cases = cases_of_folds(raw_dataset, preprocessed_dataset, folds)
+    task = read_task(preprocessed_dataset / DATASET_FILE)
+    places = range(len(models))
+    subsets = [subset for size in places for subset in itertools.combinations(places, size + 1)]
+    dsc: dict[tuple[int, ...], list[tuple[float, float]]] = {subset: [] for subset in subsets}
+    logits: dict[tuple[int, str, str], list[NDArray[np.float64]]] = {}
+    truth: list[int] = []
+    class_names: tuple[str, ...] = ()
+    for fold, of_fold in cases.items():
+        networks = [HeldOutNetwork(m, fold, checkpoint=checkpoint, device=device, mirror=mirror) for m in models]
+        Ensemble([network.engine for network in networks])  # refuses models that do not fit together
+        class_names, plan = networks[0].class_names, networks[0].model.plan
+        for case in of_fold:
+            answers = [network.predict(case, save_probabilities=len(models) > 1) for network in networks]
+            for subset, measured in _compare(answers, case, task, plan, subsets).items():
+                dsc[subset].append(measured)
+            for place, answer in enumerate(answers):
+                for (kind, aggregation), values in answer.logits.items():
+                    logits.setdefault((place, kind, aggregation), []).append(values)
+            truth.append(case.subtype)
+            if progress is not None:
+                progress(len(truth), sum(map(len, cases.values())), case.name)
+    # A classifier that only some folds have cannot be chosen.
+    complete = {key: np.array(values) for key, values in logits.items() if len(values) == len(truth)}
+    return Evidence(
+        truth=np.array(truth),
+        class_names=class_names,
+        dsc={subset: np.array(values) for subset, values in dsc.items()},
+        logits=complete,
+    )
+
+
+def _compare(
+    answers: Sequence[Answer], case: LabelledCase, task: Task, plan: Plan, subsets: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """DSC of all foreground and of the focus, of every ensemble of the models, where the truth is known."""
+    truth = read_mask(case.labels, task)[0].array[0]
+    known = np.ones(truth.shape, bool) if task.ignore_label is None else truth != task.ignore_label
+    focus = _focus_values(plan)
+    measured = {}
+    for subset in subsets:
+        segmentation = answers[subset[0]].prediction.segmentation
+        if len(subset) > 1:
+            parts = [answers[place].prediction.probabilities for place in subset]
+            segmentation = segment_probabilities(np.mean([part for part in parts if part is not None], 0), plan.labels)
+        measured[subset] = (
+            dice((segmentation > 0) & known, (truth > 0) & known),
+            dice(np.isin(segmentation, focus) & known, np.isin(truth, focus) & known),
+        )
+    return measured
+
+
+def _focus_values(plan: Plan) -> list[int]:
+    """Label values of the focus of the class, such as the lesion."""
+    assert plan.classification is not None
+    foreground = [value for value in plan.labels.labels.values() if value not in (0, (0,))]
+    if not plan.classification.regions:
+        return list(plan.classification.focus_channels)
+    regions = [value if isinstance(value, tuple) else (value,) for value in foreground]
+    return sorted({value for channel in plan.classification.focus_channels for value in regions[channel]})
+
+
+def propose(evidence: Evidence, *, take: str = SIMPLEST, resamples: int = 2000, seed: int = 0) -> Proposal:
+    """Choose by the mean of both DSC and macro-F1.
+
+    Args:
+        evidence: What held-out cases show.
+        take: "best" takes the best score. "simplest" takes the simplest of the ways that are not clearly worse: those
+            whose difference from the best has a 95 % interval (paired bootstrap over cases) that reaches 0.
+        resamples: Number of resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+    """
+    if take not in TAKE:
+        raise ValueError(f"take must be one of {', '.join(TAKE)}, got {take!r}")
+    draws = draw_resamples(len(evidence.truth), resamples, seed)
+    scored = [
+        _score(evidence, subset, kind, how, draws) for subset in evidence.dsc for kind, how in _ways(evidence, subset)
+    ]
+    scored.sort(key=lambda pair: (-pair[0].score, pair[0].cost))
+    best, of_best = scored[0]
+    chosen, of_chosen = best, of_best
+    if take == SIMPLEST:
+        similar = [
+            (candidate, resampled)
+            for candidate, resampled in scored
+            if candidate.cost <= best.cost and interval_of(of_best - resampled).low <= 0
+        ]
+        chosen, of_chosen = min(similar, key=lambda pair: (pair[0].cost, -pair[0].score))
+    remarks = [*_rare_classes(evidence), *_differences(scored, chosen, of_chosen, len(evidence.truth))]
+    if len(scored) > 1:
+        remarks.append(_optimism(scored))
+    return Proposal(chosen=chosen, candidates=tuple(candidate for candidate, _ in scored), remarks=tuple(remarks))
+
+
+def _ways(evidence: Evidence, models: Sequence[int]) -> list[tuple[str, str]]:
+    """Classifiers and aggregations that all of some models have."""
+    return [
+        (kind, how)
+        for kind in (HEAD, LDA)
+        for how in (FOREGROUND, ALIKE)
+        if all((model, kind, how) in evidence.logits for model in models)
+    ]
+
+
+def _score(
+    evidence: Evidence, models: tuple[int, ...], kind: str, how: str, draws: NDArray[np.float64]
+) -> tuple[Candidate, NDArray[np.float64]]:
+    """Measure one way to predict; also its score in each resample."""
+    shares = np.mean([softmax(evidence.logits[model, kind, how], axis=1) for model in models], 0)
+    truth, predicted = evidence.truth.tolist(), shares.argmax(1).tolist()
+    once = np.ones((1, len(truth)))
+
+    def measures(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        overlaps = weights @ evidence.dsc[models] / len(truth)
+        f1 = resampled_macro_f1(truth, predicted, weights, len(evidence.class_names))
+        return np.column_stack([overlaps, f1])
+
+    (whole, focus, f1), resampled = measures(once)[0].tolist(), measures(draws)
+    scores = resampled.mean(1)
+    intervals = [interval_of(column) for column in resampled.T]
+    candidate = Candidate(
+        models=models,
+        classifier=kind,
+        aggregation=how,
+        score=(whole + focus + f1) / 3,
+        whole_dsc=whole,
+        focus_dsc=focus,
+        macro_f1=f1,
+        score_interval=interval_of(scores),
+        whole_dsc_interval=intervals[0],
+        focus_dsc_interval=intervals[1],
+        macro_f1_interval=intervals[2],
+    )
+    return candidate, scores
+
+
+Scored = tuple[Candidate, NDArray[np.float64]]
+
+
+def _rare_classes(evidence: Evidence) -> list[str]:
+    counts = np.bincount(evidence.truth, minlength=len(evidence.class_names))
+    rare = [f"{name} ({count})" for name, count in zip(evidence.class_names, counts, strict=True) if count < FEW_CASES]
+    return (
+        [f"Fewer than {FEW_CASES} held-out cases show class {', '.join(rare)}: its F1 may be anything."] if rare else []
+    )
+
+
+def _differences(scored: Sequence[Scored], chosen: Candidate, of_chosen: NDArray[np.float64], cases: int) -> list[str]:
+    """Name the best of each other kind of choice that the cases do not tell from the chosen one."""
+    kinds: dict[str, Callable[[Candidate], bool]] = {
+        "The best score": lambda other: True,
+        "Another model": lambda other: len(other.models) == 1 and other.models != chosen.models,
+        "An ensemble": lambda other: len(other.models) > 1 and other.models != chosen.models,
+        "The other classifier": lambda other: other.models == chosen.models and other.classifier != chosen.classifier,
+        "The other aggregation": lambda other: (
+            (other.models, other.classifier) == (chosen.models, chosen.classifier)
+            and other.aggregation != chosen.aggregation
+        ),
+    }
+    said: dict[str, str] = {}
+    for what, belongs in kinds.items():
+        other, resampled = next(((c, r) for c, r in scored if belongs(c)), (chosen, of_chosen))
+        interval = interval_of(resampled - of_chosen)
+        if other != chosen and interval.low <= 0 <= interval.high:
+            said.setdefault(
+                other.name,
+                f"{what} ({other.name}) differs from the choice by {other.score - chosen.score:+.3f} "
+                f"({interval.low:+.3f} to {interval.high:+.3f}): {cases} cases are too few to tell them apart.",
+            )
+    return list(said.values())
+
+
+def _optimism(scored: Sequence[Scored]) -> str:
+    """Say by how much the best of many looks better than it is (Harrell's bootstrap estimate)."""
+    resampled = np.array([values for _, values in scored])
+    winners = resampled.argmax(0)
+    scores = np.array([candidate.score for candidate, _ in scored])
+    flattery = float((resampled.max(0) - scores[winners]).mean())
+    return (
+        f"The best of {len(scored)} ways was found on the cases that measure it: its score {scores[0]:.3f} is about "
+        f"{max(flattery, 0.0):.3f} too high."
+    )
+
+
+def candidate_table(proposal: Proposal, models: Sequence[str | os.PathLike[str]], most: int = 12) -> str:
+    """Markdown table of the best ways, the chosen one and each model alone; then the remarks."""
+    lines = [
+        *(f"model {place}: {model}" for place, model in enumerate(models, start=1)),
+        "",
+        "| models, classifier, aggregation | score | whole DSC | focus DSC | macro-F1 | |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = [*proposal.candidates[:most], *(c for c in proposal.candidates[most:] if c == proposal.chosen)]
+    for candidate in shown:
+        cells = [
+            f"{value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+            for value, interval in (
+                (candidate.score, candidate.score_interval),
+                (candidate.whole_dsc, candidate.whole_dsc_interval),
+                (candidate.focus_dsc, candidate.focus_dsc_interval),
+                (candidate.macro_f1, candidate.macro_f1_interval),
+            )
+        ]
+        lines.append(f"| {candidate.name} | {' | '.join(cells)} | {'chosen' if candidate == proposal.chosen else ''} |")
+    if left := len(proposal.candidates) - len(shown):
+        lines += ["", f"{left} more in choice.json"]
+    return "\n".join([*lines, "", *proposal.remarks]) + "\n"
