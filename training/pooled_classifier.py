@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..engine.backends.choose import choose_device, choose_precision
 from ..engine.backends.torch import TorchRunner
@@ -21,7 +22,7 @@ from ..engine.files import written_atomically
 from ..engine.model.classification import is_indices
 from ..engine.model.folder import Model, read_model
 from ..engine.model.folds import InferenceNetwork
-from ..engine.model.heads import FocusPooling
+from ..engine.model.heads import FocusPooling, Head
 from ..engine.model.multi_task_unet import MultiTaskUNet
 from ..engine.model.network import build_network
 from ..engine.model.plans import Plan
@@ -34,10 +35,12 @@ from ..engine.scans.volume import read_volume
 from .data.cases import LABELS_FILE, SPLITS_FILE
 from .data.multi_task_plans import read_classes
 from .data.tables import DatasetError
-from .evaluation.metrics import classification_metrics
+from .evaluation.metrics import Interval, bootstrap_macro_f1, classification_metrics
 from .whole_cases import find_labelled_cases
 
 logger = logging.getLogger(__name__)
+
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +59,46 @@ class PooledFit:
         cases: Number of cases on which it was fitted.
         macro_f1: Macro-F1 of a five-fold cross-validation over them. It is too high, because the network was trained on
             all of them.
+        validated: Macro-F1 on cases that neither the network nor the classifier saw; `None` without such cases.
     """
 
     cases: int
     macro_f1: float
+    validated: ValidatedFit | None
 
 
-def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | str) -> list[ClassifiedScan]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidatedFit:
+    """A fitted classifier and the network's head on the same validation cases.
+
+    Attributes:
+        cases: Number of the cases.
+        fitted, head: Macro-F1 of each.
+        fitted_interval, head_interval: Bootstrap 95 % intervals of these.
+    """
+
+    cases: int
+    fitted: float
+    head: float
+    fitted_interval: Interval
+    head_interval: Interval
+
+    @property
+    def better(self) -> bool:
+        """Whether the fitted classifier is better than the head."""
+        return self.fitted > self.head
+
+
+def training_scans(
+    raw_dataset: Path, preprocessed_dataset: Path, fold: int | str, *, part: str = "train"
+) -> list[ClassifiedScan]:
     """Find scans and classes of the training cases of a fold.
 
     Args:
         raw_dataset: `nnUNet_raw/DatasetXXX_Name`.
         preprocessed_dataset: The same in `nnUNet_preprocessed`.
         fold: Number of a split, or "all" for every labelled case.
+        part: "train", or "val" for the validation cases of a split.
 
     Raises:
         DatasetError: Where a file or the split is missing.
@@ -84,7 +114,7 @@ def training_scans(raw_dataset: Path, preprocessed_dataset: Path, fold: int | st
             raise DatasetError(
                 f"{preprocessed_dataset / SPLITS_FILE} has {len(splits)} splits, fold {fold} is not one of them"
             )
-        cases = sorted(splits[int(fold)]["train"])
+        cases = sorted(splits[int(fold)][part])
     found = find_labelled_cases(raw_dataset, cases, dataset, subtypes)
     return [ClassifiedScan(images=case.images, subtype=case.subtype) for case in found]
 
@@ -95,17 +125,21 @@ def fit_pooled_classifier(
     scans: Sequence[ClassifiedScan],
     *,
     stages: Sequence[int],
+    validation: Sequence[ClassifiedScan] = (),
     checkpoint: str = "checkpoint_final.pth",
     device: str = "auto",
     progress: Callable[[int, int, object], None] | None = None,
 ) -> PooledFit:
     """Fit a classifier on scans, and write it into the checkpoint of a fold, where the engine finds it.
 
+    It answers by default only if it is better than the network's head on the validation scans.
+
     Args:
         model_folder: Folder of a multi-task model.
         fold: Fold whose checkpoint is used.
         scans: Training scans of the network.
         stages: Stages of the encoder to pool, counted from the finest, 0.
+        validation: Scans that neither the network nor the classifier saw.
         checkpoint: File name of the checkpoint.
         device: Device of the network.
         progress: Called with the number done, the number of all, and the scan.
@@ -116,26 +150,64 @@ def fit_pooled_classifier(
         ValueError: Where a class has fewer than two scans.
     """
     model = read_model(model_folder, folds=[fold], checkpoint=checkpoint)
-    features = []
-    for done, vector in enumerate(_features(model, scans, stages, device), start=1):
-        features.append(vector)
+    everything = [*scans, *validation]
+    outputs = []
+    for done, vector in enumerate(_outputs(model, everything, stages, device), start=1):
+        outputs.append(vector)
         if progress is not None:
-            progress(done, len(scans), scans[done - 1].images[0])
+            progress(done, len(everything), everything[done - 1].images[0])
     scheme = model.plan.classification
     assert scheme is not None  # a network with a head has one
     labels = np.array([scan.subtype for scan in scans])
-    weight, bias = fit_discriminant(np.array(features), labels, scheme.num_classes)
-    macro_f1 = _cross_validate(np.array(features), labels, scheme.num_classes)
+    of_head, features = np.split(np.array(outputs), [scheme.num_classes], axis=1)
+    weight, bias = fit_discriminant(features[: len(scans)], labels, scheme.num_classes)
+    macro_f1 = _cross_validate(features[: len(scans)], labels, scheme.num_classes)
+    validated = None
+    if validation:
+        by_fit = features[len(scans) :] @ weight.numpy().T + bias.numpy()
+        truth = [scan.subtype for scan in validation]
+        validated = _compare(truth, by_fit, of_head[len(scans) :])
     path = Path(model_folder) / f"fold_{fold}" / checkpoint
     content = torch.load(path, map_location="cpu", weights_only=False)  # the caller trained this checkpoint
-    content["pooled_classifier"] = {"kind": "lda", "stages": list(stages), "weight": weight, "bias": bias}
+    content["pooled_classifier"] = {
+        "kind": "lda",
+        "stages": list(stages),
+        "weight": weight,
+        "bias": bias,
+        "preferred": validated is not None and validated.better,
+    }
     with written_atomically(path) as temporary:
         torch.save(content, temporary)
     logger.info("%s: fitted on %d scans, cross-validated macro-F1 %.3f", path, len(scans), macro_f1)
-    return PooledFit(cases=len(scans), macro_f1=macro_f1)
+    return PooledFit(cases=len(scans), macro_f1=macro_f1, validated=validated)
 
 
-def _features(
+def _compare(
+    truth: Sequence[int], by_fit: NDArray[np.floating[Any]], by_head: NDArray[np.floating[Any]]
+) -> ValidatedFit:
+    """Measure both classifiers, each by its class logits (N, S)."""
+    classes = by_fit.shape[1]
+    answers = {"fitted": by_fit.argmax(1).tolist(), "head": by_head.argmax(1).tolist()}
+    scores: dict[str, Any] = {}
+    for name, predicted in answers.items():
+        scores[name] = classification_metrics(truth, predicted, classes).macro_f1
+        scores[f"{name}_interval"] = bootstrap_macro_f1(truth, predicted, resamples=RESAMPLES, seed=0, classes=classes)
+    return ValidatedFit(cases=len(truth), **scores)
+
+
+class _HeadAndPooling(Head):
+    """The network's head, and the features that a classifier is fitted on, in one output."""
+
+    def __init__(self, head: nn.Module, stages: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([head, FocusPooling(stages)])
+
+    def forward(self, features: Sequence[torch.Tensor], focus: torch.Tensor) -> torch.Tensor:
+        """Run both."""
+        return torch.cat([part(features, focus) for part in self.parts], 1)
+
+
+def _outputs(
     model: Model, scans: Sequence[ClassifiedScan], stages: Sequence[int], device: str
 ) -> Iterator[NDArray[np.float64]]:
     network = build_network(model.plan, model.weights[0])
@@ -144,7 +216,7 @@ def _features(
     deepest = len(network.encoder.output_channels) - 1
     if not is_indices(tuple(stages)) or max(stages) > deepest:
         raise ModelError(f"stages must be different ones among the encoder's 0 to {deepest}, got {list(stages)}")
-    network.head = FocusPooling(stages)
+    network.head = _HeadAndPooling(network.head, stages)
     return case_outputs(network, model.plan, scans, choose_device(device))
 
 

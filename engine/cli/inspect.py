@@ -130,7 +130,7 @@ def _fitted_rows(model: Model) -> list[tuple[str, str]]:
         return []
     fitted = [
         f"fold {fold}: {classifier.kind} on stages {', '.join(map(str, classifier.stages))}"
-        f"{_divided(classifier.temperature)}"
+        f"{_divided(classifier.temperature)}{'' if classifier.preferred else ', only if asked for'}"
         for fold, classifier in zip(model.folds, model.pooled_classifiers, strict=True)
         if classifier is not None
     ]

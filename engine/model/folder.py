@@ -257,7 +257,7 @@ def with_classifier(model: Model, wanted: str) -> Model:
     Args:
         model: The model.
         wanted: "lda" for the fitted classifiers, "head" for the network's head, or "auto" for the fitted ones if every
-            fold has one.
+            fold has one that is preferred.
 
     Raises:
         ModelError: For "lda" where a fold has no fitted classifier.
@@ -274,7 +274,20 @@ def with_classifier(model: Model, wanted: str) -> Model:
         logger.warning(
             "%s: fold %s has no fitted classifier, so the network's head answers", model.source, ", ".join(without)
         )
-    chosen = model if wanted != "head" and not without else replace(model, pooled_classifiers=())
+    declined = [
+        fold
+        for fold, fitted in zip(model.folds, model.pooled_classifiers, strict=False)
+        if fitted is not None and not fitted.preferred
+    ]
+    if wanted == "auto" and declined:
+        logger.info(
+            "%s: on validation cases the fitted classifier of fold %s was not better than the network's head, which "
+            "answers unless it is told otherwise",
+            model.source,
+            ", ".join(declined),
+        )
+    fitted_answers = wanted == "lda" or (wanted == "auto" and not without and not declined)
+    chosen = model if fitted_answers else replace(model, pooled_classifiers=())
     logger.info("classifier %s of %s", chosen.classifier, model.source)
     return chosen
 

@@ -189,6 +189,8 @@ class PooledClassifier:
         weight: (S, F) float32 by class and feature; F is three times the channels of all stages.
         bias: (S,) float32.
         temperature: By which class logits are divided, so that probabilities are as often right as they say.
+        preferred: Whether it answers unless another classifier is asked for; not where validation showed the network's
+            head to be as good.
     """
 
     kind: str
@@ -196,23 +198,26 @@ class PooledClassifier:
     weight: Tensor
     bias: Tensor
     temperature: float = 1.0
+    preferred: bool = True
 
     @classmethod
     def parse(cls, description: Any) -> PooledClassifier:
-        """Read the entry "pooled_classifier" of a checkpoint: numbers as lists or tensors; the temperature may lack.
+        """Read the entry "pooled_classifier" of a checkpoint: numbers as lists or tensors; the last two may lack.
 
         Raises:
             CheckpointError: Where the entry is anything else.
         """
         keys = ("kind", "stages", "weight", "bias")
-        if not isinstance(description, dict) or {*description} - {"temperature"} != {*keys}:
+        if not isinstance(description, dict) or {*description} - {"temperature", "preferred"} != {*keys}:
             has = list(description) if isinstance(description, dict) else type(description).__name__
             raise CheckpointError(f"pooled_classifier must have exactly {', '.join(keys)}; got {has!s:.120}")
         if description["kind"] not in POOLED_KINDS:
             raise CheckpointError(
                 f"pooled_classifier: kind must be {' or '.join(POOLED_KINDS)}, got {description['kind']!r:.80}"
             )
-        stages = description["stages"]
+        preferred, stages = description.get("preferred", True), description["stages"]
+        if not isinstance(preferred, bool):
+            raise CheckpointError(f"pooled_classifier: preferred must be true or false, got {preferred!r:.80}")
         if not isinstance(stages, (list, tuple)) or not is_indices(tuple(stages)):
             raise CheckpointError(f"pooled_classifier: stages must be different numbers from 0, got {stages!r:.80}")
         weight, bias = (_finite(description[key], key) for key in ("weight", "bias"))
@@ -227,6 +232,7 @@ class PooledClassifier:
             weight=weight,
             bias=bias,
             temperature=parse_temperature(description.get("temperature", 1.0), "pooled_classifier: temperature"),
+            preferred=preferred,
         )
 
     def make_head(self, channels: Sequence[int]) -> LinearClassifier:

@@ -2,15 +2,18 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, EngineOptions, ModelError
+from nnturbo.engine.errors import CheckpointError
 from nnturbo.engine.model.folder import read_model
 from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.pooled_classifier import fit_discriminant, fit_pooled_classifier, training_scans
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import f1_score
 
 STAGES = (0, 2)
 
@@ -69,13 +72,14 @@ class TestFitting:
     def test_reports_what_it_did(self, fitted):
         _, scans, fit, seen = fitted
         assert fit.cases == len(scans) == 10
+        assert fit.validated is None
         assert seen == [(done, 10) for done in range(1, 11)]
         assert np.isnan(fit.macro_f1) or 0 <= fit.macro_f1 <= 1
 
     def test_the_engine_answers_with_it(self, fitted):
         """More features than cases: the classifier tells all of those apart that it was fitted on."""
         folder, scans, _, _ = fitted
-        engine = Engine.load(folder, mirror=False, device="cpu")
+        engine = Engine.load(folder, mirror=False, device="cpu", options=EngineOptions(classifier="lda"))
         assert engine.provenance[0].classifier == "lda"
         answers = [engine.predict(scan.images[0]).classification.label for scan in scans]
         assert answers == [scan.subtype for scan in scans]
@@ -102,6 +106,55 @@ class TestFitting:
         with pytest.raises(ModelError, match=re.escape(f"different ones among the encoder's 0 to 3, got {stages}")):
             fit_pooled_classifier(trained, 0, [], stages=stages, device="cpu")
         assert read_model(trained, folds=[0]).pooled_classifiers == (None,)
+
+
+class TestWhichAnswers:
+    """The fitted classifier only where cases that nobody saw show that it is better than the head."""
+
+    def test_without_validation_cases_the_head(self, fitted):
+        assert Engine.load(fitted[0], device="cpu").provenance[0].classifier == "head"
+
+    @pytest.mark.parametrize("turn", [0, 1])
+    def test_with_them_the_better_one(self, tiny, trained, tmp_path, turn):
+        """With the head's own answers as the truth, and with others: no chance decides."""
+        folder = tmp_path / trained.name
+        shutil.copytree(trained, folder)
+        places = tiny.raw / tiny.name, tiny.preprocessed / tiny.name, 0
+        by_head = Engine.load(folder, mirror=False, device="cpu")
+        held_out = [
+            replace(scan, subtype=(by_head.predict(scan.images[0]).classification.label + turn) % 3)
+            for scan in training_scans(*places, part="val")
+        ]
+        assert [scan.images for scan in held_out] == [(tiny.image(case),) for case in sorted(tiny.validation_cases)]
+        scans = training_scans(*places)
+        fit = fit_pooled_classifier(folder, 0, scans, stages=STAGES, validation=held_out, device="cpu")
+        by_fit = Engine.load(folder, mirror=False, device="cpu", options=EngineOptions(classifier="lda"))
+        truth = [scan.subtype for scan in held_out]
+        for engine, score in ((by_head, fit.validated.head), (by_fit, fit.validated.fitted)):
+            answers = [engine.predict(scan.images[0]).classification.label for scan in held_out]
+            assert score == pytest.approx(f1_score(truth, answers, average="macro"))
+        assert fit.validated.head == 1 - turn
+        assert fit.validated.cases == 3
+        assert fit.validated.better == (fit.validated.fitted > fit.validated.head)
+        assert fit.validated.head_interval.low <= fit.validated.head <= fit.validated.head_interval.high
+        wanted = "lda" if fit.validated.better else "head"
+        assert Engine.load(folder, device="cpu").provenance[0].classifier == wanted
+
+    @pytest.mark.parametrize(("preferred", "answers"), [(True, "lda"), (False, "head"), (None, "lda")])
+    def test_what_the_checkpoint_says(self, fitted, tmp_path, preferred, answers):
+        """One without the entry was fitted before there was one, and answers as it did."""
+        folder = tmp_path / "model"
+        shutil.copytree(fitted[0], folder)
+        path = folder / "fold_0" / "checkpoint_final.pth"
+        content = torch.load(path, weights_only=False)
+        content["pooled_classifier"].pop("preferred")
+        content["pooled_classifier"] |= {} if preferred is None else {"preferred": preferred}
+        torch.save(content, path)
+        assert Engine.load(folder, device="cpu").provenance[0].classifier == answers
+        content["pooled_classifier"]["preferred"] = "yes"
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match="pooled_classifier: preferred must be true or false, got 'yes'"):
+            read_model(folder)
 
 
 class TestScans:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .choices import PRESETS
 from .command import DONE, add_command, dataset_name, nnunet_folder, progress_line, say
+
+if TYPE_CHECKING:
+    from ..pooled_classifier import PooledFit
 
 
 def add_train(commands: Any) -> None:
@@ -65,12 +68,14 @@ def _train(options: argparse.Namespace) -> int:
         )
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     recipe = changed_recipe(options.preset, [*options.set, *seed], stored)
-    scans = []
+    scans, held_out = [], []
     if options.lda is not None:
         # Errors that would stop the fit are raised before hours of training.
         scans = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold)
         subtypes = [scan.subtype for scan in scans]
         check_counts(subtypes, max(subtypes) + 1)
+        if fold != "all":
+            held_out = training_scans(folders["raw"] / dataset, folders["preprocessed"] / dataset, fold, part="val")
     model = train(
         dataset,
         options.c,
@@ -88,9 +93,33 @@ def _train(options: argparse.Namespace) -> int:
         say("fitting a classifier on pooled features of the training cases")
         with progress_line("cases") as progress:
             fit = fit_pooled_classifier(
-                model, fold, scans, stages=options.lda, device=options.device, progress=progress
+                model,
+                fold,
+                scans,
+                stages=options.lda,
+                validation=held_out,
+                device=options.device,
+                progress=progress,
             )
-        say(f"fitted on {fit.cases} cases; macro-F1 {fit.macro_f1:.3f} in cross-validation over them")
+        say(_described(fit))
     say(f"model: {model}")
     say(f"next: nnturbo predict -i SCANS -o PREDICTIONS -m {shlex.quote(str(model))} -f {fold}")
     return DONE
+
+
+def _described(fit: PooledFit) -> str:
+    """Say how good a fitted classifier is, and which answers."""
+    lines = [
+        f"fitted on {fit.cases} cases; macro-F1 {fit.macro_f1:.3f} in cross-validation over them, which flatters, as "
+        f"the network was trained on them"
+    ]
+    if fit.validated is None:
+        lines.append("no validation cases show whether it is better than the network's head, which answers")
+    else:
+        of_fit, of_head = fit.validated.fitted_interval, fit.validated.head_interval
+        lines.append(
+            f"on {fit.validated.cases} validation cases: macro-F1 {fit.validated.fitted:.3f} "
+            f"({of_fit.low:.3f} to {of_fit.high:.3f}), the network's head {fit.validated.head:.3f} "
+            f"({of_head.low:.3f} to {of_head.high:.3f}): the {'fitted one' if fit.validated.better else 'head'} answers"
+        )
+    return "\n".join([*lines, "nnturbo predict --classifier lda or head asks for one of them"])
