@@ -1,11 +1,12 @@
 """Compares all classification heads on the same trained encoder, on held-out phantoms, with two controls.
 
     python -m nnturbo.benchmarks.heads --model FOLDER --dataset NAME --raw FOLDER --preprocessed FOLDER --plans NAME
-        --held_out FOLDER [--iterations 400] [--json FILE]
+        [--cases 300] [--seed S] [--iterations 400] [--json FILE]
 
 The network is not changed; each head learns from the same patches, with its own AdamW. The discriminant
 analysis is fitted on pooled features of all training cases, its control on the same features with shuffled labels.
-`--held_out` is the folder of a phantom data set with `test` and `test_answers`.
+They are compared on phantoms of a seed by which nothing has been chosen: take another seed after anything was chosen by
+the result.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nnturbo.engine.model.network import build_network
 from nnturbo.training.data.planning import nnunet_environment
 from nnturbo.training.data.tables import read_subtype_results
 from nnturbo.training.evaluation.metrics import bootstrap_macro_f1, classification_metrics
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.pooled_classifier import ClassifiedScan, case_outputs, fit_discriminant, training_scans
 from nnturbo.training.recipe import PRESETS
 from torch import Tensor, nn
@@ -123,10 +125,12 @@ def main() -> None:
     """Train, evaluate, print the table and keep it."""
     parser = argparse.ArgumentParser(description="classification heads")
     parser.add_argument("--model", type=Path, required=True)
-    for name in ("raw", "preprocessed", "held_out"):
+    for name in ("raw", "preprocessed"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--plans", default="nnUNetCompactPlans")
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=20261128)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -144,17 +148,19 @@ def main() -> None:
     network.head = AllHeads([*(head.eval() for head in heads), trained, FocusPooling(POOLED_STAGES)])
     classes, device = network.scheme.num_classes, torch.device("cpu")
     outputs, truth = {}, {}
-    for split, scans in (
-        ("train", training_scans(options.raw / options.dataset, options.preprocessed / options.dataset, 0)),
-        ("held out", held_out_scans(options.held_out)),
-    ):
-        truth[split] = [scan.subtype for scan in scans]
-        vectors = []
-        for done, vector in enumerate(case_outputs(network, model.plan, scans, device), start=1):
-            vectors.append(vector)
-            if done % 40 == 0:
-                print(f"{split}: {done} of {len(scans)}, {time.perf_counter() - start:.0f} s", flush=True)
-        outputs[split] = np.array(vectors)
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(folder, counts={"test": options.cases}, seed=options.seed, settings=SMALL_SETTINGS, answers=True)
+        for split, scans in (
+            ("train", training_scans(options.raw / options.dataset, options.preprocessed / options.dataset, 0)),
+            ("held out", held_out_scans(Path(folder))),
+        ):
+            truth[split] = [scan.subtype for scan in scans]
+            vectors = []
+            for done, vector in enumerate(case_outputs(network, model.plan, scans, device), start=1):
+                vectors.append(vector)
+                if done % 40 == 0:
+                    print(f"{split}: {done} of {len(scans)}, {time.perf_counter() - start:.0f} s", flush=True)
+            outputs[split] = np.array(vectors)
     answers, pooled = outputs["held out"], (len(names) + 1) * classes
     rows = [
         row(name, truth["held out"], answers[:, index * classes : (index + 1) * classes], loss)
@@ -172,6 +178,7 @@ def main() -> None:
               f"{line['classes_answered']} classes answered")  # fmt: skip
     write_report(options.json, {
         "benchmark": "heads", "training_cases": len(truth["train"]), "held_out_cases": len(truth["held out"]),
+        "seed": options.seed,
         "iterations": options.iterations, "pooled_stages": list(POOLED_STAGES), "rows": rows,
         "seconds": time.perf_counter() - start,
     })  # fmt: skip

@@ -214,6 +214,10 @@ def demo() -> str:
                 f"{subtypes['metrics']['macro_f1']:.3f}",
                 "{low:.3f} to {high:.3f}".format(**subtypes["macro_f1_interval"]),
             ],
+            *(
+                [name, f"{row['value']:.3f}", "{low:.3f} to {high:.3f}".format(**row["interval"])]
+                for name, row in result.get("classes", {}).items()
+            ),
             [
                 "random subtypes, as a control",
                 f"{control['macro_f1']:.3f}",
