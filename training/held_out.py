@@ -77,8 +77,10 @@ def cases_of_folds(
 
     Raises:
         DatasetError: Where a file or a split is missing.
-        ValueError: Where two folds hold out the same case.
+        ValueError: Where a fold comes twice, or two folds hold out the same case.
     """
+    if len(set(folds)) < len(folds):
+        raise ValueError(f"each fold must be given once, got {', '.join(map(str, folds))}")
     cases = {fold: held_out_cases(raw_dataset, preprocessed_dataset, fold) for fold in folds}
     names = [case.name for of_fold in cases.values() for case in of_fold]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -1,5 +1,6 @@
 """Choosing by held-out cases: known winners, ties, and the commands from folds to a prediction."""
 
+import csv
 import json
 import shutil
 
@@ -10,10 +11,18 @@ from nnturbo.engine import Engine, EngineOptions
 from nnturbo.engine.cli import main
 from nnturbo.engine.jobs.choice import read_choice
 from nnturbo.training import choose
-from nnturbo.training.choose import Evidence, propose
+from nnturbo.training.choose import propose
+from nnturbo.training.data.cross_validation import splits
 from nnturbo.training.evaluation.calibration import fit_temperature
+from nnturbo.training.evidence import Evidence
 from nnturbo.training.held_out import HeldOutNetwork, held_out_cases
 from nnturbo.training.pooled_classifier import fit_pooled_classifier, training_scans
+from scipy.special import softmax
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
 
 WAYS = [(kind, how) for kind in ("head", "lda") for how in ("foreground", "mean")]
 
@@ -172,6 +181,46 @@ class TestCommands:
 
         assert main(["evaluate", "-p", str(tmp_path / "out"), "-r", str(tiny.raw / tiny.name)]) == 0
         assert "| class probabilities, over 3 cases | measured | 95 % interval |" in capsys.readouterr().out
+
+    def test_folds_answer_for_the_whole_training_set(self, trained, tiny, tmp_path, capsys):
+        """Two folds, of the same weights but other temperatures, as prepare writes them."""
+        preprocessed, raw = tmp_path / "preprocessed" / tiny.name, tiny.raw / tiny.name
+        preprocessed.mkdir(parents=True)
+        shutil.copyfile(raw / "dataset.json", preprocessed / "dataset.json")
+        folds = {name: place % 2 for place, name in enumerate(tiny.training_cases)}
+        parts = splits(folds, tiny.training_cases, tiny.validation_cases)
+        (preprocessed / "splits_final.json").write_text(json.dumps(parts))
+        rows = [f"{name},{name[5]},train,{fold}" for name, fold in folds.items()]
+        rows += [f"{name},{name[5]},validation," for name in tiny.validation_cases]
+        table = "\n".join(["case,subtype,split,fold", *rows])
+        (preprocessed / "classification_labels.csv").write_text(table)
+        folder = tmp_path / "model"
+        shutil.copytree(trained, folder)
+        shutil.copytree(folder / "fold_0", folder / "fold_1")
+        line = self.line("crossvalidate", tiny, "-m", folder, "-o", tmp_path / "out")
+        line[line.index(str(tiny.preprocessed))] = str(preprocessed.parent)
+        assert main(line) == 0
+        assert "--split train" in capsys.readouterr().out
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == sorted(
+            f"{name}.nii.gz" for name in tiny.training_cases
+        )
+        stored = [torch.load(folder / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False) for fold in (0, 1)]
+        assert stored[0]["class_temperature"] == stored[1]["class_temperature"] != 1
+        # The table's probabilities of a fold have the temperature that the other fold gives.
+        answers = {
+            name: json.loads((tmp_path / "out" / "answers" / f"{name}.json").read_text())["logits"] for name in folds
+        }
+        of = {fold: [name for name in folds if folds[name] == fold] for fold in (0, 1)}
+        logits = {fold: np.array([answers[name]["head foreground"] for name in of[fold]]) for fold in (0, 1)}
+        temperature = fit_temperature(logits[1], np.array([int(name[5]) for name in of[1]]))
+        found = {row["Names"]: row for row in rows_of(tmp_path / "out" / "subtype_results.csv")}
+        for name, row in zip(of[0], softmax(logits[0] / temperature, axis=1), strict=True):
+            written = [float(found[f"{name}.nii.gz"][f"Probability_{label}"]) for label in range(3)]
+            assert written == pytest.approx(row.tolist(), abs=1e-5)
+
+    def test_two_folds_that_hold_out_the_same_case_are_refused(self, models, tiny, tmp_path, capsys):
+        assert main(self.line("choose", tiny, "-f", "0", "0", "-m", models[0], "-o", tmp_path / "choice")) == 2
+        assert "each fold must be given once, got 0, 0" in capsys.readouterr().err
 
     def test_crossvalidate_goes_on_where_it_was(self, models, tiny, tmp_path, monkeypatch):
         folder = tmp_path / "model"

@@ -35,7 +35,8 @@ def add_choose(commands: Any) -> None:
 
 def _choose(options: argparse.Namespace) -> int:
     from ...engine.jobs.choice import Choice, write_choice
-    from ..choose import candidate_table, gather_evidence, propose
+    from ..choose import candidate_table, propose
+    from ..evidence import gather_evidence
 
     if options.resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {options.resamples}")
