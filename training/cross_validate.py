@@ -85,7 +85,10 @@ def cross_validate(
     device: str = "auto",
     progress: Callable[[int, int, object], None] | None = None,
 ) -> CrossValidation:
-    """Predict held-out cases, write masks and classes, and store temperatures in the checkpoints.
+    """Predict held-out cases, write masks and classes, and store in the checkpoints what they show.
+
+    Every fold gets the temperatures. Where all have a fitted classifier, it answers by default from then on if it is
+    better than the head over the cases of all folds.
 
     Args:
         model_folder: Folder of a multi-task model.
@@ -93,7 +96,7 @@ def cross_validate(
         preprocessed_dataset: The same in `nnUNet_preprocessed`.
         folds: Trained folds; each predicts the cases that it holds out.
         out: Folder for the masks, `subtype_results.csv` with probabilities, and `cross_validation.json`.
-        classifier: "head", "lda", or "auto" as in `nnturbo predict`; both are measured and calibrated where they are.
+        classifier: What answers in the table of classes: "head", "lda", or "auto" for the better one.
         aggregation: As in `nnturbo predict`.
         checkpoint: File name in each fold.
         mirror: Whether to average over mirrored views.
@@ -105,6 +108,7 @@ def cross_validate(
         ModelError: Where the model has no classification head, or lacks the classifier.
         OutputError: Where `out` holds something else.
     """
+    # Refuses "lda" where a fold has no fitted classifier.
     model = with_classifier(read_model(model_folder, folds=folds, checkpoint=checkpoint), classifier)
     cases = cases_of_folds(raw_dataset, preprocessed_dataset, folds)
     if out.is_dir() and any(out.iterdir()) and not (out / ANSWERS).is_dir():
@@ -120,7 +124,8 @@ def cross_validate(
     for kind in (HEAD, LDA) if all(f"{LDA} {aggregation}" in of for of in answers.values()) else (HEAD,):
         logits = np.array([answers[name][f"{kind} {aggregation}"] for name in truth])
         shares[kind], found[kind] = _calibrate(logits, labels, fold_of)
-    chosen = LDA if model.pooled_classifiers else HEAD
+    is_better = LDA in found and found[LDA].macro_f1 > found[HEAD].macro_f1
+    chosen = (LDA if is_better else HEAD) if classifier == "auto" else classifier
     write_class_table(
         out / RESULTS_FILE,
         {
@@ -131,9 +136,8 @@ def cross_validate(
         with_probabilities=True,
     )
     for fold in folds:
-        store_temperatures(
-            Path(model_folder) / f"fold_{fold}" / checkpoint, {kind: of.temperature for kind, of in found.items()}
-        )
+        path = Path(model_folder) / f"fold_{fold}" / checkpoint
+        store_evidence(path, {kind: of.temperature for kind, of in found.items()}, prefer_fitted=is_better)
     result = CrossValidation(cases=len(truth), classifier=chosen, by_classifier=found)
     write_json(out / REPORT_FILE, {**asdict(result), "folds": list(folds), "class_names": list(scheme.class_names)})
     return result
@@ -221,17 +225,18 @@ def _calibrate(
     )
 
 
-def store_temperatures(path: Path, temperatures: Mapping[str, float]) -> None:
-    """Write temperatures into a checkpoint, by which its class logits are divided wherever it is predicted with.
+def store_evidence(path: Path, temperatures: Mapping[str, float], *, prefer_fitted: bool) -> None:
+    """Write into a checkpoint what divides its class logits wherever it is predicted with, and what answers by default.
 
     Args:
         path: The checkpoint, which the caller trained.
         temperatures: Of "head" and, if it has a fitted classifier, of "lda".
+        prefer_fitted: Whether the fitted classifier answers unless the head is asked for.
     """
     content = torch.load(path, map_location="cpu", weights_only=False)
     content[TEMPERATURE_KEY] = temperatures[HEAD]
     if LDA in temperatures:
-        content["pooled_classifier"]["temperature"] = temperatures[LDA]
+        content["pooled_classifier"] |= {"temperature": temperatures[LDA], "preferred": prefer_fitted}
     with written_atomically(path) as temporary:
         torch.save(content, temporary)
     logger.info("%s: class logits are divided by %s", path, dict(temperatures))

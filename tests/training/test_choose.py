@@ -134,6 +134,9 @@ class TestCommands:
         given = ["-d", "7", "--raw", tiny.raw, "--preprocessed", tiny.preprocessed, "--disable_tta", "-device", "cpu"]
         return list(map(str, [command, *given, *more]))
 
+    def report(self, tmp_path):
+        return json.loads((tmp_path / "out" / "cross_validation.json").read_text())
+
     def test_choose_and_predict(self, models, tiny, tmp_path, capsys):
         line = self.line("choose", tiny, "-m", *models, "-o", tmp_path / "choice", "--resamples", "50")
         assert main(line) == 0
@@ -174,6 +177,12 @@ class TestCommands:
         ):
             logits = np.array([answer.logits[kind, "foreground"] for answer in before])
             assert temperature == pytest.approx(fit_temperature(logits, truth), rel=1e-3)
+        f1 = {kind: found["macro_f1"] for kind, found in self.report(tmp_path)["by_classifier"].items()}
+        assert (
+            stored["pooled_classifier"]["preferred"]
+            == (f1["lda"] > f1["head"])
+            == (self.report(tmp_path)["classifier"] == "lda")
+        )
         engine = Engine.load(folder, device="cpu", mirror=False, options=EngineOptions(classifier="head"))
         case = held_out_cases(tiny.raw / tiny.name, tiny.preprocessed / tiny.name, 0)[0]
         expected = before[0].logits["head", "foreground"] / stored["class_temperature"]
