@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..engine.backends.choose import choose_device, choose_precision
 from ..engine.backends.torch import TorchRunner
 from ..engine.engine import VIEWS_ON_GPU, Engine
-from ..engine.errors import EngineError, ModelError
+from ..engine.errors import ModelError
 from ..engine.model.folder import Model, read_model
 from ..engine.model.folds import InferenceNetwork
 from ..engine.model.heads import Head
@@ -139,7 +139,7 @@ class HeldOutNetwork:
         images = case.images if len(case.images) != 1 else case.images[0]
         with engine_errors(), contextlib.closing(engine.loader(requests_of([images], None), readers=0)) as loaded:
             prepared = next(loaded)
-            if isinstance(prepared, EngineError):
+            if isinstance(prepared, Exception):
                 raise prepared
             segmented = engine.segmenter(prepared, save_probabilities, None)
             assert segmented.votes is not None  # the plan has classes
