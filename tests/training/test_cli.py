@@ -140,6 +140,7 @@ class TestPrepare:
     def test_the_next_command_names_folders_that_the_environment_does_not(self, source, run, raw, monkeypatch):
         monkeypatch.setattr(planning, "_plan", lambda *_: raw / "Dataset007_P" / "plans" / "P.json")
         monkeypatch.setattr(planning, "_preprocess", lambda *_: (raw / "Dataset007_P" / "plans").mkdir())
+        monkeypatch.setattr(planners, "described_network", lambda *_: "as planned")
         line = "prepare -i {source} -d 7 -n P --raw {raw} --preprocessed '{tmp}/a b'"
         status, out, _ = run(line, source=source, raw=raw)
         assert status == 0
