@@ -115,7 +115,7 @@ def _add_network(add: AddArgument) -> None:
         "--classifier",
         choices=CLASSIFIERS,
         help="what answers for the case in multi-task models: the network's head, or a classifier fitted afterwards; "
-        "auto takes the latter where every fold has one (default: auto)",
+        "auto takes the latter where every fold has one that is preferred (default: auto)",
     )
     add(
         "--aggregation",
