@@ -23,8 +23,8 @@ class EngineOptions:
         use_gaussian: Let voxels in the middle of a tile count more than those at its rim, as nnU-Net does by default.
         sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
         classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was
-            fitted afterwards, or "auto": the fitted one where every fold has one that is
-                preferred. Means nothing to other models.
+            fitted afterwards, or "auto": the fitted one where every fold has one that is preferred. Means nothing to
+            other models.
         loader: What reads, normalises and resamples: "exact", as nnU-Net does to rounding, or NVIDIA's "dali", with
             a cubic kernel that is no spline, or "dali-linear".
         aggregation: How its answers for tiles become one: weighted by what the class is about ("foreground"), or all
