@@ -15,6 +15,8 @@ from ..pipeline.prediction import answer
 from ..pipeline.steps import Segmented
 from .cases import AnyCase, FileCase
 
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+
 
 def write_results(case: AnyCase, segmented: Segmented, engine: Engine, plans_manager: Any, ending: str) -> None:
     """Write a case's results; nothing has its name before all of them are complete.
@@ -30,7 +32,7 @@ def write_results(case: AnyCase, segmented: Segmented, engine: Engine, plans_man
         OutputError: Where they cannot be written.
     """
     assert case.output is not None  # else there is nothing to write
-    labels = Path(case.output + ending)
+    labels = Path(label_file(case.output, ending, engine.model.plan.reader))
     labels.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(labels) as folder:
         staged = folder / labels.name
@@ -48,3 +50,20 @@ def write_results(case: AnyCase, segmented: Segmented, engine: Engine, plans_man
                 put_in_place(path, labels.parent / path.name)
         except OSError as error:
             raise OutputError.of(labels, error) from error
+
+
+def label_file(output: str, ending: str, reader: str) -> str:
+    """Name the label file of a case as nnU-Net's writer does.
+
+    Args:
+        output: Path without ending; some programs, such as HD-BET, give one that has it.
+        ending: Of label files.
+        reader: nnU-Net's class, which writes too.
+
+    Note:
+        ITK's NIfTI library takes the ending off, and puts none on what still has one.
+    """
+    had = next((each for each in NIFTI_ENDINGS if output.lower().endswith(each)), None)
+    if had is None or ending.lower() not in NIFTI_ENDINGS or not reader.startswith("SimpleITKIO"):
+        return output + ending
+    return output if had.endswith(".gz") else output + ending[len(".nii") :]

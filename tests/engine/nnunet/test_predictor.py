@@ -170,6 +170,22 @@ class TestFiles:
         with pytest.raises(ValueError, match="part_id must be below num_parts, 2, got 2"):
             predictors[0].predict_from_files(lists, outputs, num_parts=2, part_id=2)
 
+    @pytest.mark.parametrize("name", ["brain_bet.nii.gz", "brain_bet.nii", "brain.bet"])
+    def test_names_that_have_an_ending_already(self, predictors, scans, tmp_path, name):
+        """As HD-BET gives them."""
+        for folder, predictor in zip(("ours", "stock"), predictors, strict=True):
+            (tmp_path / folder).mkdir()
+            with quiet():
+                predictor.predict_from_files(
+                    [[str(scans / "a_0000.nii.gz")]], [str(tmp_path / folder / name)], num_processes_preprocessing=1,
+                    num_processes_segmentation_export=1,
+                )  # fmt: skip
+        files = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("ours", "stock")]
+        assert files[0] == files[1]
+        label_file = next(each for each in files[0] if each.startswith("brain"))
+        images = [sitk.ReadImage(str(tmp_path / folder / label_file)) for folder in ("ours", "stock")]
+        check_labels(*map(sitk.GetArrayFromImage, images))
+
     def test_what_is_there_is_left(self, predictors, scans, tmp_path):
         (tmp_path / "a.nii.gz").write_bytes(b"mine")
         with quiet():
