@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .bundles.manifest import is_bundle
-from .bundles.opening import Opened, open_bundle, open_model
+from .bundles.opening import Opened, check_given, open_bundle, open_model
 from .model.folder import Model, read_chosen
 from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
@@ -97,7 +97,6 @@ class Engine(Predictor[Prepared, Segmented]):
             BackendUnavailable: Where device, precision or backend are not available here.
             ValueError: For arguments out of range.
         """
-        options = options or EngineOptions()
         choice = ModelChoice(
             folds=folds,
             checkpoint=checkpoint,
@@ -106,7 +105,7 @@ class Engine(Predictor[Prepared, Segmented]):
             precision=precision,
             tile_step_size=tile_step_size,
             mirror=mirror,
-            options=options,
+            options=options or EngineOptions(),
         )
         given = None if network is None else GivenNetwork(given=network)
         if not is_bundle(model):
@@ -115,10 +114,23 @@ class Engine(Predictor[Prepared, Segmented]):
             opened = open_bundle(Path(model), choice, device)
         else:
             raise ValueError(f"network needs a model folder; {model} is a bundle, whose network is compiled")
-        views = opened.model.views if mirror else ((),)
+        check_given(opened)
+        return cls.of_opened(opened, Path(model), choice)
+
+    @classmethod
+    def of_opened(cls, opened: Opened, path: Path, choice: ModelChoice) -> Engine:
+        """Put what surrounds a network around a model that is ready to run.
+
+        Args:
+            opened: The model.
+            path: Where it comes from.
+            choice: Its step, mirroring and options count.
+        """
+        options = choice.options
+        views = opened.model.views if choice.mirror else ((),)
         window = SlidingWindow.of_plan(
             opened.model.plan,
-            tile_step_size=tile_step_size,
+            tile_step_size=choice.tile_step_size,
             views=views,
             views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else VIEWS_ON_GPU),
             tiles_dtype=tiles_dtype_of(opened.runner),
@@ -130,7 +142,7 @@ class Engine(Predictor[Prepared, Segmented]):
             opened.runner,
             window=window,
             sums_device=sums_device,
-            provenance=_provenance(Path(model), opened, window, options, sums_device),
+            provenance=_provenance(path, opened, window, options, sums_device),
             aggregation=options.aggregation,
             loader=options.loader,
         )

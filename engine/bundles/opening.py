@@ -94,8 +94,6 @@ def _say_choice(opened: Opened, missing: Mapping[str, str]) -> None:
 def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, target: torch.device) -> Opened:
     source = source_hashes(model, checkpoint)
     runner = _runner_of(chosen, model, source, precision, target)
-    if model.given is not None:
-        _check_given(model, runner)
     return Opened(
         model=replace(model, weights=()),
         runner=runner,
@@ -109,23 +107,24 @@ def _opened_by(chosen: Backend, model: Model, checkpoint: str, precision: str, t
     )
 
 
-def _check_given(model: Model, runner: Runner) -> None:
-    """Run a given network on one blank tile.
+def check_given(opened: Opened) -> None:
+    """Run a given network, if there is one, on a blank tile.
 
     Raises:
         ModelError: Where it fails, or gives anything else than logits of the plan's labels.
     """
-    plan = model.plan
+    plan, given = opened.model.plan, opened.model.given
+    if given is None:
+        return
     wanted = (1, plan.labels.num_outputs, *plan.patch_size)
     tile = torch.zeros(1, plan.input_channels, *plan.patch_size)
     try:
-        got: Any = tuple(runner(tile).seg_logits.shape)
+        got: Any = tuple(opened.runner(tile).seg_logits.shape)
     except Exception as error:  # whatever the caller's code raises
         got = str(error).partition("\n")[0] or type(error).__name__
     if got != wanted:
-        assert model.given is not None
         raise ModelError(
-            f"the given network {model.given.name} must turn a tile {tuple(tile.shape)} into logits {wanted}, as "
+            f"the given network {given.name} must turn a tile {tuple(tile.shape)} into logits {wanted}, as "
             f"plans.json and dataset.json say; it gives {got!s:.200}"
         )
 

@@ -77,6 +77,11 @@ class GivenNetwork:
         return isinstance(self.given, nn.Module)
 
     @property
+    def can_be_copied(self) -> bool:
+        """Whether each fold can have a network of its own."""
+        return not isinstance(self.given, nn.Module) or _copied(self.given) is not self.given
+
+    @property
     def name(self) -> str:
         """Whole name of the module's class, or of the function."""
         named = type(self.given) if isinstance(self.given, nn.Module) else self.given
@@ -97,7 +102,7 @@ class GivenNetwork:
         Args:
             plan: The folder's.
             plans: Content of its `plans.json`.
-            weights: Of the fold; None for a module.
+            weights: Of the fold; None for a module that runs with the weights it has.
 
         Raises:
             ModelError: Where the function makes no network.
@@ -105,6 +110,8 @@ class GivenNetwork:
         """
         if isinstance(self.given, nn.Module):
             network = _copied(_unwrapped(self.given))
+            if weights is not None:
+                network.load_state_dict(dict(weights))
         else:
             network = self._made(plan, plans)
             assert weights is not None  # each fold of a factory has some

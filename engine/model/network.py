@@ -40,9 +40,18 @@ CONSTRUCTION_ERRORS = (
 
 
 def is_known(network: nn.Module) -> bool:
-    """Whether this is a network of exactly a class that plans may name, with its usual decoder."""
+    """Whether this is a network of exactly a class that plans may name, with its usual decoder and nothing added."""
     kinds = {MultiTaskUNet, DescribedUNet, *map(network_class, NETWORKS)}
-    return type(network) in kinds and hasattr(network.get_submodule("decoder"), "seg_layers")
+    return (
+        type(network) in kinds
+        and hasattr(network.get_submodule("decoder"), "seg_layers")
+        and not any(map(_does_more, network.modules()))
+    )
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether something was made to run before, after or in place of a module's own code."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _check_size(arguments: Mapping[str, Any]) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..bundles.opening import open_model
 from ..engine import Engine
-from ..options import EngineOptions
+from ..errors import ModelError
+from ..model.folder import Model
+from ..model.given_network import GivenNetwork
+from ..model.plans import Plan
+from ..options import EngineOptions, ModelChoice
 
 MOST_BYTES = 2**30
 """Of checkpoints whose engines are kept; the last one is, whatever its size."""
@@ -32,6 +39,11 @@ class Settings:
     use_gaussian: bool
     use_mirroring: bool
     sums_on_device: bool
+
+    @property
+    def options(self) -> EngineOptions:
+        """What an engine takes of it as options."""
+        return EngineOptions(use_gaussian=self.use_gaussian, sums_on_device=self.sums_on_device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +92,50 @@ def shared_engine(source: Source, settings: Settings) -> Engine:
             device=str(settings.device),
             tile_step_size=settings.tile_step_size,
             mirror=settings.use_mirroring,
-            options=EngineOptions(use_gaussian=settings.use_gaussian, sums_on_device=settings.sums_on_device),
+            options=settings.options,
         )
         _kept[key] = engine
         while len(_kept) > 1 and sum(map(_checkpoint_bytes, _kept)) > MOST_BYTES:
             _kept.popitem(last=False)
         return engine
+
+
+def engine_around(
+    network: nn.Module,
+    parameters: Sequence[Mapping[str, Tensor]] | None,
+    plan: Plan,
+    mirror_axes: Sequence[int],
+    settings: Settings,
+    *,
+    plans: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+) -> Engine:
+    """Make an engine around a network that a caller has.
+
+    Args:
+        network: (N, C, *patch) to (N, K, *patch), or a list that begins with that. It runs as a copy, or where it
+            cannot be copied, as with TorchScript, as it is.
+        parameters: Weights of each fold, whose logits are averaged; None takes those that the network has.
+        plan: Of `plans` and `dataset`.
+        mirror_axes: Axes along which views may be mirrored.
+        settings: How to run.
+        plans: Content of plans.json.
+        dataset: Content of dataset.json.
+
+    Raises:
+        ModelError: For a network that cannot be copied, where several folds need copies.
+    """
+    given = GivenNetwork(given=network)
+    if parameters is not None and len(parameters) > 1 and not given.can_be_copied:
+        raise ModelError(f"a network of {len(parameters)} folds must be one that can be copied, {given.name} is not")
+    model = Model(
+        plan=plan, weights=tuple(parameters or ()), folds=(), mirror_axes=tuple(mirror_axes), trainer="",
+        source=Path(), plans=plans, dataset=dataset, given=given,
+    )  # fmt: skip
+    choice = ModelChoice(
+        tile_step_size=settings.tile_step_size, mirror=settings.use_mirroring, options=settings.options
+    )
+    return Engine.of_opened(open_model(model, choice, str(settings.device)), Path(), choice)
 
 
 def forget_engines() -> None:

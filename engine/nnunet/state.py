@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..engine import Engine
 from ..errors import ModelError
 from ..model.plans import Plan, parse_plan
-from .engines import Settings, Source, folds_of, shared_engine
-from .given import engine_around
+from .engines import Settings, Source, engine_around, folds_of, shared_engine
 
 try:
     from nnunetv2.inference import predict_from_raw_data as stock_module
@@ -161,6 +160,8 @@ class PredictorState(StockPredictor):
         network = self.network
         if network is None:
             raise ModelError("the predictor has no network: assign one, or call initialize_from_trained_model_folder")
+        if not isinstance(network, nn.Module):
+            return self._use_stock(f"its network is no torch.nn.Module, but a {type(network).__name__}")
         parameters = self.list_of_parameters if with_all_folds else None
         described = (self.plans_manager.plans, self.configuration_manager.configuration, self.dataset_json)
         settings = (with_all_folds, self._settings(), self.allowed_mirroring_axes)
@@ -175,7 +176,7 @@ class PredictorState(StockPredictor):
             )  # fmt: skip
         except ModelError as error:
             return self._use_stock(str(error))
-        # Loading weights into the network changed its state; a caller may change what describes it in place.
+        # A network that cannot be copied has other weights now; a caller may change what describes it in place.
         self._around = ((settings, copy.deepcopy(described), _state(network), _versions(parameters or ())), engine)
         return engine
 
@@ -250,11 +251,13 @@ def _content(value: Any) -> Any:
 def _state(network: nn.Module) -> list[Any]:
     """Everything that somebody may have changed in a network, in a form to compare."""
     tensors = [*network.parameters(), *network.buffers()]
-    modules = list(network.modules())
-    return [
-        *map(_version, tensors),
-        *((id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules),
-    ]
+    return [*map(_version, tensors), *map(_code, network.modules())]
+
+
+def _code(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when somebody makes a module compute something else."""
+    own = vars(module).get("forward")
+    return id(module), type(module), id(own), len(module._forward_hooks), len(module._forward_pre_hooks)
 
 
 def _versions(parameters: Sequence[dict[str, Any]]) -> list[Any]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import EngineError
+from nnturbo.engine.backends import choose
+from nnturbo.engine.backends.native import NativeRunner
 from nnturbo.engine.nnunet import engines, nnUNetPredictor
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as StockPredictor
 
@@ -18,6 +20,31 @@ from tests.engine.nnunet.predictors import (
     quiet,
     write_model,
 )
+from tests.parity.kinds import NetworkKind
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    """A model whose channels suit nnturbo's kernels."""
+    network = NetworkKind(features=(16, 16, 32))
+    return write_model(tmp_path_factory.mktemp("wide"), folds=("0",), network=network)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Choose as outside of tests."""
+    monkeypatch.setitem(choose.AUTOMATIC, "cpu", ("native", "torch"))
+
+
+def put_into(network, how):
+    """Change what a network computes, and not its weights."""
+    first = network.encoder.stages[0][0].convs[0]
+    if how == "hook":
+        first.register_forward_hook(lambda module, given, features: features.roll(1, 1))
+    elif how == "method":
+        network.decoder.forward = lambda skips: -type(network.decoder).forward(network.decoder, skips)
+    else:
+        first.all_modules[2] = torch.nn.Tanh()
 
 
 class TestChanges:
@@ -110,6 +137,84 @@ class TestChanges:
             stock.allowed_mirroring_axes = (0,)
             logits = [each.predict_sliding_window_return_logits(data) for each in (ours, stock)]
         check_numbers(*logits, 0.02)
+
+    def test_all_assigned_to_a_predictor_that_loaded_nothing(self, wide_model, image, with_kernels):
+        """As MONAI's bundle does; nnU-Net's networks run with nnturbo's kernels all the same."""
+        stock = load(StockPredictor, wide_model, (0,))
+        with quiet():
+            ours = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        for name in (
+            "plans_manager", "configuration_manager", "list_of_parameters", "network", "dataset_json", "trainer_name",
+            "allowed_mirroring_axes", "label_manager",
+        ):  # fmt: skip
+            setattr(ours, name, getattr(stock, name))
+        images = both([ours, stock], lambda each: each.predict_from_list_of_npy_arrays(
+            image, None, {"spacing": list(SPACING)}, truncated_ofname=None, save_probabilities=False, num_processes=2,
+            num_processes_segmentation_export=2,
+        ))  # fmt: skip
+        for one, other in zip(*images, strict=True):
+            check_labels(one, other)
+        assert isinstance(ours._engine().segmenter.runner, NativeRunner)
+
+    @pytest.mark.parametrize("how", ["hook", "method", "layer"])
+    def test_what_was_put_into_nnunets_network_counts(self, wide_model, image, how, with_kernels):
+        """The kernels know nothing of it, so torch runs such a network."""
+        pair = [load(kind, wide_model, (0,)) for kind in (nnUNetPredictor, StockPredictor)]
+        before = pair[0].predict_single_npy_array(image, {"spacing": SPACING})
+        for predictor in pair:
+            put_into(predictor.network, how)
+        ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
+        check_labels(ours, stock)
+        assert (ours != before).any()
+
+    def test_a_network_that_is_no_module(self, model, image, caplog):
+        class Remote:
+            """Stands for a client of a server."""
+
+            def __init__(self, network):
+                self.network = network
+
+            def to(self, device):
+                return self
+
+            def __getattr__(self, name):
+                return getattr(self.__dict__["network"], name)
+
+            def __call__(self, tiles):
+                return -self.network(tiles)
+
+        pair = [load(kind, model, (0,)) for kind in (nnUNetPredictor, StockPredictor)]
+        for predictor in pair:
+            predictor.network = Remote(predictor.network)
+        with caplog.at_level(logging.WARNING):
+            ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
+        assert np.array_equal(ours, stock)
+        assert "its network is no torch.nn.Module, but a Remote" in caplog.text
+
+    def test_folds_of_a_network_that_cannot_be_copied(self, model, image, caplog):
+        class Compiled(torch.nn.Module):
+            """Stands for a compiled program."""
+
+            def __init__(self, network):
+                super().__init__()
+                self.network = network
+
+            def __deepcopy__(self, memory):
+                raise TypeError("cannot be copied")
+
+            def load_state_dict(self, *arguments, **named):
+                return self.network.load_state_dict(*arguments, **named)
+
+            def forward(self, tiles):
+                return self.network(tiles)
+
+        pair = [load(kind, model) for kind in (nnUNetPredictor, StockPredictor)]
+        for predictor in pair:
+            predictor.network = Compiled(predictor.network)
+        with caplog.at_level(logging.WARNING):
+            ours, stock = both(pair, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}))
+        assert np.array_equal(ours, stock)
+        assert "a network of 2 folds must be one that can be copied" in caplog.text
 
     def test_plans_that_are_changed_after_a_network_was_given(self, model, image, caplog):
         stock = load(StockPredictor, model)
