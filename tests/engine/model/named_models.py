@@ -1,5 +1,7 @@
 """Models of networks that are known by name, with seeded weights."""
 
+import math
+
 import torch
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.mednext import BLOCKS, MedNeXt
@@ -28,6 +30,29 @@ def filled(network, seed=0):
         + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
         for name, tensor in network.state_dict().items()
     }
+
+
+def by_formula(network):
+    """Numbers for every weight of a network that depend on its name and shape alone."""
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        waves = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * 0.7 + len(name)).reshape(tensor.shape)
+        if tensor.ndim > 1:
+            weights[name] = (waves.float() * (3 / tensor[0].numel()) ** 0.5).contiguous()
+        else:
+            weights[name] = 0.2 * waves.float() + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return weights
+
+
+def waves_of(patch):
+    """A tile by a formula."""
+    at = torch.arange(math.prod(patch), dtype=torch.float64)
+    return (torch.sin(at * 0.11) * torch.cos(at * 0.0031)).reshape(1, 1, *patch).float()
+
+
+def figures(logits):
+    """Mean, standard deviation, and the logits of one voxel."""
+    return [float(logits.mean()), float(logits.std()), *map(float, logits[0, :, 5, 7, 9])]
 
 
 def model_of(folder, weights, trainer, plans=None):

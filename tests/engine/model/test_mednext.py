@@ -6,7 +6,17 @@ import pytest
 import torch
 from nnturbo.engine.model.folds import inference_network
 
-from tests.engine.model.named_models import SIZES, filled, mednext, model_of, plans_of, tiles_of
+from tests.engine.model.named_models import (
+    SIZES,
+    by_formula,
+    figures,
+    filled,
+    mednext,
+    model_of,
+    plans_of,
+    tiles_of,
+    waves_of,
+)
 
 
 @pytest.mark.parametrize(("size", "kernel", "millions"), [
@@ -58,6 +68,16 @@ def test_mednext_is_monais(tmp_path, size, kernel):
     logits = inference_network(model)(tiles_of())[0]
     assert torch.allclose(logits, theirs.eval()(tiles_of()), atol=1e-4)
     assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize(("size", "expected"), [
+    ("S", [4.174232, 27.32299, -0.45947, 7.56709, 12.03473]), ("B", [4.04032, 26.118896, -0.45192, 8.14412, 12.90985]),
+])  # fmt: skip
+def test_mednext_is_its_authors(tmp_path, size, expected):
+    """The figures are those of the class MedNeXt in their repository, MIC-DKFZ/MedNeXt, with the same weights."""
+    weights = by_formula(mednext(size, width=8))
+    model = model_of(tmp_path / "m", weights, f"nnUNetTrainerV2_MedNeXt_{size}_kernel3")
+    assert figures(inference_network(model)(waves_of((32, 32, 32)))[0]) == pytest.approx(expected, abs=5e-3)
 
 
 def test_mednext_of_slices(tmp_path):

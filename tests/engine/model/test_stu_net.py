@@ -9,7 +9,17 @@ from nnturbo.engine.cli.inspect import describe
 from nnturbo.engine.model.folds import inference_network
 from torch.nn import functional as F
 
-from tests.engine.model.named_models import LARGER, filled, model_of, plans_of, stu_net, tiles_of
+from tests.engine.model.named_models import (
+    LARGER,
+    by_formula,
+    figures,
+    filled,
+    model_of,
+    plans_of,
+    stu_net,
+    tiles_of,
+    waves_of,
+)
 
 
 def stu_twin(weights, tiles, strides):
@@ -75,6 +85,18 @@ def test_stu_net_computes_what_its_paper_says(tmp_path, depth, planned):
     logits = inference_network(model)(tiles)[0]
     assert torch.allclose(logits, stu_twin(weights, tiles, strides), atol=1e-4)
     assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize(("depth", "strides", "patch", "expected"), [
+    (1, [(2, 2, 2)] * 5, (64, 64, 64), [0.466383, 3.493227, -0.23384, -0.10355, 0.32723]),
+    (2, [(1, 2, 2), *[(2, 2, 2)] * 3, (1, 1, 1)], (32, 64, 64), [0.687152, 4.633882, 6.63507, -8.22778, 8.76798]),
+])  # fmt: skip
+def test_stu_net_is_its_authors(tmp_path, depth, strides, patch, expected):
+    """The figures are those of the class STUNet in their repository, uni-medical/STU-Net, with the same weights."""
+    weights = by_formula(stu_net(depth=depth, strides=strides))
+    plans = plans_of(patch, strides=[[1, 1, 1], *map(list, strides)])
+    model = model_of(tmp_path / "m", with_deep_supervision(weights), "STUNetTrainer_base", plans)
+    assert figures(inference_network(model)(waves_of(patch))[0]) == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize(("base", "depth"), [pytest.param(16, 2, marks=pytest.mark.thorough), (32, 1), (3, 2)])
