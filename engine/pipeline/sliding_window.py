@@ -78,6 +78,7 @@ def predict_logits(
                 with timings("stitch"):
                     tile = group[place]
                     accumulate_views(logits, views, weights_of(tiling, row, *tile), place_of(tiling, sums, *tile))
+                del logits  # so that the next ones find room
             for _ in group:
                 done += 1
                 if progress is not None:

@@ -74,8 +74,9 @@ class TileNetwork:
             with self._timings("network"):
                 tiles = batch.flatten(0, 1)
                 logits = self._run(tiles[:, :, 0] if window.slicewise else tiles)
-            for place, of_tile in enumerate(logits.unflatten(0, (len(starts), len(views)))):
-                yield place, views, of_tile
+            for place in range(len(starts)):
+                yield place, views, logits.unflatten(0, (len(starts), len(views)))[place]
+            del logits  # so that the next ones find room
 
     def _run(self, tiles: Tensor) -> Tensor:
         size = self._window.patch_size

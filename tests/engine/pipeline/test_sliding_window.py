@@ -1,5 +1,7 @@
 """Known-answer networks: what stitching gives is known exactly, whatever the tiles."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,22 @@ def test_a_slicewise_network_sees_every_plane_on_its_own():
     )
     assert np.abs(stitched(image, runner, window, 2) - image).max() < 1e-5
     assert seen == [(4, 2, 6, 8)] * (5 * 2 * 2)
+
+
+@pytest.mark.parametrize("axes", [(), (0, 1)])
+def test_logits_are_gone_before_the_next_come(axes):
+    """Those of many labels take more memory than all else."""
+    given_out = []
+
+    def runner(tiles):
+        assert not [logits for logits in given_out if logits() is not None]
+        logits = tiles + 0
+        given_out.append(weakref.ref(logits.untyped_storage()))
+        return NetworkOutput(logits)
+
+    window = SlidingWindow(patch_size=(4, 4, 4), tile_step_size=0.5, views=mirror_views(axes), views_per_call=1)
+    stitched(np.zeros((1, 7, 7, 7), np.float32), runner, window, 1)
+    assert len(given_out) == 27 * len(window.views)
 
 
 def test_progress_counts_every_tile():
