@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from ..model.given_network import GivenNetwork
 from ..model.plans import Plan
 from ..options import EngineOptions, ModelChoice
 
-MOST_BYTES = 2**30
-"""Of checkpoints whose engines are kept; the last one is, whatever its size."""
+MOST_BYTES = 2**28
+"""Of checkpoints whose engines are kept for later predictors: one or two of usual size; the last one is, at any size.
+
+A program that runs one model after the other, as TotalSegmentator does, would else hold all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +72,26 @@ class Source:
 _Key = tuple[Source, Settings, tuple[tuple[str, int, int], ...]]
 
 _kept: OrderedDict[_Key, Engine] = OrderedDict()
+_alive: WeakValueDictionary[_Key, Engine] = WeakValueDictionary()  # those kept, and those that a predictor holds
 _one_at_a_time = threading.Lock()
 
 
 def shared_engine(source: Source, settings: Settings) -> Engine:
-    """Load a model, or take it from before, where its files are still the same.
+    """Load a model, or take it from before, where its files are still the same; a predictor holds what it gets.
 
     Raises:
         EngineError: As `Engine.load`.
     """
     with _one_at_a_time:
         key = (source, settings, source.stamps())
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key]
+        if (engine := _alive.get(key)) is not None:
+            if key in _kept:
+                _kept.move_to_end(key)
+            return engine
         for other in [other for other in _kept if other[:2] == key[:2]]:  # its weights were changed on disk
             del _kept[other]
+        while _kept and sum(map(_checkpoint_bytes, (*_kept, key))) > MOST_BYTES:
+            _kept.popitem(last=False)
         engine = Engine.load(
             source.folder,
             folds=source.folds,
@@ -94,9 +101,7 @@ def shared_engine(source: Source, settings: Settings) -> Engine:
             mirror=settings.use_mirroring,
             options=settings.options,
         )
-        _kept[key] = engine
-        while len(_kept) > 1 and sum(map(_checkpoint_bytes, _kept)) > MOST_BYTES:
-            _kept.popitem(last=False)
+        _kept[key] = _alive[key] = engine
         return engine
 
 
@@ -139,7 +144,7 @@ def engine_around(
 
 
 def forget_engines() -> None:
-    """Let go of all engines."""
+    """Let go of all engines that no predictor holds."""
     with _one_at_a_time:
         _kept.clear()
 

@@ -67,6 +67,7 @@ class PredictorState(StockPredictor):
         self._parameters: Any = None
         self._as_loaded: tuple[Any, ...] | None = None  # network and parameters, when nnU-Net's own code made them
         self._is_supported = True  # whether nnturbo knows the model of the folder
+        self._shared: Engine | None = None  # held, so that it stays in memory for as long as this does
         self._around: tuple[Any, Engine] | None = None
         self._stock_reasons: set[str] = set()
         super().__init__(*arguments)
@@ -105,12 +106,13 @@ class PredictorState(StockPredictor):
         self._forget()
         self._source = Source(folder=folder.resolve(), folds=folds_of(use_folds), checkpoint=checkpoint_name)
         try:
-            model = shared_engine(self._source, self._settings()).model
+            self._shared = shared_engine(self._source, self._settings())
         except ModelError as error:
             logger.warning("nnU-Net makes the network, which runs as it is: %s", error)
             self._is_supported = False
             self._load_network()
             return
+        model = self._shared.model
         plans = PlansManager(dict(model.plans))
         self.plans_manager = plans
         self.configuration_manager = plans.get_configuration(model.plan.configuration)
@@ -153,7 +155,8 @@ class PredictorState(StockPredictor):
             return self._use_stock(f"{', '.join(changed)} changed")
         has_one_fold = len(self._source.folds) == 1
         if not changed and self._is_network_untouched() and (with_all_folds or has_one_fold):
-            return shared_engine(self._source, self._settings())
+            self._shared = shared_engine(self._source, self._settings())
+            return self._shared
         return self._engine_around_network(with_all_folds)
 
     def _engine_around_network(self, with_all_folds: bool) -> Engine | None:
@@ -200,7 +203,7 @@ class PredictorState(StockPredictor):
 
     def _forget(self) -> None:
         self._source, self._network, self._parameters, self._as_loaded = None, None, None, None
-        self._known, self._is_supported, self._around = {}, True, None
+        self._known, self._is_supported, self._shared, self._around = {}, True, None, None
 
     def _remember(self) -> None:
         self._known = {name: (getattr(self, name), copy.deepcopy(_content(getattr(self, name)))) for name in FIELDS}

@@ -1,6 +1,7 @@
 """What callers change in a predictor counts as with nnU-Net's, and engines are shared until it does."""
 
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -248,6 +249,17 @@ class TestSharedEngines:
         third = load(nnUNetPredictor, folder, (0,))
         assert third._engine() is not None
         assert (third.predict_single_npy_array(image, {"spacing": SPACING}) != before).any()
+
+    def test_a_predictor_holds_its_own(self, tmp_path, monkeypatch):
+        """And nothing else does, beside the last one."""
+        monkeypatch.setattr(engines, "MOST_BYTES", 1)
+        first, second = (load(nnUNetPredictor, write_model(tmp_path / name, folds=("0",)), (0,)) for name in "ab")
+        held, other = first._engine(), second._engine()
+        assert first._engine() is held
+        assert second._engine() is other
+        gone = weakref.ref(held)
+        del first, held
+        assert gone() is None
 
     def test_few_are_kept(self, tmp_path, monkeypatch):
         monkeypatch.setattr(engines, "MOST_BYTES", 1)
