@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..pipeline.timing import Timings
 from .cases import AnyCase, ArrayCase, Cases, FileCase, PreprocessedCase, case_of, lists_of_folder
 from .progress import Progress
 from .results import write_results
-from .state import PredictorState, StockPredictor, stock_module
+from .state import PredictorState, stock_module
 
 from nnunetv2.configuration import default_num_processes  # isort: skip  # after what says how to install it
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export  # isort: skip
@@ -93,7 +92,7 @@ class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
             "num_parts": num_parts,
             "part_id": part_id,
         }
-        return self._predict_files(given, StockPredictor.predict_from_files)
+        return self._predict_files(given)
 
     def predict_from_files_sequential(  # noqa: D102  # nnU-Net's
         self,
@@ -111,15 +110,14 @@ class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
             "overwrite": overwrite,
             "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
         }
-        answers = self._predict_files(given, StockPredictor.predict_from_files_sequential)
+        answers = self._predict_files(given)
         return None if answers is None else [answer for answer in answers if answer is not None]
 
-    def _predict_files(self, given: dict[str, Any], stock: Any) -> list[Any] | None:
+    def _predict_files(self, given: dict[str, Any]) -> list[Any] | None:
         """Do what both ways to predict files have in common.
 
         Args:
             given: Arguments, by nnU-Net's names.
-            stock: nnU-Net's method.
         """
         given = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in given.items()}
         source = given["list_of_lists_or_source_folder"]
@@ -138,12 +136,12 @@ class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
             )
         if output is not None:
             folder = output if isinstance(output, str) else os.path.dirname(output[0]) or os.curdir
-            wanted = inspect.signature(stock).parameters
-            self._describe(folder, {name: value for name, value in given.items() if name in wanted})
+            self._describe(folder, given)
+        # Before 2.6 nnU-Net takes the part of the inputs alone, where outputs are a list.
+        output = output[part::parts] if isinstance(output, list) else output
         lists, outputs, previous = self._manage_input_and_output_lists(
-            given_lists, output, before, given["overwrite"], part, parts,
-            given["save_probabilities"],
-        )  # fmt: skip
+            given_lists[part::parts], output, before, given["overwrite"], 0, 1, given["save_probabilities"]
+        )
         if not lists:
             return None
         cases = self._internal_get_data_iterator_from_lists_of_filenames(
