@@ -21,6 +21,7 @@ DOCUMENTS = (
     "docs/backends.md",
     "docs/deployment.md",
     "docs/gpu.md",
+    "docs/nnunet.md",
     "docs/parity.md",
     "docs/performance.md",
     "docs/training.md",
@@ -394,6 +395,31 @@ def growth() -> str:
     return markdown(header, table)
 
 
+def programs() -> str:
+    """Programs of other people, on nnU-Net and on nnturbo."""
+    stored, rows = load("programs"), []
+    for row in stored["rows"]:
+        seconds, peaks = row["median_seconds"], row["median_peak_bytes"]
+        name, _, flags = row["program"].partition(" ")
+        rows.append(
+            [
+                f"{name} {row['version']} {f'`{flags}`' if flags else ''}".strip(),
+                f"{seconds['stock']:.0f} s",
+                f"{seconds['nnturbo']:.0f} s",
+                times(row["seconds_ratio"]),
+                times(row["cpu_seconds_ratio"]),
+                f"{peaks['stock'] / 2**30:.1f} GiB",
+                f"{peaks['nnturbo'] / 2**30:.1f} GiB",
+                times(row["peak_bytes_ratio"]),
+                differing(row["voxels_differing"], row["voxels"]),
+            ]
+        )
+    header = [f"program, on two cores with {instructions(stored)}", "time on nnU-Net 2.8.1", "time with `nnturbo run`",
+              "ratio of times", "ratio of processor times", "peak memory on nnU-Net", "peak memory with `nnturbo run`",
+              "ratio of memory", "voxels that differ"]  # fmt: skip
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "around": around,
@@ -410,6 +436,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "waterfall": waterfall,
     "growth": growth,
     "peers": peers,
+    "programs": programs,
 }
 
 
