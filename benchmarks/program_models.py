@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .stages import smooth_field
 from .task_models import plans_json
 
-SHARPNESS = 6.0
+FITTED_LOGIT = 6.0
 FITTED_PATCH = (64, 64, 64)
 EVERY = 7
 """Of the voxels of a patch, this share is looked at."""
@@ -114,23 +114,17 @@ def set_weights(network: nn.Module, seed: int) -> None:
 
 
 def fit_last_layer(network: nn.Module) -> None:
-    """Let the last layer tell bands of intensity, so that labels have shapes, as trained ones do.
-
-    Note:
-        Least squares give the intensity f from the features. The nearest of the centres c of the bands is that with the
-        greatest 2 c f - c^2, which is linear in the features too. The background gets two fifths of the voxels, and the
-        n-th label an n-th of what the first one gets.
-    """
+    """Fit the last layer to bands of intensity by least squares, so that labels have shapes, as trained ones do."""
     tile = smooth_field((1, *FITTED_PATCH), 0)
     last: Any = network.get_submodule("decoder.seg_layers")[-1]  # type: ignore[index]
     features = _features(network, last, tile[None])[::EVERY]
-    intensity = tile.flatten()[::EVERY].double()
-    solution = torch.linalg.lstsq(features, intensity[:, None]).solution[:, 0]
-    shares = (1 / torch.arange(1, last.out_channels).double()).cumsum(0)
-    bounds = torch.cat((torch.tensor([0, 0.4]), 0.4 + 0.6 * shares / shares[-1]))
-    centres = torch.quantile(intensity, (bounds[:-1] + bounds[1:]) / 2)
-    last.weight.data.copy_((SHARPNESS * 2 * centres[:, None] * solution[:-1]).reshape(last.weight.shape))
-    last.bias.data.copy_(SHARPNESS * (2 * centres * solution[-1] - centres**2))
+    intensity = tile.flatten()[::EVERY].contiguous()
+    labels = last.out_channels
+    band = torch.bucketize(intensity, torch.quantile(intensity, torch.linspace(0.4, 1, labels)[:-1]))
+    wanted = FITTED_LOGIT * (2.0 * (band[:, None] == torch.arange(labels)).double() - 1)
+    solution = torch.linalg.lstsq(features, wanted).solution.float()
+    last.weight.data.copy_(solution[:-1].T.reshape(last.weight.shape))
+    last.bias.data.copy_(solution[-1])
 
 
 @torch.inference_mode()
