@@ -47,7 +47,7 @@ typedef struct {
   int64_t classes;                 /* of a whole scan; 0 for models without classification */
   const char* const* class_names;
   const char* reader;              /* nnU-Net's class that read the training scans, such as SimpleITKIO */
-} nnturbo_description;
+} nnturbo_information;
 
 typedef struct {
   const void* voxels;              /* (channels, z, y, x), x densest: raw values as stored in the file (CT numbers) */
@@ -81,7 +81,7 @@ NNTURBO_API nnturbo_options nnturbo_defaults(void);
 /* Open a bundle, a folder, after comparing each of its files with the SHA-256 in its manifest. */
 NNTURBO_API nnturbo_status nnturbo_open(const char* bundle, nnturbo_model** model, nnturbo_error* error);
 NNTURBO_API void nnturbo_close(nnturbo_model* model);
-NNTURBO_API const nnturbo_description* nnturbo_describe(const nnturbo_model* model);
+NNTURBO_API const nnturbo_information* nnturbo_describe(const nnturbo_model* model);
 
 /* Segment a scan; `options` may be null for the defaults. */
 NNTURBO_API nnturbo_status nnturbo_predict(const nnturbo_model* model, const nnturbo_scan* scan,
