@@ -26,7 +26,8 @@ typedef enum {
   NNTURBO_BAD_NETWORK = 4,     /* its outputs are no numbers */
   NNTURBO_CANCELLED = 5,       /* by `progress` */
   NNTURBO_NO_MEMORY = 6,
-  NNTURBO_BAD_PROCESSOR = 7    /* lacks instructions */
+  NNTURBO_BAD_PROCESSOR = 7,   /* lacks instructions */
+  NNTURBO_FAILED = 8           /* the system refused something else, such as threads */
 } nnturbo_status;
 
 /* Why a call failed, in one sentence; untouched where it did not. */

@@ -1,0 +1,27 @@
+// A file as memory, which the system reads when it is looked at.
+
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace nnturbo {
+
+class MappedFile {
+ public:
+  // Throws Error where the file cannot be read.
+  explicit MappedFile(const std::filesystem::path& file);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&&) = delete;
+
+  const unsigned char* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  std::string text() const { return {reinterpret_cast<const char*>(data_), size_}; }
+
+ private:
+  const unsigned char* data_ = nullptr;  // null for an empty file
+  std::size_t size_ = 0;
+};
+
+}  // namespace nnturbo
