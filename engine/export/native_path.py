@@ -148,6 +148,11 @@ def describe_path(plan: Plan, mirror_axes: Sequence[int]) -> DescribedPath:
             "the C library takes a scan without its orientation; this model was trained on reoriented scans: use "
             "nnturbo predict"
         )
+    if plan.head is not None:
+        raise ModelError(
+            "the C library runs nnturbo's own classification heads; this model's head is of another program: use "
+            "nnturbo predict"
+        )
     labels, scheme = plan.labels, plan.classification
     return DescribedPath(
         schema=SCHEMA,

@@ -42,7 +42,8 @@ std::map<std::string, Tensor> read_tensors(const MappedFile& file, const std::st
   const std::size_t bytes = static_cast<std::size_t>(file.data() + file.size() - numbers);
   std::map<std::string, Tensor> tensors;
   try {
-    for (const auto& [tensor, entry] : Json::parse(header, numbers).items())
+    const Json described = Json::parse(header, numbers);
+    for (const auto& [tensor, entry] : described.items())
       if (tensor != "__metadata__") tensors.emplace(tensor, read_tensor(entry, numbers, bytes, name));
   } catch (const Json::exception& error) {
     require(false, name, std::string("its header must have the form of safetensors: ") + error.what());
