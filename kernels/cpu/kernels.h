@@ -54,13 +54,17 @@ struct Kernels {
 // Those of the instructions that are used; null where this processor has too few.
 const Kernels* kernels();
 
-// Threads that work for the one that makes this, as long as it lives; what follows needs them.
+// Threads that work for the one that makes this, as long as it lives; what follows needs them. Whoever has some already
+// keeps these.
 class Threads {
  public:
   explicit Threads(int count);
   ~Threads();
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;
+
+ private:
+  const bool outer_;
 };
 
 // Do tasks 0 to `tasks` - 1 with all threads; the first exception of one of them ends it.

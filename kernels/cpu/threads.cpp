@@ -189,7 +189,8 @@ void give_back(Crew* crew) {
 
 }  // namespace
 
-Threads::Threads(int count) {
+Threads::Threads(int count) : outer_(own_crew != nullptr) {
+  if (outer_) return;
   Crew* const crew = take();
   try {
     crew->resize(count);
@@ -200,7 +201,9 @@ Threads::Threads(int count) {
   own_crew = crew;
 }
 
-Threads::~Threads() { give_back(std::exchange(own_crew, nullptr)); }
+Threads::~Threads() {
+  if (!outer_) give_back(std::exchange(own_crew, nullptr));
+}
 
 void run(Size tasks, void (*task)(const void*, Size), const void* context) { own_crew->run(tasks, task, context); }
 
