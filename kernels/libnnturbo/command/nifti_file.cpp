@@ -198,11 +198,12 @@ std::array<double, 12> affine_of(const nifti_image& image) {
   return rows;
 }
 
-// Whether the file's bytes are in the other order.
-bool is_swapped(const fs::path& file) {
-  ZipFile stream(file, "rb");
-  std::int32_t size = 0;
-  return stream.read(&size, sizeof size) && size != sizeof(nifti_1_header) && size != sizeof(nifti_2_header);
+// Put a header into this machine's order of bytes, which the library leaves to others; whether it was in another one.
+template <class Header>
+bool put_in_order(Header& header, int version) {
+  const bool swapped = header.sizeof_hdr != sizeof(Header);
+  if (swapped) swap_nifti_header(&header, version);
+  return swapped;
 }
 
 // A header for labels on the same grid.
@@ -287,13 +288,16 @@ NiftiScan read_nifti(const fs::path& file, const std::string& reader) {
   NiftiScan scan;
   Fields fields{};
   Image image(nullptr, &nifti_image_free);
+  bool swapped = false;
   if (header && version == 1) {
     auto& stored = *static_cast<nifti_1_header*>(header.get());
+    swapped = put_in_order(stored, version);
     fields = fields_of(stored, version);
     scan.header = of_labels(stored);
     if (NIFTI_ONEFILE(stored)) image.reset(nifti_convert_n1hdr2nim(stored, file.c_str()));
   } else if (header && version == 2) {
     auto& stored = *static_cast<nifti_2_header*>(header.get());
+    swapped = put_in_order(stored, version);
     fields = fields_of(stored, version);
     scan.header = of_labels(stored);
     if (stored.magic[1] == '+') image.reset(nifti_convert_n2hdr2nim(stored, file.c_str()));
@@ -306,7 +310,7 @@ NiftiScan read_nifti(const fs::path& file, const std::string& reader) {
     throw NiftiError(file.string() + ": this must be a NIfTI file with header and voxels together" + EXPORT_AGAIN);
   scan.affine = affine_of(*image);
   for (int axis = 0; axis < 3; ++axis) scan.shape[axis] = static_cast<std::int64_t>(fields.dim[3 - axis]);
-  scan.voxels = read_voxels(file, fields, is_swapped(file));
+  scan.voxels = read_voxels(file, fields, swapped);
   return scan;
 }
 
