@@ -92,7 +92,7 @@ struct Type {
 
 template <class Stored>
 void convert(char* stored, std::size_t count, bool swapped, double slope, double intercept, float* to) {
-  if (swapped) nifti_swap_Nbytes(static_cast<std::int64_t>(count), sizeof(Stored), stored);
+  if (swapped && sizeof(Stored) > 1) nifti_swap_Nbytes(static_cast<std::int64_t>(count), sizeof(Stored), stored);
   const bool scales = slope != 1 || intercept != 0;
   for (std::size_t i = 0; i < count; ++i) {
     Stored value;
