@@ -106,9 +106,7 @@ class Stages:
         sums = sums.copy()
         chosen = np.array([axis in flips for axis in range(3)], np.int32)
         shapes = (_sizes(volume.shape[1:]), _sizes(corner), _sizes(size), chosen, np.concatenate(weights))
-        self._call(
-            "gather_and_add", volume, len(volume), *shapes, _sizes(place), _sizes(sums.shape[1:]), tile, sums
-        )
+        self._call("gather_and_add", volume, len(volume), *shapes, _sizes(place), _sizes(sums.shape[1:]), tile, sums)
         return tile, sums
 
     def mean_focus(self, logits, channels, *, regions):

@@ -117,7 +117,12 @@ WRONG_USAGE = {
 
 @pytest.mark.parametrize("words", WRONG_USAGE)
 def test_wrong_usage(words, command, bundle, tmp_path):
-    paths = {"BUNDLE": bundle, "SCAN": write_nifti(tmp_path / "scan.nii"), "OUT": tmp_path / "out.nii", "EMPTY": tmp_path}
+    paths = {
+        "BUNDLE": bundle,
+        "SCAN": write_nifti(tmp_path / "scan.nii"),
+        "OUT": tmp_path / "out.nii",
+        "EMPTY": tmp_path,
+    }
     result = command(*[paths.get(word, word) for word in words.split()])
     assert (result.returncode, result.stdout) == (2, "")
     assert WRONG_USAGE[words] in result.stderr
@@ -132,7 +137,6 @@ def test_help(command):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
-
 
 
 SPOILT = {

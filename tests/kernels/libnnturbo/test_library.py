@@ -173,7 +173,10 @@ SPOILT = {
     "without path": (lambda folder: with_hashes(((folder / "path.json").unlink(), folder)[1]), "only Python can run"),
     "elsewhere": (lambda folder: with_hashes(folder, files={"../x": "0"}), "files in the bundle itself"),
     "header": (changed("weights.safetensors", header_beyond), "its header must lie inside the file"),
-    "program": (changed("network.json", lambda content: content.replace(b'"logits": ', b'"logits": 9')), "network.json"),
+    "program": (
+        changed("network.json", lambda content: content.replace(b'"logits": ', b'"logits": 9')),
+        "network.json",
+    ),
     "weights": (
         changed("network.json", lambda content: content.replace(b"encoder.stages.0", b"encoder.stages.7")),
         "weights.safetensors must hold",

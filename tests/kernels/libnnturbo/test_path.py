@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine import Engine, Volume
-from nnturbo.engine.errors import ModelError
-from nnturbo.engine.export.native_path import describe_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.plans import parse_plan
@@ -120,16 +118,3 @@ def test_identity_network_gives_the_labels_of_the_scan(stages):
     array = np.random.default_rng(0).normal(size=(1, 19, 17, 33)).astype(np.float32)
     labels, _, _ = stages.predict(plan, array, SPACING, lambda tile: (np.concatenate([tile, -tile]), None))
     assert np.array_equal(labels, array[0] < 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "plan_changes", "message"),
-    [
-        ({"previous_stage": "3d_lowres"}, {}, "continues from the labels of 3d_lowres"),
-        ({}, {"image_reader_writer": "SimpleITKIOWithReorient"}, "trained on reoriented scans"),
-    ],
-)
-def test_models_that_need_more_than_a_scan_are_refused(changes, plan_changes, message):
-    plan = parse_plan({**plans_json(**changes), **plan_changes}, dataset_json(), "3d_fullres")
-    with pytest.raises(ModelError, match=message):
-        describe_path(plan, ())

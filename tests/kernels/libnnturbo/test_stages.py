@@ -41,7 +41,9 @@ def test_spline_operators(stages, n_in, n_out, order):
 
 
 @random_cases
-@given(n_in=st.integers(1, 300), n_out=st.integers(1, 300), mode=st.sampled_from(["linear", "nearest", "nearest-exact"]))
+@given(
+    n_in=st.integers(1, 300), n_out=st.integers(1, 300), mode=st.sampled_from(["linear", "nearest", "nearest-exact"])
+)
 def test_torch_operators(stages, n_in, n_out, mode):
     expected = torch_operator(n_in, n_out, mode)
     assert np.array_equal(stages.operator(n_in, n_out, 0, mode), band_matrix(n_in, expected.first, expected.weights))
@@ -49,7 +51,11 @@ def test_torch_operators(stages, n_in, n_out, mode):
 
 RESAMPLINGS = {
     "resample_data_or_seg_to_shape": st.fixed_dictionaries(
-        {"order": st.integers(0, 5), "order_z": st.integers(0, 3), "force_separate_z": st.sampled_from([None, True, False])}
+        {
+            "order": st.integers(0, 5),
+            "order_z": st.integers(0, 3),
+            "force_separate_z": st.sampled_from([None, True, False]),
+        }
     ),
     "resample_torch_fornnunet": st.fixed_dictionaries(
         {
@@ -75,7 +81,9 @@ def test_resampling_of_whole_scans_and_of_parts(stages, data, shape, new_shape, 
     stop = data.draw(st.integers(start + 1, grid.shape[0]))
     whole = torch.from_numpy(values)
     expected = resample(whole, grid).numpy()
-    got = stages.resample(plan, values, grid.shape if function == "no_resampling_hack" else new_shape, old_spacing, new_spacing)
+    got = stages.resample(
+        plan, values, grid.shape if function == "no_resampling_hack" else new_shape, old_spacing, new_spacing
+    )
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
     part = stages.resample(plan, values, grid.shape, old_spacing, new_spacing, (start, stop))
     np.testing.assert_allclose(part, expected[:, start:stop], rtol=0, atol=2e-6)
@@ -172,7 +180,10 @@ def test_mirrored_tiles_and_their_sums(stages, data, flips):
 
 @random_cases
 @given(
-    outputs=st.integers(1, 6), regions=st.booleans(), channels=st.sets(st.integers(0, 5), min_size=1), seed=st.integers(0, 99)
+    outputs=st.integers(1, 6),
+    regions=st.booleans(),
+    channels=st.sets(st.integers(0, 5), min_size=1),
+    seed=st.integers(0, 99),
 )
 def test_focus_of_tiles(stages, outputs, regions, channels, seed):
     chosen = sorted(channel for channel in channels if channel < outputs) or [0]
