@@ -98,7 +98,7 @@ def test_channels_in_two_files(command, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     labels = np.asanyarray(nibabel.load(tmp_path / "out.nii").dataobj).transpose(2, 1, 0)
     assert np.array_equal(labels, Engine.load(bundle, device="cpu").predict(scans).segmentation)
-    other = write_nifti(tmp_path / "other.nii.gz", qoffset_x=50, srow_x=[1, 0, 0, 50])
+    other = patched(write_nifti(tmp_path / "other.nii"), {"qoffset_x": 50, "srow_x": [1, 0, 0, 50]})
     result = command(bundle, f"{scans[0]},{other}", tmp_path / "none.nii")
     assert (result.returncode, "must have the same shape, spacing, origin" in result.stderr) == (1, True)
 
@@ -154,13 +154,14 @@ SPOILT = {
 
 
 def patched(path, fields):
-    """Change fields of the header in place: nibabel would correct them."""
+    """Change fields of the header of a .nii in place: nibabel would correct them."""
     content = bytearray(path.read_bytes())
     header = nibabel.Nifti1Header(bytes(content[:348]), check=False)
     for field, value in fields.items():
         header[field] = value
     content[:348] = header.binaryblock
     path.write_bytes(content)
+    return path
 
 
 @pytest.mark.parametrize("kind", SPOILT)
