@@ -35,7 +35,7 @@ from ..options import DEFAULT_CHECKPOINT, EngineOptions, ModelChoice
 from ..pipeline.steps import Image
 from .agreement import measure_agreement
 from .calibration import calibration_tiles
-from .native_path import NATIVE_PATH_FILE, write_native_path
+from .native_path import write_native_path
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _compile_first(
             if backend.name in FOR_CPP:
                 _write_scan_path(model, folder)
             elif backend.name == "native":
-                _write_native_path(model, folder)
+                write_native_path(model.plan, model.mirror_axes, folder)
 
         plan = plan_bundle(model, source, backend, target.precision, target.machine)
         return compile_model(model, plan, backend, tiles, folder, write_more=write_more)
@@ -266,14 +266,6 @@ def _write_scan_path(model: Model, folder: Path) -> None:
         save_script(scan_path(model.plan, model.mirror_axes), folder / PATH_FILE)
     except ModelError as error:
         logger.warning("no %s, so C++ programs cannot use this bundle: %s", PATH_FILE, error)
-
-
-def _write_native_path(model: Model, folder: Path) -> None:
-    """Write path.json, the path around the network for the C library, unless only Python can run the model."""
-    try:
-        write_native_path(model.plan, model.mirror_axes, folder)
-    except ModelError as error:
-        logger.warning("no %s, so the C library cannot use this bundle: %s", NATIVE_PATH_FILE, error)
 
 
 def build_whole_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from ..files import write_json
 from ..model.mirroring import mirror_views
 from ..model.plans import NormalizationScheme, Plan
 from ..model.resampling_function import Resampling
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 NATIVE_PATH_FILE = "path.json"
@@ -176,9 +179,10 @@ def describe_path(plan: Plan, mirror_axes: Sequence[int]) -> DescribedPath:
 
 
 def write_native_path(plan: Plan, mirror_axes: Sequence[int], folder: Path) -> None:
-    """Write `path.json` into a bundle.
-
-    Raises:
-        ModelError: As `describe_path` does.
-    """
-    write_json(folder / NATIVE_PATH_FILE, asdict(describe_path(plan, mirror_axes)))
+    """Write `path.json` into a bundle, unless only Python can run the model."""
+    try:
+        described = describe_path(plan, mirror_axes)
+    except ModelError as error:
+        logger.warning("no %s, so the C library cannot use this bundle: %s", NATIVE_PATH_FILE, error)
+        return
+    write_json(folder / NATIVE_PATH_FILE, asdict(described))

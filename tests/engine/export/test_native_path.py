@@ -4,7 +4,6 @@ import json
 
 import pytest
 from nnturbo.engine.errors import ModelError
-from nnturbo.engine.export import build as build_module
 from nnturbo.engine.export.native_path import NATIVE_PATH_FILE, describe_path, write_native_path
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.plans import parse_plan
@@ -63,6 +62,6 @@ def test_models_that_need_more_than_a_scan_are_refused(plans, message):
 
 def test_a_bundle_without_the_path_is_said(tmp_path, caplog):
     model = read_model(write_model(tmp_path / "m", plans=TURNED))
-    build_module._write_native_path(model, tmp_path)
+    write_native_path(model.plan, model.mirror_axes, tmp_path)
     assert "the C library cannot use this bundle: the C library takes a scan without its orientation" in caplog.text
     assert not (tmp_path / NATIVE_PATH_FILE).exists()

@@ -74,6 +74,9 @@ def fuzz(program, bundle, scan, count, seed=0):
             assert "runtime error" not in said, f"mutant {index} of seed {seed}, {target.name}: {said[-3000:]}"
             assert out.exists() == (done.returncode == 0)
         statuses[done.returncode] = statuses.get(done.returncode, 0) + 1
+        if index % 1000 == 999:
+            sys.stdout.write(f"{index + 1} mutants: {statuses}\n")
+            sys.stdout.flush()
     return statuses
 
 

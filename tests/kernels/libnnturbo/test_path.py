@@ -8,8 +8,8 @@ from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.model.folds import inference_network
 from nnturbo.engine.model.plans import parse_plan
 
-from tests.engine.export.path_models import MODELS
-from tests.engine.export.scripted_paths import SPACING, bordered, scan, transposed, with_class
+from tests.engine.export.scripted.models import MODELS
+from tests.engine.export.scripted.paths import SPACING, bordered, scan, transposed, with_class
 from tests.engine.factory import dataset_json, plans_2d, plans_json, write_model
 from tests.kernels.libnnturbo.stages import CANCELLED, StageError, plan_text
 
