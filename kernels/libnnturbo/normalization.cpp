@@ -84,7 +84,7 @@ Normalization choose_normalization(const NormalizationScheme& scheme, const Scan
 
 Array normalized_planes(const ScanView& scan, const std::vector<Normalization>& normalizations,
                         const std::vector<std::uint8_t>& mask, Size start, Size stop) {
-  const auto [depth, height, width] = scan.shape;
+  const Size height = scan.shape[1], width = scan.shape[2];
   Array planes(scan.channels, {stop - start, height, width});
   parallel(scan.channels * (stop - start), [&](Size task) {
     const Size channel = task / (stop - start), z = start + task % (stop - start);
