@@ -6,7 +6,9 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32) && defined(NNTURBO_SHARED)
+#if defined(_WIN32) && defined(NNTURBO_BUILDS_SHARED)
+#define NNTURBO_API __declspec(dllexport)
+#elif defined(_WIN32) && defined(NNTURBO_SHARED)
 #define NNTURBO_API __declspec(dllimport)
 #elif defined(__GNUC__) && !defined(_WIN32)
 #define NNTURBO_API __attribute__((visibility("default")))
