@@ -13,7 +13,7 @@ from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.model.resampling_function import parse_resampling
 from nnturbo.engine.pipeline.preprocessing import filled_mask, preprocess
 from nnturbo.engine.pipeline.resampling import grid_map, resample, spline_operator, torch_operator
-from nnturbo.engine.pipeline.sliding_window import axis_weights
+from nnturbo.engine.pipeline.tiling import axis_weights
 from nnturbo.engine.pipeline.window import tile_positions
 from nnturbo.engine.scans.volume import Volume
 from nnturbo.kernels.operators import band_matrix
