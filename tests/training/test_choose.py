@@ -118,7 +118,7 @@ def models(tiny, trained, tmp_path_factory):
 
 class TestHeldOut:
     @pytest.mark.parametrize("classifier", ["head", "lda"])
-    @pytest.mark.parametrize("aggregation", ["foreground", "mean"])
+    @pytest.mark.parametrize("aggregation", ["foreground", pytest.param("mean", marks=pytest.mark.thorough)])
     def test_one_pass_answers_as_the_engine_does(self, models, tiny, classifier, aggregation):
         case = held_out_cases(tiny.raw / tiny.name, tiny.preprocessed / tiny.name, 0)[0]
         network = HeldOutNetwork(models[0], 0, checkpoint="checkpoint_final.pth", device="cpu", mirror=True)

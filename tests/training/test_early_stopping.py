@@ -47,6 +47,7 @@ def test_the_score_is_the_mean_of_foreground_focus_and_class(macro_f1, score):
 class TestEarlyStopping:
     scores = (0.1, 0.2, 0.3, 0.3, 0.3)
 
+    @pytest.mark.thorough
     def test_the_rate_goes_to_zero_and_training_ends(self, scored):
         trainer = scored(self.scores)
         trainer.run_training()
@@ -69,6 +70,7 @@ class TestEarlyStopping:
         assert self.patience_ends(trainer) is None
 
     @pytest.mark.thorough  # three trainings; the state that they need is in checkpoints, which TestKilled compares
+    @pytest.mark.thorough
     def test_it_survives_an_interruption(self, scored, tiny):
         seed_everything(5)
         whole = scored(self.scores)
@@ -101,6 +103,7 @@ class TestEarlyStopping:
                 trainer.whole_cases.validate({})
         return trainer.schedule.anneal_from
 
+    @pytest.mark.thorough
     def test_patience_begins_after_the_warm_up(self, scored):
         trainer = scored([0.5], replace(STOPPING, segmentation_epochs=3, detached_epochs=2))
         trainer.initialize()
@@ -131,6 +134,7 @@ class TestEarlyStopping:
         assert [line["focus_dsc"] for line in lines] == [0.9, 0.9, 0.2, 0.3]
         assert trainer.whole_cases.best == (0.3, 3)
 
+    @pytest.mark.thorough
     def test_undefined_scores_are_never_the_best(self, scored):
         trainer = scored([0.1, np.nan, np.nan, np.nan])
         trainer.initialize()

@@ -1,6 +1,7 @@
 """A training that is killed and resumed ends as if nothing had happened; other recipes; foreign checkpoints."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -94,6 +95,7 @@ class TestKilled:
             assert (resumed / name).read_text() == (trained / name).read_text()
         names = {path.name for path in (resumed / "fold_0").iterdir() if not path.name.startswith("training_log")}
         records = {"history.csv", "curves.png", "progress.png", "debug.json"}
+        records |= {"tensorboard"} if importlib.util.find_spec("tensorboard") else set()
         whole = {"checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_best_score.pth", *records}
         # Killed while it wrote, it may leave a file, though under no final name.
         assert {name for name in names if not name.startswith(".writing-")} == whole

@@ -87,7 +87,7 @@ def test_a_torch_bundle_holds_weights_and_the_fitted_classifiers_alone(tmp_path)
     model = model_of(tmp_path, multi_task(plans_json()), checkpoint={"pooled_classifier": pooled_classifier()})
     built("torch", model, tmp_path)
     content = torch.load(tmp_path / "fold_0.pth", weights_only=True)
-    assert set(content["pooled_classifier"]) == {"kind", "stages", "weight", "bias"}
+    assert set(content["pooled_classifier"]) == {"kind", "stages", "weight", "bias", "preferred", "temperature"}
     assert set(content) == {
         "network_weights",
         "init_args",

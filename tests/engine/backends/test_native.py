@@ -195,7 +195,16 @@ def test_a_bundle_is_built_by_another_backend_where_the_kernels_cannot_run_the_n
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["multi-task", "average, two layers", "2D multi-task", "residual encoder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "multi-task",
+        *(
+            pytest.param(kind, marks=pytest.mark.thorough)
+            for kind in ("average, two layers", "2D multi-task", "residual encoder")
+        ),
+    ],
+)
 def test_a_bundle_gives_the_labels_of_the_model(tmp_path, kind):
     model = write_model(tmp_path / "m", plans=KINDS[kind], folds=("0", "1"))
     bundle = build(model, tmp_path / "bundle", backend="native", device="cpu")
