@@ -23,6 +23,7 @@ def write_manifest(folder, **changes):
         if file.name != "engine.json"
     }
     (folder / "engine.json").write_text(json.dumps(manifest | changes))
+    return folder
 
 
 def write_scan(path, array, *, spacing=(1.2, 1.1, 3.0), **header):

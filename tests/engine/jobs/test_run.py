@@ -183,17 +183,14 @@ def test_the_same_name_twice_is_refused(engine, tmp_path):
         predict_cases(engine, [case, case], Job(output=tmp_path / "out"))
 
 
+NO_MODEL = ModelInfo(
+    models=(), file_ending=".nii.gz", reader="SimpleITKIO", class_names=None, previous_stage=None, plans={}, dataset={}
+)
+
+
 def test_a_stop_looks_at_the_record_of_each_case_alone(tmp_path):
     class Full:
-        info = ModelInfo(
-            models=(),
-            file_ending=".nii.gz",
-            reader="SimpleITKIO",
-            class_names=None,
-            previous_stage=None,
-            plans={},
-            dataset={},
-        )
+        info = NO_MODEL
 
         def __call__(self, cases, *, on_event, alone):
             raise OutputError("the disk is full")
@@ -224,15 +221,7 @@ def test_a_job_of_many_cases_begins_at_once(tmp_path):
         pass
 
     class Nobody:
-        info = ModelInfo(
-            models=(),
-            file_ending=".nii.gz",
-            reader="SimpleITKIO",
-            class_names=None,
-            previous_stage=None,
-            plans={},
-            dataset={},
-        )
+        info = NO_MODEL
 
         def __call__(self, cases, *, on_event, alone):
             raise Stopped

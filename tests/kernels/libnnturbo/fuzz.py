@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.kernels.libnnturbo.bundles import with_hashes
+from tests.cpp.factory import write_manifest
 
 LONGEST_S = 120
 NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"99999999999999999999", b"1e308", b"null", b'"x"', b"[]")
@@ -65,7 +65,7 @@ def fuzz(program, bundle, scan, count, seed=0):
             target = luck.choice([own_scan, *sorted(own.iterdir())])
             target.write_bytes(mutated(target.read_bytes(), luck))
             if target.name != "engine.json" and target != own_scan:
-                with_hashes(own)
+                write_manifest(own)
             command = [program, own, own_scan, out, "--disable-tta", "--step-size", "1", "--threads", "2"]
             done = subprocess.run(command, capture_output=True, timeout=LONGEST_S, check=False)
             said = done.stderr.decode(errors="replace")

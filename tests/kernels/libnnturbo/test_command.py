@@ -10,8 +10,9 @@ import pytest
 from nnturbo.engine import Engine
 from nnturbo.engine import build as build_bundle
 
+from tests.cpp.factory import SHAPE
 from tests.engine.factory import dataset_json, multi_task, plans_json, smooth_scan, write_model
-from tests.kernels.libnnturbo.bundles import SHAPE, write_nifti
+from tests.kernels.libnnturbo.nifti import write_nifti
 
 pytestmark = pytest.mark.thorough  # the program is built for half a minute
 LARGEST_BYTES = 5_000_000

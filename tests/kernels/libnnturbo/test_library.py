@@ -10,6 +10,7 @@ import torch
 from nnturbo.engine import Engine, Volume
 from nnturbo.engine import build as build_bundle
 
+from tests.cpp.factory import SHAPE, write_manifest
 from tests.engine.factory import (
     dataset_json,
     multi_task,
@@ -19,8 +20,8 @@ from tests.engine.factory import (
     smooth_scan,
     write_model,
 )
-from tests.kernels.libnnturbo.bundles import SHAPE, SPACING, with_hashes
 from tests.kernels.libnnturbo.library import BAD_ARGUMENT, BAD_BUNDLE, BAD_SCAN, CANCELLED, LibraryError, Model
+from tests.kernels.libnnturbo.nifti import SPACING
 
 pytestmark = pytest.mark.thorough  # the library is built for half a minute
 
@@ -152,7 +153,7 @@ def changed(name, content):
     def spoil(folder):
         path = folder / name
         path.write_bytes(content(path.read_bytes()))
-        with_hashes(folder)
+        write_manifest(folder)
 
     return spoil
 
@@ -164,14 +165,17 @@ def header_beyond(content):
 SPOILT = {
     "no manifest": (lambda folder: (folder / "engine.json").unlink(), "must be a folder with engine.json"),
     "no JSON": (lambda folder: (folder / "engine.json").write_text("{"), "the form that nnturbo writes"),
-    "newer": (lambda folder: with_hashes(folder, schema=99), "must have schema 1, it has schema 99"),
-    "other backend": (lambda folder: with_hashes(folder, backend="onnx"), "must be native, this one's is onnx"),
+    "newer": (lambda folder: write_manifest(folder, schema=99), "must have schema 1, it has schema 99"),
+    "other backend": (lambda folder: write_manifest(folder, backend="onnx"), "must be native, this one's is onnx"),
     "cut off": (
         lambda folder: (folder / "weights.safetensors").write_bytes(b"12345678"),
         "the file was changed or cut off",
     ),
-    "without path": (lambda folder: with_hashes(((folder / "path.json").unlink(), folder)[1]), "only Python can run"),
-    "elsewhere": (lambda folder: with_hashes(folder, files={"../x": "0"}), "files in the bundle itself"),
+    "without path": (
+        lambda folder: write_manifest(((folder / "path.json").unlink(), folder)[1]),
+        "only Python can run",
+    ),
+    "elsewhere": (lambda folder: write_manifest(folder, files={"../x": "0"}), "files in the bundle itself"),
     "header": (changed("weights.safetensors", header_beyond), "its header must lie inside the file"),
     "program": (
         changed("network.json", lambda content: content.replace(b'"logits": ', b'"logits": 9')),

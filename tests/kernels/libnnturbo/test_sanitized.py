@@ -6,9 +6,9 @@ import pytest
 from nnturbo.engine import build as build_bundle
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
-from tests.kernels.libnnturbo.bundles import write_nifti
 from tests.kernels.libnnturbo.conftest import cmake, missing_tools
 from tests.kernels.libnnturbo.fuzz import fuzz
+from tests.kernels.libnnturbo.nifti import write_nifti
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow  # builds everything again with sanitizers, and runs it for minutes

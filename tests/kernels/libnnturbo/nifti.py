@@ -1,27 +1,12 @@
-"""Bundles of the native backend for tests: made, changed with the right hashes, and scans in NIfTI."""
-
-import hashlib
-import json
+"""Scans in NIfTI for the library and its command."""
 
 import nibabel
 import numpy as np
 
+from tests.cpp.factory import SHAPE
 from tests.engine.factory import smooth_scan
 
-SHAPE = (9, 24, 26)
 SPACING = (3.0, 1.1, 1.2)
-
-
-def with_hashes(folder, **changes):
-    """Write the hashes of a bundle's files as they are now into its manifest, and change entries of it."""
-    manifest = json.loads((folder / "engine.json").read_text())
-    manifest["files"] = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.iterdir())
-        if file.name != "engine.json"
-    }
-    (folder / "engine.json").write_text(json.dumps(manifest | changes))
-    return folder
 
 
 def write_nifti(path, array=None, *, version=1, order="<", **header):
