@@ -73,8 +73,17 @@ PARTS = {
     "profile": Part(
         function=("gpu_networks", "profile"), seconds=45, tells="the 25 longest kernels of a forward", needs=NETWORK
     ),
+    "layers": Part(
+        function=("gpu_networks", "layers"), seconds=45, tells="where the time of nnturbo's forward goes, by step",
+        needs=NETWORK,
+    ),
+    "trained": Part(
+        function=("gpu_cases", "trained"), seconds=120, tells="labels of the model and scan that are given",
+        needs=NETWORK, usual=False,
+    ),
     "long": Part(
-        function=("gpu_cases", "long"), seconds=90, tells="a CT of 400 slices", needs=NETWORK, usual=False
+        function=("gpu_cases", "long"), seconds=180, tells="a CT of 400 slices, and nnU-Net's stages", needs=NETWORK,
+        usual=False,
     ),
     "inductor": Part(
         function=("gpu_networks", "inductor"), seconds=180, tells="the network compiled by torch's inductor",
@@ -151,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=usual, metavar="PART", help="in this order")
     parser.add_argument("--json", type=Path, default=DEFAULT_JSON)
     parser.add_argument("--minutes", type=float, default=6, help="for all parts together")
+    parser.add_argument("--model", type=Path, help="a model that nnU-Net has trained, for the part `trained`")
+    parser.add_argument("--scan", type=Path, help="a scan for it")
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself, on small sizes")
     parser.add_argument("--one", nargs=3, metavar=("PART", "INTO", "BEFORE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -160,16 +171,21 @@ def main(arguments: list[str] | None = None) -> int:
 
         name, into, before = options.one
         part = PARTS[name]
-        return run_one(part.function, part.needs, options.device, Path(into), Path(before))
+        given = (options.model, options.scan)
+        return run_one(part.function, part.needs, options.device, Path(into), Path(before), given)
 
     os.environ.update(environment)
-    script = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--one"]
+    script = [sys.executable, str(Path(__file__).resolve()), "--device", options.device]
+    for option, path in (("--model", options.model), ("--scan", options.scan)):
+        script += [] if path is None else [option, str(path)]
     if options.device != "cpu" and not _has_cuda():
         print("no CUDA device is here: nothing was measured", file=sys.stderr)
         return 2
-    found = run_parts(
-        options.parts, options.minutes, options.json, lambda name, into, before: [*script, name, str(into), str(before)]
-    )
+
+    def command(name: str, into: Path, before: Path) -> list[str]:
+        return [*script, "--one", name, str(into), str(before)]
+
+    found = run_parts(options.parts, options.minutes, options.json, command)
     print(json.dumps({key: found[key] for key in ("failed", "left_out", "seconds")}, indent=1))
     return 1 if found["failed"] else 0
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnturbo.engine import Engine, EngineError, Volume
+from torch import Tensor
 
 from .gpu_device import Bench
 from .stages import smooth_field
@@ -27,8 +28,8 @@ STOCK_PROCESSES = 3
 PHANTOMS = 2
 
 
-def stock_predictor(bench: Bench, model: Path, *, mirror: bool) -> Any:
-    """nnU-Net's predictor for a model, with its own settings but for mirroring.
+def stock_predictor(bench: Bench, model: Path, *, mirror: bool, fold: int | str = 0) -> Any:
+    """nnU-Net's predictor for a fold of a model, with its own settings but for mirroring.
 
     Raises:
         ImportError: Where nnU-Net is not installed, or lacks something.
@@ -38,7 +39,7 @@ def stock_predictor(bench: Bench, model: Path, *, mirror: bool) -> Any:
     predictor = nnUNetPredictor(
         device=bench.device, use_mirroring=mirror, perform_everything_on_device=bench.on_gpu, allow_tqdm=False
     )
-    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
     return predictor
 
 
@@ -112,11 +113,51 @@ def _stock_labels(predictor: Any, scan: np.ndarray, spacing: Sequence[float]) ->
 
 
 def long(bench: Bench) -> dict[str, Any]:
-    """A CT of 400 slices, nnturbo alone: nnU-Net would take longer than there is time."""
+    """A CT of 400 slices, and nnU-Net's three stages, of which the network comes first: the others run on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         model = write_task_model(Path(folder) / "model", "PlainConvUNet", bench.sizes.patch)
         engine = Engine.load(model, device=str(bench.device), backend="torch", mirror=bench.on_gpu)
-        return _case(bench, engine, bench.sizes.long, CT_SPACING_MM, rounds=1)
+        found = _case(bench, engine, bench.sizes.long, CT_SPACING_MM, rounds=1)
+        bench.keep(found)
+
+        def run_stock() -> dict[str, Any]:
+            from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+            predictor = stock_predictor(bench, model, mirror=bench.on_gpu)
+            stages: dict[str, float] = {}
+
+            def timed(stage: str, run: Callable[[], Any]) -> Any:
+                start = time.perf_counter()
+                result = run()
+                bench.wait()
+                stages[stage] = time.perf_counter() - start
+                bench.keep({**found, "stock_stages_s": stages})
+                return result
+
+            preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+            small = torch.zeros(1, *bench.sizes.patch)
+            predictor.predict_logits_from_preprocessed_data(small)  # what is searched first
+            scan, properties = _scan(bench.sizes.long).astype(np.float32), {"spacing": list(CT_SPACING_MM)}
+            data, _, properties = timed("preprocessing", lambda: preprocessor.run_case_npy(
+                scan, None, properties, predictor.plans_manager, predictor.configuration_manager,
+                predictor.dataset_json,
+            ))  # fmt: skip
+            logits: list[Tensor] = []
+            peak = bench.peak_bytes(lambda: logits.append(timed(
+                "network", lambda: predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu()
+            )))  # fmt: skip
+            timed("export", lambda: convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits[0], predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
+                properties,
+            ))  # fmt: skip
+            seconds = sum(stages.values())
+            return {
+                "stock_stages_s": stages, "stock_s": seconds, "stock_peak_bytes": peak,
+                "ratio": seconds / found["nnturbo_s"],
+            }  # fmt: skip
+
+        beside(found, run_stock)
+        return found
 
 
 def many(bench: Bench) -> dict[str, Any]:
@@ -197,6 +238,29 @@ def labels(bench: Bench) -> list[dict[str, Any]]:
             bench.keep(rows)
             print("  ", row, flush=True)
     return rows
+
+
+def trained(bench: Bench) -> dict[str, Any]:
+    """Labels of a model that nnU-Net has trained, on a scan, both given: against fp32 on the CPU and nnU-Net here.
+
+    With the model's own mirroring and step.
+    """
+    model, scan = bench.given
+    if model is None or scan is None:
+        raise ValueError("this part needs --model and --scan")
+    here, exact = (Engine.load(model, folds=("all",), device=at, backend="torch") for at in (str(bench.device), "cpu"))
+    labels = here.predict(scan).segmentation
+    found: dict[str, Any] = {"against_cpu": agreement(labels, exact.predict(scan).segmentation)}
+    bench.keep(found)
+
+    def against_stock() -> dict[str, Any]:
+        predictor = stock_predictor(bench, model, mirror=True, fold="all")
+        image, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(scan)])
+        return {"against_stock": agreement(labels, _stock_labels(predictor, image, properties["spacing"]))}
+
+    beside(found, against_stock)
+    print("  ", found, flush=True)
+    return found
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:

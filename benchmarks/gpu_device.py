@@ -80,14 +80,21 @@ class Bench:
         device: Where it measures.
         before: What the parts before have found.
         into: Where to write what it has found so far.
+        given: Model folder and scan that somebody brought, or None twice.
 
     Attributes:
         sizes: How much is measured.
         on_gpu: Whether the device is one; a CPU only tries the script.
     """
 
-    def __init__(self, device: torch.device, before: dict[str, Any], into: Path) -> None:
-        self.device, self._before, self._into = device, before, into
+    def __init__(
+        self,
+        device: torch.device,
+        before: dict[str, Any],
+        into: Path,
+        given: tuple[Path | None, Path | None] = (None, None),
+    ) -> None:
+        self.device, self.given, self._before, self._into = device, given, before, into
         self.on_gpu = device.type == "cuda"
         self.sizes = ON_GPU if self.on_gpu else ON_CPU
 
@@ -159,15 +166,21 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def run_one(function: tuple[str, str], needs: Sequence[str], device: str, into: Path, before: Path) -> int:
+def run_one(
+    function: tuple[str, str],
+    needs: Sequence[str],
+    device: str,
+    into: Path,
+    before: Path,
+    given: tuple[Path | None, Path | None] = (None, None),
+) -> int:
     """Run one part in this process and write what it found, or why it did not."""
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         into.write_text(json.dumps({"left_out": f"{', '.join(missing)} not installed"}), encoding="utf-8")
         return 0
-    bench = Bench(
-        torch.device(device if device == "cpu" else "cuda:0"), json.loads(before.read_text(encoding="utf-8")), into
-    )
+    at = torch.device(device if device == "cpu" else "cuda:0")
+    bench = Bench(at, json.loads(before.read_text(encoding="utf-8")), into, given)
     module, name = function
     try:
         bench.keep(getattr(importlib.import_module(f"nnturbo.benchmarks.{module}"), name)(bench))

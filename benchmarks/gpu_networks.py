@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from nnturbo.engine.backends.channels_last import without_lost_biases
 from nnturbo.engine.backends.choose import choose_precision
-from nnturbo.engine.backends.torch import DTYPES, TorchBackend, TorchRunner
+from nnturbo.engine.backends.torch import DTYPES, TorchBackend, TorchRunner, network_for_gpu
 from nnturbo.engine.model.folder import Model, read_model
 from nnturbo.engine.model.folds import InferenceNetwork, inference_network
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .gpu_device import Bench
@@ -166,6 +166,52 @@ def inductor(bench: Bench) -> list[dict[str, Any]]:
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}"[:500]
         bench.keep(rows)
+        print("  ", row, flush=True)
+    return rows
+
+
+def layers(bench: Bench) -> list[dict[str, Any]]:
+    """Time each step of nnturbo's forward of the first network by the device's clock, and what convolutions reach."""
+    _, model, tiles = next(_models(bench))
+    precision = choose_precision("auto", bench.device)
+    made = inference_network(model).to(bench.device)
+    network = network_for_gpu(made, precision) if bench.on_gpu else made
+    rows: list[dict[str, Any]] = []
+
+    def now() -> Any:
+        if not bench.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def watch(name: str, module: nn.Module) -> None:
+        began: list[Any] = []
+
+        def before(*_: Any) -> None:
+            began.append(now())
+
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            rows.append({"step": name, "kind": type(module).__name__, "times": (began.pop(), now())})
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                rows[-1] |= {"shape": list(output.shape), "flops": 2 * output.numel() * module.weight[0].numel()}
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    for name, module in network.named_modules():
+        if name and not isinstance(module, nn.ModuleList | nn.Identity):
+            watch(name, module)
+    run = TorchRunner(network, bench.device, precision, graphs=False)
+    for _ in range(3):  # the first two search and compile
+        rows.clear()
+        run(tiles.to(run.tiles_dtype))
+        bench.wait()
+    for row in rows:
+        began, ended = row.pop("times")
+        row["ms"] = began.elapsed_time(ended) if bench.on_gpu else 1e3 * (ended - began)
+        if "flops" in row:
+            row["of_matmul"] = row["flops"] / row["ms"] / 1e9 / bench.peak("matmul_fp16_tflop_per_s")
         print("  ", row, flush=True)
     return rows
 
