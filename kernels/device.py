@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import loader
 from .operators import AxisOperator
+from .reference import Norm
 
 MOST_BLOCKS = 4096
 """Blocks of kernels in which each row of threads takes line after line: several waves on the largest GPUs."""
@@ -20,6 +23,9 @@ LEAST_NORM_VALUES = 32768
 """Of an instance norm: blocks in all, and values that are worth a block of their own."""
 
 THREADS = loader.THREADS[0] * loader.THREADS[1]
+
+CONVOLVED, CONVOLVED_TILES, CONVOLVED_ROWS = 32, 16, loader.THREADS[1]
+"""Of convolve.cu: outputs of a block, its tiles one after the other, and rows of threads."""
 
 COLUMNS, PITCH = 32, 33
 """Constants of resample_axis.cu."""
@@ -131,6 +137,73 @@ def instance_norm(
             shared_bytes=shared_bytes,
         )  # fmt: skip
     return values
+
+
+def factors_of(weight: Tensor, lines: bool) -> Tensor:
+    """Put a convolution's weights into the order in which the threads of `convolve` take them.
+
+    Args:
+        weight: (outputs, channels, kz, ky, kx), or without kz.
+        lines: Whether channels are few and lie one after the other.
+
+    Returns:
+        (groups of 32 outputs, steps of 16 factors, 2, 32 threads, 8): each thread has four pairs of factors of two times
+        8 outputs.
+    """
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
+    outputs, channels = weight.shape[:2]
+    groups = -(-outputs // CONVOLVED)
+    weight = F.pad(weight, (0, 0) * 4 + (0, groups * CONVOLVED - outputs))
+    if lines:
+        factors = weight.flatten(1)
+        steps = F.pad(factors, (0, -factors.shape[1] % 16)).view(groups, CONVOLVED, -1, 16).transpose(1, 2)
+    else:
+        by_chunk = weight.view(groups, CONVOLVED, channels // 32, 2, 16, *weight.shape[2:])
+        # (groups, kz, chunks, ky, kx, 2, outputs, 16)
+        steps = by_chunk.permute(0, 5, 2, 6, 7, 3, 1, 4).reshape(groups, -1, CONVOLVED, 16)
+    # Outputs are numbered (thread, half, product, one of two), and factors (half, thread, one of two).
+    parts = steps.reshape(groups, steps.shape[1], 4, 2, 2, 2, 2, 4, 2)
+    return parts.permute(0, 1, 3, 2, 5, 7, 4, 6, 8).reshape(groups, steps.shape[1], 2, 32, 8).contiguous()
+
+
+def convolve(
+    values: Tensor, weight: Tensor, factors: Tensor, norm: Norm | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.convolve`; `factors` are what `factors_of` makes of the weight."""
+    kernel = [1] * (5 - weight.ndim) + list(weight.shape[2:])
+    images, channels = values.shape[:2]
+    grid = [1] * (5 - values.ndim) + list(values.shape[2:])
+    lines = channels % 32 != 0
+    pitch = values.stride(-1)
+    if lines:
+        values = values.contiguous()
+    else:
+        _require_channels_last("values", values, values, pitch)
+    rows, outputs = CONVOLVED_ROWS, len(weight)
+    tiles = grid[0] * -(-grid[1] // rows) * -(-grid[2] // 32)
+    run = min(tiles, CONVOLVED_TILES)
+    parts, groups = -(-tiles // run), len(factors)
+    sums = None
+    if bias is None:
+        out = values.new_empty(images, *values.shape[2:], outputs).movedim(-1, 1)
+        sums = torch.empty(images, parts, 3, outputs, dtype=torch.float32, device=values.device)
+    else:
+        out = values.new_empty(images, outputs, *values.shape[2:])
+    plane = (rows + 2) * 34
+    halves = -(-(channels * kernel[0] * plane + 8) // 8) * 8 + 2 * 16 * factors.shape[1] if lines else 32 * plane
+    scales, norm_bias, slope = (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), norm.bias.data_ptr(), norm.slope)
+    loader.launch(
+        "convolve",
+        values.dtype,
+        [values.data_ptr(), pitch, *grid, channels, *kernel, factors.data_ptr(), scales, norm_bias, _bits(slope), groups,
+         parts, run, out.data_ptr(), outputs, 0 if sums is None else sums.data_ptr(),
+         0 if bias is None else bias.data_ptr()],
+        device=values.device,
+        blocks=images * groups * parts,
+        lines=lines,
+        shared_bytes=4 * (CONVOLVED + 16 * 32 * rows) + 2 * halves,
+    )  # fmt: skip
+    return out, sums
 
 
 def _bits(value: float) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +218,59 @@ def instance_norm(
     if copy is not None:
         copy.copy_(values)
     return values
+
+
+class Norm(NamedTuple):
+    """An instance norm and its activation, whose statistics are known: `(x - mean) * scale + bias`, then as `slope` says.
+
+    Attributes:
+        scales: (N, 2, C) float32: means, and scales, of each channel of each image.
+        bias: (C,) float32.
+        slope: See `instance_norm`.
+    """
+
+    scales: Tensor
+    bias: Tensor
+    slope: float
+
+
+def convolve(
+    values: Tensor, weight: Tensor, factors: Tensor, norm: Norm | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve with stride 1 to the same grid, after the norm of the input and before the one of the output.
+
+    Args:
+        values: (N, C, *grid) half; on a GPU (sm_80 and newer) C is a multiple of 32 and last in memory, with other
+            channels between voxels or not, or small and the values contiguous.
+        weight: (K, C, *kernel) as the values, of 1 or 3 voxels along each axis.
+        factors: The weight in another order, for GPUs: see `device.factors_of`.
+        norm: What is done to the values first, rounded to their type.
+        bias: (K,) float32, of what has no norm.
+
+    Returns:
+        Without a bias, (N, K, *grid) as the values, with the channels last, and for `norm_scales` the statistics
+        (N, parts, 3, K) float32: voxels, mean and squared distances from it. With a bias (N, K, *grid) contiguous, and
+        None.
+    """
+    axes = list(range(2, values.ndim))
+    if norm is not None:
+        values = normed(values, norm).to(values.dtype)
+    pad = [size // 2 for size in weight.shape[2:]]
+    convolution = F.conv3d if values.ndim == 5 else F.conv2d
+    result = convolution(values.float(), weight.float(), bias, padding=pad).to(values.dtype)
+    if bias is not None:
+        return result, None
+    variance, mean = torch.var_mean(result.float(), axes, correction=0)
+    count = torch.full_like(mean, result[0, 0].numel())
+    last = torch.channels_last_3d if values.ndim == 5 else torch.channels_last
+    return result.contiguous(memory_format=last), torch.stack([count, mean, count * variance], 1)[:, None]
+
+
+def normed(values: Tensor, norm: Norm) -> Tensor:
+    """Apply a norm whose statistics are known, in float32."""
+    mean, scale, bias = (part.view(*part.shape, *[1] * (values.ndim - 2)) for part in (*norm.scales.unbind(1), norm.bias))
+    result = (values.float() - mean) * scale + bias
+    return torch.where(result > 0, result, norm.slope * result)
 
 
 def argmax_labels(logits: Tensor) -> Tensor:

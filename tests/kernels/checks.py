@@ -184,6 +184,58 @@ def check_instance_norm(target):
             assert torch.isnan(whole[..., : pitch - channels]).all()
 
 
+def check_convolve(target):
+    dtype = random.choice([torch.float16, torch.bfloat16])
+    lines, dimensions = random.random() < 0.4, random.randint(2, 3)
+    channels = random.randint(1, 4) if lines else random.choice([32, 64])
+    outputs = random.choice([32, 64])
+    bias = None
+    if random.random() < 0.3:
+        outputs = random.randint(1, 40)
+        bias = torch.randn(outputs)
+    images, grid = random.randint(1, 2), (*shape(1, 5, dimensions - 1), random.choice([1, 7, 32, 33, 40]))
+    kernel = tuple(random.choice([1, 3, 3]) for _ in grid)
+    weight = torch.randn(outputs, channels, *kernel).div(math.sqrt(channels * math.prod(kernel))).to(dtype)
+    values = torch.randn(images, channels, *grid).to(dtype)
+    norm = None
+    if not lines and random.random() < 0.6:
+        scales = torch.stack([torch.randn(images, channels), torch.rand(images, channels)], 1)
+        norm = reference.Norm(scales, torch.randn(channels), random.choice([1.0, 0.01, 0.0]))
+    pitch = 1 if lines else channels + 8 * random.choice([0, 0, 1, 4])
+    given = values.to(target)
+    if not lines:
+        whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
+        given = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels).copy_(values)
+    factors = device.factors_of(weight, lines).to(target)
+    expected, sums = reference.convolve(values, weight, factors, norm, bias)
+    there = None if norm is None else reference.Norm(norm.scales.to(target), norm.bias.to(target), norm.slope)
+    usual = device.CONVOLVED_TILES, device.CONVOLVED_ROWS
+    if target == CPU:
+        device.CONVOLVED_ROWS = random.randint(1, 2)
+    device.CONVOLVED_TILES = random.choice([1, 3, usual[0]])
+    try:
+        out, of_parts = device.convolve(
+            given, weight.to(target), factors, there, None if bias is None else bias.to(target)
+        )
+    finally:
+        device.CONVOLVED_TILES, device.CONVOLVED_ROWS = usual
+    rounded = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert out.shape == expected.shape
+    assert bool(((out.cpu().float() - expected.float()).abs() <= rounded * (1 + 2 * expected.float().abs())).all())
+    if bias is not None:
+        assert of_parts is None
+        assert out.is_contiguous()
+        return
+    assert out.stride() == last_strides(out.shape, outputs)
+    counts, means, squares = of_parts.cpu().double().unbind(2)
+    voxels = out.cpu().double().flatten(2)
+    assert torch.equal(counts.sum(1), torch.full((images, outputs), voxels.shape[2], dtype=torch.float64))
+    mean = (counts * means).sum(1) / counts.sum(1)
+    assert torch.allclose(mean, voxels.mean(2), rtol=1e-5, atol=1e-5)
+    variance = (squares + counts * (means - mean[:, None]) ** 2).sum(1) / counts.sum(1)
+    assert torch.allclose(variance, voxels.var(2, correction=0), rtol=1e-4, atol=1e-6)
+
+
 def last_strides(size, pitch):
     """Strides of (N, C, *grid) whose voxels are `pitch` numbers apart, channels side by side."""
     steps, step = [], pitch
@@ -197,6 +249,7 @@ CHECKS = {
     "gather_tiles": check_gather_tiles,
     "accumulate_views": check_accumulate_views,
     "instance_norm": check_instance_norm,
+    "convolve": check_convolve,
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -41,10 +42,46 @@ struct Half;
 static float to_float(Half value);
 static void store(Half* place, float value);
 
+// What the threads of a warp do together: each shows what it has, and takes from the others what is its share.
+struct Warp {
+    std::barrier<> all{32};
+    unsigned a[32][4], b[32][2];
+    const void* rows[32];
+};
+static std::vector<std::unique_ptr<Warp>> warps;
+
+template <typename T>
+static void load_matrices(unsigned* a, const T* row) {
+    Warp& warp = *warps[threadIdx.y];
+    warp.rows[threadIdx.x] = row;
+    warp.all.arrive_and_wait();
+    for (unsigned i = 0; i < 4; i++)
+        std::memcpy(&a[i], (const char*)warp.rows[i * 8 + threadIdx.x / 4] + threadIdx.x % 4 * 4, 4);
+    warp.all.arrive_and_wait();
+}
+
+template <typename T>
+static void multiply_add(float* c, const unsigned* a, const unsigned* b, T) {
+    Warp& warp = *warps[threadIdx.y];
+    std::memcpy(warp.a[threadIdx.x], a, sizeof warp.a[0]);
+    std::memcpy(warp.b[threadIdx.x], b, sizeof warp.b[0]);
+    warp.all.arrive_and_wait();
+    auto half = [](unsigned pair, unsigned which) { return to_float(T{(unsigned short)(pair >> 16 * which)}); };
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned line = threadIdx.x / 4, column = threadIdx.x % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned thread = k % 8 / 2, of_a = i / 2 + k / 8 * 2;
+            c[i] += half(warp.a[line * 4 + thread][of_a], k % 2) * half(warp.b[column * 4 + thread][k / 8], k % 2);
+        }
+    }
+    warp.all.arrive_and_wait();
+}
+
 template <typename... P, size_t... I>
 static void run(void (*kernel)(P...), const long long* values, std::index_sequence<I...>) {
     std::barrier<> barrier(blockDim.x * blockDim.y);
     all_threads = &barrier;
+    for (unsigned y = 0; y < blockDim.y; y++) warps.push_back(std::make_unique<Warp>());
     std::vector<std::thread> threads;
     for (unsigned t = 0; t < blockDim.x * blockDim.y; t++)
         threads.emplace_back([=] {
@@ -56,6 +93,7 @@ static void run(void (*kernel)(P...), const long long* values, std::index_sequen
             }
         });
     for (auto& thread : threads) thread.join();
+    warps.clear();
 }
 
 template <typename... P>

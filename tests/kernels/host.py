@@ -8,6 +8,7 @@ import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 
+from nnturbo.kernels import device as device_kernels
 from nnturbo.kernels import loader
 
 HERE = Path(__file__).parent
@@ -16,7 +17,7 @@ FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unu
          "-Werror", "-fPIC", "-pthread")  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 
-ONE_PIECE_A_BLOCK = ("resample_axis", "instance_norm_sums", "instance_norm_apply")
+ONE_PIECE_A_BLOCK = ("resample_axis", "instance_norm_sums", "instance_norm_apply", "convolve")
 """Kernels whose blocks do what their number says; the others' go on until nothing is left."""
 
 compiler = shutil.which("g++")
@@ -44,7 +45,9 @@ class HostKernels:
         values = (ctypes.c_longlong * len(arguments))(*arguments)
         # One line after another needs no more rows of threads than these.
         blocks = blocks if kernel in ONE_PIECE_A_BLOCK else min(blocks, 3)
-        library.launch(values, blocks, *self.threads, ctypes.c_size_t(shared_bytes))
+        # Products of matrices are a warp's work.
+        threads = (32, device_kernels.CONVOLVED_ROWS) if kernel == "convolve" else self.threads
+        library.launch(values, blocks, *threads, ctypes.c_size_t(shared_bytes))
         self.launches += 1
 
     @cache  # noqa: B019, lives as long as the tests

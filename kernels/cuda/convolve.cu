@@ -1,0 +1,228 @@
+// A convolution with stride 1 of half numbers on tensor cores, for few channels: 32 outputs at a time. It takes what the norm of
+// its input needs, and leaves the statistics that the norm of its output needs, so that no norm is a pass of its own.
+//
+// Values are [image][voxel][pitch], channels side by side, of which `channels`, a multiple of 32, are read; with LINES they are
+// [image][channel][voxel] and few. Where `scales` are given, a value is (value - mean) * scale + bias, times `slope` where
+// negative, before it is multiplied. Beyond the image are zeros. `weights` are the second factors of all products in the order
+// in which threads take them, see `device.fragments`.
+//
+// Outputs are [image][voxel][channel], and `sums` [image][part][3][channel]: voxels, mean, and sum of squared distances from
+// it. With `bias` they are instead [image][channel][voxel], have no sums, and may be fewer than 32.
+//
+// Bytes: sizeof(T) read per value, and more for the borders that tiles share, which are in the L2 cache; sizeof(T) written per
+// output. A tile is a line of 32 voxels for each row of threads (a warp, which makes all 32 outputs of its line: two by four
+// products of 16 x 16 by 16 x 8), copied to shared memory with its borders for 32 channels of a plane at a time.
+
+const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16;
+
+struct alignas(16) Bits {
+    unsigned values[4];
+};
+
+#ifndef ON_HOST
+// Four matrices of 8 x 8; each thread gives the place of a row of 16 bytes.
+__device__ inline void load_matrices(unsigned* a, const T* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)));
+}
+#define PRODUCT(type)                                                                                                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "   \
+        "{%0, %1, %2, %3};"                                                                                            \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+// c += a b, of 16 x 16 by 16 x 8, each spread over a warp.
+__device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Half) { PRODUCT("f16"); }
+__device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Bfloat) { PRODUCT("bf16"); }
+#endif
+
+extern "C" __global__ void __launch_bounds__(256, 3) convolve(
+    const T* values, Index of_pitch, Index of_z, Index of_y, Index of_x, Index of_channels, Index of_kz, Index of_ky,
+    Index of_kx, const T* weights, const float* scales, const float* norm_bias, Index slope, Index groups, Index of_parts,
+    Index of_run, T* out, Index of_outputs, float* sums, const float* bias
+) {
+    // No plane has as many numbers as an int counts, nor has one thread the registers for longer ones.
+    int pitch = (int)of_pitch, nz = (int)of_z, ny = (int)of_y, nx = (int)of_x, channels = (int)of_channels;
+    int kz = (int)of_kz, ky = (int)of_ky, kx = (int)of_kx, parts = (int)of_parts, run = (int)of_run;
+    int outputs = (int)of_outputs;
+    SHARED_FLOATS(held);  // [OUTPUTS] of the first tile, [2][8][threads] sums of distances from these and of squares, the tile
+    int lane = threadIdx.x, row = threadIdx.y, rows = blockDim.y, thread = row * 32 + lane, threads = rows * 32;
+    float *shift = held, *total = held + OUTPUTS + thread, *squares = total + 8 * threads;
+    T* tile = (T*)(held + OUTPUTS + 16 * threads);
+    int line = lane / 4, pack = lane % 4;  // of the outputs of a product, those that a thread has: lines and packs of 8
+    int block = blockIdx.x, part = block % parts, group = block / parts % (int)groups;
+    int image = block / parts / (int)groups;
+    Index voxels = (Index)nz * ny * nx;
+    int along_x = (nx + ACROSS - 1) / ACROSS, along_y = (ny + rows - 1) / rows;
+    int first = part * run, last = first + run, tiles = nz * along_y * along_x;
+    if (last > tiles) last = tiles;
+    int taps = kz * ky * kx, down = rows + 2, plane = down * PITCH;
+    int steps = LINES ? (channels * taps + STEP - 1) / STEP : channels / STEP * taps;
+    const Bits* factors = (const Bits*)weights + (Index)group * steps * 64 + lane;
+    int* offsets = (int*)(tile + (channels * kz * plane + 8) / 8 * 8);  // with LINES: where the tile has each factor
+    if (LINES)
+        for (int k = thread; k < steps * STEP; k += threads) {
+            int dx = k % kx, dy = k / kx % ky, from = k / (kx * ky);
+            bool there = from < channels * kz;
+            offsets[k] = there ? from * plane + (dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 : -1;
+        }
+    float count = 0;
+    for (int n = 0; n < 8; n++) total[n * threads] = squares[n * threads] = 0;
+#pragma unroll 1
+    for (int number = first; number < last; number++) {
+        int x0 = number % along_x * ACROSS, y0 = number / along_x % along_y * rows, z = number / along_x / along_y;
+        float sum[2][4][4] = {};
+        if (LINES) {
+            __syncthreads();
+#pragma unroll 1
+            for (int i = thread; i < channels * kz * plane; i += threads) {
+                int x = x0 + i % PITCH - 1, y = y0 + i / PITCH % down - 1, from = i / plane;
+                int at = z + from % kz - kz / 2, c = from / kz;
+                T value = {};
+                if (0 <= x && x < nx && 0 <= y && y < ny && 0 <= at && at < nz)
+                    value = values[(image * channels + c) * voxels + (Index)at * ny * nx + y * nx + x];
+                tile[i] = value;
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (int step = 0; step < steps; step++) {
+                Bits low = factors[step * 64], high = factors[step * 64 + 32];
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    unsigned a[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        a[i] = 0;
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            int offset = offsets[step * STEP + i / 2 * 8 + pack * 2 + e];
+                            int at = row * PITCH + m * 16 + i % 2 * 8 + line + offset;
+                            if (offset >= 0) a[i] |= (unsigned)tile[at].bits << 16 * e;
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < 4; j++) multiply_add(sum[m][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int dz = 0; dz < kz; dz++) {
+                int at = z + dz - kz / 2;
+                if (at < 0 || at >= nz) continue;
+#pragma unroll 1
+                for (int chunk = 0; chunk < channels / 32; chunk++) {
+                    int channel = chunk * 32 + thread % 4 * 8;
+                    const T* source = values + (image * voxels + (Index)at * ny * nx) * pitch + channel;
+                    const Pack<float>* means = (const Pack<float>*)(scales + image * 2 * channels + channel);
+                    const Pack<float>* factor = (const Pack<float>*)(scales + (image * 2 + 1) * channels + channel);
+                    const Pack<float>* added = (const Pack<float>*)(norm_bias + channel);
+                    __syncthreads();
+                    const int AT_ONCE = 2;
+#pragma unroll 1
+                    for (int begin = thread; begin < plane * 4; begin += AT_ONCE * threads) {
+                        Pack<T> now[AT_ONCE];
+                        bool inside[AT_ONCE];
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; i++) {
+                            int place = (begin + i * threads) / 4;
+                            int x = x0 + place % PITCH - 1, y = y0 + place / PITCH - 1;
+                            inside[i] = place < plane && 0 <= x && x < nx && 0 <= y && y < ny;
+                            now[i] = Pack<T>();
+                            if (inside[i]) now[i] = *(const Pack<T>*)(source + (y * nx + x) * pitch);
+                        }
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; i++) {
+                            int place = (begin + i * threads) / 4;
+                            if (place >= plane) break;
+                            if (scales && inside[i])
+#pragma unroll
+                                for (int h = 0; h < 2; h++) {
+                                    Pack<float> mean = means[h], scale = factor[h], shifted = added[h];
+#pragma unroll
+                                    for (int n = 0; n < 4; n++) {
+                                        float value = to_float(now[i].values[4 * h + n]) - mean.values[n];
+                                        value = fmaf(value, scale.values[n], shifted.values[n]);
+                                        store(&now[i].values[4 * h + n], value > 0 ? value : from_bits(slope) * value);
+                                    }
+                                }
+                            // Packs of neighbours change places, so that eight of them lie in different banks.
+                            *(Pack<T>*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
+                        }
+                    }
+                    __syncthreads();
+                    const Bits* next = factors + (Index)(dz * channels / 32 + chunk) * (ky * kx) * 128;
+#pragma unroll 1
+                    for (int dy = 0; dy < ky; dy++)
+#pragma unroll 1
+                        for (int dx = 0; dx < kx; dx++, next += 128) {
+                            int from = (row + dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 + lane % 16;
+#pragma unroll
+                            for (int k = 0; k < 2; k++) {
+                                Bits low = next[k * 64], high = next[k * 64 + 32];
+#pragma unroll
+                                for (int m = 0; m < 2; m++) {
+                                    int place = from + m * 16;
+                                    unsigned a[4];
+                                    load_matrices(a, tile + place * 32 + ((k * 2 + lane / 16) ^ (place >> 1 & 3)) * 8);
+#pragma unroll
+                                    for (int j = 0; j < 4; j++)
+                                        multiply_add(sum[m][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                                }
+                            }
+                        }
+                }
+            }
+        }
+        int channel = group * OUTPUTS + pack * 8, y = y0 + row;
+        if (sums && number == first) {
+            T rounded;
+            if (thread < 4)
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    store(&rounded, sum[0][n / 2][n % 2]);
+                    shift[pack * 8 + n] = to_float(rounded);
+                }
+            __syncthreads();
+        }
+        float of_tile[16] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int x = x0 + i * 8 + line;
+            if (y >= ny || x >= nx) continue;
+            Index voxel = ((Index)z * ny + y) * nx + x;
+            Pack<T> made;
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                float value = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
+                if (bias && channel + n < outputs) value += bias[channel + n];
+                store(&made.values[n], value);
+                if (bias && channel + n < outputs) out[(Index)(image * outputs + channel + n) * voxels + voxel] = made.values[n];
+                float distance = to_float(made.values[n]) - shift[pack * 8 + n];
+                of_tile[n] += distance;
+                of_tile[8 + n] = fmaf(distance, distance, of_tile[8 + n]);
+            }
+            if (!bias) *(Pack<T>*)(out + (image * voxels + voxel) * outputs + channel) = made;
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            total[n * threads] += of_tile[n];
+            squares[n * threads] += of_tile[8 + n];
+        }
+        int lines = ny - y0 < rows ? ny - y0 : rows, columns = nx - x0 < ACROSS ? nx - x0 : ACROSS;
+        count += (float)(lines * columns);
+    }
+    if (!sums) return;
+    __syncthreads();
+    for (int c = thread; c < OUTPUTS; c += threads) {
+        const float* of_threads = held + OUTPUTS + c % 8 * threads + c / 8;
+        float all = 0, far = 0;
+        for (int i = 0; i < threads; i += 4) {
+            all += of_threads[i];
+            far += of_threads[8 * threads + i];
+        }
+        float* target = sums + (Index)(image * parts + part) * 3 * outputs + group * OUTPUTS + c;
+        target[0] = count;
+        target[outputs] = shift[c] + all / count;
+        target[2 * outputs] = fmaxf(far - all * (all / count), 0.f);
+    }
+}
