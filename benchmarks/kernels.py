@@ -21,7 +21,8 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
     *((kernel, dtype, None) for kernel in ("gather_tiles", "accumulate_views") for dtype in FLOATS),
-    *((f"instance_norm_{step}", dtype, None) for step in ("sums", "scales", "apply") for dtype in FLOATS),
+    *((f"instance_norm_{step}", dtype, None) for step in ("sums", "apply") for dtype in FLOATS),
+    ("instance_norm_scales", torch.float32, None),
     *(
         ("resample_axis", dtype, lines)
         for dtype in (torch.float32, torch.int16, torch.uint8)

@@ -22,6 +22,9 @@ MOST_NORM_BLOCKS = 1024
 LEAST_NORM_VALUES = 32768
 """Of an instance norm: blocks in all, and values that are worth a block of their own."""
 
+NORM_GROUP = 8
+"""Constant of instance_norm_scales.cu."""
+
 THREADS = loader.THREADS[0] * loader.THREADS[1]
 
 CONVOLVED, CONVOLVED_TILES, CONVOLVED_ROWS = 32, 16, loader.THREADS[1]
@@ -108,35 +111,100 @@ def instance_norm(
     copy: Tensor | None = None,
 ) -> Tensor:
     """See `reference.instance_norm`."""
+    return norm_apply(values, norm_scales(_norm_sums(values), weight, epsilon), bias, slope, residual, copy)
+
+
+def _norm_sums(values: Tensor) -> Tensor:
+    """Make the sums of `norm_scales` of (N, C, *grid) values."""
+    _require_packs(values, None, None)
+    images, channels = values.shape[:2]
+    voxels, run, parts = _parts(values)
+    sums = torch.empty(images, parts, 3, channels, dtype=torch.float32, device=values.device)
+    loader.launch(
+        "instance_norm_sums",
+        values.dtype,
+        [values.data_ptr(), voxels, channels, parts, run, sums.data_ptr()],
+        device=values.device,
+        blocks=images * parts,
+        shared_bytes=8 * (16 // values.element_size()) * THREADS,
+    )
+    return sums
+
+
+def norm_scales(sums: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """Combine the sums of parts of images to what `norm_apply` makes of each value.
+
+    Args:
+        sums: (N, parts, 3, C) float32, contiguous: of each channel of a part the count of its voxels, their mean, and
+            the sum of squared distances from that mean. An empty part is all zeros.
+        weight: See `reference.instance_norm`.
+        epsilon: Of the norm.
+
+    Returns:
+        (N, 2, C) float32: mean, and weight / sqrt(variance + epsilon).
+    """
+    images, parts, of_part, channels = sums.shape
+    if of_part != 3 or sums.dtype != torch.float32 or not sums.is_contiguous():
+        raise ValueError(
+            f"sums must be contiguous float32 of shape (N, parts, 3, C), got {sums.dtype} of shape "
+            f"{tuple(sums.shape)} with strides {sums.stride()}"
+        )
+    scales = torch.empty(images, 2, channels, dtype=torch.float32, device=sums.device)
+    loader.launch(
+        "instance_norm_scales",
+        sums.dtype,
+        [sums.data_ptr(), channels, parts, 0 if weight is None else weight.data_ptr(), _bits(epsilon),
+         scales.data_ptr()],
+        device=sums.device,
+        blocks=images * -(-channels // NORM_GROUP),
+        shared_bytes=4 * THREADS,
+    )  # fmt: skip
+    return scales
+
+
+def norm_apply(
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    slope: float = 1.0,
+    residual: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    """Do the last step of `instance_norm`, with the scales of `norm_scales`; in place."""
+    pitch = _require_packs(values, residual, copy)
+    images, channels = values.shape[:2]
+    voxels, run, parts = _parts(values)
+    at_bias, at_residual, at_copy = (0 if each is None else each.data_ptr() for each in (bias, residual, copy))
+    loader.launch(
+        "instance_norm_apply",
+        values.dtype,
+        [values.data_ptr(), voxels, channels, parts, run, scales.data_ptr(), at_bias, _bits(slope), at_residual,
+         at_copy, pitch],
+        device=values.device,
+        blocks=images * parts,
+    )  # fmt: skip
+    return values
+
+
+def _parts(values: Tensor) -> tuple[int, int, int]:
+    """Voxels of an image, of a block that has a part of it, and the number of parts."""
     images, channels = values.shape[:2]
     voxels = values[0, 0].numel()
-    width = 16 // values.element_size()
+    parts = max(1, min(MOST_NORM_BLOCKS // images, -(-voxels * channels // LEAST_NORM_VALUES)))
+    run = -(-voxels // parts)
+    return voxels, run, -(-voxels // run)
+
+
+def _require_packs(values: Tensor, residual: Tensor | None, copy: Tensor | None) -> int:
+    """Check that all can be read in packs, and return how far voxels of the copy are apart."""
+    channels, width = values.shape[1], 16 // values.element_size()
     pitch = channels if copy is None else copy.stride(-1)
     if channels % width or pitch % width:
         raise ValueError(f"channels must come in multiples of {width} in {values.dtype}, got {channels} of {pitch}")
     for name, tensor in (("values", values), ("the residual", residual), ("the copy", copy)):
         if tensor is not None:
             _require_channels_last(name, tensor, values, pitch if tensor is copy else channels)
-    parts = max(1, min(MOST_NORM_BLOCKS // images, -(-voxels * channels // LEAST_NORM_VALUES)))
-    run = -(-voxels // parts)
-    parts = -(-voxels // run)
-    sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=values.device)
-    scales = torch.empty(images, 2, channels, dtype=torch.float32, device=values.device)
-    size, of_parts = [voxels, channels], [parts, run]
-    at = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in
-          {"weight": weight, "bias": bias, "residual": residual, "copy": copy}.items()}  # fmt: skip
-    for kernel, blocks, arguments, shared_bytes in (
-        ("sums", images * parts, [values.data_ptr(), *size, *of_parts, sums.data_ptr()], 8 * width * THREADS),
-        ("scales", _blocks(images), [values.data_ptr(), sums.data_ptr(), images, *size, parts, at["weight"],
-                                     _bits(epsilon), scales.data_ptr()], 0),
-        ("apply", images * parts, [values.data_ptr(), *size, *of_parts, scales.data_ptr(), at["bias"], _bits(slope),
-                                   at["residual"], at["copy"], pitch], 0),
-    ):  # fmt: skip
-        loader.launch(
-            f"instance_norm_{kernel}", values.dtype, arguments, device=values.device, blocks=blocks,
-            shared_bytes=shared_bytes,
-        )  # fmt: skip
-    return values
+    return pitch
 
 
 def factors_of(weight: Tensor, lines: bool) -> Tensor:
@@ -191,7 +259,9 @@ def convolve(
         out = values.new_empty(images, outputs, *values.shape[2:])
     plane = (rows + 2) * 34
     halves = -(-(channels * kernel[0] * plane + 8) // 8) * 8 + 2 * 16 * factors.shape[1] if lines else 32 * plane
-    scales, norm_bias, slope = (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), norm.bias.data_ptr(), norm.slope)
+    scales, norm_bias, slope = (
+        (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), norm.bias.data_ptr(), norm.slope)
+    )
     loader.launch(
         "convolve",
         values.dtype,

@@ -268,7 +268,9 @@ def convolve(
 
 def normed(values: Tensor, norm: Norm) -> Tensor:
     """Apply a norm whose statistics are known, in float32."""
-    mean, scale, bias = (part.view(*part.shape, *[1] * (values.ndim - 2)) for part in (*norm.scales.unbind(1), norm.bias))
+    mean, scale, bias = (
+        part.view(*part.shape, *[1] * (values.ndim - 2)) for part in (*norm.scales.unbind(1), norm.bias)
+    )
     result = (values.float() - mean) * scale + bias
     return torch.where(result > 0, result, norm.slope * result)
 

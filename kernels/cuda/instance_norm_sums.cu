@@ -1,7 +1,9 @@
-// First of three steps of an instance norm: sums of each channel, and of its squares, over a part of the voxels of an image.
+// First of three steps of an instance norm: count, mean, and sum of squared distances from that mean, over a part of the
+// voxels of an image, for each channel.
 //
-// Values are [image][voxel][channel]; sums are [image][part][2][channel], of distances from the value in the middle of the
-// image, so that squares lose nothing to a mean far from zero. Bytes: sizeof(T) read per value. That is the least possible.
+// Values are [image][voxel][channel]; sums are [image][part][3][channel]. What is added up are distances from the value in
+// the middle of the part, so that squares lose nothing to a mean far from zero, and the mean of a channel that is constant
+// is exact. Bytes: sizeof(T) read per value. That is the least possible.
 //
 // A block adds up one part. Each thread holds on to the same channels, a pack of them, of every so many voxels.
 
@@ -15,12 +17,14 @@ extern "C" __global__ void instance_norm_sums(
     int lane = thread % lanes, row = thread / lanes;
     Index first = blockIdx.x % parts * run, last = first + run < voxels ? first + run : voxels;
     const Pack<T>* image = (const Pack<T>*)(values + blockIdx.x / parts * voxels * channels);
-    float* target = sums + blockIdx.x * 2 * channels;
+    const Pack<T>* middles = image + (first + last) / 2 * packs;
+    float count = (float)(last - first);
+    float* target = sums + blockIdx.x * 3 * channels;
     for (int base = 0; base < packs; base += lanes) {
         int pack = base + lane;
         float total[WIDTH] = {}, squares[WIDTH] = {};
         if (row < rows && pack < packs) {
-            Pack<T> middle = image[voxels / 2 * packs + pack];
+            Pack<T> middle = middles[pack];
 #pragma unroll 4
             for (Index voxel = first + row; voxel < last; voxel += rows) {
                 Pack<T> now = image[voxel * packs + pack];
@@ -39,12 +43,18 @@ extern "C" __global__ void instance_norm_sums(
         }
         __syncthreads();
         int columns = packs - base < lanes ? packs - base : lanes;
-        for (int i = thread; i < 2 * columns * WIDTH; i += threads) {
-            int which = i / (columns * WIDTH), channel = i % (columns * WIDTH);
-            const float* of_rows = held + (which * WIDTH + channel % WIDTH) * threads + channel / WIDTH;
-            float sum = 0;
-            for (int r = 0; r < rows; r++) sum += of_rows[r * lanes];
-            target[which * channels + base * WIDTH + channel] = sum;
+        for (int i = thread; i < columns * WIDTH; i += threads) {
+            const float* of_rows = held + i % WIDTH * threads + i / WIDTH;
+            float sum = 0, square = 0;
+            for (int r = 0; r < rows; r++, of_rows += lanes) {
+                sum += of_rows[0];
+                square += of_rows[WIDTH * threads];
+            }
+            int channel = base * WIDTH + i;
+            float distance = sum / count, rest = square - sum * distance;
+            target[channel] = count;
+            target[channels + channel] = to_float(middles[base + i / WIDTH].values[i % WIDTH]) + distance;
+            target[2 * channels + channel] = rest < 0 ? 0 : rest;  // what is not a number stays so
         }
         __syncthreads();
     }

@@ -145,6 +145,7 @@ def check_instance_norm(target):
     values = torch.randn(images, channels, *grid) * 10 ** (2 * torch.rand(1, channels, *[1] * len(grid)) - 1)
     values += random.choice([0, 5, -40]) * torch.randn(1, channels, *[1] * len(grid))
     values[:, : channels // 2] = torch.where(torch.rand(images, 1, *grid) < 0.8, 3.0, values[:, : channels // 2])
+    values[:, 0] = 1234.567
     memory = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
 
     def lies(tensor, where=CPU):
@@ -172,6 +173,9 @@ def check_instance_norm(target):
     finally:
         device.LEAST_NORM_VALUES = least
     assert out.data_ptr() == given.data_ptr()
+    if residual is None:  # of a channel that is constant nothing but the bias is left
+        left = torch.zeros(()) if bias is None else bias[0]
+        assert torch.equal(out[:, 0].cpu(), torch.where(left > 0, left, slope * left).to(dtype).expand(images, *grid))
     # Sums are rounded in another order; what that does grows with how far the mean is from zero.
     deviation = values.std(list(range(2, values.ndim)), keepdim=True, correction=0)
     off = 2e-5 * (1 + values.abs().amax(list(range(2, values.ndim)), keepdim=True) / (deviation + 3e-3))
@@ -207,7 +211,7 @@ def check_convolve(target):
         whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
         given = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels).copy_(values)
     factors = device.factors_of(weight, lines).to(target)
-    expected, sums = reference.convolve(values, weight, factors, norm, bias)
+    expected, _ = reference.convolve(values, weight, factors, norm, bias)
     there = None if norm is None else reference.Norm(norm.scales.to(target), norm.bias.to(target), norm.slope)
     usual = device.CONVOLVED_TILES, device.CONVOLVED_ROWS
     if target == CPU:
@@ -236,6 +240,34 @@ def check_convolve(target):
     assert torch.allclose(variance, voxels.var(2, correction=0), rtol=1e-4, atol=1e-6)
 
 
+def check_norm_scales(target):
+    """Sums of parts of any sizes, as another kernel may write them."""
+    images, channels = random.randint(1, 3), random.choice([1, 4, 8, 24, 33])
+    counts = torch.randint(1, 40, (random.choice([1, 2, 7, 60, 3000]),))
+    counts[1:] *= torch.rand(len(counts) - 1) < 0.9  # some are empty, but not the first
+    whole = torch.randn(images, int(counts.sum()), channels) * 10 ** (2 * torch.rand(channels) - 1)
+    whole += random.choice([0, 5, -400]) * torch.randn(channels)
+    whole[:, :, 0] = 1234.567
+    exact = whole.double()
+    parts = []
+    for part in exact.split(counts.tolist(), 1):
+        count, nothing = torch.full((images, channels), part.shape[1]), torch.zeros(images, channels)
+        mean = part.mean(1) if part.shape[1] else nothing
+        parts.append(torch.stack([count, mean, ((part - mean[:, None]) ** 2).sum(1)], 1))
+    sums = torch.stack(parts, 1).float()
+    weight, epsilon = torch.randn(channels) if random.random() < 0.8 else None, 1e-5
+    variance, mean = torch.var_mean(exact, 1, correction=0)
+    scales = device.norm_scales(sums.to(target), None if weight is None else weight.to(target), epsilon).cpu()
+    assert torch.equal(scales[:, 0, 0], whole[:, 0, 0])
+    deviation = (variance + epsilon).sqrt()
+    assert bool(((scales[:, 0] - mean).abs() <= 2 * EPS * mean.abs() + 1e-5 * deviation).all())
+    expected = (1 if weight is None else weight) / deviation
+    # The means of parts come rounded, which counts where they lie close together but far from zero.
+    off = 1e-5 + 2 * EPS * mean.abs() / deviation
+    off[:, 0] = 1e-6
+    assert bool(((scales[:, 1] - expected).abs() <= off * expected.abs()).all())
+
+
 def last_strides(size, pitch):
     """Strides of (N, C, *grid) whose voxels are `pitch` numbers apart, channels side by side."""
     steps, step = [], pitch
@@ -250,6 +282,7 @@ CHECKS = {
     "accumulate_views": check_accumulate_views,
     "instance_norm": check_instance_norm,
     "convolve": check_convolve,
+    "norm_scales": check_norm_scales,
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
 }

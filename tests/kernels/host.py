@@ -17,7 +17,9 @@ FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unu
          "-Werror", "-fPIC", "-pthread")  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 
-ONE_PIECE_A_BLOCK = ("resample_axis", "instance_norm_sums", "instance_norm_apply", "convolve")
+ONE_PIECE_A_BLOCK = (
+    "resample_axis", "instance_norm_sums", "instance_norm_scales", "instance_norm_apply", "convolve",
+)  # fmt: skip
 """Kernels whose blocks do what their number says; the others' go on until nothing is left."""
 
 compiler = shutil.which("g++")

@@ -164,6 +164,10 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match=r"the copy must be torch.float32 .* got torch.float16"):
             device.instance_norm(last, None, None, 1e-5, 1.0, None, other)
 
+    def test_sums_that_are_no_counts_means_and_squares(self, kernels):
+        with pytest.raises(ValueError, match=r"sums must be .* shape \(N, parts, 3, C\), got torch.float32 of shape"):
+            device.norm_scales(torch.zeros(1, 4, 2, 8), None, 1e-5)
+
     def test_data_that_lack_inputs(self, kernels):
         operator = AxisOperator(6, torch.arange(5), torch.full((5, 2), 0.5))
         with pytest.raises(ValueError, match=r"read inputs \[2, 6\), data holds \[3, 6\)"):
