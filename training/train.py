@@ -79,7 +79,7 @@ def train(
     plans, dataset = _read_preprocessed(folder, plans_name, configuration)
     fold = _check_fold(fold, folder / SPLITS_FILE)
     chosen = choose_device(device)
-    if chosen.index is not None:
+    if ":" in device:  # nnU-Net would take the first one
         raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}; choose by CUDA_VISIBLE_DEVICES")
     with nnunet_environment(raw=Path(raw), preprocessed=Path(preprocessed), results=Path(results)):
         try:

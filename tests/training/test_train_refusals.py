@@ -110,11 +110,21 @@ class TestArguments:
         refused(ValueError, "device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'", copied[1] | {"device": "tpu"})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         refused(BackendUnavailable, "device cuda is not there", copied[1] | {"device": "cuda"})
-        # nnU-Net would take the first one instead.
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         message = "device must be auto, cpu, cuda or mps, got 'cuda:1'; choose by CUDA_VISIBLE_DEVICES"
         refused(ValueError, message, copied[1] | {"device": "cuda:1"})
+
+    @pytest.mark.parametrize("device", ["auto", "cuda"])
+    def test_a_gpu_without_a_number_is_none_of_them(self, copied, monkeypatch, device):
+        def reached(*of):
+            raise EngineError(f"the training would begin on {of[-1]}")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr("nnturbo.training.trainer.nnUNetTrainerMultiTask", reached)
+        refused(EngineError, "the training would begin on cuda:0", copied[1] | {"device": device})
 
 
 class TestScans:
