@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.pipeline.resampling import spline_operator
+from nnturbo.kernels import Norm, factors_of, reference
 from nnturbo.kernels import device as launched
-from nnturbo.kernels import reference
 from nnturbo.kernels.loader import has_cupy
 from torch import Tensor
 
@@ -77,6 +77,7 @@ def operations(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
     """Yield every kernel's operation on a size."""
     yield from _of_tiles(device, size)
     yield from _of_norms(device, size)
+    yield from _of_convolutions(device, size)
     yield from _of_resampling(device, size)
 
 
@@ -128,6 +129,32 @@ def _of_norms(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
                 other[:, channels:] if others == 2 else None,
             ),
         )  # fmt: skip
+
+
+def _of_convolutions(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    """Convolutions of eight views at full resolution: of the scan, of features, of joined ones, and the logits."""
+    half, images, channels = torch.float16, len(VIEWS), 32
+    voxels = images * math.prod(size)
+    scales, bias = torch.rand(images, 2, channels, device=device), torch.rand(channels, device=device)
+    for name, inputs, outputs, kernel in (
+        ("of a scan", 1, channels, (1, 3, 3)),
+        ("1 x 3 x 3", channels, channels, (1, 3, 3)),
+        ("3 x 3 x 3", channels, channels, (3, 3, 3)),
+        ("of joined features", 2 * channels, channels, (1, 3, 3)),
+        ("to logits", channels, CLASSES, (1, 1, 1)),
+    ):
+        weight = torch.randn(outputs, inputs, *kernel, device=device).to(half)
+        norm = Norm(scales, bias, 0.01) if inputs == channels else None
+        arguments = (weight, factors_of(weight), norm, bias[:outputs] if outputs == CLASSES else None)
+        yield Operation(
+            name=f"convolve {name}",
+            dtype=half,
+            moved_bytes=2 * voxels * (inputs + outputs),
+            buffers=lambda inputs=inputs: (
+                (torch.randn(images, *size, inputs, device=device).to(half).movedim(-1, 1),)
+            ),
+            call=lambda of, values, arguments=arguments: of.convolve(values, *arguments),
+        )
 
 
 def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:

@@ -175,7 +175,7 @@ def layers(bench: Bench) -> list[dict[str, Any]]:
     _, model, tiles = next(_models(bench))
     precision = choose_precision("auto", bench.device)
     made = inference_network(model).to(bench.device)
-    network = network_for_gpu(made, precision) if bench.on_gpu else made
+    network = network_for_gpu(made, bench.device, precision) if bench.on_gpu else made
     rows: list[dict[str, Any]] = []
 
     def now() -> Any:

@@ -28,13 +28,22 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
         for dtype in (torch.float32, torch.int16, torch.uint8)
         for lines in (False, True)
     ),
+    *(("convolve", dtype, lines) for dtype in FLOATS[1:] for lines in (False, True)),
     *(("resample_labels", dtype, None) for dtype in (torch.uint8, torch.uint16)),
 ]
 """Every kernel, for each of its number types."""
 
+FIRST_ARCHITECTURE = {"convolve": 80}
+"""Of kernels that older ones cannot run."""
+
 REPORT = re.compile(
     r"for 'sm_(\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
 )
+
+
+def architectures_of(kernel: str) -> list[int]:
+    """Those of `ARCHITECTURES` that a kernel is for."""
+    return [sm for sm in ARCHITECTURES if sm >= FIRST_ARCHITECTURE.get(kernel, 0)]
 
 
 def compile_variant(kernel: str, dtype: torch.dtype, lines: bool | None) -> list[dict[str, Any]]:
@@ -46,7 +55,7 @@ def compile_variant(kernel: str, dtype: torch.dtype, lines: bool | None) -> list
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / f"{kernel}.cu"
         text.write_text(loader.source(kernel, dtype, lines), encoding="utf-8")
-        targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
+        targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in architectures_of(kernel)]
         done = subprocess.run(
             ["nvcc", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v", "-fatbin", *targets, "-o",
              f"{folder}/out.fatbin", str(text)],
@@ -71,7 +80,7 @@ def main() -> None:
     rows = []
     for variant in VARIANTS:
         rows += compile_variant(*variant)
-        of_variant = rows[-len(ARCHITECTURES) :]
+        of_variant = rows[-len(architectures_of(variant[0])) :]
         print(*variant, *(f"sm_{row['sm']}: {row['registers']}" for row in of_variant), flush=True)
     write_report(options.json, {"benchmark": "kernels", "rows": rows})
 

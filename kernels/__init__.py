@@ -12,16 +12,22 @@ from typing import Any
 from torch import Tensor
 
 from . import device, reference
+from .device import factors_of
 from .loader import has_cupy
 from .operators import AxisOperator
-from .reference import argmax_labels, normalize, plane_groups, region_labels, weighted_sum
+from .reference import Norm, argmax_labels, normalize, plane_groups, region_labels, weighted_sum
 
 __all__ = [
     "AxisOperator",
+    "Norm",
     "accumulate_views",
     "argmax_labels",
+    "convolve",
+    "factors_of",
     "gather_tiles",
     "instance_norm",
+    "norm_apply",
+    "norm_scales",
     "normalize",
     "plane_groups",
     "region_labels",
@@ -49,6 +55,21 @@ def accumulate_views(logits: Tensor, *arguments: Any) -> None:
 def instance_norm(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Normalise the channels of images, in place: see `reference.instance_norm`."""
     return _for(values).instance_norm(values, *arguments, **options)
+
+
+def convolve(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """Convolve few channels, between two norms: see `reference.convolve`."""
+    return _for(values).convolve(values, *arguments)
+
+
+def norm_scales(sums: Tensor, *arguments: Any) -> Tensor:
+    """Combine statistics of parts of images: see `reference.norm_scales`."""
+    return _for(sums).norm_scales(sums, *arguments)
+
+
+def norm_apply(values: Tensor, *arguments: Any) -> Tensor:
+    """Normalise with known statistics, in place: see `reference.norm_apply`."""
+    return _for(values).norm_apply(values, *arguments)
 
 
 def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:

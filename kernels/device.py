@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -111,7 +110,7 @@ def instance_norm(
     copy: Tensor | None = None,
 ) -> Tensor:
     """See `reference.instance_norm`."""
-    return norm_apply(values, norm_scales(_norm_sums(values), weight, epsilon), bias, slope, residual, copy)
+    return norm_apply(values, Norm(norm_scales(_norm_sums(values), weight, epsilon), bias, slope), residual, copy)
 
 
 def _norm_sums(values: Tensor) -> Tensor:
@@ -132,17 +131,7 @@ def _norm_sums(values: Tensor) -> Tensor:
 
 
 def norm_scales(sums: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    """Combine the sums of parts of images to what `norm_apply` makes of each value.
-
-    Args:
-        sums: (N, parts, 3, C) float32, contiguous: of each channel of a part the count of its voxels, their mean, and
-            the sum of squared distances from that mean. An empty part is all zeros.
-        weight: See `reference.instance_norm`.
-        epsilon: Of the norm.
-
-    Returns:
-        (N, 2, C) float32: mean, and weight / sqrt(variance + epsilon).
-    """
+    """See `reference.norm_scales`."""
     images, parts, of_part, channels = sums.shape
     if of_part != 3 or sums.dtype != torch.float32 or not sums.is_contiguous():
         raise ValueError(
@@ -153,7 +142,7 @@ def norm_scales(sums: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     loader.launch(
         "instance_norm_scales",
         sums.dtype,
-        [sums.data_ptr(), channels, parts, 0 if weight is None else weight.data_ptr(), _bits(epsilon),
+        [sums.data_ptr(), channels, parts, _address(weight), _bits(epsilon),
          scales.data_ptr()],
         device=sums.device,
         blocks=images * -(-channels // NORM_GROUP),
@@ -162,24 +151,16 @@ def norm_scales(sums: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return scales
 
 
-def norm_apply(
-    values: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    slope: float = 1.0,
-    residual: Tensor | None = None,
-    copy: Tensor | None = None,
-) -> Tensor:
-    """Do the last step of `instance_norm`, with the scales of `norm_scales`; in place."""
+def norm_apply(values: Tensor, norm: Norm, residual: Tensor | None = None, copy: Tensor | None = None) -> Tensor:
+    """See `reference.norm_apply`."""
     pitch = _require_packs(values, residual, copy)
     images, channels = values.shape[:2]
     voxels, run, parts = _parts(values)
-    at_bias, at_residual, at_copy = (0 if each is None else each.data_ptr() for each in (bias, residual, copy))
     loader.launch(
         "instance_norm_apply",
         values.dtype,
-        [values.data_ptr(), voxels, channels, parts, run, scales.data_ptr(), at_bias, _bits(slope), at_residual,
-         at_copy, pitch],
+        [values.data_ptr(), voxels, channels, parts, run, norm.scales.data_ptr(), _address(norm.bias),
+         _bits(norm.slope), _address(residual), _address(copy), pitch],
         device=values.device,
         blocks=images * parts,
     )  # fmt: skip
@@ -207,22 +188,21 @@ def _require_packs(values: Tensor, residual: Tensor | None, copy: Tensor | None)
     return pitch
 
 
-def factors_of(weight: Tensor, lines: bool) -> Tensor:
+def factors_of(weight: Tensor) -> Tensor:
     """Put a convolution's weights into the order in which the threads of `convolve` take them.
 
     Args:
         weight: (outputs, channels, kz, ky, kx), or without kz.
-        lines: Whether channels are few and lie one after the other.
 
     Returns:
-        (groups of 32 outputs, steps of 16 factors, 2, 32 threads, 8): each thread has four pairs of factors of two times
-        8 outputs.
+        (groups of 32 outputs, steps of 16 factors, 2, 32 threads, 8): a thread has four pairs of factors, for an output
+        of each of two products.
     """
     weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
     outputs, channels = weight.shape[:2]
     groups = -(-outputs // CONVOLVED)
     weight = F.pad(weight, (0, 0) * 4 + (0, groups * CONVOLVED - outputs))
-    if lines:
+    if channels % 32:
         factors = weight.flatten(1)
         steps = F.pad(factors, (0, -factors.shape[1] % 16)).view(groups, CONVOLVED, -1, 16).transpose(1, 2)
     else:
@@ -260,20 +240,23 @@ def convolve(
     plane = (rows + 2) * 34
     halves = -(-(channels * kernel[0] * plane + 8) // 8) * 8 + 2 * 16 * factors.shape[1] if lines else 32 * plane
     scales, norm_bias, slope = (
-        (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), norm.bias.data_ptr(), norm.slope)
+        (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), _address(norm.bias), norm.slope)
     )
     loader.launch(
         "convolve",
         values.dtype,
-        [values.data_ptr(), pitch, *grid, channels, *kernel, factors.data_ptr(), scales, norm_bias, _bits(slope), groups,
-         parts, run, out.data_ptr(), outputs, 0 if sums is None else sums.data_ptr(),
-         0 if bias is None else bias.data_ptr()],
+        [values.data_ptr(), pitch, *grid, channels, *kernel, factors.data_ptr(), scales, norm_bias, _bits(slope),
+         groups, parts, run, out.data_ptr(), outputs, _address(sums), _address(bias)],
         device=values.device,
         blocks=images * groups * parts,
         lines=lines,
         shared_bytes=4 * (CONVOLVED + 16 * 32 * rows) + 2 * halves,
     )  # fmt: skip
     return out, sums
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bits(value: float) -> int:

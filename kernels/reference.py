@@ -203,34 +203,28 @@ def instance_norm(
         residual: As `values`.
         copy: As `values`, but that there may be other channels between its voxels; receives the result too.
     """
-    axes = list(range(2, values.ndim))
-    shape = (1, -1, *[1] * len(axes))
-    result = values.float()
-    variance, mean = torch.var_mean(result, axes, correction=0, keepdim=True)
-    result = (result - mean) * torch.rsqrt(variance + epsilon)
-    if weight is not None:
-        result = result * weight.view(shape)
-    if bias is not None:
-        result = result + bias.view(shape)
-    if residual is not None:
-        result = result + residual
-    values.copy_(torch.where(result > 0, result, slope * result))
-    if copy is not None:
-        copy.copy_(values)
-    return values
+    scales = norm_scales(norm_sums(values), weight, epsilon)
+    return norm_apply(values, Norm(scales, bias, slope), residual, copy)
+
+
+def norm_sums(values: Tensor) -> Tensor:
+    """Make the statistics for `norm_scales` of (N, C, *grid), of one part an image."""
+    variance, mean = torch.var_mean(values.float(), list(range(2, values.ndim)), correction=0)
+    count = torch.full_like(mean, values[0, 0].numel())
+    return torch.stack([count, mean, count * variance], 1)[:, None]
 
 
 class Norm(NamedTuple):
-    """An instance norm and its activation, whose statistics are known: `(x - mean) * scale + bias`, then as `slope` says.
+    """An instance norm whose statistics are known, and its activation: `(x - mean) * scale + bias`, damped by `slope`.
 
     Attributes:
         scales: (N, 2, C) float32: means, and scales, of each channel of each image.
-        bias: (C,) float32.
+        bias: (C,) float32, or None for 0.
         slope: See `instance_norm`.
     """
 
     scales: Tensor
-    bias: Tensor
+    bias: Tensor | None
     slope: float
 
 
@@ -252,26 +246,53 @@ def convolve(
         (N, parts, 3, K) float32: voxels, mean and squared distances from it. With a bias (N, K, *grid) contiguous, and
         None.
     """
-    axes = list(range(2, values.ndim))
     if norm is not None:
-        values = normed(values, norm).to(values.dtype)
+        values = _normed(values, norm).to(values.dtype)
     pad = [size // 2 for size in weight.shape[2:]]
     convolution = F.conv3d if values.ndim == 5 else F.conv2d
     result = convolution(values.float(), weight.float(), bias, padding=pad).to(values.dtype)
     if bias is not None:
-        return result, None
-    variance, mean = torch.var_mean(result.float(), axes, correction=0)
-    count = torch.full_like(mean, result[0, 0].numel())
+        return result.contiguous(), None
     last = torch.channels_last_3d if values.ndim == 5 else torch.channels_last
-    return result.contiguous(memory_format=last), torch.stack([count, mean, count * variance], 1)[:, None]
+    return result.contiguous(memory_format=last), norm_sums(result)
 
 
-def normed(values: Tensor, norm: Norm) -> Tensor:
-    """Apply a norm whose statistics are known, in float32."""
-    mean, scale, bias = (
-        part.view(*part.shape, *[1] * (values.ndim - 2)) for part in (*norm.scales.unbind(1), norm.bias)
-    )
-    result = (values.float() - mean) * scale + bias
+def norm_scales(sums: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """Combine statistics of parts of images to what an instance norm needs.
+
+    Args:
+        sums: (N, parts, 3, C) float32, contiguous: of each channel of a part the count of its voxels, their mean, and
+            the sum of squared distances from that mean. An empty part is all zeros.
+        weight: (C,) float32, or None for 1.
+        epsilon: Of the norm.
+
+    Returns:
+        (N, 2, C) float32: mean, and weight / sqrt(variance + epsilon).
+    """
+    counts, means, squares = sums.unbind(2)
+    count = counts.sum(1)
+    mean = means[:, 0] + (counts * (means - means[:, :1])).sum(1) / count
+    variance = (squares + counts * (means - mean[:, None]).square()).sum(1) / count
+    scale = torch.rsqrt(variance + epsilon)
+    return torch.stack([mean, scale if weight is None else scale * weight], 1)
+
+
+def norm_apply(values: Tensor, norm: Norm, residual: Tensor | None = None, copy: Tensor | None = None) -> Tensor:
+    """Do the last step of `instance_norm`, in place; residual and copy are as there."""
+    values.copy_(_normed(values, norm, residual))
+    if copy is not None:
+        copy.copy_(values)
+    return values
+
+
+def _normed(values: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
+    """Apply a norm in float32."""
+    mean, scale = (part.view(*part.shape, *[1] * (values.ndim - 2)) for part in norm.scales.unbind(1))
+    result = (values.float() - mean) * scale
+    if norm.bias is not None:
+        result = result + norm.bias.view(-1, *[1] * (values.ndim - 2))
+    if residual is not None:
+        result = result + residual
     return torch.where(result > 0, result, norm.slope * result)
 
 

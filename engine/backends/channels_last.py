@@ -4,18 +4,24 @@ cuDNN's convolutions in half precision want the channels last; torch's instance 
 one to the other and back takes longer than what it gains. So here `kernels.instance_norm` does the norm, the activation
 and the sum with a residual. It also writes an encoder's features to where the decoder reads them, beside the place of
 what comes from the coarser stage.
+
+At full resolution, where channels are few, cuDNN's convolutions reach a fifth of what the device can, and norms take as
+long as they. There `kernels.convolve` convolves: it applies the norm of its input as it reads, and measures what the
+norm of its output needs as it writes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import instance_norm
+from ...kernels import Norm, convolve, factors_of, instance_norm, norm_apply, norm_scales
 from ..errors import BackendUnavailable
 from ..model.folds import InferenceNetwork
 from .rewrites import ACTIVATIONS, last_activation, negative_slope, only_spreads
@@ -27,6 +33,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 PACK_BYTES = 16
 """Channels come in multiples of as many as these hold."""
 
+FEW_OUTPUTS, FEW_INPUTS, FIRST_INPUTS = 32, 96, 4
+"""Channels of what `kernels.convolve` does sooner than cuDNN: at most as many outputs, and inputs, also of a scan."""
+
 
 def without_lost_biases(network: InferenceNetwork) -> InferenceNetwork:
     """Drop the biases of convolutions that an instance norm follows, which takes away any constant; in place."""
@@ -37,12 +46,13 @@ def without_lost_biases(network: InferenceNetwork) -> InferenceNetwork:
     return network
 
 
-def with_channels_last(network: InferenceNetwork, dtype: torch.dtype) -> InferenceNetwork:
+def with_channels_last(network: InferenceNetwork, dtype: torch.dtype, *, own: bool = False) -> InferenceNetwork:
     """Turn each fold into one that computes with the channels last; changes a network in place.
 
     Args:
         network: Of nnU-Net's classes, on any device.
         dtype: Number type of features and of the convolutions' weights; norms stay in float32.
+        own: Whether `kernels.convolve` may be used: on GPUs from sm_80 on.
 
     Raises:
         BackendUnavailable: Where it has parts that this is not for; the network is then as it was.
@@ -51,8 +61,8 @@ def with_channels_last(network: InferenceNetwork, dtype: torch.dtype) -> Inferen
         _require_suitable(fold, PACK_BYTES // dtype.itemsize)
     for fold in network.networks:
         unet: Any = fold
-        unet.decoder = JoinedDecoder(unet.decoder, dtype)
-        unet.encoder = JoiningEncoder(unet.encoder, dtype)
+        unet.decoder = JoinedDecoder(unet.decoder, dtype, own)
+        unet.encoder = JoiningEncoder(unet.encoder, dtype, own)
     return network
 
 
@@ -78,41 +88,141 @@ class Features(list[Tensor]):
         self.joined: list[Tensor] = []
 
 
-class FusedBlock(nn.Module):
-    """Convolution, then instance norm, sum with a residual and activation in one step."""
+class Unfinished(NamedTuple):
+    """Features before their norm, which the next convolution applies as it reads them.
 
-    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+    Attributes:
+        values: (N, C, *grid), overwritten by none.
+        norm: What is still to be done.
+    """
+
+    values: Tensor
+    norm: Norm
+
+
+class FusedBlock(nn.Module):
+    """Convolution, then instance norm, sum with a residual and activation in one step.
+
+    Attributes:
+        takes_unfinished: Whether its input may come before its norm.
+        leaves_unfinished: Whether the next step takes its result before the norm.
+    """
+
+    leaves_unfinished = False
+
+    def __init__(self, block: Any, dtype: torch.dtype, own: bool) -> None:
         super().__init__()
         convolution, norm, *activation = _steps(block)
         convolution.bias = None  # the norm takes it away
-        self.convolution = convolution.to(dtype=dtype, memory_format=_memory_format(convolution.weight.ndim))
+        few = own and convolution.out_channels == FEW_OUTPUTS and _is_few(convolution)
+        self.takes_unfinished = few and convolution.in_channels % FEW_OUTPUTS == 0
+        self.convolution = (
+            FewChannels(convolution, dtype)
+            if few
+            else convolution.to(dtype=dtype, memory_format=_memory_format(convolution.weight.ndim))
+        )
         self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
         self.slope = negative_slope(activation[0]) if activation else 1.0
 
-    def forward(self, values: Tensor, residual: Tensor | None = None, joined: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, values: Tensor | Unfinished, residual: Tensor | None = None, joined: list[Tensor] | None = None
+    ) -> Tensor | Unfinished:
         """From (N, in, *grid) to (N, out, *grid); appends to `joined`, where it is given, as in `Features`."""
-        values = channels_last(self.convolution(values))
-        copy = None
-        if joined is not None:
-            images, channels, *grid = values.shape
-            joined.append(values.new_empty(images, *grid, 2 * channels).movedim(-1, 1))
-            copy = joined[-1][:, channels:]
-        return instance_norm(values, self.weight, self.bias, self.epsilon, self.slope, residual, copy)
+        if isinstance(self.convolution, FewChannels):
+            result, sums = self.convolution(values)
+            norm = Norm(norm_scales(sums, self.weight, self.epsilon), self.bias, self.slope)
+            if self.leaves_unfinished:
+                return Unfinished(result, norm)
+            return norm_apply(result, norm, residual, _place_for(result, joined))
+        result = channels_last(self.convolution(values))
+        copy = _place_for(result, joined)
+        return instance_norm(result, self.weight, self.bias, self.epsilon, self.slope, residual, copy)
+
+
+def _place_for(features: Tensor, joined: list[Tensor] | None) -> Tensor | None:
+    """Append the decoder's place to a list, and return the half of it that is for these features."""
+    if joined is None:
+        return None
+    images, channels, *grid = features.shape
+    joined.append(features.new_empty(images, *grid, 2 * channels).movedim(-1, 1))
+    return joined[-1][:, channels:]
+
+
+class FewChannels(nn.Module):
+    """A convolution of few channels by `kernels.convolve`.
+
+    Args:
+        convolution: As `_is_few` wants it.
+        dtype: Number type of values.
+    """
+
+    weight: Tensor
+    factors: Tensor
+
+    def __init__(self, convolution: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = convolution.weight.detach().to(dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("factors", factors_of(weight))
+        self.bias = convolution.bias
+
+    def forward(self, values: Tensor | Unfinished) -> tuple[Tensor, Tensor | None]:
+        """See `kernels.convolve`."""
+        values, norm = values if isinstance(values, Unfinished) else (values, None)
+        return convolve(values, self.weight, self.factors, norm, self.bias)
+
+
+def _is_few(convolution: Any) -> bool:
+    """Whether `kernels.convolve` can do a convolution, and sooner than cuDNN."""
+    kernel, inputs = convolution.kernel_size, convolution.in_channels
+    return (
+        set(kernel) <= {1, 3}
+        and tuple(convolution.padding) == tuple(size // 2 for size in kernel)
+        and set(convolution.stride) == set(convolution.dilation) == {convolution.groups} == {1}
+        and convolution.padding_mode == "zeros"
+        and convolution.out_channels <= FEW_OUTPUTS
+        and (inputs <= FIRST_INPUTS or (inputs % FEW_OUTPUTS == 0 and inputs <= FEW_INPUTS))
+    )
+
+
+class Logits(nn.Module):
+    """The last convolution, of one voxel."""
+
+    def __init__(self, convolution: Any, dtype: torch.dtype, own: bool) -> None:
+        super().__init__()
+        self.takes_unfinished = own and convolution.in_channels % FEW_OUTPUTS == 0 and _is_few(convolution)
+        self.convolution = (
+            FewChannels(convolution, dtype)
+            if self.takes_unfinished
+            else convolution.to(memory_format=_memory_format(convolution.weight.ndim))
+        )
+
+    def forward(self, values: Tensor | Unfinished) -> Tensor:
+        """From (N, C, *patch) to (N, K, *patch)."""
+        return self.convolution(values)[0] if self.takes_unfinished else self.convolution(values)
+
+
+def _link(steps: Sequence[nn.Module]) -> None:
+    """Let each of some steps leave its norm to the one after it, if that takes it."""
+    for step, after in itertools.pairwise(steps):
+        if isinstance(step, FusedBlock) and isinstance(step.convolution, FewChannels):
+            step.leaves_unfinished = getattr(after, "takes_unfinished", False)
 
 
 class FusedResidual(nn.Module):
     """Convolutions around which the input goes too."""
 
-    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype, own: bool) -> None:
         super().__init__()
         names = ("conv1", "conv2", "conv3") if hasattr(block, "conv3") else ("conv1", "conv2")
-        *first, last = (FusedBlock(getattr(block, name), dtype) for name in names)
+        *first, last = (FusedBlock(getattr(block, name), dtype, own) for name in names)
+        _link([*first, last])
         self.first, self.last = nn.Sequential(*first), last
         self.last.slope = negative_slope(last_activation(block))
         skip = list(block.skip) if isinstance(block.skip, nn.Sequential) else []
         self.skip = nn.Sequential(
             *(
-                MeanPool(step) if isinstance(step, nn.AvgPool2d | nn.AvgPool3d) else FusedBlock(step, dtype)
+                MeanPool(step) if isinstance(step, nn.AvgPool2d | nn.AvgPool3d) else FusedBlock(step, dtype, own)
                 for step in skip
             )
         )
@@ -142,12 +252,12 @@ class MeanPool(nn.Module):
 class JoiningEncoder(nn.Module):
     """An encoder that puts the features of each stage but the last into the decoder's place for them too."""
 
-    def __init__(self, encoder: Any, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: Any, dtype: torch.dtype, own: bool) -> None:
         super().__init__()
         self.dtype = dtype
         stem = getattr(encoder, "stem", None)
-        self.stem = nn.Sequential(*_fused(stem, dtype)) if stem is not None else nn.Identity()
-        self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype)) for stage in encoder.stages)
+        self.stem = nn.Sequential(*_fused(stem, dtype, own)) if stem is not None else nn.Identity()
+        self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype, own)) for stage in encoder.stages)
 
     def forward(self, tiles: Tensor) -> Features:
         """From (N, C, *patch)."""
@@ -165,12 +275,12 @@ class JoiningEncoder(nn.Module):
 class JoinedDecoder(nn.Module):
     """A decoder that finds an encoder's features beside the place of what it makes of the coarser stage."""
 
-    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype, own: bool) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype)) for stage in decoder.stages)
+        self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype, own)) for stage in decoder.stages)
         self.upward = nn.ModuleList(_upsampling(convolution, dtype) for convolution in decoder.transpconvs)
-        last = decoder.seg_layers[-1]
-        self.logits = last.to(memory_format=_memory_format(last.weight.ndim))
+        self.logits = Logits(decoder.seg_layers[-1], dtype, own)
+        _link([*self.stages[-1].children(), self.logits])
 
     def forward(self, features: Features) -> Tensor:
         """From an encoder's features to logits (N, K, *patch)."""
@@ -223,17 +333,19 @@ def _upsampling(convolution: Any, dtype: torch.dtype) -> nn.Module:
     return (ProductUpsampling if only_spreads(convolution) else Upsampling)(convolution, dtype)
 
 
-def _fused(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+def _fused(module: nn.Module, dtype: torch.dtype, own: bool) -> list[nn.Module]:
     """Take a stage apart into its steps, in order."""
     from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
     from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 
     if isinstance(module, ConvDropoutNormReLU):
-        return [FusedBlock(module, dtype)]
+        return [FusedBlock(module, dtype, own)]
     if isinstance(module, BasicBlockD | BottleneckD):
-        return [FusedResidual(module, dtype)]
+        return [FusedResidual(module, dtype, own)]
     children = list(module.children())
-    return [step for child in children for step in _fused(child, dtype)] if children else [module]
+    steps = [step for child in children for step in _fused(child, dtype, own)] if children else [module]
+    _link(steps)
+    return steps
 
 
 def _require_suitable(fold: Any, width: int) -> None:

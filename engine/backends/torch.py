@@ -103,13 +103,18 @@ def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def network_for_gpu(network: InferenceNetwork, precision: str) -> InferenceNetwork:
+OWN_CONVOLUTIONS = (8, 0)
+"""CUDA's compute capability from which on `kernels.convolve` runs."""
+
+
+def network_for_gpu(network: InferenceNetwork, device: torch.device, precision: str) -> InferenceNetwork:
     """Choose how a network computes on a CUDA device; changes it in place, but for a given one."""
     if network.given:
         return network
     if precision != "fp32" and has_cupy():
         try:
-            return with_channels_last(network, DTYPES[precision])
+            own = torch.cuda.get_device_capability(device) >= OWN_CONVOLUTIONS
+            return with_channels_last(network, DTYPES[precision], own=own)
         except BackendUnavailable as error:
             logger.info("%s; it runs as torch runs it", error)
     return with_shuffles(without_lost_biases(network))
@@ -146,7 +151,7 @@ class TorchBackend:
     def load(self, model: Model, folder: Path | None, device: torch.device, precision: str) -> TorchRunner:
         """Build the network once per fold."""
         network = inference_network(self.whole(model, folder))
-        network = network_for_gpu(network, precision) if device.type == "cuda" else with_shuffles(network)
+        network = network_for_gpu(network, device, precision) if device.type == "cuda" else with_shuffles(network)
         return TorchRunner(network.to(device), device, precision)
 
     def whole(self, model: Model, folder: Path | None) -> Model:

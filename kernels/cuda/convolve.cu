@@ -137,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
                             if (scales && inside[i])
 #pragma unroll
                                 for (int h = 0; h < 2; h++) {
-                                    Pack<float> mean = means[h], scale = factor[h], shifted = added[h];
+                                    Pack<float> mean = means[h], scale = factor[h], shifted = {};
+                                    if (norm_bias) shifted = added[h];
 #pragma unroll
                                     for (int n = 0; n < 4; n++) {
                                         float value = to_float(now[i].values[4 * h + n]) - mean.values[n];

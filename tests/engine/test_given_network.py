@@ -192,7 +192,7 @@ def test_the_kernels_refuse_a_class_that_they_do_not_know(tmp_path):
 def test_layers_of_a_given_network_are_not_replaced_on_a_gpu(tmp_path):
     network = inference_network(read_model(write_model(tmp_path / "m"), given=GivenNetwork(given=Plain())))
     kinds = [type(module) for module in network.modules()]
-    assert network_for_gpu(network, "fp16") is network
+    assert network_for_gpu(network, torch.device("cuda"), "fp16") is network
     assert [type(module) for module in network.modules()] == kinds
     assert network.networks[0].network.first.bias is not None
 

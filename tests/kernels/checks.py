@@ -204,15 +204,19 @@ def check_convolve(target):
     norm = None
     if not lines and random.random() < 0.6:
         scales = torch.stack([torch.randn(images, channels), torch.rand(images, channels)], 1)
-        norm = reference.Norm(scales, torch.randn(channels), random.choice([1.0, 0.01, 0.0]))
+        norm = reference.Norm(
+            scales, torch.randn(channels) if random.random() < 0.8 else None, random.choice([1.0, 0.01, 0.0])
+        )
     pitch = 1 if lines else channels + 8 * random.choice([0, 0, 1, 4])
     given = values.to(target)
     if not lines:
         whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
         given = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels).copy_(values)
-    factors = device.factors_of(weight, lines).to(target)
+    factors = device.factors_of(weight).to(target)
     expected, _ = reference.convolve(values, weight, factors, norm, bias)
-    there = None if norm is None else reference.Norm(norm.scales.to(target), norm.bias.to(target), norm.slope)
+    there = norm and norm._replace(
+        scales=norm.scales.to(target), bias=None if norm.bias is None else norm.bias.to(target)
+    )
     usual = device.CONVOLVED_TILES, device.CONVOLVED_ROWS
     if target == CPU:
         device.CONVOLVED_ROWS = random.randint(1, 2)
@@ -286,6 +290,9 @@ CHECKS = {
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
 }
+
+SHARE = {"convolve": 0.1}
+"""Of the checks, of what takes seconds where each thread of a warp is one of the CPU's."""
 
 LAUNCHES = dict.fromkeys(CHECKS, 1) | {"instance_norm": 3}
 """Of kernels, in each check."""

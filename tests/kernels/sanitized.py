@@ -24,7 +24,7 @@ def main(count, folder, old="", new=""):
     kernels = loader.launch = HostKernels(folder, SANITIZERS, threads=(4, 2))
     for name in checks.CHECKS:
         before = kernels.launches
-        checks.run(name, count, torch.device("cpu"), seed=1)
+        checks.run(name, round(count * checks.SHARE.get(name, 1)), torch.device("cpu"), seed=1)
         sys.stdout.write(f"{name}: {kernels.launches - before} launches\n")
 
 

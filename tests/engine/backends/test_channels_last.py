@@ -9,8 +9,14 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import torch as torch_backend
-from nnturbo.engine.backends.channels_last import channels_last, with_channels_last, without_lost_biases
-from nnturbo.engine.backends.torch import DTYPES, TorchRunner, network_for_gpu
+from nnturbo.engine.backends.channels_last import (
+    FewChannels,
+    FusedBlock,
+    channels_last,
+    with_channels_last,
+    without_lost_biases,
+)
+from nnturbo.engine.backends.torch import DTYPES, OWN_CONVOLUTIONS, TorchRunner, network_for_gpu
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
 from nnturbo.engine.model.plans import parse_plan
@@ -131,6 +137,59 @@ class TestTheNetworkIsTheSame:
         assert 1e-4 < furthest(logits.float(), exact) < 1.5 * usual
 
 
+WIDE = {"features_per_stage": [32, 40, 48]}
+
+
+class TestItsOwnConvolutions:
+    """Of few channels, at full resolution."""
+
+    @pytest.mark.parametrize(("name", "dimensions", "arguments"), VARIANTS[:-1])
+    def test_logits_are_no_further_off_than_torchs(self, name, dimensions, arguments):
+        network = network_of(plans(name, dimensions, **{**WIDE, **arguments}))
+        (exact,) = network(tiles(dimensions))
+        runner = TorchRunner(copy.deepcopy(network), torch.device("cpu"), "bf16")
+        usual = furthest(runner(tiles(dimensions)).seg_logits.float(), exact)
+        own = with_channels_last(network, torch.bfloat16, own=True)
+        logits = TorchRunner(own, torch.device("cpu"), "bf16")(tiles(dimensions).bfloat16()).seg_logits
+        assert logits.dtype == torch.bfloat16
+        assert logits.is_contiguous()
+        assert 1e-4 < furthest(logits.float(), exact) < 1.5 * usual
+
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_they_take_the_place_of_those_with_32_outputs(self, name):
+        network = with_channels_last(network_of(plans(name, **WIDE)), torch.bfloat16, own=True)
+        own = [name for name, module in network.named_modules() if isinstance(module, FewChannels)]
+        others = [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
+        # Of the first stage, of the last one, and the logits; those with a stride go on to more channels.
+        assert len(own) >= 4
+        assert any("encoder" in name for name in own)
+        assert any(name.endswith("logits.convolution") for name in own)
+        assert all(m.out_channels > 32 or m.in_channels > 96 for m in others)
+        left = [m for m in network.modules() if isinstance(m, FusedBlock) and m.leaves_unfinished]
+        assert left
+
+    def test_what_they_are_not_for_cudnn_does(self):
+        for changes in ({"features_per_stage": [24, 40, 48]}, {"kernel_sizes": [[1, 5, 5], [3, 3, 3], [3, 3, 3]]}):
+            network = with_channels_last(network_of(plans(**changes)), torch.bfloat16, own=True)
+            blocks = [module for module in network.modules() if isinstance(module, FusedBlock)]
+            assert not [block for block in blocks if isinstance(block.convolution, FewChannels)]
+            assert TorchRunner(network, torch.device("cpu"), "bf16")(tiles()).seg_logits.isfinite().all()
+
+    @pytest.mark.thorough
+    @pytest.mark.skipif(host.compiler is None, reason="g++ is not installed")
+    @pytest.mark.parametrize(("name", "dimensions"), [("PlainConvUNet", 3), ("ResidualUNet", 2)])
+    def test_the_kernels_do_what_their_twins_do(self, monkeypatch, name, dimensions):
+        network = with_channels_last(network_of(plans(name, dimensions, **WIDE)), torch.bfloat16, own=True)
+        runner = TorchRunner(network, torch.device("cpu"), "bf16")
+        expected = runner(tiles(dimensions, 1).bfloat16()).seg_logits.float()
+        launched = host.host_kernels()
+        monkeypatch.setattr(loader, "launch", launched)
+        monkeypatch.setattr(nnturbo.kernels, "_for", lambda tensor: device)
+        monkeypatch.setattr(device, "CONVOLVED_ROWS", 2)
+        found = runner(tiles(dimensions, 1).bfloat16()).seg_logits.float()
+        assert furthest(found, expected) < 0.1
+
+
 class TestHow:
     @pytest.mark.parametrize("name", NETWORKS)
     def test_nothing_is_concatenated_copied_to_another_layout_or_normalised_by_torch(self, monkeypatch, name):
@@ -207,17 +266,25 @@ class TestWhatItIsNotFor:
 
 
 class TestTheChoice:
-    def chosen(self, monkeypatch, precision, cupy=True, **changes):
+    def chosen(self, monkeypatch, precision, cupy=True, capability=(9, 0), **changes):
         monkeypatch.setattr(torch_backend, "has_cupy", lambda: cupy)
-        network = network_for_gpu(network_of(plans(**changes)), precision)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        network = network_for_gpu(network_of(plans(**changes)), torch.device("cuda"), precision)
         return type(network.networks[0].encoder).__name__, network
 
     @pytest.mark.parametrize("precision", ["fp16", "bf16"])
     def test_half_precision_has_the_channels_last(self, monkeypatch, precision):
         name, network = self.chosen(monkeypatch, precision)
         assert name == "JoiningEncoder"
-        weights = {p.dtype for n, p in network.named_parameters() if "convolution" in n}
+        weights = {
+            p.dtype for n, p in network.named_parameters() if n.endswith("convolution.weight") and "logits" not in n
+        }
         assert weights == {DTYPES[precision]}
+
+    def test_older_devices_leave_all_convolutions_to_cudnn(self, monkeypatch):
+        for capability, own in (((7, 5), False), ((8, 0), True)):
+            _, network = self.chosen(monkeypatch, "fp16", capability=capability, features_per_stage=[32, 40, 48])
+            assert own == any(isinstance(module, FewChannels) for module in network.modules())
 
     def test_float32_and_machines_without_cupy_run_as_torch_runs_them_but_for_the_biases(self, monkeypatch):
         for precision, cupy in (("fp32", True), ("fp16", False)):
@@ -234,14 +301,18 @@ class TestTheChoice:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("name", "dimensions", "arguments"), VARIANTS[:6])
+@pytest.mark.parametrize(
+    ("name", "dimensions", "arguments"),
+    [(*of[:2], {**of[2], **more}) for of in VARIANTS[:6] for more in ({}, WIDE)],
+)
 def test_on_a_gpu_half_precision_is_no_further_off_than_torchs(name, dimensions, arguments):
     pytest.importorskip("cupy")
     network = network_of(plans(name, dimensions, **arguments))
     (exact,) = network(tiles(dimensions))
     gpu = torch.device("cuda", 0)
     usual = TorchRunner(copy.deepcopy(network).to(gpu), gpu, "fp16")(tiles(dimensions)).seg_logits
-    fused = TorchRunner(with_channels_last(network, torch.float16).to(gpu), gpu, "fp16")
+    own = torch.cuda.get_device_capability(gpu) >= OWN_CONVOLUTIONS
+    fused = TorchRunner(with_channels_last(network, torch.float16, own=own).to(gpu), gpu, "fp16")
     for _ in range(4):  # launched, timed, recorded, replayed
         found = fused(tiles(dimensions)).seg_logits
         assert furthest(found.cpu().float(), exact) < 1.5 * furthest(usual.cpu().float(), exact)
