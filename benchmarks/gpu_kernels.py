@@ -76,7 +76,7 @@ def _measured(bench: Bench, operation: Operation, fast: Any) -> dict[str, float]
 def operations(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
     """Yield every kernel's operation on a size."""
     yield from _of_tiles(device, size)
-    yield from _of_norms(device, size)
+    yield from _of_layers(device, size)
     yield from _of_convolutions(device, size)
     yield from _of_resampling(device, size)
 
@@ -107,8 +107,8 @@ def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
     )
 
 
-def _of_norms(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
-    """Instance norms of eight views: of a stage's first features, with a residual, and with the decoder's copy."""
+def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
+    """Of eight views: norms of a stage's first features, with a residual, with the decoder's copy; and upsampling."""
     half, images, channels = torch.float16, len(VIEWS), 32
     grid = tuple(n // 2 for n in size)
     numbers = images * channels * math.prod(grid)
@@ -129,6 +129,17 @@ def _of_norms(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
                 other[:, channels:] if others == 2 else None,
             ),
         )  # fmt: skip
+    # Beside the features that a decoder's stage gets too, as in the norm with a copy.
+    yield Operation(
+        name="spread_blocks",
+        dtype=half,
+        moved_bytes=2 * 2 * numbers,
+        buffers=lambda: (
+            torch.randn(images, *(n // 2 for n in grid), 2, 2, 2, channels, device=device).to(half),
+            features(2 * channels),
+        ),
+        call=lambda of, blocks, joined: of.spread_blocks(blocks, joined[:, :channels]),
+    )
 
 
 def _of_convolutions(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:

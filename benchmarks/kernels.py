@@ -23,6 +23,7 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
     *((kernel, dtype, None) for kernel in ("gather_tiles", "accumulate_views") for dtype in FLOATS),
     *((f"instance_norm_{step}", dtype, None) for step in ("sums", "apply") for dtype in FLOATS),
     ("instance_norm_scales", torch.float32, None),
+    *(("spread_blocks", dtype, None) for dtype in FLOATS),
     *(
         ("resample_axis", dtype, lines)
         for dtype in (torch.float32, torch.int16, torch.uint8)

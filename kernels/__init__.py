@@ -33,6 +33,7 @@ __all__ = [
     "region_labels",
     "resample_axis",
     "resample_labels",
+    "spread_blocks",
     "weighted_sum",
 ]
 
@@ -70,6 +71,11 @@ def norm_scales(sums: Tensor, *arguments: Any) -> Tensor:
 def norm_apply(values: Tensor, *arguments: Any) -> Tensor:
     """Normalise with known statistics, in place: see `reference.norm_apply`."""
     return _for(values).norm_apply(values, *arguments)
+
+
+def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
+    """Copy blocks of voxels to where they lie in a finer grid: see `reference.spread_blocks`."""
+    return _for(blocks).spread_blocks(blocks, out)
 
 
 def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:

@@ -281,6 +281,30 @@ def _require_channels_last(name: str, tensor: Tensor, like: Tensor, pitch: int) 
         )
 
 
+def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
+    """See `reference.spread_blocks`."""
+    axes = out.ndim - 2
+    grid, stride = blocks.shape[1 : 1 + axes], blocks.shape[1 + axes : -1]
+    images, channels, width, pitch = len(blocks), blocks.shape[-1], 16 // blocks.element_size(), out.stride(-1)
+    if channels % width or pitch % width or not blocks.is_contiguous() or blocks.data_ptr() % 16:
+        raise ValueError(
+            f"blocks must be contiguous, at a multiple of 16 bytes, channels in multiples of {width} in "
+            f"{blocks.dtype}; got {channels} channels of {pitch} in strides {blocks.stride()}"
+        )
+    finer = [length * step for length, step in zip(grid, stride, strict=True)]
+    like = torch.empty(images, channels, *finer, dtype=blocks.dtype, device="meta")
+    _require_channels_last("the output", out, like, pitch)
+    flat = [1] * (3 - axes)
+    loader.launch(
+        "spread_blocks",
+        blocks.dtype,
+        [blocks.data_ptr(), images, *flat, *grid, *flat, *stride, channels // width, out.data_ptr(), pitch // width],
+        device=out.device,
+        blocks=_blocks(images * math.prod(finer[:-1])),
+    )
+    return out
+
+
 def resample_axis(
     data: Tensor,
     operator: AxisOperator,

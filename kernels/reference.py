@@ -296,6 +296,24 @@ def _normed(values: Tensor, norm: Norm, residual: Tensor | None = None) -> Tenso
     return torch.where(result > 0, result, norm.slope * result)
 
 
+def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
+    """Copy blocks of voxels, one for each voxel of a coarse grid, to where they lie in the finer grid.
+
+    Args:
+        blocks: (N, *grid, *stride, C), of two or three axes; contiguous on a GPU, C as in `instance_norm`.
+        out: (N, C, *finer grid), `stride` times as large along each axis, in memory as the copy of `instance_norm`;
+            written and returned.
+    """
+    axes = out.ndim - 2
+    place = out
+    for axis in range(1 + axes, 1, -1):
+        place = place.unflatten(axis, (-1, blocks.shape[axis + axes - 1]))
+    # (N, z, y, x, sz, sy, sx, C) to (N, C, z, sz, y, sy, x, sx), which is what the place is cut into.
+    pairs = [axis for position in range(1, 1 + axes) for axis in (position, position + axes)]
+    place.copy_(blocks.permute(0, -1, *pairs))
+    return out
+
+
 def argmax_labels(logits: Tensor) -> Tensor:
     """Index of the greatest logit; the first of equal ones, as in numpy's argmax.
 

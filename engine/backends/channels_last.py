@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import Norm, convolve, factors_of, instance_norm, norm_apply, norm_scales
+from ...kernels import Norm, convolve, factors_of, instance_norm, norm_apply, norm_scales, spread_blocks
 from ..errors import BackendUnavailable
 from ..model.folds import InferenceNetwork
 from .rewrites import ACTIVATIONS, last_activation, negative_slope, only_spreads
@@ -319,14 +319,8 @@ class ProductUpsampling(nn.Module):
 
     def forward(self, coarse: Tensor, place: Tensor) -> None:
         """From (N, in, *grid) to (N, out, *finer grid)."""
-        fine = F.linear(coarse.movedim(1, -1), self.weight, self.bias)  # type: ignore[arg-type]
-        fine = fine.unflatten(-1, (*self.stride, -1))
-        # (N, z, y, x, sz, sy, sx, out) to (N, out, z, sz, y, sy, x, sx), which is what the place is cut into.
-        count = len(self.stride)
-        pairs = [axis for position in range(1, 1 + count) for axis in (position, position + count)]
-        for axis in range(1 + count, 1, -1):
-            place = place.unflatten(axis, (-1, self.stride[axis - 2]))
-        place.copy_(fine.permute(0, -1, *pairs))
+        blocks = F.linear(coarse.movedim(1, -1), self.weight, self.bias)  # type: ignore[arg-type]
+        spread_blocks(blocks.unflatten(-1, (*self.stride, -1)), place)
 
 
 def _upsampling(convolution: Any, dtype: torch.dtype) -> nn.Module:

@@ -272,6 +272,26 @@ def check_norm_scales(target):
     assert bool(((scales[:, 1] - expected).abs() <= off * expected.abs()).all())
 
 
+def check_spread_blocks(target):
+    dtype = random.choice(FLOATS)
+    width = 16 // torch.empty(0, dtype=dtype).element_size()
+    axes, images, channels = random.randint(2, 3), random.randint(1, 3), width * random.choice([1, 2, 3, 5])
+    grid, stride = shape(1, 5, axes), shape(1, 3, axes)
+    blocks = torch.randn(images, *grid, *stride, channels).to(dtype)
+    finer = tuple(n * s for n, s in zip(grid, stride, strict=True))
+    pitch = channels + width * random.choice([0, 1, channels // width])
+    expected = reference.spread_blocks(blocks, torch.empty(images, channels, *finer, dtype=dtype))
+    # Each voxel of the finer grid, by its place in the coarse one.
+    voxel = tuple(random.randrange(n) for n in finer)
+    coarse, within = zip(*(divmod(place, step) for place, step in zip(voxel, stride, strict=True)), strict=True)
+    assert torch.equal(expected[(slice(None), slice(None), *voxel)], blocks[(slice(None), *coarse, *within)])
+    whole = torch.full((images, math.prod(finer), pitch), torch.nan, dtype=dtype, device=target)
+    out = whole.as_strided(expected.shape, last_strides(expected.shape, pitch), pitch - channels)
+    assert device.spread_blocks(blocks.to(target), out) is out
+    assert torch.equal(out.cpu(), expected)
+    assert torch.isnan(whole[..., : pitch - channels]).all()  # nothing is written between
+
+
 def last_strides(size, pitch):
     """Strides of (N, C, *grid) whose voxels are `pitch` numbers apart, channels side by side."""
     steps, step = [], pitch
@@ -289,6 +309,7 @@ CHECKS = {
     "norm_scales": check_norm_scales,
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
+    "spread_blocks": check_spread_blocks,
 }
 
 SHARE = {"convolve": 0.1}

@@ -167,6 +167,15 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match=r"the copy must be torch.float32 .* got torch.float16"):
             device.instance_norm(last, None, None, 1e-5, 1.0, None, other)
 
+    def test_blocks_that_come_in_no_packs_or_for_another_grid(self, kernels):
+        place = torch.zeros(1, 4, 6, 16, dtype=torch.float16).movedim(-1, 1)[:, 8:]
+        with pytest.raises(ValueError, match="channels in multiples of 8 in torch.float16; got 4 channels of 16"):
+            device.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 4, dtype=torch.float16), place)
+        with pytest.raises(ValueError, match="blocks must be contiguous"):
+            device.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 16, dtype=torch.float16)[..., 8:], place)
+        with pytest.raises(ValueError, match=r"the output must be torch.float16 of shape \(1, 8, 4, 3\) with strides"):
+            device.spread_blocks(torch.zeros(1, 2, 3, 2, 1, 8, dtype=torch.float16), place)
+
     def test_sums_that_are_no_counts_means_and_squares(self, kernels):
         with pytest.raises(ValueError, match=r"sums must be .* shape \(N, parts, 3, C\), got torch.float32 of shape"):
             device.norm_scales(torch.zeros(1, 4, 2, 8), None, 1e-5)
