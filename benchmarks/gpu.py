@@ -85,6 +85,10 @@ PARTS = {
         function=("gpu_cases", "long"), seconds=180, tells="a CT of 400 slices, and nnU-Net's stages", needs=NETWORK,
         usual=False,
     ),
+    "training": Part(
+        function=("gpu_training", "training"), seconds=240, tells="epochs of the multi-task trainer",
+        needs=("nnunetv2",), usual=False,
+    ),
     "inductor": Part(
         function=("gpu_networks", "inductor"), seconds=180, tells="the network compiled by torch's inductor",
         needs=NETWORK, usual=False,
