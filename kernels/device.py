@@ -27,8 +27,8 @@ NORM_GROUP = 8
 
 THREADS = loader.THREADS[0] * loader.THREADS[1]
 
-CONVOLVED, CONVOLVED_TILES, CONVOLVED_ROWS = 32, 16, loader.THREADS[1]
-"""Of convolve.cu: outputs of a block, its tiles one after the other, and rows of threads."""
+CONVOLVED, CONVOLVED_LINES, CONVOLVED_TILES, CONVOLVED_ROWS = 32, 2, 16, 4
+"""Of convolve.cu: outputs of a block, lines of a row of threads, tiles of a block, and rows of threads."""
 
 COLUMNS, PITCH = 32, 33
 """Constants of resample_axis.cu."""
@@ -229,7 +229,8 @@ def convolve(
     else:
         _require_channels_last("values", values, values, pitch)
     rows, outputs = CONVOLVED_ROWS, len(weight)
-    tiles = grid[0] * -(-grid[1] // rows) * -(-grid[2] // 32)
+    down = rows * CONVOLVED_LINES
+    tiles = grid[0] * -(-grid[1] // down) * -(-grid[2] // 32)
     run = min(tiles, CONVOLVED_TILES)
     parts, groups = -(-tiles // run), len(factors)
     sums = None
@@ -238,7 +239,7 @@ def convolve(
         sums = torch.empty(images, parts, 3, outputs, dtype=torch.float32, device=values.device)
     else:
         out = values.new_empty(images, outputs, *values.shape[2:])
-    plane = (rows + 2) * 34
+    plane = (down + 2) * 34
     halves = -(-(channels * kernel[0] * plane + 8) // 8) * 8 + 2 * 16 * factors.shape[1] if lines else 32 * plane
     scales, norm_bias, slope = (
         (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), _address(norm.bias), norm.slope)
@@ -251,6 +252,7 @@ def convolve(
         device=values.device,
         blocks=images * groups * parts,
         lines=lines,
+        threads=(32, rows),
         shared_bytes=4 * (CONVOLVED + 16 * 32 * rows) + 2 * halves,
     )  # fmt: skip
     return out, sums

@@ -92,6 +92,7 @@ def launch(
     device: torch.device,
     blocks: int,
     lines: bool | None = None,
+    threads: tuple[int, int] = THREADS,
     shared_bytes: int = 0,
 ) -> None:
     """Run a kernel on torch's current stream of a device; it may still be running on return.
@@ -101,11 +102,12 @@ def launch(
         dtype: Type for its `T`.
         arguments: Addresses and 64-bit integers, in the order of its parameters.
         device: CUDA device that holds all addresses.
-        blocks: Number of blocks of `THREADS` threads.
+        blocks: Number of blocks.
         lines: Value of its `LINES`, if it has that parameter.
+        threads: Of a block.
         shared_bytes: Shared memory of a block, at most 48 KiB.
     """
     import cupy  # type: ignore[import-not-found]  # an extra
 
     with cupy.cuda.Device(device.index or 0), cupy.cuda.Stream.from_external(_Stream(device)):
-        _compiled(kernel, dtype, lines)((blocks,), THREADS, tuple(arguments), shared_mem=shared_bytes)
+        _compiled(kernel, dtype, lines)((blocks,), threads, tuple(arguments), shared_mem=shared_bytes)

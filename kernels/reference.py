@@ -238,7 +238,7 @@ def convolve(
             channels between voxels or not, or small and the values contiguous.
         weight: (K, C, *kernel) as the values, of 1 or 3 voxels along each axis.
         factors: The weight in another order, for GPUs: see `device.factors_of`.
-        norm: What is done to the values first, rounded to their type.
+        norm: What is done to the values first, rounded to their type; its slope is from 0 to 1.
         bias: (K,) float32, of what has no norm.
 
     Returns:

@@ -114,7 +114,8 @@ class FusedBlock(nn.Module):
         super().__init__()
         convolution, norm, *activation = _steps(block)
         convolution.bias = None  # the norm takes it away
-        few = own and convolution.out_channels == FEW_OUTPUTS and _is_few(convolution)
+        self.slope = negative_slope(activation[0]) if activation else 1.0
+        few = own and convolution.out_channels == FEW_OUTPUTS and _is_few(convolution) and 0 <= self.slope <= 1
         self.takes_unfinished = few and convolution.in_channels % FEW_OUTPUTS == 0
         self.convolution = (
             FewChannels(convolution, dtype)
@@ -122,7 +123,6 @@ class FusedBlock(nn.Module):
             else convolution.to(dtype=dtype, memory_format=_memory_format(convolution.weight.ndim))
         )
         self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
-        self.slope = negative_slope(activation[0]) if activation else 1.0
 
     def forward(
         self, values: Tensor | Unfinished, residual: Tensor | None = None, joined: list[Tensor] | None = None

@@ -10,10 +10,10 @@
 // it. With `bias` they are instead [image][channel][voxel], have no sums, and may be fewer than 32.
 //
 // Bytes: sizeof(T) read per value, and more for the borders that tiles share, which are in the L2 cache; sizeof(T) written per
-// output. A tile is a line of 32 voxels for each row of threads (a warp, which makes all 32 outputs of its line: two by four
-// products of 16 x 16 by 16 x 8), copied to shared memory with its borders for 32 channels of a plane at a time.
+// output. A tile is two lines of 32 voxels for each row of threads (a warp, which makes all 32 outputs of its lines: four by
+// four products of 16 x 16 by 16 x 8), copied to shared memory with its borders for 32 channels of a plane at a time.
 
-const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16;
+const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16, DOWN = 2, AT_ONCE = 2;
 
 struct alignas(16) Bits {
     unsigned values[4];
@@ -34,9 +34,28 @@ __device__ inline void load_matrices(unsigned* a, const T* row) {
 // c += a b, of 16 x 16 by 16 x 8, each spread over a warp.
 __device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Half) { PRODUCT("f16"); }
 __device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Bfloat) { PRODUCT("bf16"); }
+// Two numbers in one register, the first in its lower half.
+__device__ inline unsigned paired(float first, float second, Half) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+__device__ inline unsigned paired(float first, float second, Bfloat) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+__device__ inline void unpaired(unsigned pair, float* both, Half) {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(both[0]), "=f"(both[1]) : "r"(pair));
+}
+__device__ inline void unpaired(unsigned pair, float* both, Bfloat) {
+    both[0] = __uint_as_float(pair << 16);
+    both[1] = __uint_as_float(pair & 0xffff0000u);
+}
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 3) convolve(
+extern "C" __global__ void __launch_bounds__(128, 4) convolve(
     const T* values, Index of_pitch, Index of_z, Index of_y, Index of_x, Index of_channels, Index of_kz, Index of_ky,
     Index of_kx, const T* weights, const float* scales, const float* norm_bias, Index slope, Index groups, Index of_parts,
     Index of_run, T* out, Index of_outputs, float* sums, const float* bias
@@ -51,13 +70,13 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
     T* tile = (T*)(held + OUTPUTS + 16 * threads);
     int line = lane / 4, pack = lane % 4;  // of the outputs of a product, those that a thread has: lines and packs of 8
     int block = blockIdx.x, part = block % parts, group = block / parts % (int)groups;
-    int image = block / parts / (int)groups;
+    int image = block / parts / (int)groups, channel = group * OUTPUTS + pack * 8;
     Index voxels = (Index)nz * ny * nx;
-    int along_x = (nx + ACROSS - 1) / ACROSS, along_y = (ny + rows - 1) / rows;
+    int down = rows * DOWN, along_x = (nx + ACROSS - 1) / ACROSS, along_y = (ny + down - 1) / down;
     int first = part * run, last = first + run, tiles = nz * along_y * along_x;
     if (last > tiles) last = tiles;
-    int taps = kz * ky * kx, down = rows + 2, plane = down * PITCH;
-    int steps = LINES ? (channels * taps + STEP - 1) / STEP : channels / STEP * taps;
+    int plane = (down + 2) * PITCH;
+    int steps = LINES ? (channels * kz * ky * kx + STEP - 1) / STEP : channels / STEP * kz * ky * kx;
     const Bits* factors = (const Bits*)weights + (Index)group * steps * 64 + lane;
     int* offsets = (int*)(tile + (channels * kz * plane + 8) / 8 * 8);  // with LINES: where the tile has each factor
     if (LINES)
@@ -66,17 +85,20 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
             bool there = from < channels * kz;
             offsets[k] = there ? from * plane + (dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 : -1;
         }
-    float count = 0;
+    // The first voxel of a plane that a thread copies, and how far it is to its next.
+    int first_column = thread / 4 % PITCH - 1, first_row = thread / 4 / PITCH - 1;
+    int step = threads / 4, step_columns = step % PITCH, step_rows = step / PITCH;
+    float damping = from_bits(slope), count = 0;
     for (int n = 0; n < 8; n++) total[n * threads] = squares[n * threads] = 0;
 #pragma unroll 1
     for (int number = first; number < last; number++) {
-        int x0 = number % along_x * ACROSS, y0 = number / along_x % along_y * rows, z = number / along_x / along_y;
-        float sum[2][4][4] = {};
+        int x0 = number % along_x * ACROSS, y0 = number / along_x % along_y * down, z = number / along_x / along_y;
+        float sum[DOWN][2][4][4] = {};
         if (LINES) {
             __syncthreads();
 #pragma unroll 1
             for (int i = thread; i < channels * kz * plane; i += threads) {
-                int x = x0 + i % PITCH - 1, y = y0 + i / PITCH % down - 1, from = i / plane;
+                int x = x0 + i % PITCH - 1, y = y0 + i % plane / PITCH - 1, from = i / plane;
                 int at = z + from % kz - kz / 2, c = from / kz;
                 T value = {};
                 if (0 <= x && x < nx && 0 <= y && y < ny && 0 <= at && at < nz)
@@ -85,23 +107,22 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
             }
             __syncthreads();
 #pragma unroll 1
-            for (int step = 0; step < steps; step++) {
-                Bits low = factors[step * 64], high = factors[step * 64 + 32];
+            for (int k = 0; k < steps; k++) {
+                Bits low = factors[k * 64], high = factors[k * 64 + 32];
+                int places[4];
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    unsigned a[4];
+                for (int i = 0; i < 4; i++) places[i] = offsets[k * STEP + i / 2 * 8 + pack * 2 + i % 2];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        a[i] = 0;
+                for (int m = 0; m < 2 * DOWN; m++) {
+                    unsigned a[4] = {};
+                    int from = (row * DOWN + m / 2) * PITCH + m % 2 * 16 + line;
 #pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            int offset = offsets[step * STEP + i / 2 * 8 + pack * 2 + e];
-                            int at = row * PITCH + m * 16 + i % 2 * 8 + line + offset;
-                            if (offset >= 0) a[i] |= (unsigned)tile[at].bits << 16 * e;
-                        }
-                    }
+                    for (int i = 0; i < 8; i++)  // halves of the four registers: of two lines, times two of factors
+                        if (places[i / 4 * 2 + i % 2] >= 0)
+                            a[i / 2] |= (unsigned)tile[from + i / 2 % 2 * 8 + places[i / 4 * 2 + i % 2]].bits << 16 * (i % 2);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) multiply_add(sum[m][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                    for (int j = 0; j < 4; j++)
+                        multiply_add(sum[m / 2][m % 2][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
                 }
             }
         } else {
@@ -111,28 +132,26 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
                 if (at < 0 || at >= nz) continue;
 #pragma unroll 1
                 for (int chunk = 0; chunk < channels / 32; chunk++) {
-                    int channel = chunk * 32 + thread % 4 * 8;
-                    const T* source = values + (image * voxels + (Index)at * ny * nx) * pitch + channel;
-                    const Pack<float>* means = (const Pack<float>*)(scales + image * 2 * channels + channel);
-                    const Pack<float>* factor = (const Pack<float>*)(scales + (image * 2 + 1) * channels + channel);
-                    const Pack<float>* added = (const Pack<float>*)(norm_bias + channel);
+                    int from = chunk * 32 + thread % 4 * 8;
+                    const T* source = values + (image * voxels + (Index)at * ny * nx) * pitch + from;
+                    const Pack<float>* means = (const Pack<float>*)(scales + image * 2 * channels + from);
+                    const Pack<float>* factor = (const Pack<float>*)(scales + (image * 2 + 1) * channels + from);
+                    const Pack<float>* added = (const Pack<float>*)(norm_bias + from);
                     __syncthreads();
-                    const int AT_ONCE = 2;
+                    int y = y0 + first_row, x = x0 + first_column, place = thread / 4;
 #pragma unroll 1
-                    for (int begin = thread; begin < plane * 4; begin += AT_ONCE * threads) {
-                        Pack<T> now[AT_ONCE];
+                    while (place < plane) {
+                        Bits now[AT_ONCE] = {};
                         bool inside[AT_ONCE];
 #pragma unroll
                         for (int i = 0; i < AT_ONCE; i++) {
-                            int place = (begin + i * threads) / 4;
-                            int x = x0 + place % PITCH - 1, y = y0 + place / PITCH - 1;
-                            inside[i] = place < plane && 0 <= x && x < nx && 0 <= y && y < ny;
-                            now[i] = Pack<T>();
-                            if (inside[i]) now[i] = *(const Pack<T>*)(source + (y * nx + x) * pitch);
+                            inside[i] = (unsigned)x < (unsigned)nx && (unsigned)y < (unsigned)ny && place + i * step < plane;
+                            if (inside[i]) now[i] = *(const Bits*)(source + (y * nx + x) * pitch);
+                            x += step_columns, y += step_rows;
+                            if (x > x0 + ACROSS) x -= PITCH, y++;
                         }
 #pragma unroll
-                        for (int i = 0; i < AT_ONCE; i++) {
-                            int place = (begin + i * threads) / 4;
+                        for (int i = 0; i < AT_ONCE; i++, place += step) {
                             if (place >= plane) break;
                             if (scales && inside[i])
 #pragma unroll
@@ -140,79 +159,96 @@ extern "C" __global__ void __launch_bounds__(256, 3) convolve(
                                     Pack<float> mean = means[h], scale = factor[h], shifted = {};
                                     if (norm_bias) shifted = added[h];
 #pragma unroll
-                                    for (int n = 0; n < 4; n++) {
-                                        float value = to_float(now[i].values[4 * h + n]) - mean.values[n];
-                                        value = fmaf(value, scale.values[n], shifted.values[n]);
-                                        store(&now[i].values[4 * h + n], value > 0 ? value : from_bits(slope) * value);
+                                    for (int n = 0; n < 4; n += 2) {
+                                        float both[2];
+                                        unpaired(now[i].values[2 * h + n / 2], both, T());
+#pragma unroll
+                                        for (int e = 0; e < 2; e++) {
+                                            float value = both[e] - mean.values[n + e];
+                                            value = fmaf(value, scale.values[n + e], shifted.values[n + e]);
+                                            both[e] = fmaxf(value, damping * value);
+                                        }
+                                        now[i].values[2 * h + n / 2] = paired(both[0], both[1], T());
                                     }
                                 }
                             // Packs of neighbours change places, so that eight of them lie in different banks.
-                            *(Pack<T>*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
+                            *(Bits*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
                         }
                     }
                     __syncthreads();
-                    const Bits* next = factors + (Index)(dz * channels / 32 + chunk) * (ky * kx) * 128;
+                    const Bits* next = factors + (dz * (channels / 32) + chunk) * ky * kx * 128;
 #pragma unroll 1
                     for (int dy = 0; dy < ky; dy++)
 #pragma unroll 1
                         for (int dx = 0; dx < kx; dx++, next += 128) {
-                            int from = (row + dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 + lane % 16;
+                            int corner = (row * DOWN + dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 + lane % 16;
 #pragma unroll
                             for (int k = 0; k < 2; k++) {
                                 Bits low = next[k * 64], high = next[k * 64 + 32];
 #pragma unroll
-                                for (int m = 0; m < 2; m++) {
-                                    int place = from + m * 16;
+                                for (int m = 0; m < 2 * DOWN; m++) {
+                                    int place = corner + m / 2 * PITCH + m % 2 * 16;
                                     unsigned a[4];
                                     load_matrices(a, tile + place * 32 + ((k * 2 + lane / 16) ^ (place >> 1 & 3)) * 8);
 #pragma unroll
                                     for (int j = 0; j < 4; j++)
-                                        multiply_add(sum[m][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                                        multiply_add(sum[m / 2][m % 2][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
                                 }
                             }
                         }
                 }
             }
         }
-        int channel = group * OUTPUTS + pack * 8, y = y0 + row;
-        if (sums && number == first) {
-            T rounded;
-            if (thread < 4)
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    store(&rounded, sum[0][n / 2][n % 2]);
-                    shift[pack * 8 + n] = to_float(rounded);
-                }
-            __syncthreads();
-        }
-        float of_tile[16] = {};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int x = x0 + i * 8 + line;
-            if (y >= ny || x >= nx) continue;
-            Index voxel = ((Index)z * ny + y) * nx + x;
-            Pack<T> made;
+        int y = y0 + row * DOWN, columns = nx - x0 < ACROSS ? nx - x0 : ACROSS, lines = ny - y0 < down ? ny - y0 : down;
+        Index voxel = ((Index)z * ny + y) * nx + x0 + line;
+        if (bias) {
 #pragma unroll
             for (int n = 0; n < 8; n++) {
-                float value = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
-                if (bias && channel + n < outputs) value += bias[channel + n];
-                store(&made.values[n], value);
-                if (bias && channel + n < outputs) out[(Index)(image * outputs + channel + n) * voxels + voxel] = made.values[n];
-                float distance = to_float(made.values[n]) - shift[pack * 8 + n];
-                of_tile[n] += distance;
-                of_tile[8 + n] = fmaf(distance, distance, of_tile[8 + n]);
+                if (channel + n >= outputs) break;
+                T* target = out + (Index)(image * outputs + channel + n) * voxels + voxel;
+#pragma unroll
+                for (int i = 0; i < 4 * DOWN; i++)
+                    if (y + i / 4 < ny && i % 4 * 8 + line < columns)
+                        store(target + i / 4 * nx + i % 4 * 8, bias[channel + n] + sum[i / 4][i % 4 / 2][n / 2][i % 2 * 2 + n % 2]);
             }
-            if (!bias) *(Pack<T>*)(out + (image * voxels + voxel) * outputs + channel) = made;
+            continue;
+        }
+        if (number == first) {
+            if (thread < 4)
+#pragma unroll
+                for (int n = 0; n < 8; n += 2)
+                    unpaired(paired(sum[0][0][n / 2][0], sum[0][0][n / 2][1], T()), shift + pack * 8 + n, T());
+            __syncthreads();
+        }
+        T* target = out + (image * voxels + voxel) * outputs + channel;
+        float of_tile[8] = {}, squares_of_tile[8] = {};
+#pragma unroll
+        for (int i = 0; i < 4 * DOWN; i++) {
+            if (y + i / 4 >= ny || i % 4 * 8 + line >= columns) continue;
+            Bits made;
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                const float* of_line = sum[i / 4][i % 4 / 2][n / 2] + i % 2 * 2;
+                float both[2];
+                made.values[n / 2] = paired(of_line[0], of_line[1], T());
+                unpaired(made.values[n / 2], both, T());
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float distance = both[e] - shift[pack * 8 + n + e];
+                    of_tile[n + e] += distance;
+                    squares_of_tile[n + e] = fmaf(distance, distance, squares_of_tile[n + e]);
+                }
+            }
+            *(Bits*)(target + (i / 4 * nx + i % 4 * 8) * outputs) = made;
         }
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             total[n * threads] += of_tile[n];
-            squares[n * threads] += of_tile[8 + n];
+            squares[n * threads] += squares_of_tile[n];
         }
-        int lines = ny - y0 < rows ? ny - y0 : rows, columns = nx - x0 < ACROSS ? nx - x0 : ACROSS;
         count += (float)(lines * columns);
     }
-    if (!sums) return;
+    if (bias) return;
     __syncthreads();
     for (int c = thread; c < OUTPUTS; c += threads) {
         const float* of_threads = held + OUTPUTS + c % 8 * threads + c / 8;

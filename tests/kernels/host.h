@@ -51,6 +51,18 @@ struct Warp {
 static std::vector<std::unique_ptr<Warp>> warps;
 
 template <typename T>
+static unsigned paired(float first, float second, T) {
+    T both[2];
+    store(&both[0], first);
+    store(&both[1], second);
+    return both[0].bits | (unsigned)both[1].bits << 16;
+}
+template <typename T>
+static void unpaired(unsigned pair, float* both, T) {
+    for (unsigned i = 0; i < 2; i++) both[i] = to_float(T{(unsigned short)(pair >> 16 * i)});
+}
+
+template <typename T>
 static void load_matrices(unsigned* a, const T* row) {
     Warp& warp = *warps[threadIdx.y];
     warp.rows[threadIdx.x] = row;

@@ -8,7 +8,6 @@ import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 
-from nnturbo.kernels import device as device_kernels
 from nnturbo.kernels import loader
 
 HERE = Path(__file__).parent
@@ -31,7 +30,7 @@ class HostKernels:
     Args:
         folder: Where libraries are built.
         options: More of the compiler's.
-        threads: Of a block; fewer than on a GPU, since each is a thread here.
+        threads: Of a block, unless a launch says; fewer than on a GPU, since each is a thread here.
     """
 
     def __init__(self, folder, options=(), threads=(8, 2)):
@@ -40,16 +39,14 @@ class HostKernels:
         self.threads = threads
         self.launches = 0
 
-    def __call__(self, kernel, dtype, arguments, *, device, blocks, lines=None, shared_bytes=0):
+    def __call__(self, kernel, dtype, arguments, *, device, blocks, lines=None, threads=None, shared_bytes=0):
         assert shared_bytes <= 48 * 1024
         assert 0 < blocks < 2**31
         library = self._library(kernel, dtype, lines)
         values = (ctypes.c_longlong * len(arguments))(*arguments)
         # One line after another needs no more rows of threads than these.
         blocks = blocks if kernel in ONE_PIECE_A_BLOCK else min(blocks, 3)
-        # Products of matrices are a warp's work.
-        threads = (32, device_kernels.CONVOLVED_ROWS) if kernel == "convolve" else self.threads
-        library.launch(values, blocks, *threads, ctypes.c_size_t(shared_bytes))
+        library.launch(values, blocks, *(threads or self.threads), ctypes.c_size_t(shared_bytes))
         self.launches += 1
 
     @cache  # noqa: B019, lives as long as the tests
