@@ -62,7 +62,7 @@ def with_channels_last(network: InferenceNetwork, dtype: torch.dtype, *, own: bo
     for fold in network.networks:
         unet: Any = fold
         unet.decoder = JoinedDecoder(unet.decoder, dtype, own)
-        unet.encoder = JoiningEncoder(unet.encoder, dtype, own)
+        unet.encoder = JoiningEncoder(unet.encoder, dtype, own, unet.head.stages if network.multi_task else ())
     return network
 
 
@@ -77,7 +77,7 @@ def channels_last(values: Tensor) -> Tensor:
 
 
 class Features(list[Tensor]):
-    """What an encoder gives: features by stage, the finest first.
+    """What an encoder gives: features by stage, the finest first; those that nothing reads any more are empty.
 
     Attributes:
         joined: For each stage but the last (N, 2 C, *grid), whose second half holds the features; the first is free.
@@ -250,11 +250,18 @@ class MeanPool(nn.Module):
 
 
 class JoiningEncoder(nn.Module):
-    """An encoder that puts the features of each stage but the last into the decoder's place for them too."""
+    """An encoder that puts the features of each stage but the last into the decoder's place for them too.
 
-    def __init__(self, encoder: Any, dtype: torch.dtype, own: bool) -> None:
+    Args:
+        encoder: Of nnU-Net's classes.
+        dtype: See `with_channels_last`.
+        own: See `with_channels_last`.
+        read: Stages whose features a head reads; the others' are not kept.
+    """
+
+    def __init__(self, encoder: Any, dtype: torch.dtype, own: bool, read: Sequence[int]) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.read = dtype, frozenset(read)
         stem = getattr(encoder, "stem", None)
         self.stem = nn.Sequential(*_fused(stem, dtype, own)) if stem is not None else nn.Identity()
         self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype, own)) for stage in encoder.stages)
@@ -267,8 +274,9 @@ class JoiningEncoder(nn.Module):
             *steps, last = stage.children()
             for step in steps:
                 values = step(values)
-            values = last(values, joined=features.joined if index + 1 < len(self.stages) else None)
-            features.append(values)
+            is_last = index + 1 == len(self.stages)
+            values = last(values, joined=None if is_last else features.joined)
+            features.append(values if is_last or index in self.read else values.new_empty(0))
         return features
 
 
@@ -288,7 +296,10 @@ class JoinedDecoder(nn.Module):
         for stage, upward in zip(self.stages, self.upward, strict=True):
             joined = features.joined.pop()
             upward(values, joined[:, : joined.shape[1] // 2])
-            values = stage(joined)
+            values = joined
+            del joined  # with each step, what the one before it made is free
+            for step in stage.children():
+                values = step(values)
         return self.logits(values)
 
 

@@ -99,4 +99,4 @@ def head_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _places(head: DescribedHead) -> list[int]:
-    return sorted(set(head.places))
+    return sorted(set(head.stages))

@@ -39,7 +39,7 @@ class DescribedHead(Head):
     ) -> None:
         super().__init__()
         self.description = description
-        self.places = [description.place(tap, len(channels)) for tap in description.taps]
+        self.stages = [description.place(tap, len(channels)) for tap in description.taps]
         self.branches = nn.ModuleList(_sequence(tap.layers, weights, dimensions) for tap in description.taps)
         self.layers = _sequence(description.layers, weights, dimensions)
         self._probe([*channels, *channels[:-1]], dimensions)
@@ -48,8 +48,8 @@ class DescribedHead(Head):
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
         """Answer for each tile."""
         read = [
-            _run(branch, features[place].float(), focus)
-            for place, branch in zip(self.places, self.branches, strict=True)
+            _run(branch, features[stage].float(), focus)
+            for stage, branch in zip(self.stages, self.branches, strict=True)
         ]
         return _run(self.layers, torch.cat(read, 1), focus)
 

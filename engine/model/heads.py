@@ -70,7 +70,12 @@ class Head(nn.Module):
     """From features of the encoder's stages, (N, C, *grid) each, and a focus map to (N, S).
 
     Features have the precision of the network; each head converts those that it reads to fp32.
+
+    Attributes:
+        stages: Indices of the features that it reads; the others may be anything.
     """
+
+    stages: Sequence[int]
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
         """Answer for each tile."""
@@ -171,6 +176,7 @@ class LinearClassifier(Head):
     def __init__(self, stages: Sequence[int], weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.pooling = FocusPooling(stages)
+        self.stages = self.pooling.stages
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 
 import nnturbo.kernels
 import pytest
@@ -23,6 +24,7 @@ from nnturbo.engine.model.plans import parse_plan
 from nnturbo.kernels import device, loader
 from torch.nn import functional as F
 
+from tests.engine.backends.live_bytes import LiveBytes
 from tests.engine.factory import dataset_json, multi_task, plans_json, random_weights
 from tests.kernels import host
 
@@ -210,6 +212,22 @@ class TestHow:
         network(tiles())
         assert layouts
         assert all(layouts)
+
+    @pytest.mark.parametrize("of_head", [None, [2]])
+    def test_memory_holds_nothing_that_is_not_read_again(self, monkeypatch, of_head):
+        def norm(values, *others):
+            if others[-1] is not None:
+                others[-1].copy_(values)
+            return values
+
+        monkeypatch.setattr("nnturbo.engine.backends.channels_last.instance_norm", norm)
+        made = plans() if of_head is None else multi_task(plans(), stages=of_head)
+        network = with_channels_last(network_of(made), torch.float32).to("meta")
+        with LiveBytes() as counted:
+            network(torch.empty(2, 1, *PATCH, device="meta"))
+        finest = 2 * 8 * math.prod(PATCH) * 4
+        # Of the first stage: what its last convolution reads and makes, and the decoder's place for twice as much.
+        assert 4 <= counted.most / finest < 4.2
 
     def test_a_single_channel_lies_as_cudnn_wants_it(self):
         one = channels_last(torch.randn(3, 1, 4, 5, 6))
