@@ -77,6 +77,10 @@ PARTS = {
         function=("gpu_networks", "layers"), seconds=45, tells="where the time of nnturbo's forward goes, by step",
         needs=NETWORK,
     ),
+    "views": Part(
+        function=("gpu_networks", "views"), seconds=90, tells="time and memory of a forward by its number of views",
+        needs=NETWORK, usual=False,
+    ),
     "trained": Part(
         function=("gpu_cases", "trained"), seconds=120, tells="labels of the model and scan that are given",
         needs=NETWORK, usual=False,

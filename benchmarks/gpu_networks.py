@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnturbo.engine.backends import cuda_graph
 from nnturbo.engine.backends.channels_last import without_lost_biases
 from nnturbo.engine.backends.choose import choose_precision
 from nnturbo.engine.backends.torch import DTYPES, TorchBackend, TorchRunner, network_for_gpu
@@ -168,6 +170,49 @@ def inductor(bench: Bench) -> list[dict[str, Any]]:
         bench.keep(rows)
         print("  ", row, flush=True)
     return rows
+
+
+def views(bench: Bench) -> list[dict[str, Any]]:
+    """Measure nnturbo's forward of the first network by the number of views per call, launched singly and as a graph.
+
+    `peak_bytes` are of tensors during a call, beyond weights and a graph's own memory; `reserved_bytes` are all that
+    torch holds of the device after it.
+    """
+    _, model, tiles = next(_models(bench))
+    precision = choose_precision("auto", bench.device)
+    made = inference_network(model).to(bench.device)
+    network = network_for_gpu(made, bench.device, precision) if bench.on_gpu else made
+    run = TorchRunner(network, bench.device, precision, graphs=False)
+    cuda_graph.LONGEST_MS = cuda_graph.WORTH_IT = math.inf  # in this process all that can be recorded is
+    expected = run(tiles[:1].to(run.tiles_dtype)).seg_logits.argmax(1)
+    rows: list[dict[str, Any]] = []
+    for count in (count for count in (1, 2, 4, 8) if count <= len(tiles)):
+        batch = tiles[:count].to(run.tiles_dtype)
+        for graph in (False, True) if bench.on_gpu else (False,):
+            # One runner, so that cuDNN searches once.
+            run._run = cuda_graph.GraphedNetwork(run._launched) if graph else run._launched
+            row: dict[str, Any] = {"views": count, "graph": graph}
+            rows.append(row)
+            try:
+                row |= _measured_views(bench, run, batch, expected)
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:500]
+            bench.keep(rows)
+            print("  ", row, flush=True)
+    return rows
+
+
+def _measured_views(bench: Bench, run: TorchRunner, tiles: Tensor, expected: Tensor) -> dict[str, Any]:
+    for _ in range(3):  # searched, timed, recorded
+        labels = run(tiles).seg_logits[:1].argmax(1)
+    differing = float((labels != expected).float().mean())
+    peak = bench.peak_bytes(partial(run, tiles))
+    reserved = torch.cuda.memory_reserved(bench.device) if bench.on_gpu else None
+    seconds = bench.seconds(partial(run, tiles), 10)
+    return {
+        "seconds": seconds, "seconds_per_view": seconds / len(tiles), "peak_bytes": peak, "reserved_bytes": reserved,
+        "voxels_differing": differing,
+    }  # fmt: skip
 
 
 def layers(bench: Bench) -> list[dict[str, Any]]:

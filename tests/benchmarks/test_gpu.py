@@ -101,7 +101,7 @@ class TestParts:
 
 @pytest.mark.thorough
 def test_every_part_leaves_its_numbers(tmp_path):
-    done, found = tried(tmp_path, ["versions", "forward", "whole", "many", "kernels"])
+    done, found = tried(tmp_path, ["versions", "forward", "whole", "many", "kernels", "views"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert found["failed"] == found["left_out"] == {}
     assert found["versions"]["copy_gb_per_s"] > 0
@@ -110,13 +110,17 @@ def test_every_part_leaves_its_numbers(tmp_path):
     assert kernels == {
         "gather_tiles", "accumulate_views", "instance_norm", "instance_norm with a residual",
         "instance_norm with a copy", "resample_axis x", "resample_axis y", "resample_axis z", "resample_labels",
-        "spread_blocks",
+        "spread_blocks", "convolve of a scan", "convolve 1 x 3 x 3", "convolve 3 x 3 x 3",
+        "convolve of joined features", "convolve to logits",
     }  # fmt: skip
     assert all(row["seconds"] > 0 and row["of_copy"] > 0 for row in found["kernels"])
     ways = {row["way"]: row for row in found["forward"]}
     assert next(iter(ways)) == "nnU-Net, one view at a time"
     assert list(ways)[-1] == "nnturbo"
     assert all(row["voxels_differing"] < 0.01 and row["ratio"] > 0 for row in ways.values())
+    assert [row["views"] for row in found["views"]] == [1, 2]
+    assert all(row["voxels_differing"] < 0.01 for row in found["views"])
+    assert all(row["seconds_per_view"] == row["seconds"] / row["views"] for row in found["views"])
     (row,) = found["whole"]
     assert row["ratio"] == row["stock_s"] / row["nnturbo_s"]
     assert row["voxels_differing"] < 0.02 * row["voxels"]
