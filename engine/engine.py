@@ -22,11 +22,8 @@ from .pipeline.prediction import Prediction, answer
 from .pipeline.segmenting import Segmenter
 from .pipeline.steps import Prepared, Request, Segmented
 from .pipeline.transfers import Transfers
-from .pipeline.window import SlidingWindow
+from .pipeline.window import SlidingWindow, usual_views_per_call
 from .predictor import Predictor, Progress
-
-VIEWS_ON_GPU = 8
-"""That go through the network at once: all mirror views of a tile, or, where it has fewer, those of several tiles."""
 
 
 class Engine(Predictor[Prepared, Segmented]):
@@ -132,7 +129,7 @@ class Engine(Predictor[Prepared, Segmented]):
             opened.model.plan,
             tile_step_size=choice.tile_step_size,
             views=views,
-            views_per_call=options.views_per_call or (1 if opened.device.type == "cpu" else VIEWS_ON_GPU),
+            views_per_call=options.views_per_call or usual_views_per_call(opened.model.plan, opened.device),
             tiles_dtype=tiles_dtype_of(opened.runner),
             use_gaussian=options.use_gaussian,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.backends.choose import choose_device, choose_precision
 from ..engine.backends.torch import TorchRunner
-from ..engine.engine import VIEWS_ON_GPU, Engine
+from ..engine.engine import Engine
 from ..engine.errors import ModelError
 from ..engine.model.folder import Model, read_model
 from ..engine.model.folds import InferenceNetwork
@@ -25,7 +25,7 @@ from ..engine.model.multi_task_unet import MultiTaskUNet
 from ..engine.model.network import build_network
 from ..engine.pipeline.prediction import Prediction, answer
 from ..engine.pipeline.steps import engine_errors, requests_of
-from ..engine.pipeline.window import SlidingWindow
+from ..engine.pipeline.window import SlidingWindow, usual_views_per_call
 from .data.cases import LABELS_FILE, SPLITS_FILE
 from .data.multi_task_plans import read_classes
 from .data.tables import DatasetError
@@ -93,8 +93,9 @@ def cases_of_folds(
 class _BothHeads(Head):
     """Gives the class logits of several heads, one after the other."""
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
+    def __init__(self, heads: Sequence[Head]) -> None:
         super().__init__()
+        self.stages = tuple(stage for head in heads for stage in head.stages)
         self.heads = nn.ModuleList(heads)
 
     def forward(self, features: Sequence[Tensor], focus: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _engine(model: Model, device: torch.device, mirror: bool) -> Engine:
     window = SlidingWindow.of_plan(
         model.plan,
         views=model.views if mirror else ((),),
-        views_per_call=1 if device.type == "cpu" else VIEWS_ON_GPU,
+        views_per_call=usual_views_per_call(model.plan, device),
         tiles_dtype=runner.tiles_dtype,
     )
     return Engine(model, runner, window=window, sums_device=device)

@@ -11,6 +11,12 @@ import torch
 from ..model.mirroring import View
 from ..model.plans import Plan
 
+VIEWS_ON_GPU = 8
+"""That go through the network at once: all mirror views of a tile, or, where it has fewer, those of several tiles."""
+
+VOXELS_ON_GPU = 2**24
+"""Of all these views together: features take memory in proportion."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingWindow:
@@ -70,6 +76,14 @@ class SlidingWindow:
         """First voxel of every tile along z, y, x of a grid at least as large as the patch."""
         z, y, x = tile_starts(list(shape), list(self.patch_size), self.tile_step_size, self.slicewise)
         return z, y, x
+
+
+def usual_views_per_call(plan: Plan, device: torch.device) -> int:
+    """Choose how many mirror views go through a network at once, where nobody does: a power of two on a GPU."""
+    views = 1 if device.type == "cpu" else VIEWS_ON_GPU
+    while views > 1 and views * math.prod(plan.patch_size) > VOXELS_ON_GPU:
+        views //= 2
+    return views
 
 
 def tile_positions(length: int, patch: int, step: float) -> list[int]:

@@ -1,6 +1,7 @@
 """Known-answer networks: what stitching gives is known exactly, whatever the tiles."""
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnturbo.engine.model.mirroring import mirror_views
+from nnturbo.engine.model.plans import parse_plan
 from nnturbo.engine.model.runner import NetworkOutput
 from nnturbo.engine.pipeline.sliding_window import predict_logits
 from nnturbo.engine.pipeline.tiling import gaussian
 from nnturbo.engine.pipeline.timing import Timings
-from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions
+from nnturbo.engine.pipeline.window import SlidingWindow, tile_positions, usual_views_per_call
 
+from tests.engine.factory import dataset_json, plans_json
 from tests.engine.pipeline.cases import case_of, identity
 
 CPU = torch.device("cpu")
@@ -114,6 +117,16 @@ def test_progress_counts_every_tile():
     )
     assert sum(slab.shape[1] for slab in slabs) == 8
     assert seen == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "views"), [((512, 512), 8), ((64, 128, 192), 8), ((128, 128, 128), 8), ((160, 160, 160), 4),
+                              ((192, 256, 256), 1)],
+)  # fmt: skip
+def test_fewer_views_of_large_patches_go_through_a_gpu_at_once(patch_size, views):
+    made = replace(parse_plan(plans_json(), dataset_json(), "3d_fullres"), patch_size=patch_size)
+    assert usual_views_per_call(made, torch.device("cuda", 0)) == views
+    assert usual_views_per_call(made, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("step", [0, -0.5, 1.01])
