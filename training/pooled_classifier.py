@@ -218,8 +218,9 @@ def class_answers(
 class _HeadAndPooling(Head):
     """The network's head, and the features that a classifier is fitted on, in one output."""
 
-    def __init__(self, head: nn.Module, stages: Sequence[int]) -> None:
+    def __init__(self, head: Head, stages: Sequence[int]) -> None:
         super().__init__()
+        self.stages = (*head.stages, *stages)
         self.parts = nn.ModuleList([head, FocusPooling(stages)])
 
     def forward(self, features: Sequence[torch.Tensor], focus: torch.Tensor) -> torch.Tensor:

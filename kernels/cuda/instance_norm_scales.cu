@@ -7,9 +7,27 @@
 // then squares plus count * (mean of part - mean)^2. Bytes: 12 read per part and channel, which is little.
 //
 // A block makes some channels of an image, as many as fill the 32 bytes that memory gives at once. Its rows of threads
-// share the parts, which they read from memory once, and then from the cache.
+// share the parts, which they read from memory once, and then from the cache. Memory takes longest here, so a thread has
+// several parts on their way, and the registers for them.
 
-const int GROUP = 8;
+const int GROUP = 8, AT_ONCE = 8;
+
+// Read parts of a channel, `step` apart; of those beyond the last one, counts and squares are 0.
+__device__ inline void read_parts(
+    const float* sums, Index first, Index step, Index parts, Index channels, float* counts, float* means, float* squares
+) {
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        Index part = first + k * step;
+        const float* of_part = sums + (part < parts ? part : 0) * 3 * channels;
+        counts[k] = of_part[0];
+        means[k] = of_part[channels];
+        squares[k] = of_part[2 * channels];
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+        if (first + k * step >= parts) counts[k] = squares[k] = 0;
+}
 
 // Sum over the threads of a channel, for each of them.
 __device__ inline float over_rows(float* held, float value) {
@@ -22,7 +40,7 @@ __device__ inline float over_rows(float* held, float value) {
     return sum;
 }
 
-extern "C" __global__ void instance_norm_scales(
+extern "C" __global__ void __launch_bounds__(256, 1) instance_norm_scales(
     const float* sums, Index channels, Index parts, const float* weight, Index epsilon, float* scales
 ) {
     SHARED_FLOATS(held);  // [threads]
@@ -33,20 +51,22 @@ extern "C" __global__ void instance_norm_scales(
     const float* of_image = sums + image * parts * 3 * channels + channel;
     // What is far from zero is added up as a distance from the first mean; of a channel that is constant that is zero.
     float start = of_image[channels], count = 0, distances = 0, squares = 0;
-#pragma unroll 8
-    for (Index part = row; part < parts; part += rows) {
-        const float* of_part = of_image + part * 3 * channels;
-        count += of_part[0];
-        distances += of_part[0] * (of_part[channels] - start);
-        squares += of_part[2 * channels];
+    float counts[AT_ONCE], means[AT_ONCE], within[AT_ONCE];
+    for (Index part = row; part < parts; part += AT_ONCE * rows) {
+        read_parts(of_image, part, rows, parts, channels, counts, means, within);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            count += counts[k];
+            distances += counts[k] * (means[k] - start);
+            squares += within[k];
+        }
     }
     count = over_rows(held, count);
     float mean = start + over_rows(held, distances) / count;
-#pragma unroll 8
-    for (Index part = row; part < parts; part += rows) {
-        const float* of_part = of_image + part * 3 * channels;
-        float distance = of_part[channels] - mean;
-        squares += of_part[0] * distance * distance;
+    for (Index part = row; part < parts; part += AT_ONCE * rows) {
+        read_parts(of_image, part, rows, parts, channels, counts, means, within);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) squares += counts[k] * (means[k] - mean) * (means[k] - mean);
     }
     squares = over_rows(held, squares);
     if (row > 0 || place >= channels) return;

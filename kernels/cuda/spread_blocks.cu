@@ -4,22 +4,35 @@
 // packs of 16 bytes from voxel to voxel, of which `packs` are written. In two dimensions z and sz are 1. Bytes: each number
 // is read and written once. That is the least possible.
 //
-// A row of threads makes a line of x. Along it a block's part [sx][channel] is read in one piece.
+// A row of threads makes a line of x. Along it a block's part [sx][channel] is read in one piece. Each thread has several
+// packs on their way.
 
-extern "C" __global__ void spread_blocks(
-    const T* __restrict__ blocks, Index images, Index nz, Index ny, Index nx, Index sz, Index sy, Index sx, Index packs,
-    T* __restrict__ out, Index pitch
+const int AT_ONCE = 4;
+
+extern "C" __global__ void __launch_bounds__(256, 4) spread_blocks(
+    const T* blocks, Index images, Index of_z, Index of_y, Index of_x, Index sz, Index sy, Index sx, Index of_packs, T* out,
+    Index pitch
 ) {
-    const Pack<T>* from = (const Pack<T>*)blocks;
-    Pack<T>* to = (Pack<T>*)out;
-    int width = (int)packs, piece = (int)(sx * packs), length = (int)(nx * sx * packs);
-    Index lines_z = nz * sz, lines_y = ny * sy, block = sz * sy * piece;
-    FOR_LINES(line, images * lines_z * lines_y) {
-        Index y = line % lines_y, z = line / lines_y % lines_z, image = line / (lines_y * lines_z);
-        const Pack<T>* source = from + ((image * nz + z / sz) * ny + y / sy) * nx * block + (z % sz * sy + y % sy) * piece;
-        Pack<T>* target = to + line * nx * sx * pitch;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < length; i += blockDim.x)
-            target[i / width * pitch + i % width] = source[i / piece * block + i % piece];
+    // No grid has as many lines as an int counts.
+    int nz = (int)of_z, ny = (int)of_y, packs = (int)of_packs, down_z = (int)sz, down_y = (int)sy;
+    int piece = (int)sx * packs, length = (int)of_x * piece, block = down_z * down_y * piece;
+    FOR_LINES(line, images * nz * down_z * ny * down_y) {
+        int y = (int)line % (ny * down_y), plane = (int)line / (ny * down_y), z = plane % (nz * down_z);
+        Index coarse = ((Index)(plane / (nz * down_z)) * nz + z / down_z) * ny + y / down_y;
+        const Pack<T>* source = (const Pack<T>*)blocks + coarse * of_x * block + (z % down_z * down_y + y % down_y) * piece;
+        Pack<T>* target = (Pack<T>*)out + line * of_x * sx * pitch;
+        for (int begin = threadIdx.x; begin < length; begin += AT_ONCE * blockDim.x) {
+            Pack<T> now[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int i = begin + k * (int)blockDim.x;
+                if (i < length) now[k] = source[(Index)(i / piece) * block + i % piece];
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int i = begin + k * (int)blockDim.x;
+                if (i < length) target[i / packs * pitch + i % packs] = now[k];
+            }
+        }
     }
 }
