@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from . import gpu_tables
 from .figures import DRAWN, RESULTS, ROOT, STAGE_COLOURS, draw
 from .startup import OUR_IMPORT, STOCK_IMPORT
+from .tables import differing, markdown, times
 from .task_models import DATASET
 
 DOCUMENTS = (
@@ -39,16 +41,6 @@ def instructions(stored: dict[str, Any]) -> str:
     names = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
     features = stored["machine"]["cpu features"].split(", ")
     return ", ".join(name for feature, name in names.items() if feature in features) or "AVX2"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Lay out a table."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
-
-
-def times(ratio: float) -> str:
-    """Write a ratio of times or of memory."""
-    return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:.1f} x"
 
 
 def gains() -> str:
@@ -95,11 +87,6 @@ def _whole_command(name: str, what: str) -> list[str]:
         times(result["ratio"]),
         differing(result["voxels_differing"], result["voxels"]),
     ]
-
-
-def differing(count: int, voxels: int) -> str:
-    """Write a number of voxels as a share of all."""
-    return f"{100 * count / voxels:.2g} % ({count} of {voxels})"
 
 
 def around() -> str:
@@ -437,6 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": growth,
     "peers": peers,
     "programs": programs,
+    **gpu_tables.TABLES,
 }
 
 
