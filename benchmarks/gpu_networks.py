@@ -206,6 +206,8 @@ def _measured_views(bench: Bench, run: TorchRunner, tiles: Tensor, expected: Ten
     for _ in range(3):  # searched, timed, recorded
         labels = run(tiles).seg_logits[:1].argmax(1)
     differing = float((labels != expected).float().mean())
+    if isinstance(run._run, cuda_graph.GraphedNetwork) and run._run._recordings[tiles.shape] is cuda_graph._NO_GRAPH:
+        raise RuntimeError("the network could not be recorded, see the log")
     peak = bench.peak_bytes(partial(run, tiles))
     reserved = torch.cuda.memory_reserved(bench.device) if bench.on_gpu else None
     seconds = bench.seconds(partial(run, tiles), 10)
