@@ -206,10 +206,11 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
             for (int n = 0; n < 8; n++) {
                 if (channel + n >= outputs) break;
                 T* target = out + (Index)(image * outputs + channel + n) * voxels + voxel;
+                float added = bias[channel + n];
 #pragma unroll
                 for (int i = 0; i < 4 * DOWN; i++)
                     if (y + i / 4 < ny && i % 4 * 8 + line < columns)
-                        store(target + i / 4 * nx + i % 4 * 8, bias[channel + n] + sum[i / 4][i % 4 / 2][n / 2][i % 2 * 2 + n % 2]);
+                        store(target + i / 4 * nx + i % 4 * 8, added + sum[i / 4][i % 4 / 2][n / 2][i % 2 * 2 + n % 2]);
             }
             continue;
         }
