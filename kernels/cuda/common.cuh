@@ -50,6 +50,12 @@ struct alignas(16) Pack {
     N values[16 / sizeof(N)];
 };
 
+// W numbers side by side, which a thread reads or writes at once; they lie at a multiple of their size.
+template <typename N, int W>
+struct alignas(W * sizeof(N)) Neighbours {
+    N values[W];
+};
+
 // A float that came as its bits, since arguments are integers.
 __device__ inline float from_bits(Index bits) { return __uint_as_float((unsigned)bits); }
 
