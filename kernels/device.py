@@ -30,14 +30,14 @@ THREADS = loader.THREADS[0] * loader.THREADS[1]
 CONVOLVED, CONVOLVED_LINES, CONVOLVED_TILES, CONVOLVED_ROWS = 32, 2, 16, 4
 """Of convolve.cu: outputs of a block, lines of a row of threads, tiles of a block, and rows of threads."""
 
-COLUMNS, PITCH = 32, 33
+OUTPUTS, COLUMNS, FINISHED_PITCH = 8, 128, 33
 """Constants of resample_axis.cu."""
 
 MOST_VIEWS = 8
 """Of common.cuh."""
 
 MOST_SHARED_BYTES = 48 * 1024
-LONGEST_RUN = 128
+LONGEST_RUN = OUTPUTS * loader.THREADS[1]
 
 
 def _flips(views: Sequence[tuple[int, ...]]) -> int:
@@ -89,8 +89,10 @@ def accumulate_views(
 ) -> None:
     """See `reference.accumulate_views`."""
     _require_lines("the sums", out)
-    logits = logits.contiguous()
     count, classes, *size = logits.shape
+    if classes * math.prod(size) >= 2**31:
+        raise ValueError(f"a view must have fewer than 2^31 logits, got {classes} x {tuple(size)}; use a smaller patch")
+    logits = logits.contiguous()
     loader.launch(
         "accumulate_views",
         logits.dtype,
@@ -326,38 +328,74 @@ def resample_axis(
     shape = list(data.shape)
     shape[axis] = stop - start
     out = torch.empty(shape, dtype=torch.float32, device=data.device)
-    first, weights = _tables(operator, data.device)
     a = axis + 4
     b, o = (2, 1) if a == 3 else (3, 3 - a)
     order = (0, a, b, o)
-    run, rows_held = _run(operator, start, stop)
     limit = [0, 0, 0, 0] if limits is None else [limits[0].expand(shape).stride(of) for of in order]
+    strides = [[data.stride(of) for of in order], [out.stride(of) for of in order], limit]
+    lengths = [shape[b], shape[o]]
+    if a == 1 and all(of[3] == lengths[0] * of[2] for of in strides):  # the plane's lines follow each other
+        lengths = [lengths[0] * lengths[1], 1]
+    first, _ = _tables(operator, data.device)
+    bands = _bands(operator, start % OUTPUTS, data.device)
+    run, rows_at_once = _run(operator, start, stop, lines=a == 3)
     low, high = (0, 0) if limits is None else (limits[0].data_ptr(), limits[1].data_ptr())
     table = None if normalization is None else _normalization_table(normalization, data.device)
     loader.launch(
         "resample_axis",
         data.dtype,
-        [data.data_ptr(), *(data.stride(of) for of in order), out.data_ptr(), *(out.stride(of) for of in order),
-         stop - start, shape[b], shape[o], start, offset, first.data_ptr(), weights.data_ptr(), operator.n_out,
-         operator.taps, run, 0 if table is None else table.data_ptr(), low, high, *limit],
+        [data.data_ptr(), *strides[0], out.data_ptr(), *strides[1], stop - start, *lengths, start, offset,
+         first.data_ptr(), operator.taps, bands.data_ptr(), bands.shape[1], run, rows_at_once,
+         0 if table is None else table.data_ptr(), low, high, *limit],
         device=data.device,
-        blocks=shape[0] * shape[o] * -(-(stop - start) // run) * -(-shape[b] // COLUMNS),
+        blocks=shape[0] * lengths[1] * -(-(stop - start) // run) * -(-lengths[0] // COLUMNS),
         lines=a == 3,
-        shared_bytes=4 * PITCH * rows_held,
+        shared_bytes=_shared_bytes(bands.shape[1], run, rows_at_once, lines=a == 3),
     )  # fmt: skip
     return out
 
 
 @lru_cache(maxsize=512)
-def _run(operator: AxisOperator, start: int, stop: int) -> tuple[int, int]:
-    """Number of outputs of a block, for whose inputs there is room, and the most inputs of such a block."""
-    for run in (LONGEST_RUN, 64, 32, 16, 8, 4, 2, 1):
+def _bands(operator: AxisOperator, phase: int, device: torch.device) -> Tensor:
+    """Weights of `OUTPUTS` outputs after each other as they lie in shared memory: (groups, inputs, OUTPUTS).
+
+    Args:
+        operator: Map along the axis.
+        phase: The first output of the first group.
+        device: Where they go.
+    """
+    outputs = torch.arange(phase, operator.n_out, OUTPUTS)[:, None] + torch.arange(OUTPUTS)
+    known = outputs < operator.n_out
+    outputs = outputs.clamp(max=operator.n_out - 1)
+    begins = operator.first[outputs] - operator.first[outputs[:, :1]]
+    rows = torch.arange(int(begins.max()) + operator.taps)
+    taps = rows[:, None] - begins[:, None]
+    weights = operator.weights[outputs[:, None].expand(taps.shape), taps.clamp(0, operator.taps - 1)]
+    return torch.where((taps >= 0) & (taps < operator.taps) & known[:, None], weights, 0).contiguous().to(device)
+
+
+def _shared_bytes(band_rows: int, run: int, rows: int, *, lines: bool) -> int:
+    """Size of a block's weights, inputs and, along x, outputs on their way."""
+    return 4 * (run * band_rows + rows * (COLUMNS + lines) + (run * FINISHED_PITCH if lines else 0))
+
+
+@lru_cache(maxsize=512)
+def _run(operator: AxisOperator, start: int, stop: int, *, lines: bool) -> tuple[int, int]:
+    """Number of outputs of a block, and of inputs that it holds at once: all that they take, if there is room."""
+    band_rows = _bands(operator, start % OUTPUTS, torch.device("cpu")).shape[1]
+    for longest in range(LONGEST_RUN, 0, -OUTPUTS):
+        runs = -(-(stop - start) // longest)
+        run = OUTPUTS * -(-(stop - start) // (runs * OUTPUTS))  # as long as each other
         begins = torch.arange(start, stop, run)
         ends = (begins + run).clamp(max=stop) - 1
-        inputs = int((operator.first[ends] - operator.first[begins]).max()) + operator.taps
-        if 4 * PITCH * inputs <= MOST_SHARED_BYTES:
-            return run, inputs
-    raise ValueError(f"an operator may have at most {MOST_SHARED_BYTES // (4 * PITCH)} taps, got {operator.taps}")
+        rows = int((operator.first[ends] - operator.first[begins]).max()) + operator.taps
+        if _shared_bytes(band_rows, run, rows, lines=lines) <= MOST_SHARED_BYTES:
+            return run, rows
+    rows = (MOST_SHARED_BYTES - _shared_bytes(band_rows, OUTPUTS, 0, lines=lines)) // (4 * (COLUMNS + lines))
+    if rows < 1:
+        most = (MOST_SHARED_BYTES - _shared_bytes(0, OUTPUTS, 1, lines=lines)) // (4 * OUTPUTS)
+        raise ValueError(f"{OUTPUTS} outputs along an axis may take at most {most} inputs, got {band_rows}")
+    return OUTPUTS, rows
 
 
 def resample_labels(

@@ -4,6 +4,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -23,6 +24,16 @@ static std::barrier<>* all_threads;
 
 #define SHARED_FLOATS(name) float* name = shared_memory.data()
 static void __syncthreads() { all_threads->arrive_and_wait(); }
+static int __syncthreads_or(int mine) {
+    static std::atomic<int> of_any;
+    of_any = 0;
+    __syncthreads();
+    if (mine) of_any = 1;
+    __syncthreads();
+    int found = of_any;
+    __syncthreads();  // before the next sets it back
+    return found;
+}
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
