@@ -32,9 +32,21 @@ def embedded(values, target):
     return part.copy_(values)
 
 
+def length(least, greatest, *others):
+    """A random length, in a third of all calls one of the others: of many threads, or that packs divide."""
+    return random.choice(others) if random.random() < 0.33 else random.randint(least, greatest)
+
+
+def shifted(tensor):
+    """The same numbers, contiguous, not always at a multiple of more than one number's size."""
+    whole = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
+    begin = random.choice([0, 0, 1, 2, 3])
+    return whole[begin : begin + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
 def check_gather_tiles(target):
-    channels, size = random.randint(1, 3), shape(1, 9, 3)
-    volume = torch.randn(channels, *shape(1, 12, 3))
+    channels, size = random.randint(1, 3), (*shape(1, 9, 2), length(1, 9, 8, 12, 64, 70, 76))
+    volume = torch.randn(channels, *shape(1, 12, 2), length(1, 12, 90))
     # At least one voxel of the tile lies in the volume, as in any padded scan.
     corner = tuple(random.randint(1 - n, length - 1) for n, length in zip(size, volume.shape[1:], strict=True))
     views = random.sample(ALL_VIEWS, random.randint(1, 8))
@@ -42,13 +54,13 @@ def check_gather_tiles(target):
     expected = reference.gather_tiles(
         volume, corner, size, views, torch.empty(len(views), channels, *size, dtype=dtype)
     )
-    out = torch.full_like(expected, torch.nan, device=target)
+    out = shifted(torch.full_like(expected, torch.nan, device=target))
     device.gather_tiles(embedded(volume, target), corner, size, views, out)
     assert torch.equal(out.cpu(), expected)
 
 
 def check_accumulate_views(target):
-    classes, size = random.randint(1, 5), shape(1, 9, 3)
+    classes, size = random.randint(1, 5), (*shape(1, 9, 2), length(1, 9, 8, 18, 64))
     views = random.sample(ALL_VIEWS, random.randint(1, 8))
     logits = (8 * torch.randn(len(views), classes, *size)).to(random.choice(FLOATS))
     weights = tuple(torch.rand(n) for n in size)
@@ -56,7 +68,7 @@ def check_accumulate_views(target):
     expected = before.clone()
     reference.accumulate_views(logits, views, weights, expected)
     out = embedded(before, target)
-    device.accumulate_views(logits.to(target), views, tuple(weight.to(target) for weight in weights), out)
+    device.accumulate_views(shifted(logits.to(target)), views, tuple(weight.to(target) for weight in weights), out)
     assert torch.equal(out.cpu(), expected)
 
 
@@ -64,6 +76,7 @@ def check_resample_axis(target):
     channels, axis = random.randint(1, 3), random.choice([-3, -2, -1])
     taps = random.randint(1, 26)
     lengths = list(shape(1, 40))
+    lengths[-2 if axis == -1 else -1] = length(1, 40, 12, 32, 132, 161)
     lengths[axis] = random.choice([taps + random.randint(0, 30), 300])
     operator = random_operator(lengths[axis], random.choice([random.randint(1, 60), 290]), taps)
     start = random.randrange(operator.n_out)
@@ -87,7 +100,7 @@ def check_resample_axis(target):
     order = random.choice([(0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1)])
     inverse = [order.index(i) for i in range(4)]
     stored = data.permute(order).contiguous().to(target).permute(inverse)
-    out = device.resample_axis(stored, operator, axis, **options)
+    out = device.resample_axis(shifted(stored) if stored.is_contiguous() else stored, operator, axis, **options)
     inputs = reference.normalize(data, options.get("normalization", [(-torch.inf, torch.inf, 0, 1)] * channels))
     scale = inputs.abs().max() * operator.weights.abs().sum(1).max()
     assert out.shape == expected.shape

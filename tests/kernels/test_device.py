@@ -14,7 +14,7 @@ import torch
 from nnturbo.benchmarks.kernels import ARCHITECTURES, VARIANTS, architectures_of, compile_variant
 from nnturbo.engine import Engine, Volume
 from nnturbo.engine.pipeline import preprocessing
-from nnturbo.kernels import AxisOperator, device, loader
+from nnturbo.kernels import AxisOperator, device, loader, reference
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels import checks, host, nvrtc
@@ -106,7 +106,7 @@ def test_sanitizers_stay_silent(tmp_path):
 @pytest.mark.thorough
 @needs_compiler
 def test_sanitizers_speak_where_a_kernel_writes_beyond_its_output(tmp_path):
-    done = sanitized(tmp_path, 20, "x < tx;", "x <= tx;")
+    done = sanitized(tmp_path, 20, "if (x >= tx) break;", "if (x > tx) break;")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
@@ -155,6 +155,11 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match="there are 8 views of a tile, got 9"):
             device.gather_tiles(torch.zeros(1, 4, 4, 4), (0, 0, 0), (4, 4, 4), [()] * 9, torch.zeros(9, 1, 4, 4, 4))
 
+    def test_more_logits_in_a_view_than_an_integer_counts(self, kernels):
+        logits = torch.zeros(1).expand(1, 2, 1024, 1024, 1024)
+        with pytest.raises(ValueError, match=r"fewer than 2\^31 logits, got 2 x \(1024, 1024, 1024\)"):
+            device.accumulate_views(logits, [()], (torch.ones(1),) * 3, torch.zeros(2, 1, 1, 1))
+
     def test_channels_that_do_not_lie_side_by_side_or_come_in_no_packs(self, kernels):
         with pytest.raises(ValueError, match="channels must come in multiples of 4 in torch.float32, got 6"):
             device.instance_norm(torch.zeros(1, 6, 2, 2, 2), None, None, 1e-5)
@@ -196,11 +201,40 @@ class TestWhatCannotBeLaunched:
                 torch.zeros(1, 6, 6, 6), (same, same, cubic), torch.zeros(6, 6, 4, dtype=torch.uint8), rows=(0, 6)
             )
 
-    def test_more_taps_than_shared_memory_holds(self, kernels):
-        with pytest.raises(ValueError, match="at most 372 taps, got 400"):
+    def test_more_inputs_of_a_few_outputs_than_shared_memory_holds(self, kernels):
+        with pytest.raises(ValueError, match="8 outputs along an axis may take at most 1520 inputs, got 1600"):
             device.resample_axis(
-                torch.zeros(1, 400, 2, 2), AxisOperator(400, torch.zeros(1, dtype=torch.int64), torch.ones(1, 400)), -3
+                torch.zeros(1, 1600, 2, 2), AxisOperator(1600, torch.zeros(1).long(), torch.ones(1, 1600)), -3
             )
+
+
+@needs_compiler
+@pytest.mark.parametrize("axis", [-3, -2, -1])
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+def test_an_input_that_is_not_finite_reaches_only_the_outputs_that_take_it(kernels, axis, spoilt):
+    torch.manual_seed(1)
+    operator = checks.random_operator(40, 50, 5)
+    shape = [1, 6, 6, 6]
+    shape[axis] = 40
+    data = torch.randn(shape)
+    expected = device.resample_axis(data, operator, axis)
+    data.select(axis, 17).fill_(spoilt)
+    found = device.resample_axis(data, operator, axis)
+    takes = (operator.first <= 17) & (operator.first + operator.taps > 17)
+    assert 0 < takes.sum() < 50
+    assert not found.movedim(axis, 0)[takes].isfinite().any()
+    assert torch.equal(found.movedim(axis, 0)[~takes], expected.movedim(axis, 0)[~takes])
+
+
+@needs_compiler
+@pytest.mark.parametrize("axis", [-3, -2, -1])
+def test_inputs_of_which_a_block_holds_a_part_at_once(kernels, axis):
+    operator = checks.random_operator(900, 9, 400)
+    shape = [2, 5, 6, 7]
+    shape[axis] = 900
+    data = torch.randn(shape)
+    found, expected = (of.resample_axis(data, operator, axis) for of in (device, reference))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-3)
 
 
 @needs_compiler
