@@ -301,11 +301,12 @@ def kernels() -> str:
     architectures = sorted({row["sm"] for row in rows})
     registers: dict[str, dict[int, int]] = {}
     for row in rows:
-        name = row["kernel"] + {True: " along x", False: " along y, z", None: ""}[row["lines"]]
+        of_lines = {"resample_axis": (" along y, z", " along x"), "convolve": ("", " of a scan")}.get(row["kernel"])
+        name = row["kernel"] + ("" if of_lines is None else of_lines[row["lines"]])
         registers.setdefault(f"{name}, {row['type']}", {})[row["sm"]] = row["registers"]
     return markdown(
         ["kernel and number type", *(f"registers on sm_{sm}" for sm in architectures)],
-        [[name, *(str(of[sm]) for sm in architectures)] for name, of in registers.items()],
+        [[name, *(str(of.get(sm, "none")) for sm in architectures)] for name, of in registers.items()],
     )
 
 
