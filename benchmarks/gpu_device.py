@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -154,7 +155,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def peak_bytes(self, run: Callable[[], Any]) -> int | None:
-        """Greatest memory that torch held on the device during a call, beyond what it held before."""
+        """Greatest memory of tensors on the device during a call, beyond what there was before."""
         if not self.on_gpu:
             run()
             return None
@@ -164,6 +165,18 @@ class Bench:
         run()
         self.wait()
         return torch.cuda.max_memory_allocated(self.device) - before
+
+    def held_bytes(self, run: Callable[[], Any]) -> int | None:
+        """Greatest memory that torch held on the device during a call, with weights, graphs and what is cached."""
+        if not self.on_gpu:
+            run()
+            return None
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        self.wait()
+        return torch.cuda.max_memory_reserved(self.device)
 
 
 def run_one(

@@ -66,8 +66,8 @@ def whole() -> str:
                 f"{row['stock_s']:.2f} s",
                 f"{row['nnturbo_s']:.3f} s",
                 times(row["ratio"]),
-                megabytes(row["stock_peak_bytes"]),
-                megabytes(row["nnturbo_peak_bytes"]),
+                megabytes(row["stock_held_bytes"]),
+                megabytes(row["nnturbo_held_bytes"]),
                 differing(row["voxels_differing"], row["voxels"]) if "voxels" in row else "not compared",
             ]
         )
@@ -79,7 +79,7 @@ def whole() -> str:
                 f"{many['nnturbo_s']:.2f} s",
                 times(many["ratio"]),
                 "-",
-                megabytes(many["nnturbo_peak_bytes"]),
+                megabytes(many["nnturbo_held_bytes"]),
                 "not compared",
             ]
         )

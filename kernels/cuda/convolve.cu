@@ -13,7 +13,7 @@
 // output. A tile is two lines of 32 voxels for each row of threads (a warp, which makes all 32 outputs of its lines: four by
 // four products of 16 x 16 by 16 x 8), copied to shared memory with its borders for 32 channels of a plane at a time.
 
-const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16, DOWN = 2, AT_ONCE = 2;
+const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16, DOWN = 2, AT_ONCE = 3;
 
 struct alignas(16) Bits {
     unsigned values[4];
@@ -182,14 +182,19 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
 #pragma unroll 1
                         for (int dx = 0; dx < kx; dx++, next += 128) {
                             int corner = (row * DOWN + dy + 1 - ky / 2) * PITCH + dx + 1 - kx / 2 + lane % 16;
+                            int rows_at[DOWN];  // 16 voxels further, the same packs have changed places
+#pragma unroll
+                            for (int d = 0; d < DOWN; d++) {
+                                int place = corner + d * PITCH;
+                                rows_at[d] = place * 32 + (lane / 16 ^ (place >> 1 & 3)) * 8;
+                            }
 #pragma unroll
                             for (int k = 0; k < 2; k++) {
                                 Bits low = next[k * 64], high = next[k * 64 + 32];
 #pragma unroll
                                 for (int m = 0; m < 2 * DOWN; m++) {
-                                    int place = corner + m / 2 * PITCH + m % 2 * 16;
                                     unsigned a[4];
-                                    load_matrices(a, tile + place * 32 + ((k * 2 + lane / 16) ^ (place >> 1 & 3)) * 8);
+                                    load_matrices(a, tile + (rows_at[m / 2] ^ k * 16) + m % 2 * 16 * 32);
 #pragma unroll
                                     for (int j = 0; j < 4; j++)
                                         multiply_add(sum[m / 2][m % 2][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
@@ -222,7 +227,9 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
             __syncthreads();
         }
         T* target = out + (image * voxels + voxel) * outputs + channel;
-        float of_tile[8] = {}, squares_of_tile[8] = {};
+        float of_tile[8] = {}, squares_of_tile[8] = {}, middle[8];
+#pragma unroll
+        for (int n = 0; n < 8; n++) middle[n] = shift[pack * 8 + n];
 #pragma unroll
         for (int i = 0; i < 4 * DOWN; i++) {
             if (y + i / 4 >= ny || i % 4 * 8 + line >= columns) continue;
@@ -235,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
                 unpaired(made.values[n / 2], both, T());
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float distance = both[e] - shift[pack * 8 + n + e];
+                    float distance = both[e] - middle[n + e];
                     of_tile[n + e] += distance;
                     squares_of_tile[n + e] = fmaf(distance, distance, squares_of_tile[n + e]);
                 }
