@@ -39,6 +39,7 @@ class Part:
         needs: Packages without which it is left out.
         tells: What it is for.
         usual: Whether it is run where no parts are named.
+        beside: Whether it needs no GPU, and runs beside the others on half of the cores.
     """
 
     function: tuple[str, str]
@@ -46,6 +47,7 @@ class Part:
     tells: str
     needs: tuple[str, ...] = ()
     usual: bool = True
+    beside: bool = False
 
 
 NETWORK = ("dynamic_network_architectures",)
@@ -86,8 +88,12 @@ PARTS = {
         needs=NETWORK, usual=False,
     ),
     "long": Part(
-        function=("gpu_cases", "long"), seconds=180, tells="a CT of 400 slices, and nnU-Net's stages", needs=NETWORK,
+        function=("gpu_cases", "long"), seconds=120, tells="a CT of 400 slices, and nnU-Net's network", needs=NETWORK,
         usual=False,
+    ),
+    "long_on_cpu": Part(
+        function=("gpu_cases", "long_on_cpu"), seconds=300, tells="nnU-Net's other stages of such a CT",
+        needs=("nnunetv2",), usual=False, beside=True,
     ),
     "training": Part(
         function=("gpu_training", "training"), seconds=240, tells="epochs of the multi-task trainer",
@@ -117,45 +123,68 @@ def run_parts(
     """
     found: dict[str, Any] = {"benchmark": "gpu", "left_out": {}, "failed": {}, "seconds": {}}
     deadline = time.monotonic() + 60 * minutes
-    for name in names:
-        left = deadline - time.monotonic()
-        start = time.monotonic()
-        if left < LEAST_SECONDS:
-            found["left_out"][name] = "no time left"
-        else:
-            _run_part(name, min(left, PARTS[name].seconds), found, command)
-        found["seconds"][name] = round(time.monotonic() - start, 1)
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        said = found["left_out"].get(name) or found["failed"].get(name, "done")
-        print(f"== {name}: {said:.300} ({found['seconds'][name]} s)", flush=True)
+    beside = [name for name in names if PARTS[name].beside]
+    with tempfile.TemporaryDirectory() as folder:
+        cores = _cores()
+        if beside:
+            _keep_to(cores[len(cores) // 2 :])
+        # Started on their half of the cores, they stay there.
+        running = {name: RunningPart(name, found, command, Path(folder)) for name in beside}
+        if beside:
+            _keep_to(cores[: (len(cores) + 1) // 2])
+        for name in (*(name for name in names if name not in beside), *beside):
+            left = deadline - time.monotonic()
+            if left < LEAST_SECONDS and name not in running:
+                found["left_out"][name] = "no time left"
+            else:
+                part = running.get(name) or RunningPart(name, found, command, Path(folder))
+                part.finish(min(left, PARTS[name].seconds), found)
+            json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            said = found["left_out"].get(name) or found["failed"].get(name, "done")
+            print(f"== {name}: {said:.300} ({found['seconds'].get(name, 0)} s)", flush=True)
+        _keep_to(cores)
     return found
 
 
-def _run_part(
-    name: str, seconds: float, found: dict[str, Any], command: Callable[[str, Path, Path], Sequence[str]]
-) -> None:
-    """Run one part in its process, and keep what it wrote, be it all or not."""
-    with tempfile.TemporaryDirectory() as folder:
-        into, before = Path(folder) / "part.json", Path(folder) / "before.json"
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _keep_to(cores: Sequence[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+class RunningPart:
+    """A part in its process, which with those that it starts is a group that is ended as a whole."""
+
+    def __init__(
+        self, name: str, found: dict[str, Any], command: Callable[[str, Path, Path], Sequence[str]], folder: Path
+    ) -> None:
+        self.name, self.start = name, time.monotonic()
+        self.into, before = folder / f"{name}.json", folder / f"before_{name}.json"
         before.write_text(json.dumps(found), encoding="utf-8")
-        # With the processes that it starts it is a group, which is ended as a whole.
-        process = subprocess.Popen(list(command(name, into, before)), start_new_session=True)
+        self.process = subprocess.Popen(list(command(name, self.into, before)), start_new_session=True)
+
+    def finish(self, seconds: float, found: dict[str, Any]) -> None:
+        """Wait for it, but not longer than that, and keep what it wrote, be it all or not."""
         try:
-            status = process.wait(seconds)
+            status = self.process.wait(max(seconds, 0.1))
             ended = f"its process ended with {status}" if status else None
         except subprocess.TimeoutExpired:
-            ended = f"ended after {seconds:.0f} s"
+            ended = f"ended after {time.monotonic() - self.start:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        written: dict[str, Any] = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {}
-    if "found" in written:
-        found[name] = written["found"]
-    if "left_out" in written:
-        found["left_out"][name] = written["left_out"]
-    elif why := written.get("failed") or ended:
-        found["failed"][name] = why
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        found["seconds"][self.name] = round(time.monotonic() - self.start, 1)
+        written: dict[str, Any] = json.loads(self.into.read_text(encoding="utf-8")) if self.into.exists() else {}
+        if "found" in written:
+            found[self.name] = written["found"]
+        if "left_out" in written:
+            found["left_out"][self.name] = written["left_out"]
+        elif why := written.get("failed") or ended:
+            found["failed"][self.name] = why
 
 
 def main(arguments: list[str] | None = None) -> int:

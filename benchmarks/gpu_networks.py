@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .gpu_device import Bench
 from .task_models import write_task_model
 
 STOCK, AT_ONCE, OURS = "nnU-Net, one view at a time", "all views at once", "nnturbo"
+TELLING = (STOCK, AT_ONCE, OURS)
 PROFILED = 25
 
 Way = Callable[[Tensor], Tensor]
@@ -32,31 +33,32 @@ Way = Callable[[Tensor], Tensor]
 
 
 def forward(bench: Bench) -> list[dict[str, Any]]:
-    """Measure each way on the first network, and the telling ones on the others; a way that fails says so.
+    """Measure the telling ways on each network, then the others on the first; a way that fails says so.
 
     The first call of a way lets cuDNN try its algorithms, which takes most of the time that this part has.
     """
     rows: list[dict[str, Any]] = []
-    for name, model, tiles in _models(bench):
-        expected, flops = _exact(bench, model, tiles)
-        for way, make in ways(bench, model).items():
-            if name != bench.sizes.networks[0] and way not in (STOCK, AT_ONCE, OURS):
-                continue
-            row: dict[str, Any] = {"network": name, "way": way, "views": len(tiles), "flops": flops}
-            rows.append(row)
-            try:
-                row |= measured(bench, make, tiles, expected, flops)
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:500]
-            _compare(rows, row)
-            bench.keep(rows)
-            print("  ", row, flush=True)
+    for telling in (True, False):
+        for name, model, tiles in _models(bench, bench.sizes.networks if telling else bench.sizes.networks[:1]):
+            expected, flops = _exact(bench, model, tiles)
+            for way, make in ways(bench, model).items():
+                if (way in TELLING) != telling:
+                    continue
+                row: dict[str, Any] = {"network": name, "way": way, "views": len(tiles), "flops": flops}
+                rows.append(row)
+                try:
+                    row |= measured(bench, make, tiles, expected, flops)
+                except Exception as error:
+                    row["failed"] = f"{type(error).__name__}: {error}"[:500]
+                _compare(rows, row)
+                bench.keep(rows)
+                print("  ", row, flush=True)
     return rows
 
 
-def _models(bench: Bench) -> Iterator[tuple[str, Model, Tensor]]:
+def _models(bench: Bench, networks: Sequence[str]) -> Iterator[tuple[str, Model, Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        for name in bench.sizes.networks:
+        for name in networks:
             model = read_model(write_task_model(Path(folder) / name, name, bench.sizes.patch))
             views = len(model.views) if bench.on_gpu else 2
             shape = (views, model.plan.input_channels, *model.plan.patch_size)
@@ -147,7 +149,7 @@ def inductor(bench: Bench) -> list[dict[str, Any]]:
     """Compile the first network with torch's inductor, with channels first and last, which takes a minute or more."""
     rows: list[dict[str, Any]] = []
     precision = choose_precision("auto", bench.device)
-    name, model, tiles = next(_models(bench))
+    name, model, tiles = next(_models(bench, bench.sizes.networks))
     expected, flops = _exact(bench, model, tiles)
     for layout, memory_format in (("first", torch.contiguous_format), ("last", torch.channels_last_3d)):
 
@@ -178,7 +180,7 @@ def views(bench: Bench) -> list[dict[str, Any]]:
     `peak_bytes` are of tensors during a call, beyond weights and a graph's own memory; `reserved_bytes` are all that
     torch holds of the device after it.
     """
-    _, model, tiles = next(_models(bench))
+    _, model, tiles = next(_models(bench, bench.sizes.networks))
     precision = choose_precision("auto", bench.device)
     made = inference_network(model).to(bench.device)
     network = network_for_gpu(made, bench.device, precision) if bench.on_gpu else made
@@ -219,7 +221,7 @@ def _measured_views(bench: Bench, run: TorchRunner, tiles: Tensor, expected: Ten
 
 def layers(bench: Bench) -> list[dict[str, Any]]:
     """Time each step of nnturbo's forward of the first network by the device's clock, and what convolutions reach."""
-    _, model, tiles = next(_models(bench))
+    _, model, tiles = next(_models(bench, bench.sizes.networks))
     precision = choose_precision("auto", bench.device)
     made = inference_network(model).to(bench.device)
     network = network_for_gpu(made, bench.device, precision) if bench.on_gpu else made
@@ -268,7 +270,7 @@ def profile(bench: Bench) -> dict[str, list[dict[str, Any]]]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    _, model, tiles = next(_models(bench))
+    _, model, tiles = next(_models(bench, bench.sizes.networks))
     found: dict[str, list[dict[str, Any]]] = {}
     chosen = ways(bench, model)
     activities = [ProfilerActivity.CUDA if bench.on_gpu else ProfilerActivity.CPU]

@@ -69,13 +69,13 @@ def smooth_field(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return field * 2
 
 
-def stock_functions(classes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def stock_functions(classes: int, plans: dict[str, Any] | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """nnU-Net's functions from an array to the network's input, and from logits to a segmentation."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    manager = PlansManager(PLANS)
+    manager = PlansManager(plans or PLANS)
     configuration = manager.get_configuration("3d_fullres")
     dataset = dataset_json(classes)
 
