@@ -144,8 +144,9 @@ extern "C" __global__ void __launch_bounds__(256, 4) resample_axis(
         if (round == 0 || held < rows) {
             if (round > 0) __syncthreads();
             int here = rows < held ? rows : held;
-            careful = __syncthreads_or(!(aligned ? stage<4, 4>(source, in_a, in_b, here, columns, of_channel, inputs)
-                                                 : stage<1, 8>(source, in_a, in_b, here, columns, of_channel, inputs)));
+            bool finite = aligned ? stage<4, 6>(source, in_a, in_b, here, columns, of_channel, inputs)
+                                  : stage<1, LINES ? 12 : 8>(source, in_a, in_b, here, columns, of_channel, inputs);
+            careful = __syncthreads_or(!finite);
         }
         float totals[OUTPUTS][ACROSS] = {};
         for (int staged = 0;;) {
