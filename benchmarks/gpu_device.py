@@ -43,6 +43,7 @@ class Sizes:
     Args:
         patch: (z, y, x) of the models with random weights, and of the kernels' tiles.
         tile: (z, y, x) on which kernels are measured too, so large that no cache holds it.
+        scanned: (z, y, x) of a scan that is resampled, so large that no cache holds it.
         networks: Architectures of `task_models`.
         scans: (z, y, x) of whole cases.
         cases: How many are predicted from file to file.
@@ -54,6 +55,7 @@ class Sizes:
 
     patch: tuple[int, int, int]
     tile: tuple[int, int, int]
+    scanned: tuple[int, int, int]
     networks: tuple[str, ...]
     scans: tuple[tuple[int, int, int], ...]
     cases: int
@@ -64,13 +66,13 @@ class Sizes:
 
 
 ON_GPU = Sizes(
-    patch=(64, 128, 192), tile=(128, 256, 256), networks=("PlainConvUNet", "ResidualEncoderUNet"),
-    scans=((60, 118, 180), (160, 256, 256)), cases=20, long=(400, 512, 512), copied_bytes=2**30, matrix=8192,
+    patch=(64, 128, 192), tile=(128, 256, 256), scanned=(160, 512, 512),
+    networks=("PlainConvUNet", "ResidualEncoderUNet"), scans=((60, 118, 180), (160, 256, 256)), cases=20, long=(400, 512, 512), copied_bytes=2**30, matrix=8192,
     rotated_bytes=256 * 2**20,
 )  # fmt: skip
 ON_CPU = Sizes(
-    patch=(16, 32, 64), tile=(8, 16, 24), networks=("PlainConvUNet",), scans=((12, 30, 44),), cases=2,
-    long=(20, 30, 44), copied_bytes=2**20, matrix=128, rotated_bytes=2**12,
+    patch=(16, 32, 64), tile=(8, 16, 24), scanned=(8, 16, 32),
+    networks=("PlainConvUNet",), scans=((12, 30, 44),), cases=2, long=(20, 30, 44), copied_bytes=2**20, matrix=128, rotated_bytes=2**12,
 )  # fmt: skip
 
 

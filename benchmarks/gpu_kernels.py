@@ -29,6 +29,7 @@ class Operation:
 
     Args:
         name: Of the kernel.
+        size: (z, y, x) of a tile, or of what is resampled.
         dtype: Number type of what it reads or writes.
         moved_bytes: That have to be read and written.
         buffers: Makes what it works on.
@@ -36,6 +37,7 @@ class Operation:
     """
 
     name: str
+    size: tuple[int, int, int]
     dtype: torch.dtype
     moved_bytes: int
     buffers: Callable[[], tuple[Tensor, ...]]
@@ -46,10 +48,10 @@ def kernels(bench: Bench) -> list[dict[str, Any]]:
     """Measure each kernel on a tile and on more than a cache holds, and torch's twin beside it."""
     fast = launched if bench.on_gpu and has_cupy() else reference
     rows: list[dict[str, Any]] = []
-    for size in (bench.sizes.tile, bench.sizes.patch):
-        for operation in operations(bench.device, size):
+    for size, resampled in ((bench.sizes.tile, bench.sizes.scanned), (bench.sizes.patch, bench.sizes.tile)):
+        for operation in operations(bench.device, size, resampled):
             row: dict[str, Any] = {
-                "kernel": operation.name, "type": str(operation.dtype).removeprefix("torch."), "size": size,
+                "kernel": operation.name, "type": str(operation.dtype).removeprefix("torch."), "size": operation.size,
                 "bytes": operation.moved_bytes,
             }  # fmt: skip
             rows.append(row)
@@ -73,12 +75,14 @@ def _measured(bench: Bench, operation: Operation, fast: Any) -> dict[str, float]
     }  # fmt: skip
 
 
-def operations(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
-    """Yield every kernel's operation on a size."""
+def operations(
+    device: torch.device, size: tuple[int, int, int], resampled: tuple[int, int, int]
+) -> Iterator[Operation]:
+    """Yield every kernel's operation on a tile, or on a scan that is resampled."""
     yield from _of_tiles(device, size)
     yield from _of_layers(device, size)
     yield from _of_convolutions(device, size)
-    yield from _of_resampling(device, size)
+    yield from _of_resampling(device, resampled)
 
 
 def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Operation]:
@@ -86,6 +90,7 @@ def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
     larger = tuple(n + 8 for n in size)
     yield Operation(
         name="gather_tiles",
+        size=size,
         dtype=half,
         moved_bytes=voxels * (4 + 2 * views),
         buffers=lambda: (
@@ -97,6 +102,7 @@ def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
     weights = tuple(torch.rand(n, device=device) for n in size)
     yield Operation(
         name="accumulate_views",
+        size=size,
         dtype=half,
         moved_bytes=CLASSES * voxels * (2 * views + 8),
         buffers=lambda: (
@@ -121,6 +127,7 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
     for name, passes, others in (("", 3, 0), (" with a residual", 4, 1), (" with a copy", 4, 2)):
         yield Operation(
             name=f"instance_norm{name}",
+            size=size,
             dtype=half,
             moved_bytes=passes * 2 * numbers,
             buffers=lambda others=others: (features(channels), *([features(others * channels)] if others else [])),
@@ -132,6 +139,7 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
     # Beside the features that a decoder's stage gets too, as in the norm with a copy.
     yield Operation(
         name="spread_blocks",
+        size=size,
         dtype=half,
         moved_bytes=2 * 2 * numbers,
         buffers=lambda: (
@@ -159,6 +167,7 @@ def _of_convolutions(device: torch.device, size: tuple[int, int, int]) -> Iterat
         arguments = (weight, factors_of(weight), norm, bias[:outputs] if outputs == CLASSES else None)
         yield Operation(
             name=f"convolve {name}",
+            size=size,
             dtype=half,
             moved_bytes=2 * voxels * (inputs + outputs),
             buffers=lambda inputs=inputs: (
@@ -176,6 +185,7 @@ def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator
         options: dict[str, Any] = {"normalization": ((-56.0, 180.0, 74.06, 44.36),)} if axis == -3 else {}
         yield Operation(
             name=f"resample_axis {name}",
+            size=size,
             dtype=dtype,
             moved_bytes=voxels * dtype.itemsize + 4 * voxels // size[axis] * operator.n_out,
             buffers=lambda dtype=dtype: ((200 * torch.randn(1, *size, device=device)).to(dtype),),
@@ -185,6 +195,7 @@ def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator
     shape = tuple(operator.n_out for operator in grid)
     yield Operation(
         name="resample_labels",
+        size=size,
         dtype=torch.uint8,
         moved_bytes=4 * CLASSES * voxels + math.prod(shape),
         buffers=lambda: (
