@@ -67,12 +67,12 @@ class Sizes:
 
 ON_GPU = Sizes(
     patch=(64, 128, 192), tile=(128, 256, 256), scanned=(160, 512, 512),
-    networks=("PlainConvUNet", "ResidualEncoderUNet"), scans=((60, 118, 180), (160, 256, 256)), cases=20, long=(400, 512, 512), copied_bytes=2**30, matrix=8192,
-    rotated_bytes=256 * 2**20,
+    networks=("PlainConvUNet", "ResidualEncoderUNet"), scans=((60, 118, 180), (160, 256, 256)), cases=20,
+    long=(400, 512, 512), copied_bytes=2**30, matrix=8192, rotated_bytes=256 * 2**20,
 )  # fmt: skip
 ON_CPU = Sizes(
-    patch=(16, 32, 64), tile=(8, 16, 24), scanned=(8, 16, 32),
-    networks=("PlainConvUNet",), scans=((12, 30, 44),), cases=2, long=(20, 30, 44), copied_bytes=2**20, matrix=128, rotated_bytes=2**12,
+    patch=(16, 32, 64), tile=(8, 16, 24), scanned=(8, 16, 32), networks=("PlainConvUNet",), scans=((12, 30, 44),),
+    cases=2, long=(20, 30, 44), copied_bytes=2**20, matrix=128, rotated_bytes=2**12,
 )  # fmt: skip
 
 

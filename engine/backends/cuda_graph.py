@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 MOST_RECORDED = 4
 """Batch sizes kept, each of which holds memory of its own; the sliding window has as many."""
 
-LONGEST_MS = 5.0
-"""A network that takes longer is not recorded: the GPU works longer on a launch than the next one takes."""
+LEAST_LAUNCHING = 0.5
+"""A network is recorded where launching takes at least this share of its time: elsewhere a GPU never waits for it."""
 
 TRIALS = 3
 WORTH_IT = 0.97
@@ -40,8 +41,9 @@ _NO_GRAPH = Recording(None, torch.empty(0), ())
 class GraphedNetwork:
     """Runs a network on a CUDA device, with a CUDA graph for batch sizes where that is faster.
 
-    The first call of a batch size lets cuDNN choose its algorithms, the second is timed; where it is short, the network
-    is recorded, and replayed from the third call on if that is faster. One thread may call it at a time.
+    The first call of a batch size lets cuDNN choose its algorithms, the second is timed; where much of that is
+    launching, the network is recorded, and replayed from the third call on if that is faster. One thread may call it at
+    a time.
 
     Args:
         network: From tiles (N, C, *patch) to any number of tensors; it must do the same work for the same N.
@@ -68,8 +70,10 @@ class GraphedNetwork:
             return self._network(tiles)
         recording = self._recordings[tiles.shape]
         if recording is None:
-            outputs, taken_ms = _timed(lambda: self._network(tiles))
-            self._recordings[tiles.shape] = _NO_GRAPH if taken_ms > LONGEST_MS else self._record(tiles)
+            launched: list[float] = []
+            outputs, taken_ms = _timed(lambda: self._network(tiles), launched)
+            gains = launched[0] >= LEAST_LAUNCHING * taken_ms
+            self._recordings[tiles.shape] = self._record(tiles) if gains else _NO_GRAPH
             return outputs
         if recording.graph is None:
             return self._network(tiles)
@@ -112,11 +116,20 @@ def _least_ms(run: Callable[[], object]) -> float:
     return min([_timed(run)[1] for _ in range(TRIALS + 1)][1:])
 
 
-def _timed(run: Callable[[], _Result]) -> tuple[_Result, float]:
-    """Run a function on the current stream; returns its result and the milliseconds that the GPU took."""
+def _timed(run: Callable[[], _Result], launched: list[float] | None = None) -> tuple[_Result, float]:
+    """Run a function on the current stream; returns its result and the milliseconds until the GPU was done.
+
+    Args:
+        run: The function.
+        launched: Gets the milliseconds until it returned.
+    """
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.current_stream().synchronize()
     began.record()
+    start = time.perf_counter()
     result = run()
+    if launched is not None:
+        launched.append(1e3 * (time.perf_counter() - start))
     ended.record()
     ended.synchronize()
     return result, began.elapsed_time(ended)

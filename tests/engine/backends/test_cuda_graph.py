@@ -9,7 +9,7 @@ import pytest
 import torch
 from nnturbo.engine.backends import cuda_graph
 from nnturbo.engine.backends import torch as torch_backend
-from nnturbo.engine.backends.cuda_graph import LONGEST_MS, MOST_RECORDED, TRIALS, GraphedNetwork
+from nnturbo.engine.backends.cuda_graph import LEAST_LAUNCHING, MOST_RECORDED, TRIALS, GraphedNetwork
 from nnturbo.engine.backends.own_thread import OwnThread
 from nnturbo.engine.backends.torch import TorchRunner
 from nnturbo.engine.model.folds import InferenceNetwork
@@ -19,7 +19,7 @@ class FakeCuda:
     """What the modules use of torch.cuda: events read a clock, and a graph has a time of its own."""
 
     def __init__(self, monkeypatch, graph_ms):
-        self.now_ms, self.captured, self.replays = 0.0, 0, 0
+        self.now_ms, self.launched_ms, self.captured, self.replays = 0.0, 0.0, 0, 0
         fake = self
 
         class Event:
@@ -45,6 +45,9 @@ class FakeCuda:
             def wait_event(self, event):
                 pass
 
+            def synchronize(self):
+                pass
+
         class CUDAGraph:
             def replay(self):
                 fake.replays += 1
@@ -63,17 +66,19 @@ class FakeCuda:
             "current_stream": lambda device=None: default, "stream": lambda stream: contextlib.nullcontext(),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(cuda_graph.time, "perf_counter", lambda: fake.launched_ms / 1e3)
 
 
 class Network:
-    """Takes so many milliseconds of the fake clock."""
+    """Takes so many milliseconds of the fake clock, and a share of them to launch."""
 
-    def __init__(self, cuda, taken_ms):
-        self.cuda, self.taken_ms, self.calls = cuda, taken_ms, 0
+    def __init__(self, cuda, taken_ms, launching=1.0):
+        self.cuda, self.taken_ms, self.launching, self.calls = cuda, taken_ms, launching, 0
 
     def __call__(self, tiles):
         self.calls += 1
         self.cuda.now_ms += self.taken_ms
+        self.cuda.launched_ms += self.launching * self.taken_ms
         return (2 * tiles,)
 
 
@@ -88,14 +93,17 @@ def cuda(monkeypatch):
     return FakeCuda(monkeypatch, graph_ms=0.5)
 
 
-def test_a_network_that_takes_long_is_launched_once_for_each_call_and_never_recorded(cuda):
-    network = Network(cuda, LONGEST_MS + 1)
+def test_a_network_that_is_launched_sooner_than_it_runs_is_never_recorded(cuda):
+    network = Network(cuda, 8.0, launching=0.9 * LEAST_LAUNCHING)
     run(GraphedNetwork(network), 5)
     assert (network.calls, cuda.captured, cuda.replays) == (5, 0, 0)
 
 
-def test_a_short_network_is_recorded_at_the_second_call_and_replayed_from_the_third_on(cuda):
-    network = Network(cuda, 1.0)
+@pytest.mark.parametrize("taken_ms", [1.0, 8.0])
+def test_a_network_that_waits_for_launches_is_recorded_at_the_second_call_and_replayed_from_the_third_on(
+    cuda, taken_ms
+):
+    network = Network(cuda, taken_ms)
     graphed = GraphedNetwork(network)
     run(graphed, 1)
     assert (network.calls, cuda.captured) == (1, 0)
