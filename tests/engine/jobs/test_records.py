@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from nnturbo.engine import Classification, OutputError
 from nnturbo.engine.jobs.case_record import DONE, FAILED, KEPT, WRITING, Fingerprint, Record
 from nnturbo.engine.jobs.made_of import FileStamp, MadeOf
@@ -263,31 +261,6 @@ def test_a_torn_record_counts_as_none_and_says_so(record_folder, caplog, content
     assert "a.json is damaged" in caplog.text
 
 
-text = st.text(max_size=8)
-records = st.builds(
-    Record,
-    name=text,
-    status=st.sampled_from([WRITING, DONE, FAILED, KEPT]),
-    images=st.lists(text, max_size=3).map(tuple),
-    results=st.dictionaries(text, st.builds(Fingerprint, bytes=st.integers(0), sha256=text), max_size=3),
-    replaces=st.dictionaries(text, st.builds(Fingerprint, bytes=st.integers(0), sha256=text), max_size=3),
-    made_of=st.none() | st.just(MADE_OF),
-    error=st.none() | text.filter(bool),
-    transient=st.just(False),
-    kept=st.none() | text.filter(bool),
-    classification=st.none() | st.just(ANSWER),
-    volumes_ml=st.none() | st.just({"lesion": 0.0}),
-    timings_ms=st.dictionaries(text, st.floats(0, 1e6), max_size=2),
-    warnings=st.lists(text, max_size=2).map(tuple),
-    provenance=st.sampled_from([(), (provenance(),), (provenance(), provenance(backend="openvino")), {"torch": "2"}]),
-)
-
-
-@given(record=records)
-def test_a_record_comes_back_from_its_json(record):
-    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
-
-
 @pytest.mark.parametrize(
     "made_of",
     [
@@ -307,29 +280,6 @@ def test_what_another_version_was_made_of_is_never_the_same(record_folder, made_
     assert record_folder.read("a").made_of is None
     assert record_folder.state("a", [path], MADE_OF).kept.startswith("made with another model, other settings")
     assert record_folder.state("a", [path], MADE_OF, redo_outdated=True) == CaseState()
-
-
-@pytest.mark.parametrize(
-    "written", [{"torch": "1.13", "gpu": "of another version"}, {"models": [{"torch": "1.13"}]}, {"models": 3}]
-)
-def test_what_another_version_says_of_its_models_stays_as_it_is(written):
-    content = {"name": "a", "status": DONE, "provenance": written, "classification": {"label": 0}}
-    record = Record.from_json(content)
-    assert record.classification is None
-    assert record.to_json()["provenance"] == written
-
-
-def test_every_setting_that_decides_labels_counts():
-    settings = provenance().settings
-    others = {**dict.fromkeys(settings.to_json(), "another"), "tile_step_size": 0.25, "mirror_views": 1}
-    for name, value in others.items():
-        assert replace(settings, **{name: value}) != settings
-    assert provenance(backend="openvino", device="cuda:0", folds=("1",)).settings == settings
-
-
-def test_a_record_keeps_no_note_of_what_matters_only_while_the_job_runs():
-    record = Record(name="a", status=FAILED, error="busy", transient=True)
-    assert Record.from_json(record.to_json()) == replace(record, transient=False)
 
 
 def test_files_that_were_left_half_written_go_when_nobody_writes_them(record_folder):

@@ -1,6 +1,7 @@
 """What is written about the making of a prediction, and read again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from nnturbo.engine.model.agreement import Agreement
@@ -36,3 +37,11 @@ def test_one_model_and_several_come_back(models):
 def test_anything_else_is_refused(content):
     with pytest.raises(TypeError):
         read_provenance(content)
+
+
+def test_every_setting_that_decides_labels_counts():
+    settings = provenance().settings
+    others = {**dict.fromkeys(settings.to_json(), "another"), "tile_step_size": 0.25, "mirror_views": 1}
+    for name, value in others.items():
+        assert replace(settings, **{name: value}) != settings
+    assert provenance(backend="openvino", device="cuda:0", folds=("1",)).settings == settings
