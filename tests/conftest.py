@@ -25,11 +25,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"needs {mark.args[0]}, which Windows lacks")
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that all processes of this run of tests share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Keep what tests compile out of the user's cache."""
+def own_cache(run_folder: Path):
+    """Keep what tests compile out of the user's cache; one process compiles it for all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NNTURBO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NNTURBO_CACHE", str(run_folder / "cache"))
         yield
 
 

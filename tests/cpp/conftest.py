@@ -34,13 +34,10 @@ def missing_tools():
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built(run_folder):
     if missing := missing_tools():
         pytest.skip(f"the C++ library is built with tools that are not here: {missing}")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all processes of these tests
-    folder = Path(os.environ.get(BUILD_FOLDER) or folder / "cpp")
+    folder = Path(os.environ.get(BUILD_FOLDER) or run_folder / "cpp")
     with FileLock(f"{folder}.lock"):
         return cmake(SOURCE, folder)
 

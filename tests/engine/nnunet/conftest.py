@@ -1,22 +1,32 @@
 """What the tests of the predictor begin with."""
 
+import multiprocessing
+import queue
+import threading
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from nnturbo.engine.nnunet import nnUNetPredictor
-from nnturbo.engine.nnunet.cases import lists_of_folder
-from nnunetv2.inference import predict_from_raw_data as stock_module
+from nnunetv2.inference import data_iterators
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as StockPredictor
+from nnunetv2.utilities import utils
 
 from tests.engine.factory import smooth_scan
 from tests.engine.nnunet.predictors import SHAPE, TWO_FOLDS, load, write_model, write_scan
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_forked(monkeypatch):
-    """Find cases without nnU-Net's processes: to fork a process with threads, as this one, may never end."""
-    monkeypatch.setattr(
-        stock_module, "create_lists_from_splitted_dataset_folder", lambda *arguments: lists_of_folder(*arguments[:2])
-    )
+def nnunet_works_in_threads(monkeypatch):
+    """Give nnU-Net threads in place of processes.
+
+    Each process would import it, for seconds, and to fork a process with threads, as this one, may never end.
+    """
+    threads = SimpleNamespace(Process=threading.Thread, Pool=ThreadPool)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: threads)
+    monkeypatch.setattr(data_iterators, "Manager", lambda: SimpleNamespace(Queue=queue.Queue, Event=threading.Event))
+    monkeypatch.setattr(utils, "Pool", ThreadPool)
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,10 @@ def cmake(source, folder, *options):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built(run_folder):
     if missing := missing_tools():
         pytest.skip(f"libnnturbo is built with tools that are not here: {missing}")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all processes of these tests
-    folder = Path(os.environ.get(BUILD_FOLDER) or folder / "libnnturbo")
+    folder = Path(os.environ.get(BUILD_FOLDER) or run_folder / "libnnturbo")
     with FileLock(f"{folder}.lock"):
         return cmake(Path(__file__).parent, folder)
 
