@@ -1,5 +1,6 @@
 """What tests of several folders share, and rows of agreement with nnU-Net, shown after the tests."""
 
+import gc
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,20 @@ from tests.paths import ROOT
 
 TRAINERS = ROOT / "training" / "nnunet_trainers"
 ROWS = pytest.StashKey[list[ParityRow]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage while tests are collected, nor later among what is imported and collected then.
+
+    There are millions of objects, which a search would take most of a second for.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,7 +15,11 @@ REGIONS = dataset_json(labels={"background": 0, "whole": [1, 2], "lesion": 2}, r
 
 @pytest.mark.parametrize(
     ("plans", "dataset"),
-    [(plans_json(), dataset_json()), (multi_task(plans_json()), dataset_json()), (plans_json(), REGIONS)],
+    [
+        pytest.param(plans_json(), dataset_json(), marks=pytest.mark.thorough),
+        (multi_task(plans_json()), dataset_json()),
+        pytest.param(plans_json(), REGIONS, marks=pytest.mark.thorough),
+    ],
     ids=["single", "multi", "regions"],
 )
 def test_the_triton_repository_describes_the_network(tmp_path, monkeypatch, plans, dataset):

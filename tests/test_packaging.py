@@ -46,6 +46,7 @@ def built(source, out, **environment):
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.thorough
 def test_a_wheel_has_the_kernels_and_is_for_any_python(source, tmp_path):
     wheel = built(source, tmp_path)
     assert re.fullmatch(rf"nnturbo-{re.escape(__version__)}-py3-none-(?!any)\w+\.whl", wheel.name)

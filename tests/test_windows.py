@@ -51,7 +51,7 @@ def test_it_refuses(tmp_path, what):
 COMMAND = "import sys; from nnturbo.engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("backend", ["torch", "torchscript"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.thorough), "torchscript"])
 def test_a_folder_of_scans_with_names_of_all_the_world(tmp_path, backend):
     model = write_model(tmp_path / "m")
     (tmp_path / "in").mkdir()

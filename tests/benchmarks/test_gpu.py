@@ -130,6 +130,7 @@ def test_every_part_leaves_its_numbers(tmp_path):
     assert found["many"]["ratio"] > 0
 
 
+@pytest.mark.thorough
 def test_what_is_not_installed_or_broken_is_named_and_the_rest_goes_on(tmp_path):
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
     done, found = tried(tmp_path, ["versions", "whole"], hidden=["cupy"], modules={"nnunetv2": broken})

@@ -36,7 +36,8 @@ def kernels(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_a_kernel_gives_what_its_twin_gives(kernels, name):
-    before, count = kernels.launches, round(60 * checks.SHARE.get(name, 1))
+    count = max(3, round(12 * checks.SHARE.get(name, 1)))  # with sanitizers many more are run
+    before = kernels.launches
     checks.run(name, count, CPU)
     assert kernels.launches == before + count * checks.LAUNCHES[name]
 
@@ -46,9 +47,9 @@ def test_a_kernel_gives_what_its_twin_gives(kernels, name):
     ("changes", "array_type"),
     [
         ({}, np.int16),
-        ({}, np.float64),
+        pytest.param({}, np.float64, marks=pytest.mark.thorough),
         ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, np.int32),
-        ({"spacing": [6.0, 1.5, 1.5]}, np.uint8),
+        pytest.param({"spacing": [6.0, 1.5, 1.5]}, np.uint8, marks=pytest.mark.thorough),
     ],
 )
 def test_a_whole_prediction_through_the_kernels_is_that_of_their_twins(
@@ -137,6 +138,7 @@ def test_the_runtime_compiler_says_what_is_wrong():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.thorough
 def test_nvcc_takes_a_kernel_for_all_architectures_and_nothing_is_spilled():
     rows = compile_variant("resample_labels", torch.uint8, None)
     assert [row["sm"] for row in rows] == list(ARCHITECTURES)

@@ -34,7 +34,10 @@ MOST_DIFFERENT_VOXELS = 1
 """Of 10,560, where nnU-Net sums in fp32 too."""
 
 
-@pytest.fixture(scope="module", params=READERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in THOROUGH else pytest.mark.thorough) for name in READERS],
+)
 def outputs(request, tmp_path_factory) -> Path:
     """Predict the same scans, with probabilities, by nnturbo into `own`, by nnU-Net with fp32 sums into `stock`."""
     root = tmp_path_factory.mktemp(request.param)

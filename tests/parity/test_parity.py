@@ -21,6 +21,13 @@ PROBABILITY_TOLERANCE = 2e-3
 STEEPEST_SOFTMAX = 0.5
 """A probability moves by at most half of what logits move by; a sigmoid's by a quarter."""
 GEOMETRY_TOLERANCE = 1e-5
+FURTHER_KINDS = {
+    *("nonlin_not_there_residual", "random_weights", "2d_deep", "2d_mirrored", "2d_transposed", "2d_residual"),
+    *("regions_as_floats", "254_labels", "cascade_transposed", "cascade_linear_z", "cascade_cubic", "cascade_deep"),
+    *("transposed_102", "linear_z", "square", "quartic", "cubic_logits_of_order_5", "torch_never_separate_z"),
+    *("mirror_plane", "two_folds_mirrored", "step_0.75", "orig_mod_prefix", "old_plans_residual", "mixed_resampling"),
+}
+"""Whose features are each in another kind too."""
 
 
 class ModelFolders:
@@ -52,12 +59,12 @@ def make_task(name: str, model_folders: ModelFolders, folder: Path) -> Task:
 
 
 def parameter(name: str):
-    """Mark a task as thorough, unless its model is the plainest, or it is the first of its kind or with real scans."""
+    """Mark a task as thorough, unless it is the plainest model's, or the first of a feature or with real scans."""
     if name in CROPS:
         is_thorough = name != next(iter(CROPS))
     else:
         kind, scan = SYNTHETIC[name]
-        is_thorough = kind != PLAIN_CT and scan != kind.scans[0]
+        is_thorough = kind != PLAIN_CT and (scan != kind.scans[0] or kind.name in FURTHER_KINDS)
     return pytest.param(name, marks=pytest.mark.thorough if is_thorough else ())
 
 

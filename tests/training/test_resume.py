@@ -90,6 +90,7 @@ class TestKilled:
             del checkpoint["init_args"]  # plans, which the next test compares
         assert_same(got, wanted)
 
+    @pytest.mark.thorough
     def test_files_are_the_same_and_whole(self, trained, resumed):
         for name in ("plans.json", "dataset.json", "fold_0/history.csv"):
             assert (resumed / name).read_text() == (trained / name).read_text()
@@ -110,6 +111,7 @@ class TestKilled:
         assert all(0 < line["train_loss"] < 10 and line["class_loss"] > 0 for line in history)
         assert [line["learning_rate"] for line in history] == pytest.approx([1e-3, 1e-3 * 0.5**0.9])
 
+    @pytest.mark.thorough
     def test_the_engine_runs_it(self, tiny, resumed):
         engine = Engine.load(resumed, device="cpu")
         assert engine.model.mirror_axes == (0, 1, 2)

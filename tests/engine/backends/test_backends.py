@@ -30,12 +30,19 @@ def built(name, model, folder, precision="fp32"):
     return backend.load(model, folder, CPU, precision)
 
 
+PLANS = {"single": plans_json(), "multi": multi_task(plans_json(), kind="attention"), "2d": plans_2d()}
+
+
 @pytest.mark.parametrize(
-    "plans", [plans_json(), multi_task(plans_json(), kind="attention"), plans_2d()], ids=["single", "multi", "2d"]
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("torch", "torchscript") for kind in PLANS),
+        ("onnx", "multi"),
+        *(pytest.param("onnx", kind, marks=pytest.mark.thorough) for kind in ("single", "2d")),
+    ],
 )
-@pytest.mark.parametrize("name", ["torch", "torchscript", "onnx"])
-def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, name, plans):
-    model = model_of(tmp_path, plans, folds=("0", "1"))
+def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, name, kind):
+    model = model_of(tmp_path, PLANS[kind], folds=("0", "1"))
     runner = built(name, model, tmp_path)
     network = inference_network(model)
     for count in (1, 2, 5):

@@ -40,7 +40,7 @@ def runner_of(model, folder, precision="fp32", tiles=None, floor=quantization.IN
     [
         plans_json(),
         pytest.param(multi_task(plans_json(), kind="attention"), marks=pytest.mark.thorough),
-        multi_task(plans_2d()),
+        pytest.param(multi_task(plans_2d()), marks=THOROUGH),
     ],
     ids=["single", "multi", "2d"],
 )
@@ -129,6 +129,7 @@ class TestInt8:
             if node.get_type_name() in ("MVN", "MatMul", "ReduceMean", "Add", *quantization.CONVOLUTIONS)
         ]
 
+    @pytest.mark.thorough
     def test_convolutions_are_quantised_but_the_first_and_the_last(self, model, tmp_path):
         tiles = torch.randn(6, 1, 8, 12, 16)
         loaded = read_model(model)
@@ -317,7 +318,7 @@ def test_it_is_among_the_backends():
     assert isinstance(backends()["openvino"], OpenVinoBackend)
 
 
-@pytest.mark.parametrize("plans", [plans_json(), plans_2d()], ids=["3d", "2d"])
+@pytest.mark.parametrize("plans", [plans_json(), pytest.param(plans_2d(), marks=THOROUGH)], ids=["3d", "2d"])
 def test_below_fp32_a_norm_is_one_operation(tmp_path, plans):
     model = read_model(write_model(tmp_path / "m", plans=plans))
     runner_of(model, tmp_path, "bf16")
@@ -327,8 +328,10 @@ def test_below_fp32_a_norm_is_one_operation(tmp_path, plans):
     assert not {"Reduce", "Subgraph", "Eltwise"} & set(kinds)  # scale, shift and activation are part of it
 
 
-@pytest.mark.parametrize("plans", [plans_json(patch_size=[48, 64, 64]), plans_2d(512, 512)], ids=["3d", "2d"])
-@pytest.mark.parametrize("content", [pytest.param("blank", marks=pytest.mark.thorough), "boxed"])
+@pytest.mark.parametrize(
+    "plans", [plans_json(patch_size=[48, 64, 64]), pytest.param(plans_2d(512, 512), marks=THOROUGH)], ids=["3d", "2d"]
+)
+@pytest.mark.parametrize("content", [pytest.param("blank", marks=THOROUGH), "boxed"])
 def test_norms_over_many_equal_voxels_are_as_exact_as_torchs(tmp_path, plans, content):
     model = read_model(write_model(tmp_path / "m", plans=plans))
     tile = torch.zeros(1, 1, *model.plan.patch_size)

@@ -50,6 +50,7 @@ class TestBackend:
             assert [scale in plan for plan in plans] == [fold == 0, fold == 1]
 
     @without_gpu
+    @pytest.mark.thorough
     def test_one_engine_for_all_folds_takes_a_gpu(self, single, rtx, tmp_path):
         with pytest.raises(BackendUnavailable, match="could not build an engine here"):
             TensorRtBackend()._build_shared(rtx, [single.path, single.path], 8, tmp_path)

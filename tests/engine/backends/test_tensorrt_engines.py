@@ -43,6 +43,7 @@ class TestNetworks:
         with pytest.raises(AssertionError, match="ACTIVATION"):
             check_half_network(network, rtx.api, half)
 
+    @pytest.mark.thorough
     def test_nothing_is_in_half_in_fp32(self, single, rtx):
         _, network = rtx.parse(single.onnx)
         layers = layers_of(network, rtx.api)
@@ -50,6 +51,7 @@ class TestNetworks:
         assert all(types == {rtx.api.float32} for _, _, types in layers)
         assert network.num_outputs == 1
 
+    @pytest.mark.thorough
     def test_profiles_are_for_one_to_eight_tiles(self, half, single, rtx):
         builder, network = rtx.parse(half.onnx)
         shapes = [tuple(shape) for shape in profile(builder, network, 4).get_shape("tiles")]
@@ -88,7 +90,7 @@ class TestNetworks:
 @needs_export
 @needs_rtx
 class TestEngines:
-    @pytest.mark.parametrize("kind", ["half", "single"])
+    @pytest.mark.parametrize("kind", ["half", pytest.param("single", marks=pytest.mark.thorough)])
     def test_they_are_built_without_a_gpu_for_the_ones_named(self, request, rtx, kind):
         onnx = request.getfixturevalue(kind).onnx
         wanted = [("8.6",), ("8.9",), ("12.0",), ("8.6", "12.0")]
@@ -117,6 +119,7 @@ class TestEngines:
         assert held(modules["networks.0.decoder.seg_layers.0"].weight) == (False, True)
         assert held(modules["networks.0.head.layers.2"].bias) == (False, True)
 
+    @pytest.mark.thorough
     def test_turing_has_no_products_of_float_matrices(self, half, single, rtx):
         # So a head's linear layers, which are in float, keep a multi-task model from GPUs of compute capability 7.5.
         with pytest.raises(BackendUnavailable, match=r"Turing \(SM75\): FP32 GEMM is not supported"):

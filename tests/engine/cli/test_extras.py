@@ -44,11 +44,16 @@ WITH = {
 }
 WITHOUT = [
     "predict -i scans -o labels -m model --disable_tta --backend torch",
-    "build -m model -o bundle --backend torchscript",
-    "inspect model",
-    "doctor",
-    "publish -m model -o copy",
     "--version",
+    *(
+        pytest.param(line, marks=pytest.mark.thorough)
+        for line in (
+            "build -m model -o bundle --backend torchscript",
+            "inspect model",
+            "doctor",
+            "publish -m model -o copy",
+        )
+    ),
 ]
 
 

@@ -92,6 +92,7 @@ def test_a_process_that_is_killed_costs_no_case(scans, tmp_path, pool):
 
 
 @pytest.mark.posix("signals")
+@pytest.mark.thorough
 def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkeypatch):
     monkeypatch.setattr(pool_module, "serve", serve_with_poison)
     write_scan(scans / "poison_0000.nii.gz")
@@ -105,6 +106,7 @@ def test_a_scan_that_ends_its_process_fails_alone(model, scans, tmp_path, monkey
     assert sorted(outcome.done) == [f"c{index}" for index in range(8)]
 
 
+@pytest.mark.thorough
 def test_a_bad_scan_and_a_result_that_cannot_be_written_fail_their_cases(scans, tmp_path, pool):
     (scans / "c3_0000.nii.gz").write_bytes(b"")
     (tmp_path / "out" / "c2.nii.gz").mkdir(parents=True)
@@ -115,13 +117,14 @@ def test_a_bad_scan_and_a_result_that_cannot_be_written_fail_their_cases(scans, 
     assert len(outcome.done) == 6
 
 
-@pytest.mark.thorough  # starts processes for what the next test shows too
+@pytest.mark.thorough
 def test_arguments_that_no_process_can_use_are_said(model, tmp_path):
     wrong = ModelArguments(models=(str(model),), choice=replace(CHOICE, tile_step_size=2))
     with pytest.raises(ValueError, match="tile_step_size must be in"):
         LocalWorkers(wrong, Job(output=tmp_path), PLACES[:2])
 
 
+@pytest.mark.thorough
 def test_a_model_that_cannot_be_used_is_said_by_its_process(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         LocalWorkers(

@@ -44,8 +44,8 @@ def timm():
     [
         ("nnUNet_Primus_S_Trainer", UNET),
         ("nnUNet_PrimusV2S_Trainer", UNET),
-        ("_Primus_S_96_BS1", UNET),
-        ("nnUNetTrainer", "somewhere.PrimusS"),
+        pytest.param("_Primus_S_96_BS1", UNET, marks=pytest.mark.thorough),
+        pytest.param("nnUNetTrainer", "somewhere.PrimusS", marks=pytest.mark.thorough),
     ],
 )
 def test_primus_is_the_librarys(tmp_path, timm, trainer, class_name):

@@ -99,7 +99,7 @@ TAPS, STRIDES = st.sampled_from([1, 3, 3, 3, 3, 3, 3, 2]), st.sampled_from([1, 2
     patch=st.lists(st.sampled_from([1, 4, 12, 12, 36, 36, 36]), min_size=3, max_size=3),
     norm=st.sampled_from([*["instancenorm.InstanceNorm3d"] * 4, "batchnorm.BatchNorm3d"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_known_to_fit_keeps_the_patch(network, kernels, first, strides, patch, norm):
     arguments = plans_json()["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     arguments |= {"n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": kernels}
@@ -130,6 +130,7 @@ def test_what_is_known_to_fit_keeps_the_patch(network, kernels, first, strides, 
         assert isinstance(gives, ValueError)  # a norm over one voxel
 
 
+@pytest.mark.thorough
 def test_loading_does_not_import_what_only_compilers_need(tmp_path):
     plain = write_model(tmp_path / "plain")
     heads = write_model(tmp_path / "heads", plans=multi_task(plans_json(), kind="attention"))

@@ -99,7 +99,9 @@ def test_stu_net_is_its_authors(tmp_path, depth, strides, patch, expected):
     assert figures(inference_network(model)(waves_of(patch))[0]) == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize(("base", "depth"), [pytest.param(16, 2, marks=pytest.mark.thorough), (32, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("base", "depth"), [*(pytest.param(*size, marks=pytest.mark.thorough) for size in ((16, 2), (32, 1))), (3, 2)]
+)
 def test_the_kernels_run_stu_net(tmp_path, base, depth):
     model = model_of(tmp_path / "m", filled(stu_net(base, depth)), "STUNetTrainer_small", plans_of(LARGER))
     tiles = tiles_of(LARGER)

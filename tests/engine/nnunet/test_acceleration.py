@@ -28,14 +28,13 @@ def kind(_=None):
 
 if __name__ == "__main__":
     found = {"here": kind(), "arguments": sys.argv[1:]}
-    for method in ("spawn", "fork"):
-        if method in multiprocessing.get_all_start_methods():
+    for method in os.environ["PROCESSES"].split():
+        if method == "child":
+            command = [sys.executable, "-c", "from program import kind; print(kind())"]
+            found[method] = subprocess.check_output(command, text=True).strip()
+        elif method in multiprocessing.get_all_start_methods():
             with multiprocessing.get_context(method).Pool(1) as pool:
                 (found[method],) = pool.map(kind, [0])
-    found["child"] = subprocess.check_output(
-        [sys.executable, "-c", "from program import kind; print(kind())"],
-        text=True,
-    ).strip()
     print(json.dumps(found))
     sys.exit(3)
 """
@@ -56,12 +55,15 @@ def program(tmp_path):
     return path
 
 
-def test_a_program_and_its_processes_get_our_predictor(program):
+@pytest.mark.parametrize("processes", ["child", pytest.param("spawn fork", marks=pytest.mark.thorough)])
+def test_a_program_and_its_processes_get_our_predictor(program, processes):
     path = os.pathsep.join([str(program.parent), os.environ.get("PYTHONPATH", "")])
-    done = run(program, "-i", "ct.nii.gz", "--help", env={**os.environ, "PYTHONPATH": path})
+    given = {**os.environ, "PYTHONPATH": path, "PROCESSES": processes}
+    done = run(program, "-i", "ct.nii.gz", "--help", env=given)
     assert done.returncode == 3, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("arguments") == ["-i", "ct.nii.gz", "--help"]
+    assert {"here", processes.split()[0]} <= found.keys()
     assert set(found.values()) == {OURS}
 
 
@@ -73,7 +75,7 @@ def test_a_console_script_and_a_module(program, tmp_path):
     paths = {"PATH": tmp_path, "PYTHONPATH": tmp_path}
     found = {name: os.pathsep.join([str(path), os.environ.get(name, "")]) for name, path in paths.items()}
     for command in (["segment"], ["python", "-m", "program"]):
-        done = run(*command, env={**os.environ, **found})
+        done = run(*command, env={**os.environ, **found, "PROCESSES": ""})
         assert json.loads(done.stdout.splitlines()[-1])["here"] == OURS
 
 
@@ -86,6 +88,7 @@ def test_a_sitecustomize_of_the_user_runs_too(program, tmp_path):
         program,
         env={
             **os.environ,
+            "PROCESSES": "",
             "PYTHONPATH": os.pathsep.join([str(own), str(program.parent), os.environ.get("PYTHONPATH", "")]),
         },
     )
@@ -115,10 +118,15 @@ class TestInPython:
         stock, path = module.nnUNetPredictor, os.environ["PATH"]
         with accelerated():
             assert module.nnUNetPredictor.__module__ == OURS
-            code = "import nnunetv2.inference.predict_from_raw_data as m; print(m.nnUNetPredictor.__module__)"
-            assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == OURS
+            assert os.environ["PATH"] != path
         assert module.nnUNetPredictor is stock
         assert os.environ["PATH"] == path
+
+    @pytest.mark.thorough
+    def test_the_processes_that_a_block_starts_are_too(self):
+        code = "import nnunetv2.inference.predict_from_raw_data as m; print(m.nnUNetPredictor.__module__)"
+        with accelerated():
+            assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == OURS
 
 
 class TestWhatCannotRun:

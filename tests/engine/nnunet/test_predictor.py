@@ -43,7 +43,14 @@ def test_it_is_a_predictor_of_nnunets(predictors):
 
 
 class TestArrays:
-    @pytest.mark.parametrize("extra", [(), (None,), (None, None), (None, None, False)])
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            (),
+            (None, None, False),
+            *(pytest.param(extra, marks=pytest.mark.thorough) for extra in ((None,), (None, None))),
+        ],
+    )
     def test_one_array(self, predictors, image, extra):
         ours, stock = both(predictors, lambda each: each.predict_single_npy_array(image, {"spacing": SPACING}, *extra))
         check_labels(ours, stock)
@@ -168,7 +175,13 @@ class TestFiles:
         with pytest.raises(ValueError, match="part_id must be below num_parts, 2, got 2"):
             predictors[0].predict_from_files(lists, outputs, num_parts=2, part_id=2)
 
-    @pytest.mark.parametrize("name", ["brain_bet.nii.gz", "brain_bet.nii", "brain.bet"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "brain_bet.nii.gz",
+            *(pytest.param(name, marks=pytest.mark.thorough) for name in ("brain_bet.nii", "brain.bet")),
+        ],
+    )
     def test_names_that_have_an_ending_already(self, predictors, scans, tmp_path, name):
         """As HD-BET gives them."""
         for folder, predictor in zip(("ours", "stock"), predictors, strict=True):

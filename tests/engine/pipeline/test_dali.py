@@ -76,7 +76,11 @@ class TestPlanes:
         ("of_plan", "of_scan"),
         [
             ({}, {}),
-            ({"scheme": "ZScoreNormalization", "channels": 2}, {"dtype": np.float32, "channels": 2}),
+            pytest.param(
+                {"scheme": "ZScoreNormalization", "channels": 2},
+                {"dtype": np.float32, "channels": 2},
+                marks=pytest.mark.thorough,
+            ),
             pytest.param({"transpose": (2, 0, 1)}, {"dtype": np.uint8}, marks=pytest.mark.thorough),
             pytest.param(
                 {"scheme": "NoNormalization"},
@@ -106,6 +110,7 @@ class TestPlanes:
         }
         assert 0 < errors["cubic"] < errors["linear"] < 0.1 * float(expected.std())
 
+    @pytest.mark.thorough
     def test_a_coarse_axis_keeps_its_slices(self):
         plan, scan = plan_of(order=3, separate=True), scan_of(spacing=(6.0, 1.2, 1.2))
         ((_, found),) = loaded(plan, [scan])

@@ -27,7 +27,7 @@ def stitched(image: np.ndarray, runner, window: SlidingWindow, outputs: int) -> 
     return torch.cat(slabs, dim=1).numpy()
 
 
-shapes = st.tuples(*[st.integers(1, 25)] * 3)
+shapes = st.tuples(*[st.integers(1, 16)] * 3)
 patches = st.tuples(*[st.integers(1, 12)] * 3)
 
 

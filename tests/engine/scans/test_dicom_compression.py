@@ -21,10 +21,11 @@ from tests.engine.scans.dicom_pixels import (
 
 
 @pytest.mark.parametrize("syntax", COMPRESSED.values(), ids=COMPRESSED)
-def test_all_that_is_compressed(tmp_path, syntax, capfd):
+@pytest.mark.parametrize("bits", [(8, 12, 16), pytest.param((9, 10, 11, 13, 14, 15), marks=pytest.mark.thorough)])
+def test_all_that_is_compressed(tmp_path, bits, syntax, capfd):
     """The same values as before compression."""
     for stored, is_signed, photometric, (slope, intercept) in itertools.product(
-        range(8, 17), (False, True), ("MONOCHROME1", "MONOCHROME2"), RESCALINGS[::2]
+        bits, (False, True), ("MONOCHROME1", "MONOCHROME2"), RESCALINGS[::2]
     ):
         pixels = stored_values(stored, is_signed, 8 if stored == 8 else 16)
         expected = write_pair(

@@ -24,15 +24,23 @@ from tests.engine.scans.dicom_pixels import (
 )
 from tests.engine.scans.dicom_slices import CT, replace_value, write_slice
 
+DEPTHS = [(8, 8), (16, 12), (16, 16), (32, 32)]
+OTHER_DEPTHS = [
+    *((8, stored) for stored in range(1, 8)),
+    *((16, stored) for stored in (8, 9, 10, 11, 13, 14, 15)),
+    (32, 20),
+]
 
-def bit_depths():
-    return [(8, stored) for stored in range(1, 9)] + [(16, stored) for stored in range(8, 17)] + [(32, 20), (32, 32)]
 
-
-@pytest.mark.parametrize("syntax", NATIVE.values(), ids=NATIVE)
-def test_all_that_is_not_compressed(tmp_path, syntax):
+@pytest.mark.parametrize(
+    ("syntax", "depths"),
+    [
+        *(pytest.param(syntax, DEPTHS, id=name) for name, syntax in NATIVE.items()),
+        pytest.param(EXPLICIT, OTHER_DEPTHS, id="other depths", marks=pytest.mark.thorough),
+    ],
+)
+def test_all_that_is_not_compressed(tmp_path, syntax, depths):
     """Photometric interpretations x bits x signs x rescalings."""
-    depths = bit_depths() if syntax == EXPLICIT else [(8, 8), (16, 12), (16, 16), (32, 32)]
     for (allocated, stored), is_signed, photometric, (slope, intercept) in itertools.product(
         depths, (False, True), ("MONOCHROME1", "MONOCHROME2"), RESCALINGS
     ):

@@ -77,6 +77,7 @@ def test_spacing_and_memory_reach_the_planner_and_have_names_of_their_own(finger
     assert described_network(path, ["3d_fullres"]) == f"{said}, spacing 3 x 1.5 x 1.5 mm"
 
 
+@pytest.mark.thorough
 def test_less_memory_gives_smaller_patches(fingerprinted):
     sizes = []
     for memory_gb in (1.0, 4.0):

@@ -189,6 +189,7 @@ class TestDataset:
         for name in files_in(tmp_path):
             assert np.array_equal(*(sitk.GetArrayFromImage(sitk.ReadImage(top / name)) for top in (tmp_path, folder)))
 
+    @pytest.mark.thorough
     def test_failure_in_a_process_is_raised(self, tmp_path):
         counts = {"train": 2}
         first, _ = module._plan(tmp_path, counts, 0, SMALL_SETTINGS, False)
