@@ -88,11 +88,6 @@ class AxisOperator:
         """Return the operator that changes nothing on an axis of length n."""
         return cls(n, torch.arange(n), torch.ones(n, 1))
 
-    @classmethod
-    def from_entries(cls, n_in: int, columns: Tensor, weights: Tensor, *, drop_below: float = 0.0) -> AxisOperator:
-        """Build the operator with the narrowest band that holds the given entries; see `band_of_entries`."""
-        return cls(n_in, *band_of_entries(n_in, columns, weights, drop_below))
-
 
 def band_of_entries(n_in: int, columns: Tensor, weights: Tensor, drop_below: float = 0.0) -> tuple[Tensor, Tensor]:
     """Find the narrowest band that holds the given entries.

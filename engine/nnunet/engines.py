@@ -143,12 +143,6 @@ def engine_around(
     return Engine.of_opened(open_model(model, choice, str(settings.device)), Path(), choice)
 
 
-def forget_engines() -> None:
-    """Let go of all engines that no predictor holds."""
-    with _one_at_a_time:
-        _kept.clear()
-
-
 def _checkpoint_bytes(key: _Key) -> int:
     return sum(size for name, size, _ in key[2] if name.endswith(key[0].checkpoint))
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 from nnturbo.kernels import AxisOperator
-from nnturbo.kernels.operators import BLOCK_ROWS, matrix_blocks
+from nnturbo.kernels.operators import BLOCK_ROWS, band_of_entries, matrix_blocks
 
 
-def test_from_entries_adds_up_repeats_and_clamps_to_the_axis():
-    operator = AxisOperator.from_entries(
-        4, torch.tensor([[-2, 0, 1], [3, 3, 9]]), torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]]).double()
-    )
+def test_a_band_adds_up_repeats_and_clamps_to_the_axis():
+    columns = torch.tensor([[-2, 0, 1], [3, 3, 9]])
+    weights = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]]).double()
+    operator = AxisOperator(4, *band_of_entries(4, columns, weights))
     dense = torch.zeros(2, 4)
     for row, (first, weights) in enumerate(zip(operator.first, operator.weights, strict=True)):
         dense[row, first : first + operator.taps] = weights

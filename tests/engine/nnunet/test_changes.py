@@ -263,7 +263,7 @@ class TestSharedEngines:
 
     def test_few_are_kept(self, tmp_path, monkeypatch):
         monkeypatch.setattr(engines, "MOST_BYTES", 1)
-        engines.forget_engines()
+        engines._kept.clear()
         folders = [write_model(tmp_path / name, folds=("0",)) for name in "abc"]
         for folder in folders:
             load(nnUNetPredictor, folder, (0,))
