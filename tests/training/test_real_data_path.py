@@ -43,6 +43,7 @@ def predict(scans, output, results, plans):
         return main(list(map(str, arguments)))
 
 
+@pytest.mark.thorough
 def test_from_training_to_submission(folders, tiny, tmp_path, capsys):
     assert predict(tiny.raw / tiny.name / "imagesVal", tmp_path / "validation", folders, tiny.plans_name) == 0
     assert main(["evaluate", "-p", str(tmp_path / "validation"), "-r", str(tiny.source)]) == 0
@@ -69,6 +70,7 @@ def test_from_training_to_submission(folders, tiny, tmp_path, capsys):
     assert "over 2 cases" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_training_again_is_refused_and_continuing_keeps_the_classifier(folders, tiny, capsys):
     given = ["-d", "7", "-p", tiny.plans_name, "--set", *CHANGES, "--raw", str(tiny.raw),
              "--preprocessed", str(tiny.preprocessed), "--results", str(folders)]  # fmt: skip

@@ -89,12 +89,21 @@ KINDS = {
     "wide": plans(features_per_stage=[32, 64, 128], n_conv_per_stage=[1, 1, 3]),
 }
 
+USUAL_KINDS = ("plain", "residual encoder", "2D", "wide")
 
 UNSUITED = plans(norm_op=None, norm_op_kwargs=None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("least", [1, native_builder.LEAST_VOXELS])
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        *((kind, 1) for kind in KINDS),
+        *(
+            pytest.param(kind, native_builder.LEAST_VOXELS, marks=() if kind in USUAL_KINDS else pytest.mark.thorough)
+            for kind in KINDS
+        ),
+    ],
+)
 def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch, kind, least):
     monkeypatch.setattr(native_builder, "LEAST_VOXELS", least)
     monkeypatch.setattr(native_builder, "LEAST_VOXELS_OF_PLANES", least)

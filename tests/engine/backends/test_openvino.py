@@ -24,7 +24,7 @@ from tests.paths import ROOT
 openvino = pytest.importorskip("openvino", reason="pip install 'nnturbo[openvino]'")
 
 CPU = torch.device("cpu")
-THOROUGH = pytest.mark.thorough  # quantises again and again, for seconds each time
+THOROUGH = pytest.mark.thorough  # compiles or quantises again and again, for seconds each time
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="pip install 'nnturbo[openvino]'")
 
 
@@ -328,10 +328,9 @@ def test_below_fp32_a_norm_is_one_operation(tmp_path, plans):
     assert not {"Reduce", "Subgraph", "Eltwise"} & set(kinds)  # scale, shift and activation are part of it
 
 
-@pytest.mark.parametrize(
-    "plans", [plans_json(patch_size=[48, 64, 64]), pytest.param(plans_2d(512, 512), marks=THOROUGH)], ids=["3d", "2d"]
-)
-@pytest.mark.parametrize("content", [pytest.param("blank", marks=THOROUGH), "boxed"])
+@THOROUGH
+@pytest.mark.parametrize("plans", [plans_json(patch_size=[48, 64, 64]), plans_2d(512, 512)], ids=["3d", "2d"])
+@pytest.mark.parametrize("content", ["blank", "boxed"])
 def test_norms_over_many_equal_voxels_are_as_exact_as_torchs(tmp_path, plans, content):
     model = read_model(write_model(tmp_path / "m", plans=plans))
     tile = torch.zeros(1, 1, *model.plan.patch_size)

@@ -73,7 +73,7 @@ def test_stu_net_has_the_published_number_of_parameters(size, base, depth, milli
 
 @pytest.mark.parametrize(("depth", "planned"), [
     (1, [[1, 1, 1], *[[2, 2, 2]] * 5]),
-    (2, [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 3]),
+    pytest.param(2, [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 3], marks=pytest.mark.thorough),
     (3, [[1, 1, 1], *[[2, 2, 2]] * 5, [1, 2, 2]]),
 ])  # fmt: skip
 def test_stu_net_computes_what_its_paper_says(tmp_path, depth, planned):

@@ -55,7 +55,9 @@ def program(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("processes", ["child", pytest.param("spawn fork", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "processes", ["", *(pytest.param(kinds, marks=pytest.mark.thorough) for kinds in ("child", "spawn fork"))]
+)
 def test_a_program_and_its_processes_get_our_predictor(program, processes):
     path = os.pathsep.join([str(program.parent), os.environ.get("PYTHONPATH", "")])
     given = {**os.environ, "PYTHONPATH": path, "PROCESSES": processes}
@@ -63,7 +65,7 @@ def test_a_program_and_its_processes_get_our_predictor(program, processes):
     assert done.returncode == 3, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("arguments") == ["-i", "ct.nii.gz", "--help"]
-    assert {"here", processes.split()[0]} <= found.keys()
+    assert {"here", *processes.split()[:1]} <= found.keys()
     assert set(found.values()) == {OURS}
 
 

@@ -128,6 +128,7 @@ class TestPlanes:
         for (_, found), scan in ((first, scans[0]), (last, scans[1])):
             assert found.shape == planes(preprocess(scan, plan, CPU)).shape
 
+    @pytest.mark.thorough
     def test_nothing_is_copied_on_its_way_from_dali(self):
         (prepared,) = (answer for answer in DaliLoader(plan_of(), CPU)([Request(scan_of())]))
         assert prepared.case.image.dtype == torch.float32
