@@ -37,7 +37,7 @@ def machine() -> str:
             ),
         ],
     ]
-    return markdown(["", "the results below", "the first run"], rows)
+    return markdown(["what", "the results below", "the first run"], rows)
 
 
 def forward() -> str:
