@@ -114,9 +114,11 @@ def _peak_bytes(trainer: Any) -> int | None:
         weights = sum(parameter.nbytes for parameter in trainer.network.parameters())
         moments = 1 if trainer.recipe.optimizer == "sgd" else 2
         return torch.cuda.max_memory_allocated(trainer.device) + moments * weights
-    if trainer.device.type != "cpu" or sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # on Windows
         return None
-    import resource
-
+    if trainer.device.type != "cpu":
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # other systems count kibibytes

@@ -212,7 +212,8 @@ def write_picture(path: Path, segmentation: np.ndarray) -> None:
         return
     if path.suffix == ".bmp" and segmentation.max() < 256:  # these labels do not need 16 bits
         segmentation = segmentation.astype(np.uint8)
-    _library("imageio.v3").imwrite(path, segmentation, plugin="pillow")
+    # Made in memory: where a format refuses, the library keeps its file open, which Windows then does not remove.
+    path.write_bytes(_library("imageio.v3").imwrite("<bytes>", segmentation, plugin="pillow", extension=path.suffix))
 
 
 def write_stack(path: Path, segmentation: np.ndarray, spacing: tuple[float, ...], side: Path) -> None:

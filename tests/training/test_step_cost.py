@@ -1,5 +1,6 @@
 """One batch is tried before the first epoch; nothing of it stays but what it says."""
 
+import os
 import random
 from dataclasses import replace
 
@@ -31,7 +32,8 @@ def test_it_leaves_everything_as_it_was(tiny, environment):
     assert all(parameter.grad is None for parameter in trainer.network.parameters())
     assert not trainer.optimizer.state
     assert 0 < cost.validation_s < cost.training_s
-    assert cost.memory_bytes > 1 << 20
+    # Windows does not tell a process's peak.
+    assert cost.memory_bytes is None if not hasattr(os, "fork") else cost.memory_bytes > 1 << 20
 
 
 def test_the_log_has_the_estimate_once(tiny, environment, capsys):
@@ -39,7 +41,7 @@ def test_the_log_has_the_estimate_once(tiny, environment, capsys):
     trainer.on_train_start()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "Estimate: " in line)
     assert " an epoch and " in line
-    assert " for 2 epochs, " in line
+    assert (" for 2 epochs, " if hasattr(os, "fork") else " for 2 epochs. ") in line
 
 
 @pytest.mark.parametrize(
