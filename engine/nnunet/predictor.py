@@ -31,7 +31,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export  # isor
 
 
 class nnUNetPredictor(PredictorState):  # noqa: N801  # nnU-Net's name
-    """Stands in for nnU-Net's class of this name, versions 2.3 to 2.8.
+    """Stands in for nnU-Net's class of this name: takes the arguments of versions 2.3 to 2.8, and runs from 2.5 on.
 
     Arguments, results, files and attributes are nnU-Net's; `use_cropped_logits_resampling`, which some programs add to
     it, is taken, and has no effect: whole logits are resampled here without being kept.
