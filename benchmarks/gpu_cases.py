@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 import traceback
@@ -95,14 +94,11 @@ def _case(
     for _ in range(3):  # what is searched, compiled and recorded first; the network sees patches alone
         engine.predict(small)
     predictions: list[Prediction] = []
-    taken, held = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        held.append(bench.held_bytes(lambda: predictions.append(engine.predict(volume))))
-        taken.append(time.perf_counter() - start)
-    labels.append(predictions[-1].segmentation)
+    held = bench.held_bytes(lambda: predictions.append(engine.predict(volume)))
+    labels.append(predictions[0].segmentation)
+    seconds = bench.seconds(lambda: predictions.append(engine.predict(volume)), rounds, 0)
     return {
-        "scan": tuple(shape), "nnturbo_s": statistics.median(taken), "nnturbo_held_bytes": held[-1],
+        "scan": tuple(shape), "nnturbo_s": seconds, "nnturbo_held_bytes": held,
         "timings_ms": dict(predictions[-1].timings),
     }  # fmt: skip
 
@@ -113,9 +109,8 @@ def _stock_case(bench: Bench, stock: list[Any], model: Path, row: dict[str, Any]
         stock.append(stock_predictor(bench, model, mirror=bench.on_gpu))
         _stock_labels(stock[0], scan, THICK_SPACING_MM)  # what is searched first
     labels: list[np.ndarray] = []
-    start = time.perf_counter()
     held = bench.held_bytes(lambda: labels.append(_stock_labels(stock[0], scan, THICK_SPACING_MM)))
-    seconds = time.perf_counter() - start
+    seconds = bench.seconds(lambda: _stock_labels(stock[0], scan, THICK_SPACING_MM), 1, 0)
     return {
         "stock_s": seconds, "stock_held_bytes": held, "ratio": seconds / row["nnturbo_s"],
         "voxels_differing": int((ours != labels[0]).sum()), "voxels": ours.size,
