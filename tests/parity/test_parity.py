@@ -9,14 +9,12 @@ import SimpleITK as sitk
 pytest.importorskip("nnunetv2", reason="compares with nnU-Net itself, which is not installed")
 
 from tests.parity.catalogue import PLAIN_CT
-from tests.parity.comparison import Comparison, beyond_rounding, compare
+from tests.parity.comparison import Comparison, allowed_voxels, beyond_rounding, compare
 from tests.parity.model_folders import ModelFolder, build_model_folder
 from tests.parity.report import ParityRow
 from tests.parity.tasks import CROPS, SYNTHETIC, Task, synthetic_task, trained_task
 from tests.paths import SHARED
 
-FP32_DISAGREEMENT = 1e-5
-"""Fraction of voxels that may differ from nnU-Net with fp32 sums; always at least one voxel."""
 PROBABILITY_TOLERANCE = 2e-3
 STEEPEST_SOFTMAX = 0.5
 """A probability moves by at most half of what logits move by; a sigmoid's by a quarter."""
@@ -86,10 +84,6 @@ def comparison(
     )
     parity_rows.append(row)
     return result
-
-
-def allowed_voxels(n_voxels: int) -> int:
-    return max(1, int(FP32_DISAGREEMENT * n_voxels))
 
 
 def skip_unless_bounded(comparison: Comparison) -> None:
