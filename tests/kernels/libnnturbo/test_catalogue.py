@@ -22,8 +22,9 @@ from tests.parity.tasks import SYNTHETIC, synthetic_task
 NO_PROGRAM = {
     "batch_norm": "has no instance norm with weights",
     "norm_without_affine": "has no instance norm with weights",
-    "norm_not_there": "is no convolution with norm and activation",
+    "norm_not_there": "has no instance norm with weights",
     "another_activation": r"has no \(leaky\) ReLU",
+    "nonlin_not_there_residual": r"has no \(leaky\) ReLU",
 }
 """Kinds whose network the kernels do not run, in Python neither, and why."""
 OF_CASCADE = "takes a scan alone; this configuration continues from the labels of 3d_lowres"
