@@ -44,17 +44,15 @@ __device__ inline Index flipped(Index i, Index n, bool flip) { return flip ? n -
 // Of three axes. Loops over views are unrolled to that, so that what belongs to a view stays in registers.
 #define MOST_VIEWS 8
 
-// Sixteen bytes of numbers, which a thread reads or writes at once.
-template <typename N>
-struct alignas(16) Pack {
-    N values[16 / sizeof(N)];
-};
-
 // W numbers side by side, which a thread reads or writes at once; they lie at a multiple of their size.
 template <typename N, int W>
 struct alignas(W * sizeof(N)) Neighbours {
     N values[W];
 };
+
+// As many as a thread can read or write at once: sixteen bytes.
+template <typename N>
+using Pack = Neighbours<N, 16 / sizeof(N)>;
 
 // A float that came as its bits, since arguments are integers.
 __device__ inline float from_bits(Index bits) { return __uint_as_float((unsigned)bits); }

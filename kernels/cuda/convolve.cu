@@ -4,7 +4,7 @@
 // Values are [image][voxel][pitch], channels side by side, of which `channels`, a multiple of 32, are read; with LINES they are
 // [image][channel][voxel] and few. Where `scales` are given, a value is (value - mean) * scale + bias, times `slope` where
 // negative, before it is multiplied. Beyond the image are zeros. `weights` are the second factors of all products in the order
-// in which threads take them, see `device.fragments`.
+// in which threads take them, see `factors_of`.
 //
 // Outputs are [image][voxel][channel], and `sums` [image][part][3][channel]: voxels, mean, and sum of squared distances from
 // it. With `bias` they are instead [image][channel][voxel], have no sums, and may be fewer than 32.
@@ -15,9 +15,7 @@
 
 const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16, DOWN = 2, AT_ONCE = 3;
 
-struct alignas(16) Bits {
-    unsigned values[4];
-};
+typedef Pack<unsigned> Pairs;  // eight numbers, two in each
 
 #ifndef ON_HOST
 // Four matrices of 8 x 8; each thread gives the place of a row of 16 bytes.
@@ -55,6 +53,34 @@ __device__ inline void unpaired(unsigned pair, float* both, Bfloat) {
 }
 #endif
 
+// The products of a step of factors for all 32 outputs of 16 voxels.
+__device__ inline void add_products(float (&sum)[4][4], const unsigned* a, const Pairs& low, const Pairs& high) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) multiply_add(sum[j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+}
+
+// A pack's norm and activation, in float and rounded once.
+__device__ inline void normalize(
+    Pairs& pack, const Pack<float>* means, const Pack<float>* scales, const Pack<float>* biases, float damping
+) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        Pack<float> mean = means[h], scale = scales[h], bias = {};
+        if (biases) bias = biases[h];
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+            float both[2];
+            unpaired(pack.values[2 * h + n / 2], both, T());
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float value = fmaf(both[e] - mean.values[n + e], scale.values[n + e], bias.values[n + e]);
+                both[e] = fmaxf(value, damping * value);
+            }
+            pack.values[2 * h + n / 2] = paired(both[0], both[1], T());
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(128, 4) convolve(
     const T* values, Index of_pitch, Index of_z, Index of_y, Index of_x, Index of_channels, Index of_kz, Index of_ky,
     Index of_kx, const T* weights, const float* scales, const float* norm_bias, Index slope, Index groups, Index of_parts,
@@ -77,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
     if (last > tiles) last = tiles;
     int plane = (down + 2) * PITCH;
     int steps = LINES ? (channels * kz * ky * kx + STEP - 1) / STEP : channels / STEP * kz * ky * kx;
-    const Bits* factors = (const Bits*)weights + (Index)group * steps * 64 + lane;
+    const Pairs* factors = (const Pairs*)weights + (Index)group * steps * 64 + lane;
     int* offsets = (int*)(tile + (channels * kz * plane + 8) / 8 * 8);  // with LINES: where the tile has each factor
     if (LINES)
         for (int k = thread; k < steps * STEP; k += threads) {
@@ -108,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
             __syncthreads();
 #pragma unroll 1
             for (int k = 0; k < steps; k++) {
-                Bits low = factors[k * 64], high = factors[k * 64 + 32];
+                Pairs low = factors[k * 64], high = factors[k * 64 + 32];
                 int places[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) places[i] = offsets[k * STEP + i / 2 * 8 + pack * 2 + i % 2];
@@ -120,9 +146,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
                     for (int i = 0; i < 8; i++)  // halves of the four registers: of two lines, times two of factors
                         if (places[i / 4 * 2 + i % 2] >= 0)
                             a[i / 2] |= (unsigned)tile[from + i / 2 % 2 * 8 + places[i / 4 * 2 + i % 2]].bits << 16 * (i % 2);
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        multiply_add(sum[m / 2][m % 2][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                    add_products(sum[m / 2][m % 2], a, low, high);
                 }
             }
         } else {
@@ -141,42 +165,25 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
                     int y = y0 + first_row, x = x0 + first_column, place = thread / 4;
 #pragma unroll 1
                     while (place < plane) {
-                        Bits now[AT_ONCE] = {};
+                        Pairs now[AT_ONCE] = {};
                         bool inside[AT_ONCE];
 #pragma unroll
                         for (int i = 0; i < AT_ONCE; i++) {
                             inside[i] = (unsigned)x < (unsigned)nx && (unsigned)y < (unsigned)ny && place + i * step < plane;
-                            if (inside[i]) now[i] = *(const Bits*)(source + (y * nx + x) * pitch);
+                            if (inside[i]) now[i] = *(const Pairs*)(source + (y * nx + x) * pitch);
                             x += step_columns, y += step_rows;
                             if (x > x0 + ACROSS) x -= PITCH, y++;
                         }
 #pragma unroll
                         for (int i = 0; i < AT_ONCE; i++, place += step) {
                             if (place >= plane) break;
-                            if (scales && inside[i])
-#pragma unroll
-                                for (int h = 0; h < 2; h++) {
-                                    Pack<float> mean = means[h], scale = factor[h], shifted = {};
-                                    if (norm_bias) shifted = added[h];
-#pragma unroll
-                                    for (int n = 0; n < 4; n += 2) {
-                                        float both[2];
-                                        unpaired(now[i].values[2 * h + n / 2], both, T());
-#pragma unroll
-                                        for (int e = 0; e < 2; e++) {
-                                            float value = both[e] - mean.values[n + e];
-                                            value = fmaf(value, scale.values[n + e], shifted.values[n + e]);
-                                            both[e] = fmaxf(value, damping * value);
-                                        }
-                                        now[i].values[2 * h + n / 2] = paired(both[0], both[1], T());
-                                    }
-                                }
+                            if (scales && inside[i]) normalize(now[i], means, factor, norm_bias ? added : nullptr, damping);
                             // Packs of neighbours change places, so that eight of them lie in different banks.
-                            *(Bits*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
+                            *(Pairs*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
                         }
                     }
                     __syncthreads();
-                    const Bits* next = factors + (dz * (channels / 32) + chunk) * ky * kx * 128;
+                    const Pairs* next = factors + (dz * (channels / 32) + chunk) * ky * kx * 128;
 #pragma unroll 1
                     for (int dy = 0; dy < ky; dy++)
 #pragma unroll 1
@@ -190,14 +197,12 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
                             }
 #pragma unroll
                             for (int k = 0; k < 2; k++) {
-                                Bits low = next[k * 64], high = next[k * 64 + 32];
+                                Pairs low = next[k * 64], high = next[k * 64 + 32];
 #pragma unroll
                                 for (int m = 0; m < 2 * DOWN; m++) {
                                     unsigned a[4];
                                     load_matrices(a, tile + (rows_at[m / 2] ^ k * 16) + m % 2 * 16 * 32);
-#pragma unroll
-                                    for (int j = 0; j < 4; j++)
-                                        multiply_add(sum[m / 2][m % 2][j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
+                                    add_products(sum[m / 2][m % 2], a, low, high);
                                 }
                             }
                         }
@@ -233,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
 #pragma unroll
         for (int i = 0; i < 4 * DOWN; i++) {
             if (y + i / 4 >= ny || i % 4 * 8 + line >= columns) continue;
-            Bits made;
+            Pairs made;
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 const float* of_line = sum[i / 4][i % 4 / 2][n / 2] + i % 2 * 2;
@@ -247,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
                     squares_of_tile[n + e] = fmaf(distance, distance, squares_of_tile[n + e]);
                 }
             }
-            *(Bits*)(target + (i / 4 * nx + i % 4 * 8) * outputs) = made;
+            *(Pairs*)(target + (i / 4 * nx + i % 4 * 8) * outputs) = made;
         }
 #pragma unroll
         for (int n = 0; n < 8; n++) {
@@ -268,6 +273,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
         float* target = sums + (Index)(image * parts + part) * 3 * outputs + group * OUTPUTS + c;
         target[0] = count;
         target[outputs] = shift[c] + all / count;
-        target[2 * outputs] = fmaxf(far - all * (all / count), 0.f);
+        float rest = far - all * (all / count);
+        target[2 * outputs] = rest < 0 ? 0 : rest;  // what is not a number stays so
     }
 }
