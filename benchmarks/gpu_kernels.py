@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.pipeline.resampling import spline_operator
-from nnturbo.kernels import Norm, factors_of, reference
-from nnturbo.kernels import device as launched
+from nnturbo.kernels import Norm, device, device_layers, factors_of, reference, reference_layers
 from nnturbo.kernels.loader import has_cupy
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from .gpu_device import Bench
 MOST_BUFFERS = 8
 VIEWS = mirror_views((0, 1, 2))
 CLASSES = 3
+PATH, LAYERS = (device, reference), (device_layers, reference_layers)
+"""Where operations are: as kernels, and as their twins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,7 @@ class Operation:
         size: (z, y, x) of a tile, or of what is resampled.
         dtype: Number type of what it reads or writes.
         moved_bytes: That have to be read and written.
+        modules: `PATH` or `LAYERS`.
         buffers: Makes what it works on.
         call: Runs it: takes the kernels, or their twins, and what `buffers` has made.
     """
@@ -40,13 +43,13 @@ class Operation:
     size: tuple[int, int, int]
     dtype: torch.dtype
     moved_bytes: int
+    modules: tuple[ModuleType, ModuleType]
     buffers: Callable[[], tuple[Tensor, ...]]
     call: Callable[..., Any]
 
 
 def kernels(bench: Bench) -> list[dict[str, Any]]:
     """Measure each kernel on a tile and on more than a cache holds, and torch's twin beside it."""
-    fast = launched if bench.on_gpu and has_cupy() else reference
     rows: list[dict[str, Any]] = []
     for size, resampled in ((bench.sizes.tile, bench.sizes.scanned), (bench.sizes.patch, bench.sizes.tile)):
         for operation in operations(bench.device, size, resampled):
@@ -56,7 +59,7 @@ def kernels(bench: Bench) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append(row)
             try:
-                row |= _measured(bench, operation, fast)
+                row |= _measured(bench, operation)
             except (RuntimeError, ValueError) as error:
                 row["failed"] = f"{type(error).__name__}: {error}"[:500]
             bench.keep(rows)
@@ -64,11 +67,13 @@ def kernels(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(bench: Bench, operation: Operation, fast: Any) -> dict[str, float]:
+def _measured(bench: Bench, operation: Operation) -> dict[str, float]:
     count = max(1, min(MOST_BUFFERS, -(-bench.sizes.rotated_bytes // operation.moved_bytes)))
     buffers = [operation.buffers() for _ in range(count)]
+    kernels, twins = operation.modules
+    fast = kernels if bench.on_gpu and has_cupy() else twins
     seconds = bench.launch_seconds([partial(operation.call, fast, *each) for each in buffers])
-    twin = bench.seconds(partial(operation.call, reference, *buffers[0]), 3, 1)
+    twin = bench.seconds(partial(operation.call, twins, *buffers[0]), 3, 1)
     rate = operation.moved_bytes / seconds / 1e9
     return {
         "seconds": seconds, "gb_per_s": rate, "of_copy": rate / bench.peak("copy_gb_per_s"), "twin_seconds": twin,
@@ -93,6 +98,7 @@ def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
         size=size,
         dtype=half,
         moved_bytes=voxels * (4 + 2 * views),
+        modules=PATH,
         buffers=lambda: (
             torch.randn(1, *larger, device=device),
             torch.empty(views, 1, *size, dtype=half, device=device),
@@ -105,6 +111,7 @@ def _of_tiles(device: torch.device, size: tuple[int, int, int]) -> Iterator[Oper
         size=size,
         dtype=half,
         moved_bytes=CLASSES * voxels * (2 * views + 8),
+        modules=PATH,
         buffers=lambda: (
             torch.randn(views, CLASSES, *size, device=device).to(half),
             torch.zeros(CLASSES, *larger, device=device)[:, 3:-5, 5:-3, 7:-1],
@@ -130,6 +137,7 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
             size=size,
             dtype=half,
             moved_bytes=passes * 2 * numbers,
+            modules=LAYERS,
             buffers=lambda others=others: (features(channels), *([features(others * channels)] if others else [])),
             call=lambda of, values, other=None, others=others: of.instance_norm(
                 values, weight, bias, 1e-5, 0.01, other if others == 1 else None,
@@ -142,6 +150,7 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
         size=size,
         dtype=half,
         moved_bytes=2 * 2 * numbers,
+        modules=LAYERS,
         buffers=lambda: (
             torch.randn(images, *(n // 2 for n in grid), 2, 2, 2, channels, device=device).to(half),
             features(2 * channels),
@@ -170,6 +179,7 @@ def _of_convolutions(device: torch.device, size: tuple[int, int, int]) -> Iterat
             size=size,
             dtype=half,
             moved_bytes=2 * voxels * (inputs + outputs),
+            modules=LAYERS,
             buffers=lambda inputs=inputs: (
                 (torch.randn(images, *size, inputs, device=device).to(half).movedim(-1, 1),)
             ),
@@ -188,6 +198,7 @@ def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator
             size=size,
             dtype=dtype,
             moved_bytes=voxels * dtype.itemsize + 4 * voxels // size[axis] * operator.n_out,
+            modules=PATH,
             buffers=lambda dtype=dtype: ((200 * torch.randn(1, *size, device=device)).to(dtype),),
             call=lambda of, data, o=operator, a=axis, k=options: of.resample_axis(data, o, a, **k),
         )
@@ -198,6 +209,7 @@ def _of_resampling(device: torch.device, size: tuple[int, int, int]) -> Iterator
         size=size,
         dtype=torch.uint8,
         moved_bytes=4 * CLASSES * voxels + math.prod(shape),
+        modules=PATH,
         buffers=lambda: (
             torch.randn(CLASSES, *size, device=device),
             torch.empty(shape, dtype=torch.uint8, device=device),

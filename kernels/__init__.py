@@ -1,7 +1,7 @@
 """Array operations of the path from scan to labels; they know nothing of nnU-Net.
 
 For tensors on a CUDA device, and if CuPy is installed, an operation is a CUDA kernel; otherwise it is the plain torch
-twin. Convolutions and norms of networks are in `convolution`, for CPUs only.
+twin. Networks on CPUs run by `program`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import device, reference
-from .device import factors_of
+from . import device, device_layers, reference, reference_layers
+from .device_layers import factors_of
 from .loader import has_cupy
 from .operators import AxisOperator
-from .reference import Norm, argmax_labels, normalize, plane_groups, region_labels, weighted_sum
+from .reference import argmax_labels, normalize, plane_groups, region_labels, weighted_sum
+from .reference_layers import Norm
 
 __all__ = [
     "AxisOperator",
@@ -38,9 +39,19 @@ __all__ = [
 ]
 
 
+def _launches(tensor: Tensor) -> bool:
+    """Whether kernels are launched for a tensor."""
+    return tensor.is_cuda and has_cupy()
+
+
 def _for(tensor: Tensor) -> ModuleType:
-    """The module with the operations for a tensor's device."""
-    return device if tensor.is_cuda and has_cupy() else reference
+    """The module with the operations of the path for a tensor's device."""
+    return device if _launches(tensor) else reference
+
+
+def _layers_for(tensor: Tensor) -> ModuleType:
+    """The module with the operations of networks for a tensor's device."""
+    return device_layers if _launches(tensor) else reference_layers
 
 
 def gather_tiles(volume: Tensor, *arguments: Any) -> Tensor:
@@ -54,28 +65,28 @@ def accumulate_views(logits: Tensor, *arguments: Any) -> None:
 
 
 def instance_norm(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """Normalise the channels of images, in place: see `reference.instance_norm`."""
-    return _for(values).instance_norm(values, *arguments, **options)
+    """Normalise the channels of images, in place: see `reference_layers.instance_norm`."""
+    return _layers_for(values).instance_norm(values, *arguments, **options)
 
 
 def convolve(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """Convolve few channels, between two norms: see `reference.convolve`."""
-    return _for(values).convolve(values, *arguments)
+    """Convolve few channels, between two norms: see `reference_layers.convolve`."""
+    return _layers_for(values).convolve(values, *arguments)
 
 
 def norm_scales(sums: Tensor, *arguments: Any) -> Tensor:
-    """Combine statistics of parts of images: see `reference.norm_scales`."""
-    return _for(sums).norm_scales(sums, *arguments)
+    """Combine statistics of parts of images: see `reference_layers.norm_scales`."""
+    return _layers_for(sums).norm_scales(sums, *arguments)
 
 
 def norm_apply(values: Tensor, *arguments: Any) -> Tensor:
-    """Normalise with known statistics, in place: see `reference.norm_apply`."""
-    return _for(values).norm_apply(values, *arguments)
+    """Normalise with known statistics, in place: see `reference_layers.norm_apply`."""
+    return _layers_for(values).norm_apply(values, *arguments)
 
 
 def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
-    """Copy blocks of voxels to where they lie in a finer grid: see `reference.spread_blocks`."""
-    return _for(blocks).spread_blocks(blocks, out)
+    """Copy blocks of voxels to where they lie in a finer grid: see `reference_layers.spread_blocks`."""
+    return _layers_for(blocks).spread_blocks(blocks, out)
 
 
 def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:

@@ -17,6 +17,9 @@ FOLDER = Path(__file__).parent / "cuda"
 THREADS = (32, 8)
 """Threads of a block: lines of 32, so that a line reads and writes neighbouring elements."""
 
+MOST_BLOCKS = 4096
+"""Blocks of kernels in which each row of threads takes line after line: several waves on the largest GPUs."""
+
 TYPES = {
     torch.float32: "float",
     torch.float16: "Half",
@@ -71,6 +74,11 @@ def _compiled(kernel: str, dtype: torch.dtype, lines: bool | None) -> Any:
     import cupy  # type: ignore[import-not-found]  # an extra
 
     return cupy.RawModule(code=source(kernel, dtype, lines), options=("-std=c++17",)).get_function(kernel)
+
+
+def blocks_of(lines: int) -> int:
+    """Number of blocks for so many lines, of which each row of threads takes one after the other."""
+    return max(1, min(MOST_BLOCKS, -(-lines // THREADS[1])))
 
 
 class _Stream:

@@ -4,7 +4,7 @@ import math
 import random
 
 import torch
-from nnturbo.kernels import AxisOperator, device, reference
+from nnturbo.kernels import AxisOperator, device, device_layers, reference, reference_layers
 
 ALL_VIEWS = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -170,21 +170,23 @@ def check_instance_norm(target):
     pitch = channels + width * random.choice([0, 1, channels // width])
     copies = random.random() < 0.5
     slope, epsilon = random.choice([1.0, 0.01, 0.0]), 1e-5
-    expected = reference.instance_norm(
+    expected = reference_layers.instance_norm(
         lies(values).double().float(), weight, bias, epsilon, slope, None if residual is None else residual.float()
     )
     whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
     copy = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels) if copies else None
     given = lies(values, target)
     affine = [None if part is None else part.to(target) for part in (weight, bias)]
-    least = device.LEAST_NORM_VALUES
-    device.LEAST_NORM_VALUES = random.choice([64, 500, least])  # so that few values too are the work of several blocks
+    least = device_layers.LEAST_NORM_VALUES
+    device_layers.LEAST_NORM_VALUES = random.choice(
+        [64, 500, least]
+    )  # so that few values too are the work of several blocks
     try:
-        out = device.instance_norm(
+        out = device_layers.instance_norm(
             given, *affine, epsilon, slope, None if residual is None else residual.to(target), copy
         )
     finally:
-        device.LEAST_NORM_VALUES = least
+        device_layers.LEAST_NORM_VALUES = least
     assert out.data_ptr() == given.data_ptr()
     if residual is None:  # of a channel that is constant nothing but the bias is left
         left = torch.zeros(()) if bias is None else bias[0]
@@ -217,7 +219,7 @@ def check_convolve(target):
     norm = None
     if not lines and random.random() < 0.6:
         scales = torch.stack([torch.randn(images, channels), torch.rand(images, channels)], 1)
-        norm = reference.Norm(
+        norm = reference_layers.Norm(
             scales, torch.randn(channels) if random.random() < 0.8 else None, random.choice([1.0, 0.01, 0.0])
         )
     pitch = 1 if lines else channels + 8 * random.choice([0, 0, 1, 4])
@@ -225,21 +227,21 @@ def check_convolve(target):
     if not lines:
         whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
         given = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - channels).copy_(values)
-    factors = device.factors_of(weight).to(target)
-    expected, _ = reference.convolve(values, weight, factors, norm, bias)
+    factors = device_layers.factors_of(weight).to(target)
+    expected, _ = reference_layers.convolve(values, weight, factors, norm, bias)
     there = norm and norm._replace(
         scales=norm.scales.to(target), bias=None if norm.bias is None else norm.bias.to(target)
     )
-    usual = device.CONVOLVED_TILES, device.CONVOLVED_ROWS
+    usual = device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS
     if target == CPU:
-        device.CONVOLVED_ROWS = random.randint(1, 2)
-    device.CONVOLVED_TILES = random.choice([1, 3, usual[0]])
+        device_layers.CONVOLVED_ROWS = random.randint(1, 2)
+    device_layers.CONVOLVED_TILES = random.choice([1, 3, usual[0]])
     try:
-        out, of_parts = device.convolve(
+        out, of_parts = device_layers.convolve(
             given, weight.to(target), factors, there, None if bias is None else bias.to(target)
         )
     finally:
-        device.CONVOLVED_TILES, device.CONVOLVED_ROWS = usual
+        device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS = usual
     rounded = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert out.shape == expected.shape
     assert bool(((out.cpu().float() - expected.float()).abs() <= rounded * (1 + 2 * expected.float().abs())).all())
@@ -274,7 +276,7 @@ def check_norm_scales(target):
     sums = torch.stack(parts, 1).float()
     weight, epsilon = torch.randn(channels) if random.random() < 0.8 else None, 1e-5
     variance, mean = torch.var_mean(exact, 1, correction=0)
-    scales = device.norm_scales(sums.to(target), None if weight is None else weight.to(target), epsilon).cpu()
+    scales = device_layers.norm_scales(sums.to(target), None if weight is None else weight.to(target), epsilon).cpu()
     assert torch.equal(scales[:, 0, 0], whole[:, 0, 0])
     deviation = (variance + epsilon).sqrt()
     assert bool(((scales[:, 0] - mean).abs() <= 2 * EPS * mean.abs() + 1e-5 * deviation).all())
@@ -293,14 +295,14 @@ def check_spread_blocks(target):
     blocks = torch.randn(images, *grid, *stride, channels).to(dtype)
     finer = tuple(n * s for n, s in zip(grid, stride, strict=True))
     pitch = channels + width * random.choice([0, 1, channels // width])
-    expected = reference.spread_blocks(blocks, torch.empty(images, channels, *finer, dtype=dtype))
+    expected = reference_layers.spread_blocks(blocks, torch.empty(images, channels, *finer, dtype=dtype))
     # Each voxel of the finer grid, by its place in the coarse one.
     voxel = tuple(random.randrange(n) for n in finer)
     coarse, within = zip(*(divmod(place, step) for place, step in zip(voxel, stride, strict=True)), strict=True)
     assert torch.equal(expected[(slice(None), slice(None), *voxel)], blocks[(slice(None), *coarse, *within)])
     whole = torch.full((images, math.prod(finer), pitch), torch.nan, dtype=dtype, device=target)
     out = whole.as_strided(expected.shape, last_strides(expected.shape, pitch), pitch - channels)
-    assert device.spread_blocks(blocks.to(target), out) is out
+    assert device_layers.spread_blocks(blocks.to(target), out) is out
     assert torch.equal(out.cpu(), expected)
     assert torch.isnan(whole[..., : pitch - channels]).all()  # nothing is written between
 

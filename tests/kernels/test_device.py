@@ -14,7 +14,7 @@ import torch
 from nnturbo.benchmarks.kernels import ARCHITECTURES, VARIANTS, architectures_of, compile_variant
 from nnturbo.engine import Engine, Volume
 from nnturbo.engine.pipeline import preprocessing
-from nnturbo.kernels import AxisOperator, device, loader, reference
+from nnturbo.kernels import AxisOperator, device, device_layers, loader, reference, reference_layers
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels import checks, host, nvrtc
@@ -61,7 +61,7 @@ def test_a_whole_prediction_through_the_kernels_is_that_of_their_twins(
     engine = Engine.load(folder, device="cpu", backend="torch")
     expected = engine.predict(volume)
     before = kernels.launches
-    monkeypatch.setattr(nnturbo.kernels, "_for", lambda tensor: device)
+    monkeypatch.setattr(nnturbo.kernels, "_launches", lambda tensor: True)
     # What a GPU's kernels can read is what comes there.
     to_device = preprocessing.to_device
     monkeypatch.setattr(
@@ -164,28 +164,50 @@ class TestWhatCannotBeLaunched:
 
     def test_channels_that_do_not_lie_side_by_side_or_come_in_no_packs(self, kernels):
         with pytest.raises(ValueError, match="channels must come in multiples of 4 in torch.float32, got 6"):
-            device.instance_norm(torch.zeros(1, 6, 2, 2, 2), None, None, 1e-5)
+            device_layers.instance_norm(torch.zeros(1, 6, 2, 2, 2), None, None, 1e-5)
         with pytest.raises(ValueError, match="values must be torch.float32 of shape"):
-            device.instance_norm(torch.zeros(1, 8, 2, 2, 2), None, None, 1e-5)
+            device_layers.instance_norm(torch.zeros(1, 8, 2, 2, 2), None, None, 1e-5)
         last = torch.zeros(1, 2, 2, 2, 8).movedim(-1, 1)
         with pytest.raises(ValueError, match="the residual must be torch.float32 of shape"):
-            device.instance_norm(last, None, None, 1e-5, 1.0, torch.zeros(1, 8, 2, 2, 2))
+            device_layers.instance_norm(last, None, None, 1e-5, 1.0, torch.zeros(1, 8, 2, 2, 2))
         other = torch.zeros(1, 2, 2, 2, 16, dtype=torch.float16).movedim(-1, 1)[:, 8:]
         with pytest.raises(ValueError, match=r"the copy must be torch.float32 .* got torch.float16"):
-            device.instance_norm(last, None, None, 1e-5, 1.0, None, other)
+            device_layers.instance_norm(last, None, None, 1e-5, 1.0, None, other)
 
     def test_blocks_that_come_in_no_packs_or_for_another_grid(self, kernels):
         place = torch.zeros(1, 4, 6, 16, dtype=torch.float16).movedim(-1, 1)[:, 8:]
         with pytest.raises(ValueError, match="channels in multiples of 8 in torch.float16; got 4 channels of 16"):
-            device.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 4, dtype=torch.float16), place)
+            device_layers.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 4, dtype=torch.float16), place)
         with pytest.raises(ValueError, match="blocks must be contiguous"):
-            device.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 16, dtype=torch.float16)[..., 8:], place)
+            device_layers.spread_blocks(torch.zeros(1, 2, 3, 2, 2, 16, dtype=torch.float16)[..., 8:], place)
         with pytest.raises(ValueError, match=r"the output must be torch.float16 of shape \(1, 8, 4, 3\) with strides"):
-            device.spread_blocks(torch.zeros(1, 2, 3, 2, 1, 8, dtype=torch.float16), place)
+            device_layers.spread_blocks(torch.zeros(1, 2, 3, 2, 1, 8, dtype=torch.float16), place)
+
+    @pytest.mark.parametrize(
+        ("weight", "slope"),
+        [((32, 32, 1, 5, 5), 1.0), ((24, 32, 1, 3, 3), 1.0), ((32, 4, 1, 3, 3), 1.0), ((32, 32, 1, 3, 3), -0.5)],
+    )
+    def test_convolutions_that_the_kernel_is_not_for(self, kernels, weight, slope):
+        channels = weight[1]
+        values = torch.zeros(1, 2, 4, 4, channels, dtype=torch.float16).movedim(-1, 1)
+        norm = reference_layers.Norm(torch.zeros(1, 2, channels), None, slope)
+        weight = torch.zeros(weight, dtype=torch.float16)
+        with pytest.raises(
+            ValueError, match="a convolution must have kernels of 1 or 3 voxels, and outputs in multiples"
+        ):
+            device_layers.convolve(values, weight, device_layers.factors_of(weight), norm)
+
+    def test_a_plane_of_more_numbers_than_an_integer_counts(self, kernels):
+        values = torch.empty(1, 1, 8192, 8192, 32, dtype=torch.float16).movedim(-1, 1)  # never touched
+        weight = torch.zeros(32, 32, 1, 3, 3, dtype=torch.float16)
+        with pytest.raises(
+            ValueError, match=r"a plane must have fewer than 2\^31 numbers, got \[8192, 8192\] times 32"
+        ):
+            device_layers.convolve(values, weight, device_layers.factors_of(weight))
 
     def test_sums_that_are_no_counts_means_and_squares(self, kernels):
         with pytest.raises(ValueError, match=r"sums must be .* shape \(N, parts, 3, C\), got torch.float32 of shape"):
-            device.norm_scales(torch.zeros(1, 4, 2, 8), None, 1e-5)
+            device_layers.norm_scales(torch.zeros(1, 4, 2, 8), None, 1e-5)
 
     def test_data_that_lack_inputs(self, kernels):
         operator = AxisOperator(6, torch.arange(5), torch.full((5, 2), 0.5))

@@ -21,7 +21,7 @@ from nnturbo.engine.backends.torch import DTYPES, OWN_CONVOLUTIONS, TorchRunner,
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
 from nnturbo.engine.model.plans import parse_plan
-from nnturbo.kernels import device, loader
+from nnturbo.kernels import device_layers, loader
 from torch.nn import functional as F
 
 from tests.engine.backends.live_bytes import LiveBytes
@@ -186,8 +186,8 @@ class TestItsOwnConvolutions:
         expected = runner(tiles(dimensions, 1).bfloat16()).seg_logits.float()
         launched = host.host_kernels()
         monkeypatch.setattr(loader, "launch", launched)
-        monkeypatch.setattr(nnturbo.kernels, "_for", lambda tensor: device)
-        monkeypatch.setattr(device, "CONVOLVED_ROWS", 2)
+        monkeypatch.setattr(nnturbo.kernels, "_launches", lambda tensor: True)
+        monkeypatch.setattr(device_layers, "CONVOLVED_ROWS", 2)
         found = runner(tiles(dimensions, 1).bfloat16()).seg_logits.float()
         assert furthest(found, expected) < 0.1
 
@@ -244,7 +244,7 @@ class TestHow:
         (expected,) = network(tiles(dimensions))
         launched = host.host_kernels()
         monkeypatch.setattr(loader, "launch", launched)
-        monkeypatch.setattr(nnturbo.kernels, "_for", lambda tensor: device)
+        monkeypatch.setattr(nnturbo.kernels, "_launches", lambda tensor: True)
         before = launched.launches
         (found,) = network(tiles(dimensions))
         assert furthest(found, expected) < 2e-4
