@@ -10,13 +10,8 @@ import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import torch as torch_backend
-from nnturbo.engine.backends.channels_last import (
-    FewChannels,
-    FusedBlock,
-    channels_last,
-    with_channels_last,
-    without_lost_biases,
-)
+from nnturbo.engine.backends.channels_last import with_channels_last, without_lost_biases
+from nnturbo.engine.backends.fused_layers import FewChannels, FusedBlock, channels_last
 from nnturbo.engine.backends.torch import DTYPES, OWN_CONVOLUTIONS, TorchRunner, network_for_gpu
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
@@ -220,7 +215,7 @@ class TestHow:
                 others[-1].copy_(values)
             return values
 
-        monkeypatch.setattr("nnturbo.engine.backends.channels_last.instance_norm", norm)
+        monkeypatch.setattr("nnturbo.engine.backends.fused_layers.instance_norm", norm)
         made = plans() if of_head is None else multi_task(plans(), stages=of_head)
         network = with_channels_last(network_of(made), torch.float32).to("meta")
         with LiveBytes() as counted:
