@@ -1,18 +1,11 @@
-"""The tables of docs/gpu.md, from the results of `gpu.py`."""
+"""The tables of docs/gpu.md; `gpu_first` is the first run of `gpu.py`, on an H100, before kernels were made faster."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from .figures import RESULTS
-from .tables import differing, markdown, times
-
-
-def load(name: str = "gpu") -> dict[str, Any]:
-    """A stored result; `gpu_first` is that of the first run, on an H100, before the kernels were made faster."""
-    return json.loads((RESULTS / f"{name}.json").read_bytes())
+from .tables import differing, load, markdown, model_and_scans, times
 
 
 def megabytes(count: float | None) -> str:
@@ -53,7 +46,7 @@ def forward() -> str:
             megabytes(row["peak_bytes"]),
             f"{row['voxels_differing']:.2%}",
         ]
-        for row in load()["forward"]
+        for row in load("gpu")["forward"]
         if "failed" not in row
     ]
     header = ["network", "eight views of 64 x 128 x 192", "time", "nnU-Net / this", "operations", "of a matrix product",
@@ -63,7 +56,7 @@ def forward() -> str:
 
 def whole() -> str:
     """Scan to labels, and files to files."""
-    found = load()
+    found = load("gpu")
     # nnU-Net's stages on the CPU were timed beside the others.
     stages, longest = found["long_on_cpu"], found["long"]
     stock_s = longest["stock_network_s"] + stages["preprocessing_s"] + stages["export_s"]
@@ -102,7 +95,7 @@ def whole() -> str:
 
 def labels() -> str:
     """Labels of trained models."""
-    named = [(f"demo model, phantom {row['phantom']}", row) for row in load()["labels"]]
+    named = [(f"demo model, phantom {row['phantom']}", row) for row in load("gpu")["labels"]]
     named.append(("a model that nnU-Net trained, a real CT, mirrored, on the H100", load("gpu_first")["trained"]))
     rows = []
     for name, row in named:
@@ -124,14 +117,49 @@ def kernels() -> str:
             f"{row['of_copy']:.0%}",
             times(row["twin_seconds"] / row["seconds"]),
         ]
-        for row in load()["kernels"]
+        for row in load("gpu")["kernels"]
         if "seconds" in row
     ]
     header = ["kernel", "number type", "tile", "time", "bytes per second, of a copy", "torch's twin / this"]
     return markdown(header, rows)
 
 
+def registers() -> str:
+    """Registers of every kernel on every architecture."""
+    rows = load("kernels")["rows"]
+    architectures = sorted({row["sm"] for row in rows})
+    registers: dict[str, dict[int, int]] = {}
+    for row in rows:
+        of_lines = {"resample_axis": (" along y, z", " along x"), "convolve": ("", " of a scan")}.get(row["kernel"])
+        name = row["kernel"] + ("" if of_lines is None else of_lines[row["lines"]])
+        registers.setdefault(f"{name}, {row['type']}", {})[row["sm"]] = row["registers"]
+    return markdown(
+        ["kernel and number type", *(f"registers on sm_{sm}" for sm in architectures)],
+        [[name, *(str(of.get(sm, "none")) for sm in architectures)] for name, of in registers.items()],
+    )
+
+
+def loaders() -> str:
+    """DALI's loader against the exact one."""
+    rows = []
+    for path in sorted(RESULTS.glob("loaders_*.json")):
+        result = load(path.stem)
+        rows += [
+            [
+                model_and_scans(result, row),
+                row["loader"], f"{row['waiting_s']:.2f} s",
+                f"{row['different']} of {row['voxels']}", f"{row['lowest_dice']:.4f}",
+            ]
+            for row in result["rows"]
+        ]  # fmt: skip
+    header = ["model and scans", "loader", "time the network waits, on two CPU cores", "voxels that differ",
+              "Dice of the worst label"]  # fmt: skip
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kernels": registers,
+    "loaders": loaders,
     "gpu_machine": machine,
     "gpu_forward": forward,
     "gpu_whole": whole,

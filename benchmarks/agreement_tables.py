@@ -1,0 +1,125 @@
+"""The tables of labels and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .figures import RESULTS
+from .tables import load, markdown, model_and_scans
+
+
+def parity() -> str:
+    """Numbers of voxels that differ from nnU-Net, over all tasks."""
+    rows = load("parity")["rows"]
+    tasks = [row for row in rows if row["differ_from_fp32_stock"] is not None]
+    real = [row for row in rows if row["differ_from_fp32_stock"] is None]
+
+    def total(key: str, over: list[dict[str, Any]]) -> str:
+        count, voxels = sum(row[key] for row in over), sum(row["voxels"] for row in over)
+        return f"{count} of {voxels} ({count / voxels:.0e})"
+
+    kinds = len({row["name"].rpartition("-")[0] for row in tasks})
+    table = [[f"{row['name']}: a trained model on a real CT, against the labels that nnU-Net wrote",
+              total("differ_from_stock", [row]), "-"] for row in real]  # fmt: skip
+    table.append(
+        [
+            f"{kinds} kinds of model on {len(tasks)} scans",
+            total("differ_from_stock", tasks),
+            total("differ_from_fp32_stock", tasks),
+        ]
+    )
+    header = ["models and scans", "voxels with another label than nnU-Net", "than nnU-Net with fp32 sums"]
+    return markdown(header, table)
+
+
+def parity_rows() -> str:
+    """The same for every kind of model and scan."""
+    rows = []
+    for row in load("parity")["rows"]:
+        counts = (row["differ_from_stock"], row["differ_from_fp32_stock"], row["stock_differs_from_fp32_stock"])
+        rows.append([row["name"], str(row["voxels"]), *("-" if count is None else str(count) for count in counts)])
+    header = ["model kind and scan", "voxels", "other labels than nnU-Net", "other labels than nnU-Net with fp32 sums",
+              "nnU-Net: other labels than with fp32 sums"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def rounding() -> str:
+    """Difference of each backend's float32 from float64 on deep networks."""
+    rows = [
+        [row["network"], row["tile"], row["backend"], f"{row['error']:.0e}", f"{row['labels']} of {row['voxels']}",
+         f"{row['margin']:.0e}" if row["labels"] else "-"]
+        for row in load("rounding")["rows"]
+    ]  # fmt: skip
+    header = ["network", "tile", "backend", "greatest error of a logit", "other labels", "greatest margin among them"]
+    return markdown(header, rows)
+
+
+def heads() -> str:
+    """Classification heads on one encoder, and their controls."""
+    result = load("heads")
+    rows = [
+        [
+            row["head"],
+            f"{row['macro_f1']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["interval"]),
+            ", ".join("-" if value is None else f"{value:.2f}" for value in row["f1"]),
+            f"{row['classes_answered']} of 3",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["head", "macro-F1", "95 % interval", "F1 by subtype", "subtypes ever answered"], rows)
+
+
+def demo() -> str:
+    """The demo model on held-out phantoms."""
+    result = load("demo_model")
+    subtypes, control = result["subtypes"], result["control"]
+    whole, lesion = ("{low:.3f} to {high:.3f}".format(**result[f"{part}_dsc_interval"]) for part in ("whole", "lesion"))
+    return markdown(
+        [f"measure, over {result['cases']} phantoms", "value", "95 % interval"],
+        [
+            ["whole-pancreas DSC", f"{result['whole']['dsc']:.3f}", whole],
+            ["lesion DSC", f"{result['lesion']['dsc']:.3f}", lesion],
+            [
+                "subtype macro-F1",
+                f"{subtypes['metrics']['macro_f1']:.3f}",
+                "{low:.3f} to {high:.3f}".format(**subtypes["macro_f1_interval"]),
+            ],
+            *(
+                [name, f"{row['value']:.3f}", "{low:.3f} to {high:.3f}".format(**row["interval"])]
+                for name, row in result.get("classes", {}).items()
+            ),
+            [
+                "random subtypes, as a control",
+                f"{control['macro_f1']:.3f}",
+                "{low:.3f} to {high:.3f}".format(**control["interval"]),
+            ],
+        ],
+    )
+
+
+def agreement() -> str:
+    """Labels of every backend against fp32 torch."""
+    rows = []
+    for path in sorted(RESULTS.glob("agreement_*.json")):
+        result = load(path.stem)
+        for row in result["rows"]:
+            classes = "-" if row["same_class"] is None else f"{row['same_class']} of {row['scans']}"
+            lowest = "-" if row["lowest_dice"] is None else f"{row['lowest_dice']:.4f}"
+            rows.append(
+                [model_and_scans(result, row), row["way"], f"{row['different']} of {row['voxels']}", lowest, classes]
+            )
+    header = ["model and scans", "backend and precision", "voxels that differ", "Dice of the worst label",
+              "scans with the same class"]  # fmt: skip
+    return markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "parity": parity,
+    "parity_rows": parity_rows,
+    "rounding": rounding,
+    "heads": heads,
+    "demo": demo,
+    "agreement": agreement,
+}
