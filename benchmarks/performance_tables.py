@@ -210,7 +210,7 @@ def programs() -> str:
     """Programs of other people, on nnU-Net and on nnturbo."""
     stored, rows = load("programs"), []
     for row in stored["rows"]:
-        seconds, peaks = row["median_seconds"], row["median_peak_bytes"]
+        seconds, peaks = row["median_seconds"], row["median_peak_bytes_together"]
         name, _, flags = row["program"].partition(" ")
         rows.append(
             [
@@ -221,7 +221,7 @@ def programs() -> str:
                 times(row["cpu_seconds_ratio"]),
                 f"{peaks['stock'] / 2**30:.1f} GiB",
                 f"{peaks['nnturbo'] / 2**30:.1f} GiB",
-                times(row["peak_bytes_ratio"]),
+                times(row["peak_bytes_together_ratio"]),
                 differing(row["voxels_differing"], row["voxels"]),
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from .task_models import plans_json
 
 FITTED_LOGIT = 6.0
 FITTED_PATCH = (64, 64, 64)
+DARK = 0.2
+"""Share of the fitted patch that is background."""
+FITTED_NOISE = 0.5
+"""Standard deviation of the noise that the labels do not follow."""
+WIDTH = 40.0
+"""Of the band of intensities of a wide label, in those of the others."""
 EVERY = 7
 """Of the voxels of a patch, this share is looked at."""
 
@@ -54,6 +61,7 @@ class SeededModel:
         mirror_axes: Axes that it was trained to be mirrored along, None for none.
         fold: Its only one.
         has_configuration: Whether the model folder, `TRAINER__PLANS__CONFIGURATION`, lies in the data set's.
+        wide: Labels that take far more of a scan than the others.
     """
 
     folder: str
@@ -64,6 +72,7 @@ class SeededModel:
     mirror_axes: tuple[int, ...] | None = (0, 1, 2)
     fold: str = "0"
     has_configuration: bool = True
+    wide: tuple[str, ...] = ()
 
     def write(self, parent: Path, size: Size) -> Path:
         """Write its folder, and give its path."""
@@ -71,7 +80,7 @@ class SeededModel:
         plan = parse_plan(plans, dataset, "3d_fullres")
         network = make_network(plan.architecture, 1, len(self.labels)).to_empty(device="cpu")
         set_weights(network, zlib.crc32(self.folder.encode()))
-        fit_last_layer(network)
+        fit_last_layer(network, [WIDTH if name in self.wide else 1.0 for name in self.labels])
         folder = parent / self.folder
         if self.has_configuration:
             folder /= f"{self.trainer}__nnUNetPlans__3d_fullres"
@@ -113,14 +122,21 @@ def set_weights(network: nn.Module, seed: int) -> None:
             parameter.data.add_(1)
 
 
-def fit_last_layer(network: nn.Module) -> None:
-    """Fit the last layer to bands of intensity by least squares, so that labels have shapes, as trained ones do."""
-    tile = smooth_field((1, *FITTED_PATCH), 0)
+def fit_last_layer(network: nn.Module, widths: Sequence[float]) -> None:
+    """Fit the last layer to bands of intensity by least squares, so that labels have shapes, as trained ones do.
+
+    Args:
+        network: With random weights.
+        widths: Of the labels' bands, (K,), relative to each other; what is dark is background.
+    """
+    field = smooth_field((1, *FITTED_PATCH), 0)
+    tile = field + FITTED_NOISE * torch.randn(field.shape, generator=torch.Generator().manual_seed(1))
     last: Any = network.get_submodule("decoder.seg_layers")[-1]  # type: ignore[index]
     features = _features(network, last, tile[None])[::EVERY]
-    intensity = tile.flatten()[::EVERY].contiguous()
+    intensity = field.flatten()[::EVERY].contiguous()
     labels = last.out_channels
-    band = torch.bucketize(intensity, torch.quantile(intensity, torch.linspace(0.4, 1, labels)[:-1]))
+    shares = torch.cumsum(torch.tensor([0.0, *widths[1:]]), 0) / sum(widths[1:])
+    band = torch.bucketize(intensity, torch.quantile(intensity, DARK + (1 - DARK) * shares[:-1]))
     wanted = FITTED_LOGIT * (2.0 * (band[:, None] == torch.arange(labels)).double() - 1)
     solution = torch.linalg.lstsq(features, wanted).solution.float()
     last.weight.data.copy_(solution[:-1].T.reshape(last.weight.shape))

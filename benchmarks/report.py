@@ -24,14 +24,35 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "SimpleITK", "nnunetv2", 
 
 # A separate process: the peak memory of a child includes the memory of its parent at the fork.
 LAUNCHER = """
-import json, resource, subprocess, sys, time
+import glob, json, re, resource, subprocess, sys, threading, time
+
+def held(process):
+    try:
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            held_bytes = 1024 * int(re.search(r"^Pss: +([0-9]+)", file.read(), re.M)[1])
+        for name in glob.glob(f"/proc/{process}/task/*/children"):
+            with open(name) as file:
+                held_bytes += sum(map(held, file.read().split()))
+    except (OSError, TypeError):
+        return 0
+    return held_bytes
+
+def watch():
+    global most
+    while not ended.wait(0.1):
+        most = max(most, held(child.pid))
+
+most, ended = 0, threading.Event()
 start = time.perf_counter()
-status = subprocess.call(sys.argv[2:])
+child = subprocess.Popen(sys.argv[2:])
+threading.Thread(target=watch, daemon=True).start()
+status = child.wait()
+ended.set()
 seconds = time.perf_counter() - start
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 with open(sys.argv[1], "w") as told:
     json.dump({"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime,
-               "peak_bytes": used.ru_maxrss * 1024}, told)
+               "peak_bytes": used.ru_maxrss * 1024, "peak_bytes_together": most or None}, told)
 sys.exit(status if status >= 0 else 128 - status)
 """
 
@@ -44,6 +65,8 @@ class Run:
         seconds: Wall time from start to end.
         cpu_seconds: CPU time of all cores.
         peak_bytes: Greatest resident memory of any one process in it.
+        peak_bytes_together: Greatest memory of all its processes together, where what several share counts once; looked
+            at ten times a second, so None on a command that is shorter or on systems other than Linux.
         gpu_peak_bytes: Peak of the GPU's memory, minus the memory in use before it began.
         gpu_byte_seconds: The same memory, summed over time.
     """
@@ -51,6 +74,7 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    peak_bytes_together: int | None = None
     gpu_peak_bytes: int | None = None
     gpu_byte_seconds: float | None = None
 

@@ -21,8 +21,8 @@ from ..model.given_network import GivenNetwork
 from ..model.plans import Plan
 from ..options import EngineOptions, ModelChoice
 
-MOST_BYTES = 2**28
-"""Of checkpoints whose engines are kept for later predictors: one or two of usual size; the last one is, at any size.
+MOST_BYTES = 2**27
+"""Of checkpoints whose engines are kept for later predictors: one of usual size; the last one is, at any size.
 
 A program that runs one model after the other, as TotalSegmentator does, would else hold all of them."""
 
