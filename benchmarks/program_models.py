@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from .stages import smooth_field
 from .task_models import plans_json
 
-FITTED_LOGIT = 6.0
-FITTED_PATCH = (64, 64, 64)
-DARK = 0.2
+BANDS = 5
+"""Of intensity, that have a label of their own. With many, all voxels would be near a tie, unlike trained ones."""
+DARK = 0.1
 """Share of the fitted patch that is background."""
+SLOPE = 4.0
+"""How fast logits part where intensity leaves the border of two bands."""
+ABSENT = -100.0
+"""Logit of the other labels."""
+FITTED_PATCH = (64, 64, 64)
 FITTED_NOISE = 0.5
 """Standard deviation of the noise that the labels do not follow."""
-WIDTH = 40.0
-"""Of the band of intensities of a wide label, in those of the others."""
 EVERY = 7
 """Of the voxels of a patch, this share is looked at."""
 
@@ -61,7 +64,7 @@ class SeededModel:
         mirror_axes: Axes that it was trained to be mirrored along, None for none.
         fold: Its only one.
         has_configuration: Whether the model folder, `TRAINER__PLANS__CONFIGURATION`, lies in the data set's.
-        wide: Labels that take far more of a scan than the others.
+        common: Labels that surely occur.
     """
 
     folder: str
@@ -72,7 +75,7 @@ class SeededModel:
     mirror_axes: tuple[int, ...] | None = (0, 1, 2)
     fold: str = "0"
     has_configuration: bool = True
-    wide: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()
 
     def write(self, parent: Path, size: Size) -> Path:
         """Write its folder, and give its path."""
@@ -80,7 +83,7 @@ class SeededModel:
         plan = parse_plan(plans, dataset, "3d_fullres")
         network = make_network(plan.architecture, 1, len(self.labels)).to_empty(device="cpu")
         set_weights(network, zlib.crc32(self.folder.encode()))
-        fit_last_layer(network, [WIDTH if name in self.wide else 1.0 for name in self.labels])
+        fit_last_layer(network, [label for name, label in self.labels.items() if name in self.common])
         folder = parent / self.folder
         if self.has_configuration:
             folder /= f"{self.trainer}__nnUNetPlans__3d_fullres"
@@ -122,25 +125,30 @@ def set_weights(network: nn.Module, seed: int) -> None:
             parameter.data.add_(1)
 
 
-def fit_last_layer(network: nn.Module, widths: Sequence[float]) -> None:
-    """Fit the last layer to bands of intensity by least squares, so that labels have shapes, as trained ones do.
+def fit_last_layer(network: nn.Module, common: Sequence[int]) -> None:
+    """Fit the last layer to bands of intensity, so that labels have shapes, as trained ones do.
+
+    Intensity is a linear function of the features by least squares. The logits are lines over it, the steeper the
+    brighter the band; two neighbours cross at the border of their bands.
 
     Args:
         network: With random weights.
-        widths: Of the labels' bands, (K,), relative to each other; what is dark is background.
+        common: Labels that get a band; more are added up to `BANDS`.
     """
     field = smooth_field((1, *FITTED_PATCH), 0)
     tile = field + FITTED_NOISE * torch.randn(field.shape, generator=torch.Generator().manual_seed(1))
     last: Any = network.get_submodule("decoder.seg_layers")[-1]  # type: ignore[index]
     features = _features(network, last, tile[None])[::EVERY]
-    intensity = field.flatten()[::EVERY].contiguous()
-    labels = last.out_channels
-    shares = torch.cumsum(torch.tensor([0.0, *widths[1:]]), 0) / sum(widths[1:])
-    band = torch.bucketize(intensity, torch.quantile(intensity, DARK + (1 - DARK) * shares[:-1]))
-    wanted = FITTED_LOGIT * (2.0 * (band[:, None] == torch.arange(labels)).double() - 1)
-    solution = torch.linalg.lstsq(features, wanted).solution.float()
-    last.weight.data.copy_(solution[:-1].T.reshape(last.weight.shape))
-    last.bias.data.copy_(solution[-1])
+    intensity = field.flatten()[::EVERY].double()
+    line = torch.linalg.lstsq(features, intensity[:, None]).solution[:, 0].float()
+    banded = sorted({0, *common, *range(1, 1 + min(BANDS, last.out_channels) - len({0, *common}))})
+    borders = torch.quantile(intensity.float(), torch.linspace(DARK, 1, len(banded))[:-1])
+    steepness = SLOPE * (torch.arange(len(banded)) - len(banded) // 2)
+    offsets = -SLOPE * torch.cat((torch.zeros(1), borders)).cumsum(0)
+    last.weight.data.zero_()
+    last.bias.data.fill_(ABSENT)
+    last.weight.data[banded] = (steepness[:, None] * line[:-1]).reshape(len(banded), *last.weight.shape[1:])
+    last.bias.data[banded] = steepness * line[-1] + offsets - offsets[len(banded) // 2]
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ def total_models(*numbers: int) -> Callable[[], list[SeededModel]]:
                     spacing_mm=mode.get("resample", 1.5),
                     reader="NibabelIOWithReorient",
                     mirror_axes=None if "NoMirroring" in mode["trainer"] else (0, 1, 2),
-                    wide=("liver", "body_trunc"),
+                    common=tuple({"liver", "body_trunc"} & set(labels[number].values())),
                 )
             )
         return found
