@@ -12,6 +12,7 @@ from torch import nn
 
 from .bundles.manifest import is_bundle
 from .bundles.opening import Opened, check_given, open_bundle, open_model
+from .model.choice import follow_single
 from .model.folder import Model, read_chosen
 from .model.given_network import GivenNetwork
 from .model.provenance import Provenance
@@ -74,7 +75,8 @@ class Engine(Predictor[Prepared, Segmented]):
         """Load a trained model.
 
         Args:
-            model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`), export zip, or bundle.
+            model: nnU-Net v2 model folder (`plans.json`, `dataset.json`, `fold_*`), export zip, or bundle; or the
+                choice.json of `nnturbo choose` that names one, with its folds, checkpoint, classifier and aggregation.
             folds: Folds to average; by default all numbered ones, else "all".
             checkpoint: File name of the checkpoint in each fold; by default checkpoint_final.pth, or that of a bundle.
             configuration: The one wanted; needed for a zip that holds several.
@@ -104,6 +106,7 @@ class Engine(Predictor[Prepared, Segmented]):
             mirror=mirror,
             options=options or EngineOptions(),
         )
+        model, choice = follow_single(model, choice)
         given = None if network is None else GivenNetwork(given=network)
         if not is_bundle(model):
             opened = open_model(read_chosen(model, choice, given=given), choice, device)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from .engine import Engine
 from .errors import ModelError
+from .model.choice import follow_choice
 from .model.classification import Classification
 from .model.labels import LabelScheme
+from .options import ModelChoice
 from .overlap import overlapped
 from .pipeline.labels import segment_probabilities
 from .pipeline.prediction import Prediction
@@ -71,17 +73,22 @@ class Ensemble(Predictor[ReadScan, Prediction]):
         """Load several trained models.
 
         Args:
-            models: Model folders or export zips.
+            models: Model folders or export zips; or the choice.json of `nnturbo choose` alone.
             arguments: Of `Engine.load`, the same for each.
 
         Raises:
             ModelError: Where one cannot be used, or two do not fit together.
             ValueError: For another loader than the exact one, which reads a scan once for all models.
         """
-        options = arguments.get("options")
-        if len(models) > 1 and options is not None and options.loader != "exact":
-            raise ValueError(f"an ensemble reads with the exact loader, got {options.loader!r}: leave the loader out")
-        return cls([Engine.load(model, **arguments) for model in models])
+        names = {field.name for field in fields(ModelChoice)}
+        asked = {name: value for name, value in arguments.items() if name in names and value is not None}
+        models, choice = follow_choice(models, ModelChoice(**asked))
+        if len(models) > 1 and choice.options.loader != "exact":
+            raise ValueError(
+                f"an ensemble reads with the exact loader, got {choice.options.loader!r}: leave the loader out"
+            )
+        others = {name: value for name, value in arguments.items() if name not in names}
+        return cls([Engine.load(model, **choice.arguments(), **others) for model in models])
 
     def _prepare(self, requests: Iterable[Request], *, readers: int) -> Generator[ReadScan | Exception, None, None]:
         """Read scans; each model preprocesses them for itself."""

@@ -7,8 +7,9 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, PRECISIONS
+from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, PRECISIONS, ModelChoice
 from .output import DONE, say_rows
+from .predict_flags import refuse_flags_beside_choice
 
 PHANTOMS, PHANTOM_SEED = 4, 11
 """Number and seed of the phantoms on which lower precision is measured if no scans are given."""
@@ -23,16 +24,21 @@ def add_build(commands: Any) -> None:
         "or, for CT models without any, on generated phantoms; where they agree too little there is no bundle.",
     )
     add = build.add_argument
-    add("-m", required=True, metavar="MODEL", help="model folder or nnU-Net export zip")
+    add(
+        "-m",
+        required=True,
+        metavar="MODEL",
+        help="model folder, nnU-Net export zip, or the choice.json of nnturbo choose",
+    )
     add("-o", required=True, metavar="BUNDLE", help="folder for the bundle, which must not exist, or file")
     add("-c", metavar="CONFIGURATION", help="configuration, with a zip that holds several")
     add("-f", nargs="+", metavar="FOLD", help="folds to average (default: all numbered folds that are there)")
-    add("-chk", default=DEFAULT_CHECKPOINT, metavar="FILE", help="checkpoint file (default: %(default)s)")
+    add("-chk", metavar="FILE", help=f"checkpoint file (default: {DEFAULT_CHECKPOINT})")
     add("-device", default="auto", help="what to build for: auto, cpu or cuda (default: %(default)s)")
     add("--backend", default="auto", help="what to compile for; nnturbo inspect lists them (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(default: %(default)s)")
-    add("--classifier", default="auto", choices=CLASSIFIERS, help="as in predict (default: %(default)s)")
-    add("--aggregation", default="foreground", choices=AGGREGATIONS, help="as in predict, with --whole-path")
+    add("--classifier", choices=CLASSIFIERS, help="as in predict (default: auto)")
+    add("--aggregation", choices=AGGREGATIONS, help="as in predict, with --whole-path (default: foreground)")
     add("--calibration", metavar="FOLDER", help="scans, named as for predict, to calibrate int8 and compare labels on")
     add("--floor", type=float, metavar="DICE", help="least agreement with fp32 (default: 0.99, int8 0.98, fp32 0.9995)")
     add(
@@ -55,6 +61,8 @@ def _build(options: argparse.Namespace) -> int:
     from ..export.build import build, build_whole_path
     from .inspect import describe
 
+    refuse_flags_beside_choice(options)
+    classifier = options.classifier or "auto"
     if options.whole_path:
         given = {"--backend": options.backend != "auto", "--precision": options.precision not in ("auto", "fp32")}
         given |= {"--calibration": options.calibration is not None, "--floor": options.floor is not None}
@@ -67,8 +75,8 @@ def _build(options: argparse.Namespace) -> int:
             folds=options.f,
             checkpoint=options.chk,
             configuration=options.c,
-            classifier=options.classifier,
-            aggregation=options.aggregation,
+            classifier=classifier,
+            aggregation=options.aggregation or "foreground",
         )
         return DONE
     with contextlib.ExitStack() as stack:
@@ -82,7 +90,7 @@ def _build(options: argparse.Namespace) -> int:
             folds=options.f,
             checkpoint=options.chk,
             configuration=options.c,
-            classifier=options.classifier,
+            classifier=classifier,
             calibration=calibration,
             calibration_name=name,
             floor=options.floor,
@@ -94,9 +102,11 @@ def _build(options: argparse.Namespace) -> int:
 def _calibration(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[list[Any], str]:
     """Find the calibration scans; if none are given and labels may change, generate phantoms."""
     from ..backends.choose import choose_device, choose_precision
-    from ..model.folder import read_model
+    from ..model.choice import follow_single
+    from ..model.folder import read_chosen
 
-    plan = read_model(options.m, folds=options.f, checkpoint=options.chk, configuration=options.c).plan
+    asked = ModelChoice(folds=options.f, checkpoint=options.chk, configuration=options.c)
+    plan = read_chosen(*follow_single(options.m, asked)).plan
     if options.calibration is not None:
         from ..jobs.cases import find_cases
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..options import EngineOptions, ModelChoice
 from .output import DONE, SOME_FAILED, say
-from .predict_flags import add_flags
+from .predict_flags import add_flags, refuse_flags_beside_choice
 
 if TYPE_CHECKING:
     from ..jobs.cases import CaseFiles
@@ -38,8 +38,7 @@ def add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     _check_flags(options)  # before torch is imported, so that a wrong flag or path is answered at once
-    _take_choice(options)
-    models = _models(options)
+    models, choice = _models(options)
     source = _source(options.i)
 
     from ..errors import EngineError
@@ -51,7 +50,7 @@ def _predict(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stopping())
         try:
-            outcome = _run(options, models, source, job, stack)
+            outcome = _run(options, models, choice, source, job, stack)
         except KeyboardInterrupt:
             say(
                 "nnturbo: interrupted; all results are kept. --continue_prediction does what is missing, and with "
@@ -104,7 +103,12 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _run(
-    options: argparse.Namespace, models: Sequence[str], source: Path, job: Job, stack: contextlib.ExitStack
+    options: argparse.Namespace,
+    models: Sequence[str],
+    choice: ModelChoice,
+    source: Path,
+    job: Job,
+    stack: contextlib.ExitStack,
 ) -> Outcome:
     """Find the cases of this part, load the models, and predict."""
     from ..jobs.cases import find_cases
@@ -115,7 +119,7 @@ def _run(
     def cases_of(file_ending: str) -> list[CaseFiles]:
         return find_cases(source, file_ending, job.output)[options.part_id :: options.num_parts]
 
-    workers = stack.enter_context(contextlib.closing(_workers(options, models, job, cases_of)))
+    workers = stack.enter_context(contextlib.closing(_workers(options, models, choice, job, cases_of)))
     _check_cascade(workers.info.previous_stage, options.prev_stage_predictions)
     return run_job(workers, cases_of(workers.info.file_ending), job, on_event=on_event)
 
@@ -146,11 +150,17 @@ def _say_kept(kept: Mapping[str, str]) -> None:
         say(f"nnturbo: {len(cases)} kept as they are ({reason}): {', '.join(cases[:MOST_NAMES])}{more}", error=True)
 
 
-def _workers(options: argparse.Namespace, models: Sequence[str], job: Job, cases_of: Callable[[str], list[Any]]) -> Any:
+def _workers(
+    options: argparse.Namespace,
+    models: Sequence[str],
+    choice: ModelChoice,
+    job: Job,
+    cases_of: Callable[[str], list[Any]],
+) -> Any:
     """Load the models in this process, in several processes, or on a cluster."""
     from ..jobs.worker import ModelArguments, local_places
 
-    model_arguments = ModelArguments(models=tuple(models), choice=_choice(options))
+    model_arguments = ModelArguments(models=tuple(models), choice=choice)
     if options.ray is not None:
         from ..jobs.ray_workers import RayWorkers
 
@@ -187,8 +197,8 @@ def _choice(options: argparse.Namespace) -> ModelChoice:
         mirror=not options.disable_tta,
         options=EngineOptions(
             sums_on_device=not options.not_on_device,
-            classifier=options.classifier,
-            aggregation=options.aggregation,
+            classifier=options.classifier or "auto",
+            aggregation=options.aggregation or "foreground",
             loader=options.loader,
         ),
     )
@@ -251,29 +261,17 @@ def _check_cascade(wanted: str | None, given: str | None) -> None:
         raise ValueError(f"-prev_stage_predictions must be a folder, {given} is not one")
 
 
-def _take_choice(options: argparse.Namespace) -> None:
-    """Replace a choice that is given as the model by what it says, and set what nobody said to its default."""
-    if options.m and any(name.endswith(".json") and Path(name).is_file() for name in options.m):
-        from ..jobs.choice import read_choice
+def _models(options: argparse.Namespace) -> tuple[Sequence[str], ModelChoice]:
+    """Find the models, and what is chosen of them by flags or by a choice that is given as the model."""
+    from ..model.choice import follow_choice
 
-        if len(options.m) > 1:
-            raise ValueError(f"-m must be one choice alone, or models, got {', '.join(options.m)}")
-        flags = {
-            "-f": options.f,
-            "-chk": options.chk,
-            "--classifier": options.classifier,
-            "--aggregation": options.aggregation,
-        }
-        if given := [flag for flag, value in flags.items() if value is not None]:
-            raise ValueError(f"{options.m[0]} says it already: leave out {', '.join(given)}, or give the models as -m")
-        choice = read_choice(Path(options.m[0]))
-        options.m, options.f, options.chk = list(choice.models), list(choice.folds), choice.checkpoint
-        options.classifier, options.aggregation = choice.classifier, choice.aggregation
-    options.classifier = options.classifier or "auto"
-    options.aggregation = options.aggregation or "foreground"
+    models = _named_models(options)
+    refuse_flags_beside_choice(options)
+    models, choice = follow_choice(models, _choice(options))
+    return [str(model) for model in models], choice
 
 
-def _models(options: argparse.Namespace) -> list[str]:
+def _named_models(options: argparse.Namespace) -> list[str]:
     """Find the models of -m, or the one of -d, -tr, -p and -c, as nnU-Net does."""
     if bool(options.m) == bool(options.d):
         raise ValueError("give the model as -m FOLDER, or as -d DATASET with -c CONFIGURATION")

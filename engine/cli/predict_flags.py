@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
+from ..model.choice import is_choice
 from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, LOADERS, PRECISIONS
 
 AddArgument = Callable[..., Any]
@@ -146,3 +148,17 @@ def _add_workers(add: AddArgument) -> None:
         "output must be on storage that all machines share",
     )
     add("--cores", type=int, default=4, help="CPU cores of each process on a cluster (default: %(default)s)")
+
+
+def refuse_flags_beside_choice(options: argparse.Namespace) -> None:
+    """Refuse flags for what a choice says, even with their defaults: it is read later, and may say otherwise."""
+    models = [options.m] if isinstance(options.m, str) else options.m or []
+    flags = {
+        "-f": options.f,
+        "-chk": options.chk,
+        "--classifier": options.classifier,
+        "--aggregation": options.aggregation,
+    }
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and (choices := [model for model in models if is_choice(model)]):
+        raise ValueError(f"{choices[0]} says it already: leave out {', '.join(given)}, or give the models as -m")

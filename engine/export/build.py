@@ -30,8 +30,9 @@ from ..engine import Engine
 from ..errors import BackendUnavailable, BundleError, ModelError, OutputError
 from ..files import new_folder, written_atomically
 from ..model.agreement import Agreement
+from ..model.choice import follow_single
 from ..model.folder import Model, read_chosen
-from ..options import DEFAULT_CHECKPOINT, EngineOptions, ModelChoice
+from ..options import EngineOptions, ModelChoice
 from ..pipeline.steps import Image
 from .agreement import measure_agreement
 from .calibration import calibration_tiles
@@ -56,7 +57,7 @@ def build(
     precision: str = "auto",
     device: str = "auto",
     folds: Sequence[int | str] | None = None,
-    checkpoint: str = DEFAULT_CHECKPOINT,
+    checkpoint: str | None = None,
     configuration: str | None = None,
     classifier: str = "auto",
     calibration: Sequence[Image] = (),
@@ -67,7 +68,7 @@ def build(
     """Compile a trained model into a bundle that `Engine.load` opens.
 
     Args:
-        model: nnU-Net v2 model folder or export zip.
+        model: nnU-Net v2 model folder or export zip; or the choice.json of `nnturbo choose` that names one.
         out: Folder of the bundle; must not exist.
         backend: As in `Engine.load`, like the next five.
         precision: "auto" is fp32 on a CPU and fp16 on a GPU.
@@ -104,7 +105,13 @@ def build(
     choice = ModelChoice(
         folds=folds, checkpoint=checkpoint, configuration=configuration, options=EngineOptions(classifier=classifier)
     )
+    model, choice = follow_single(model, choice)
     loaded = read_chosen(model, choice)
+    if loaded.plan.classification is not None and choice.options.aggregation != EngineOptions().aggregation:
+        logger.warning(
+            "a bundle takes its aggregation when it predicts: give %s there too, as --aggregation or in EngineOptions",
+            choice.options.aggregation,
+        )
     if calibration and loaded.plan.previous_stage is not None:
         raise ValueError(
             f"this model continues from the labels of {loaded.plan.previous_stage}, so scans alone cannot calibrate "
@@ -118,7 +125,7 @@ def build(
             calibration_tiles(loaded, calibration[::2], target.device) if int8 else loaded.example_tiles(target.device)
         )
         manifest = _compile_best(
-            loaded, target, checkpoint, tiles, folder,
+            loaded, target, choice.checkpoint_file, tiles, folder,
             lambda: _measure(model, choice, folder, device, measured, calibration_name),
         )  # fmt: skip
         _judge(manifest, target.floor)
@@ -274,7 +281,7 @@ def build_whole_path(
     *,
     device: str = "auto",
     folds: Sequence[int | str] | None = None,
-    checkpoint: str = DEFAULT_CHECKPOINT,
+    checkpoint: str | None = None,
     configuration: str | None = None,
     classifier: str = "auto",
     aggregation: str = "foreground",
@@ -285,7 +292,7 @@ def build_whole_path(
     of any size with its spacing in mm (z, y, x), and gives labels (Z, Y, X) and class probabilities.
 
     Args:
-        model: nnU-Net v2 model folder or export zip.
+        model: nnU-Net v2 model folder or export zip; or the choice.json of `nnturbo choose` that names one.
         out: The file; an existing one is replaced.
         device: Device to run on.
         folds: Folds to average.
@@ -303,12 +310,12 @@ def build_whole_path(
     """
     from .scripted.whole_path import whole_path
 
-    choice = ModelChoice(
-        folds=folds, checkpoint=checkpoint, configuration=configuration, options=EngineOptions(classifier=classifier)
-    )
+    options = EngineOptions(classifier=classifier, aggregation=aggregation)
+    asked = ModelChoice(folds=folds, checkpoint=checkpoint, configuration=configuration, options=options)
+    model, choice = follow_single(model, asked)
     read = read_chosen(model, choice)
     network = trace(read, read.example_tiles(choose_device(device)), "fp32")
-    script = whole_path(network, read.plan, read.mirror_axes, aggregation)
+    script = whole_path(network, read.plan, read.mirror_axes, choice.options.aggregation)
     if Path(out).is_dir():
         raise OutputError(f"{out} must be a file to write, it is a folder")
     with written_atomically(out, ending=".ts") as temporary:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nnturbo.engine import Engine, EngineOptions
 from nnturbo.engine.cli import main
-from nnturbo.engine.jobs.choice import read_choice
+from nnturbo.engine.model.choice import read_choice
 from nnturbo.training import choose
 from nnturbo.training.choose import propose
 from nnturbo.training.data.cross_validation import splits

@@ -34,7 +34,7 @@ def add_choose(commands: Any) -> None:
 
 
 def _choose(options: argparse.Namespace) -> int:
-    from ...engine.jobs.choice import Choice, write_choice
+    from ...engine.model.choice import Choice, write_choice
     from ..choose import candidate_table, propose
     from ..evidence import gather_evidence
 

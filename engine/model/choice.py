@@ -1,17 +1,17 @@
-"""What `nnturbo choose` wrote and `nnturbo predict` takes: models, folds, classifier and aggregation."""
+"""What `nnturbo choose` wrote and may be given as a model: models, folds, classifier and aggregation."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 from ..files import write_json
-from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT
+from ..options import AGGREGATIONS, CLASSIFIERS, DEFAULT_CHECKPOINT, ModelChoice
 
 SCHEMA = 1
 
@@ -86,3 +86,58 @@ def read_choice(path: Path) -> Choice:
     values: dict[str, Any] = {name: content[name] for name in wanted}
     choice = Choice(**{**values, "models": tuple(values["models"]), "folds": tuple(values["folds"])})
     return replace(choice, models=tuple(str(path.parent / model) for model in choice.models))
+
+
+def is_choice(model: str | os.PathLike[str]) -> bool:
+    """Whether a choice is given as a model."""
+    return Path(model).suffix == ".json" and Path(model).is_file()
+
+
+def follow_choice(
+    models: Sequence[str | os.PathLike[str]], asked: ModelChoice
+) -> tuple[tuple[str | os.PathLike[str], ...], ModelChoice]:
+    """Replace a choice that is given as the model by the models that it names, and take all that it says.
+
+    Args:
+        models: Models; or one choice alone.
+        asked: What else is chosen of them; with a choice, all that it says must have its default.
+
+    Returns:
+        Models without a choice among them, and what is chosen of them.
+
+    Raises:
+        ModelError: Where the file is no choice.
+        ValueError: Where a choice is not alone, or something is asked for that it says.
+    """
+    choices = [model for model in models if is_choice(model)]
+    if not choices:
+        return tuple(models), asked
+    if len(models) > 1:
+        raise ValueError(f"a choice must be given alone, without other models, got {', '.join(map(str, models))}")
+    given = {
+        "folds": asked.folds is not None,
+        "checkpoint": asked.checkpoint is not None,
+        "classifier": asked.options.classifier != "auto",
+        "aggregation": asked.options.aggregation != "foreground",
+    }
+    if said := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"{choices[0]} says it already: leave out {', '.join(said)}, or give the models themselves")
+    choice = read_choice(Path(choices[0]))
+    options = replace(asked.options, classifier=choice.classifier, aggregation=choice.aggregation)
+    return choice.models, replace(asked, folds=choice.folds, checkpoint=choice.checkpoint, options=options)
+
+
+def follow_single(model: str | os.PathLike[str], asked: ModelChoice) -> tuple[str | os.PathLike[str], ModelChoice]:
+    """Do what `follow_choice` does where one model is needed.
+
+    Raises:
+        ModelError: Where the file is no choice, or names several models.
+        ValueError: Where something is asked for that a choice says.
+    """
+    models, chosen = follow_choice([model], asked)
+    if len(models) != 1:
+        raise ModelError(
+            f"{model} must name one model here, it names {len(models)}, whose probabilities are averaged: predict with "
+            "it, load it with Ensemble.load, or take one of its models"
+        )
+    return models[0], chosen

@@ -1,13 +1,16 @@
-"""What `nnturbo choose` writes is what `nnturbo predict` takes; and probabilities in the table of classes."""
+"""What `nnturbo choose` writes may be given as a model; and probabilities in the table of classes."""
 
 import csv
 import json
 
 import pytest
+import torch
 from nnturbo.engine import Engine, EngineOptions, Ensemble, ModelError
 from nnturbo.engine.cli import main
-from nnturbo.engine.jobs.choice import Choice, read_choice, write_choice
+from nnturbo.engine.export.build import build, build_whole_path
+from nnturbo.engine.model.choice import Choice, read_choice, write_choice
 
+from tests.engine.export.scripted.paths import loaded
 from tests.engine.factory import multi_task, plans_json, pooled_classifier, write_model
 
 CHOICE = Choice(models=("a", "b"), folds=("0",), classifier="lda", aggregation="mean")
@@ -57,7 +60,13 @@ class TestChoice:
     def test_it_stands_alone(self, scans, tmp_path, capsys):
         write_choice(CHOICE, {}, tmp_path / "choice.json")
         assert main(["predict", "-i", str(scans), "-o", str(tmp_path), "-m", str(tmp_path / "choice.json"), "b"]) == 2
-        assert "-m must be one choice alone, or models" in capsys.readouterr().err
+        assert "a choice must be given alone, without other models" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("flags", [["--classifier", "auto"], ["--aggregation", "foreground"], ["-f", "0"]])
+    def test_build_refuses_what_it_says_already(self, tmp_path, capsys, flags):
+        write_choice(CHOICE, {}, tmp_path / "choice.json")
+        assert main(["build", "-m", str(tmp_path / "choice.json"), "-o", str(tmp_path / "bundle"), *flags]) == 2
+        assert f"says it already: leave out {flags[0]}" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -80,6 +89,65 @@ class TestChoice:
         path.write_text(text)
         with pytest.raises(ModelError, match=said):
             read_choice(path)
+
+
+@pytest.fixture
+def one_of(models, tmp_path):
+    """Write a choice of one model that takes nothing by default."""
+    choice = Choice(models=(str(models[0]),), folds=("1",), classifier="lda", aggregation="mean")
+    write_choice(choice, {}, tmp_path / "choice.json")
+    return tmp_path / "choice.json"
+
+
+OPTIONS = EngineOptions(classifier="lda", aggregation="mean")
+
+
+class TestEngines:
+    def test_engine_takes_all_that_it_says(self, models, one_of, scans):
+        scan = scans / "a_0000.nii.gz"
+        chosen = Engine.load(one_of, device="cpu", mirror=False)
+        meant = Engine.load(models[0], folds=["1"], device="cpu", mirror=False, options=OPTIONS)
+        other = Engine.load(models[0], device="cpu", mirror=False)
+        logits = [engine.predict(scan).classification.logits for engine in (chosen, meant, other)]
+        assert logits[0] == logits[1] != logits[2]
+        assert chosen.provenance[0].settings == meant.provenance[0].settings
+
+    def test_ensemble_takes_all_that_it_says(self, models, scans, tmp_path):
+        choice = Choice(models=tuple(map(str, models)), folds=("1",), classifier="lda", aggregation="mean")
+        write_choice(choice, {}, tmp_path / "choice.json")
+        chosen = Ensemble.load([tmp_path / "choice.json"], device="cpu", mirror=False)
+        meant = Ensemble.load(models, folds=["1"], device="cpu", mirror=False, options=OPTIONS)
+        answers = [engine.predict(scans / "a_0000.nii.gz").classification for engine in (chosen, meant)]
+        assert answers[0] == answers[1]
+        for make in (Engine.load, lambda path: build(path, tmp_path / "bundle")):
+            with pytest.raises(ModelError, match=r"choice\.json must name one model here, it names 2"):
+                make(tmp_path / "choice.json")
+        assert not (tmp_path / "bundle").exists()
+
+    @pytest.mark.parametrize(
+        "arguments", [{"folds": [0]}, {"checkpoint": "x.pth"}, {"options": EngineOptions(classifier="head")}]
+    )
+    def test_arguments_for_what_it_says_are_refused(self, one_of, arguments):
+        with pytest.raises(ValueError, match="says it already: leave out"):
+            Engine.load(one_of, **arguments)
+
+    def test_bundle_is_of_all_that_it_says_but_the_aggregation(self, models, one_of, scans, tmp_path, caplog):
+        bundle = build(one_of, tmp_path / "bundle", backend="torchscript", device="cpu")
+        assert "a bundle takes its aggregation when it predicts: give mean there too" in caplog.text
+        engine = Engine.load(bundle, device="cpu", mirror=False, options=EngineOptions(aggregation="mean"))
+        meant = Engine.load(models[0], folds=["1"], device="cpu", mirror=False, options=OPTIONS)
+        answers = [each.predict(scans / "a_0000.nii.gz").classification for each in (engine, meant)]
+        assert answers[0].logits == pytest.approx(answers[1].logits, abs=1e-4)
+        assert engine.provenance[0].folds == ("1",)
+
+    def test_whole_path_has_its_aggregation(self, models, one_of, tmp_path):
+        chosen = build_whole_path(one_of, tmp_path / "chosen.ts", device="cpu")
+        meant = build_whole_path(
+            models[0], tmp_path / "meant.ts", device="cpu", folds=["1"], classifier="lda", aggregation="mean"
+        )
+        scan = torch.randn(1, 20, 24, 28)
+        found = [loaded(path)(scan, [1.0, 1.0, 1.0], 0.5, False)[1] for path in (chosen, meant)]
+        assert torch.equal(*found)
 
 
 class TestProbabilities:
