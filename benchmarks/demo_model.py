@@ -1,102 +1,195 @@
-"""The demo model on held-out phantoms: segmentation, subtypes by each classifier, and random subtypes as the control.
+"""The demo model on phantoms that no training saw: segmentation, every way to answer for the class, and probabilities.
 
-    python -m nnturbo.benchmarks.demo_model [--cases 300] [--seed S] [--mirror] [--json FILE] [--output FOLDER]
+    python -m nnturbo.benchmarks.demo_model [--cases 600] [--seed S] [--calibrate] [--json FILE]
 
-The phantoms come from a seed that no training and no choice has used: take another seed after anything was chosen by
-the result. Both classifiers of a model answer on the same cases, without mirroring. Masks, tables and the figure stay
-in `--output`.
+The phantoms come from a seed by which nothing has been chosen: take another seed after anything was chosen by the
+result. Each is predicted once, without mirroring. Probabilities are measured on the second half of the phantoms, with
+temperatures that the first half gives; with `--calibrate` these are stored in the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnturbo.engine.model.folder import read_model
-from nnturbo.training.demo import demonstrate
-from nnturbo.training.evaluation.evaluate import comparison_table, write_evaluation
-from nnturbo.training.evaluation.metrics import bootstrap_macro_f1, classification_metrics, draw_resamples, interval_of
-from nnturbo.training.pooled_classifier import class_answers
+import torch
+from nnturbo.engine.backends.torch import TorchRunner
+from nnturbo.engine.engine import Engine
+from nnturbo.engine.files import sha256
+from nnturbo.engine.model.folder import Model, read_model, with_classifier
+from nnturbo.engine.model.folds import InferenceNetwork
+from nnturbo.engine.model.heads import FocusPooling
+from nnturbo.engine.model.network import build_network
+from nnturbo.engine.options import DEFAULT_CHECKPOINT
+from nnturbo.engine.pipeline.prediction import answer
+from nnturbo.engine.pipeline.steps import requests_of
+from nnturbo.engine.pipeline.window import SlidingWindow
+from nnturbo.engine.scans.volume import read_volume
+from nnturbo.training.cross_validate import store_evidence
+from nnturbo.training.data.tables import read_subtype_results
+from nnturbo.training.evaluation.calibration import fit_temperature, probability_metrics
+from nnturbo.training.evaluation.metrics import (
+    Interval,
+    bootstrap_macro_f1,
+    bootstrap_mean,
+    classification_metrics,
+    dice,
+)
+from nnturbo.training.held_out import HEAD, LDA
+from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
+from nnturbo.training.whole_cases import LabelledCase
+from numpy.typing import NDArray
+from scipy.special import softmax
 
-from .heads import held_out_scans
+from .class_comparison import RESAMPLES, Floats, compare
+from .heads import AllHeads
 from .report import write_report
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
-RESAMPLES = 2000
-FRESH_SEED = 20261127
+FRESH_SEED = 20261202
 """Of phantoms by which nothing has been chosen; the demo's own, of `DEMO_SEED`, have been looked at often."""
+CHECKPOINT = f"fold_0/{DEFAULT_CHECKPOINT}"
 
 
-def compared(model: Path, phantoms: Path) -> dict[str, dict[str, Any]]:
-    """Macro-F1 of the head and of a fitted classifier on the same phantoms, and of their difference."""
-    scans = held_out_scans(phantoms)
-    answers = class_answers(read_model(model), scans)
-    one_hot = np.eye(3)
-    truth = np.array([scan.subtype for scan in scans])
-    draws = draw_resamples(len(scans), RESAMPLES, 0)
-    rows, resampled = {}, {}
-    for name, predicted in answers.items():
-        pairs = one_hot[truth][:, :, None] * one_hot[predicted][:, None, :]
-        resampled[name] = _macro_f1(np.tensordot(draws, pairs, axes=1))
-        value = _macro_f1(pairs.sum(0)[None])[0]
-        rows[f"macro-F1, {name}"] = {"value": float(value), "interval": asdict(interval_of(resampled[name]))}
-    if len(answers) == 2:
-        (one, first), (other, second) = resampled.items()
-        difference = rows[f"macro-F1, {one}"]["value"] - rows[f"macro-F1, {other}"]["value"]
-        interval = asdict(interval_of(first - second))
-        rows[f"macro-F1, {one} less {other}"] = {"value": difference, "interval": interval}
-    return rows
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Observed:
+    """What a network gives for N cases.
+
+    Attributes:
+        labels: (N,) true classes.
+        whole, lesion: (N,) DSC.
+        outputs: (N, F): logits of the head, and pooled features of all stages.
+    """
+
+    labels: NDArray[np.integer[Any]]
+    whole: Floats
+    lesion: Floats
+    outputs: Floats
 
 
-def _macro_f1(confusions: np.ndarray) -> np.ndarray:
-    """Of (N, K, K) counts by truth and answer, where every class occurs."""
-    hits = np.diagonal(confusions, axis1=1, axis2=2)
-    return (2 * hits / (confusions.sum(1) + confusions.sum(2))).mean(1)
+def held_out_phantoms(folder: Path) -> list[LabelledCase]:
+    """Cases of the test split of a phantom data set that was written with its answers."""
+    answers = read_subtype_results(folder / "test_answers" / "subtype_results.csv").subtypes
+    return [
+        LabelledCase(
+            name=name,
+            images=(folder / "test" / f"{name}_0000.nii.gz",),
+            labels=folder / "test_answers" / f"{name}.nii.gz",
+            subtype=int(subtype),
+        )
+        for name, subtype in answers.items()
+    ]
+
+
+def observe(model: Model, cases: Sequence[LabelledCase]) -> Observed:
+    """Predict cases, each once."""
+    network: Any = build_network(model.plan, model.weights[0])
+    network.head = AllHeads([network.head, FocusPooling(range(len(network.encoder.output_channels)))])
+    device = torch.device("cpu")
+    runner = TorchRunner(InferenceNetwork([network]).eval(), device, "fp32")
+    engine = Engine(model, runner, window=SlidingWindow.of_plan(model.plan), sums_device=device)
+    start, rows = time.perf_counter(), []
+    for done, case in enumerate(cases, start=1):
+        with contextlib.closing(engine.loader(requests_of([case.images[0]], None), readers=0)) as loaded:
+            prepared = next(loaded)
+        if isinstance(prepared, Exception):
+            raise prepared
+        segmented = engine.segmenter(prepared, False, None)
+        assert segmented.votes is not None  # the plan has classes
+        ours = answer(replace(segmented, votes=None), model.plan, ()).segmentation
+        truth = np.rint(read_volume(case.labels, channels=1).array[0])
+        rows.append((dice(ours > 0, truth > 0), dice(ours == 2, truth == 2), segmented.votes.mean_logits().numpy()))
+        if done % 40 == 0:
+            print(f"{done} of {len(cases)}, {time.perf_counter() - start:.0f} s", flush=True)
+    whole, lesion, outputs = (np.array(column) for column in zip(*rows, strict=True))
+    return Observed(labels=np.array([case.subtype for case in cases]), whole=whole, lesion=lesion, outputs=outputs)
+
+
+def class_logits(
+    model: Model, observed: Observed, channels: Sequence[int]
+) -> tuple[dict[str, Floats], dict[int, Floats]]:
+    """Split outputs into class logits by classifier, not divided by a temperature, and features by stage."""
+    fitted = model.pooled_classifiers[0]
+    assert fitted is not None  # the demo model has one
+    bounds = len(fitted.bias) + np.cumsum([0, *(3 * width for width in channels)])
+    by_stage = {stage: observed.outputs[:, low:high] for stage, (low, high) in enumerate(pairwise(bounds))}
+    features = np.concatenate([by_stage[stage] for stage in fitted.stages], 1)
+    logits = {
+        HEAD: observed.outputs[:, : bounds[0]] * model.temperatures[0],
+        LDA: features @ fitted.weight.numpy().T + fitted.bias.numpy(),
+    }
+    return logits, by_stage
+
+
+def summarise(
+    observed: Observed, logits: dict[str, Floats], answers: str
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Measure segmentation, class and probabilities, each with its interval; give the temperatures too."""
+    truth, half = observed.labels.tolist(), len(observed.labels) // 2
+    temperatures = {kind: fit_temperature(values[:half], observed.labels[:half]) for kind, values in logits.items()}
+    measures: dict[str, dict[str, float]] = {}
+
+    def keep(name: str, value: float, interval: Interval) -> None:
+        measures[name] = {"value": value, **asdict(interval)}
+
+    for name, values in (("whole-pancreas DSC", observed.whole), ("lesion DSC", observed.lesion)):
+        keep(name, float(values.mean()), bootstrap_mean(values.tolist(), resamples=RESAMPLES, seed=0))
+    predicted = logits[answers].argmax(1).tolist()
+    interval = bootstrap_macro_f1(truth, predicted, resamples=RESAMPLES, seed=0)
+    keep("subtype macro-F1", classification_metrics(truth, predicted, logits[answers].shape[1]).macro_f1, interval)
+    for name, temperature in (("before", 1.0), ("after", temperatures[answers])):
+        shares = softmax(logits[answers][half:] / temperature, 1).tolist()
+        found = probability_metrics(truth[half:], shares, resamples=RESAMPLES, seed=0)
+        keep(f"expected calibration error {name}", found.calibration_error, found.calibration_error_interval)
+    return measures, temperatures
+
+
+def report(model: Model, observed: Observed, options: argparse.Namespace) -> None:
+    """Measure, print and keep; with `--calibrate`, store the temperatures first."""
+    network: Any = build_network(model.plan, model.weights[0])
+    logits, by_stage = class_logits(model, observed, network.encoder.output_channels)
+    answers = with_classifier(model, "auto").classifier or HEAD
+    measures, temperatures = summarise(observed, logits, answers)
+    if options.calibrate:
+        store_evidence(options.model / CHECKPOINT, temperatures, prefer_fitted=answers == LDA)
+    rows = compare(logits[HEAD], logits[LDA], by_stage, observed.labels)
+    for name, of in (
+        *measures.items(),
+        *(
+            (row["way"], {"value": row["macro_f1"], "low": row["interval"][0], "high": row["interval"][1]})
+            for row in rows
+        ),
+    ):
+        print(f"{name:56} {of['value']:.3f} ({of['low']:.3f} to {of['high']:.3f})")
+    write_report(options.json, {
+        "benchmark": "demo_model", "checkpoint": CHECKPOINT, "sha256": sha256(options.model / CHECKPOINT),
+        "cases": len(observed.labels), "seed": options.seed, "classifier": answers, "temperatures": temperatures,
+        "measures": measures, "rows": rows,
+    })  # fmt: skip
 
 
 def main() -> None:
-    """Predict, evaluate, print and keep."""
+    """Generate, predict and report."""
     parser = argparse.ArgumentParser(description="demo model on held-out phantoms")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--cases", type=int, default=600)
     parser.add_argument("--seed", type=int, default=FRESH_SEED)
-    parser.add_argument("--mirror", action="store_true")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    start = time.perf_counter()
+    model = read_model(options.model, folds=[0])
     with tempfile.TemporaryDirectory() as folder:
-        output = options.output or Path(folder)
-        demo = demonstrate(options.model, output, cases=options.cases, seed=options.seed, mirror=options.mirror)
-        write_evaluation(demo.evaluation, output)
-        classes = compared(options.model, output)
-    evaluation = demo.evaluation
-    truth = [int(case.subtype) for case in evaluation.cases if case.subtype is not None]
-    guesses = np.random.default_rng(0).integers(3, size=len(truth)).tolist()
-    control, interval = (
-        classification_metrics(truth, guesses),
-        bootstrap_macro_f1(truth, guesses, resamples=RESAMPLES, seed=0),
-    )
-    print(comparison_table(evaluation))
-    print(f"random subtypes, as a control: macro-F1 {control.macro_f1:.3f} ({interval.low:.3f} to {interval.high:.3f})")
-    for name, row in classes.items():
-        print(f"{name}: {row['value']:.3f} ({row['interval']['low']:.3f} to {row['interval']['high']:.3f})")
-    subtypes = evaluation.subtypes
-    write_report(options.json, {
-        "benchmark": "demo_model", "cases": len(evaluation.cases), "seed": options.seed, "mirror": options.mirror,
-        **{name: asdict(metrics) for name, metrics in evaluation.structures.items()},
-        **{f"{name}_dsc_interval": asdict(interval) for name, interval in evaluation.dsc_intervals.items()},
-        "subtypes": None if subtypes is None else asdict(subtypes),
-        "classes": classes,
-        "control": {"macro_f1": control.macro_f1, "interval": asdict(interval)},
-        "classifier": next(iter(demo.records.values()))["provenance"].get("classifier"),
-        "seconds": time.perf_counter() - start,
-    })  # fmt: skip
+        write_dataset(folder, counts={"test": options.cases}, seed=options.seed, settings=SMALL_SETTINGS, answers=True)
+        observed = observe(model, held_out_phantoms(Path(folder)))
+    report(model, observed, options)
 
 
 if __name__ == "__main__":

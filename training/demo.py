@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.engine import Engine
-from ..engine.errors import EngineError, PredictionError
-from ..engine.files import written_atomically
+from ..engine.errors import EngineError, ModelError, PredictionError
+from ..engine.files import sha256, written_atomically
 from ..engine.jobs.cases import find_cases
 from ..engine.jobs.job import Job
 from ..engine.jobs.run import predict_cases
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DEMO_SEED = 7
-"""Seed of the phantoms; the demo model was trained on phantoms of another seed."""
+"""Seed of the phantoms, of which the first are shown; the demo model was trained on phantoms of another seed."""
 
 WINDOW_HU = (-110.0, 190.0)
 
@@ -110,6 +110,33 @@ def demo_table(demo: Demo) -> str:
             stages.setdefault(stage, []).append(milliseconds / 1000)
     lines += [f"  {stage:<15}{np.mean(seconds):>8.2f}" for stage, seconds in stages.items()]
     return "\n".join(lines)
+
+
+def held_out_table(results: str | os.PathLike[str], model: str | os.PathLike[str]) -> str:
+    """Write what a benchmark found of a model over many phantoms, as plain text.
+
+    Args:
+        results: File of `nnturbo.benchmarks.demo_model`.
+        model: Folder of the model that is demonstrated.
+
+    Raises:
+        ModelError: Where the file is no such result, or is of another model.
+    """
+    try:
+        found = json.loads(Path(results).read_bytes())
+        lines = [
+            f"{name:<36}{of['value']:>6.3f}  ({of['low']:.3f} to {of['high']:.3f})"
+            for name, of in found["measures"].items()
+        ]
+        title = f"the same model over {found['cases']} phantoms of seed {found['seed']}, with 95 % intervals"
+        checkpoint, measured = Path(model) / found["checkpoint"], found["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{results} must be a result of python -m nnturbo.benchmarks.demo_model: {type(error).__name__}: {error}"
+        ) from error
+    if not checkpoint.is_file() or sha256(checkpoint) != measured:
+        raise ModelError(f"{results} is of another model than {model}: measure this one, or leave the results out")
+    return "\n".join([title, *lines])
 
 
 def _draw(case: CaseEvaluation, output: Path, classification: Mapping[str, Any] | None, path: Path) -> None:

@@ -195,26 +195,6 @@ def _compare(
     return ValidatedFit(cases=len(truth), **scores)
 
 
-def class_answers(
-    model: Model, scans: Sequence[ClassifiedScan], device: str = "auto"
-) -> dict[str, NDArray[np.integer[Any]]]:
-    """Give the classes that a model's classifiers answer for scans, without mirroring.
-
-    Args:
-        model: Model of one fold.
-        scans: Scans to classify; their classes are not looked at.
-        device: Device of the network.
-
-    Returns:
-        Indices of classes, (N,), by "lda", where there is a fitted classifier, and by "head".
-    """
-    fitted = model.pooled_classifiers[0] if model.pooled_classifiers else None
-    outputs = np.array(list(_outputs(model, scans, (0,) if fitted is None else fitted.stages, device)))
-    of_head, features = np.split(outputs, [len(model.plan.classification.class_names)], axis=1)  # type: ignore[union-attr]
-    by_fit = {} if fitted is None else {"lda": features @ fitted.weight.numpy().T + fitted.bias.numpy()}
-    return {name: logits.argmax(1) for name, logits in {**by_fit, "head": of_head}.items()}
-
-
 class _HeadAndPooling(Head):
     """The network's head, and the features that a classifier is fitted on, in one output."""
 

@@ -6,8 +6,12 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnturbo.engine.errors import ModelError
+from nnturbo.engine.files import sha256
 from nnturbo.engine.scans.volume import read_volume
-from nnturbo.training.demo import demo_table, demonstrate
+from nnturbo.training.demo import demo_table, demonstrate, held_out_table
+
+from tests.paths import DEMO_MODEL, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,41 @@ def test_again_into_the_same_folder(shown, trained):
     assert [case.structures["whole"].dsc for case in again.evaluation.cases] == [
         case.structures["whole"].dsc for case in demo.evaluation.cases
     ]
+
+
+class TestHeldOut:
+    def results(self, model, **changes):
+        checkpoint = "fold_0/checkpoint_final.pth"
+        measures = {"lesion DSC": {"value": 0.9, "low": 0.8, "high": 0.95}}
+        return {
+            "cases": 300,
+            "seed": 5,
+            "checkpoint": checkpoint,
+            "sha256": sha256(model / checkpoint),
+            "measures": measures,
+            **changes,
+        }
+
+    def test_it_is_shown_below_the_cases(self, trained, tmp_path):
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(self.results(trained)))
+        lines = held_out_table(path, trained).splitlines()
+        assert lines[0] == "the same model over 300 phantoms of seed 5, with 95 % intervals"
+        assert [line.split() for line in lines[1:]] == [["lesion", "DSC", "0.900", "(0.800", "to", "0.950)"]]
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"sha256": "0"}, "is of another model than"),
+            ({"checkpoint": "fold_9/x.pth"}, "is of another model than"),
+            ({"measures": 3}, "must be a result of python -m nnturbo.benchmarks.demo_model: AttributeError"),
+        ],
+    )
+    def test_anything_else_is_refused(self, trained, tmp_path, changes, said):
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(self.results(trained, **changes)))
+        with pytest.raises(ModelError, match=said):
+            held_out_table(path, trained)
+
+    def test_what_is_kept_is_of_the_demo_model(self):
+        assert "phantoms of seed" in held_out_table(ROOT / "benchmarks" / "results" / "demo_model.json", DEMO_MODEL)

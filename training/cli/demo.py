@@ -15,13 +15,19 @@ def add_demo(commands: Any) -> None:
     add("-o", default="demo", metavar="FOLDER", help="default: %(default)s; must hold nothing but earlier results")
     add("--cases", type=int, default=6, metavar="N", help="phantoms (default: %(default)s)")
     add("--mirror", action="store_true", help="average over mirrored views, which takes eight times as long")
+    add(
+        "--held_out",
+        metavar="FILE",
+        help="what python -m nnturbo.benchmarks.demo_model found of the same model over more phantoms, to be shown too",
+    )
     add("-device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ..demo import demo_table, demonstrate
+    from ..demo import DEMO_SEED, demo_table, demonstrate, held_out_table
 
-    say(f"{options.cases} phantoms: generating, predicting, comparing with the truth")
+    more = "" if options.held_out is None else f"\n\n{held_out_table(options.held_out, options.m)}"
+    say(f"the first {options.cases} phantoms of seed {DEMO_SEED}: generating, predicting, comparing with the truth")
     demo = demonstrate(options.m, options.o, cases=options.cases, mirror=options.mirror, device=options.device)
-    say(f"\n{demo_table(demo)}\n\na picture of one case: {demo.picture}")
+    say(f"\n{demo_table(demo)}{more}\n\na picture of one case: {demo.picture}")
     return DONE
