@@ -1,6 +1,6 @@
 """Times each layer of a network in nnturbo's CPU kernels, against what this machine's matrix products and copies reach.
 
-    python -m nnturbo.benchmarks.layers [--model FOLDER] [--rounds 5] [--json FILE]
+    python -m nnturbo.benchmarks.layers [--model FOLDER] [--precision int16] [--rounds 5] [--json FILE]
 
 Operations are those that the kernels do, so a convolution by fewer products counts fewer than its definition has. Bytes
 are those that must be read and written at least: inputs, output and weights, and for a norm its input twice and its
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from nnturbo.engine.backends.native import compiled_kernels
+from nnturbo.engine.backends.native import PRECISIONS, compiled_kernels
 from nnturbo.engine.backends.native_program import network_program
 from nnturbo.engine.model.folder import Model, read_model
 from nnturbo.engine.model.folds import inference_network
@@ -105,10 +105,13 @@ def work(program: Program, operation: Operation) -> tuple[float, float]:
     return 2.0 * products * channels * to.channels + upsampled, float(BYTES * (moved + weights))
 
 
-def measure(model: Model, rounds: int) -> tuple[list[Layer], float, float]:
+def measure(model: Model, rounds: int, precision: str) -> tuple[list[Layer], float, float]:
     """Time all layers of a model's first fold; gives them, the peak and the bandwidth."""
     program, weights = network_program(
-        inference_network(model).networks[0], model.plan.input_channels, model.plan.patch_size
+        inference_network(model).networks[0],
+        model.plan.input_channels,
+        model.plan.patch_size,
+        in_int16=precision == "int16",
     )
     threads = torch.get_num_threads()
     executor = Executor(compiled_kernels(), program, weights, threads)
@@ -150,11 +153,12 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description="layers of a network on a CPU")
     parser.add_argument("--model", default="PlainConvUNet", help=f"folder, or {', '.join(NETWORKS)}")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        layers, peak, bandwidth = measure(opened(options.model, Path(folder) / DATASET), options.rounds)
+        layers, peak, bandwidth = measure(opened(options.model, Path(folder) / DATASET), options.rounds, options.precision)
     instructions = variant(compiled_kernels())
     print(f"{instructions}: peak {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
     for layer in sorted(layers, key=lambda each: -each.milliseconds):
@@ -165,7 +169,7 @@ def main() -> None:
         )
     rows = [asdict(layer) for layer in layers]
     found = {"instructions": instructions, "peak_flops": peak, "copy_bytes_per_second": bandwidth}
-    write_report(options.json, {"benchmark": "layers", "model": options.model, **found, "layers": rows})
+    write_report(options.json, {"benchmark": "layers", "model": options.model, "precision": options.precision, **found, "layers": rows})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int16", "int8")
 LOADERS = ("exact", "dali", "dali-linear")
 CLASSIFIERS = ("auto", "head", "lda")
 AGGREGATIONS = ("foreground", "mean")

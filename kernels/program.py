@@ -81,6 +81,7 @@ class Operation:
         taps: Of a convolution.
         stride: Of a convolution, transposed convolution or pooling.
         transformed: Whether a convolution goes by fewer products.
+        in_int16: Whether it multiplies in int16; a convolution, transposed or not, but not of the tile.
         weight, bias: Names of weights.
         norm: After a convolution.
         upsampling: Before a convolution.
@@ -93,6 +94,7 @@ class Operation:
     taps: tuple[int, int, int] = _ONES
     stride: tuple[int, int, int] = _ONES
     transformed: bool = False
+    in_int16: bool = False
     weight: str | None = None
     bias: str | None = None
     norm: Norm | None = None
@@ -169,6 +171,7 @@ class _Operation(ctypes.Structure):
         ("taps", _Size3),
         ("stride", _Size3),
         ("transformed", ctypes.c_int64),
+        ("in_int16", ctypes.c_int64),
         ("upsampling", _Size3),
         ("residual", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
@@ -284,6 +287,11 @@ def variant(library: ctypes.CDLL) -> str:
     return library.nnturbo_variant().decode()
 
 
+def multiplies_int16(library: ctypes.CDLL) -> bool:
+    """Whether these instructions, and this processor, multiply in int16."""
+    return bool(library.nnturbo_multiplies_int16())
+
+
 def use(library: ctypes.CDLL, name: str) -> None:
     """Use other instructions for programs that are made from now on.
 
@@ -336,6 +344,7 @@ def _operation(operation: Operation, tensor: Any) -> _Operation:
         taps=_Size3(*operation.taps),
         stride=_Size3(*operation.stride),
         transformed=int(operation.transformed),
+        in_int16=int(operation.in_int16),
         upsampling=_Size3(*(_ZEROS if upsampling is None else upsampling.stride)),
         residual=-1 if norm is None or norm.residual is None else norm.residual,
         epsilon=0.0 if norm is None else norm.epsilon,

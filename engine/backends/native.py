@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.library import lacking, load_library
-from ...kernels.program import Executor, Program
+from ...kernels.program import Executor, Program, multiplies_int16
 from ..errors import BackendUnavailable, BundleError
 from ..files import cache_root
 from ..model.described_head import DescribedHead
@@ -27,6 +27,9 @@ from .native_head import ForeignHead, foreign_head, head_weights
 from .native_program import network_program
 
 logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "int16")
+"""In int16 it has all products, but those of first layers and logits; sums, norms, residuals and heads stay in float32."""
 
 HEAD = "head/"
 """What names of weights of other programs' heads begin with in a bundle."""
@@ -107,10 +110,17 @@ class NativeBackend:
         """Return why the kernels cannot run in this precision on this device, or None."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
-        if precision != "fp32":
-            return f"it runs in fp32, not in {precision}"
+        if precision not in PRECISIONS:
+            return f"it runs in {' and '.join(PRECISIONS)}, not in {precision}"
         with _kept() as folder:
-            return lacking(folder)
+            reason = lacking(folder)
+        if precision == "fp32" or reason is not None:
+            return reason
+        try:
+            can = multiplies_int16(compiled_kernels())
+        except BackendUnavailable as error:
+            return str(error)
+        return None if can else "this processor has no int16 products (AVX512-VNNI); use fp32"
 
     def cannot_build(self) -> str | None:
         """Return None: what runs it builds it too."""
@@ -118,7 +128,7 @@ class NativeBackend:
 
     def build(self, model: Model, tiles: Tensor, precision: str, folder: Path) -> None:
         """Write the network as a program, if the kernels can run it, and each fold's weights."""
-        made = list(_programs(model))
+        made = list(_programs(model, precision))
         weights = {fold: dict(each.weights) for fold, each in zip(model.folds, made, strict=True)}
         if made[0].foreign is not None:
             for fold, given in zip(model.folds, model.weights, strict=True):
@@ -133,7 +143,7 @@ class NativeBackend:
             BundleError: Where its files are damaged.
         """
         library, folds = compiled_kernels(), []
-        for made in _programs(model) if folder is None else _read(model, folder):
+        for made in _programs(model, precision) if folder is None else _read(model, folder):
             try:
                 executor = Executor(library, made.program, made.weights, torch.get_num_threads())
             except (KeyError, ValueError) as error:
@@ -157,10 +167,12 @@ class Made:
     foreign: ForeignHead | None
 
 
-def _programs(model: Model) -> Iterator[Made]:
+def _programs(model: Model, precision: str) -> Iterator[Made]:
     """Make the programs of a model's folds."""
     for network in inference_network(model).networks:
-        program, weights = network_program(network, model.plan.input_channels, model.plan.patch_size)
+        program, weights = network_program(
+            network, model.plan.input_channels, model.plan.patch_size, in_int16=precision == "int16"
+        )
         yield Made(program=program, weights=weights, foreign=foreign_head(network))
 
 

@@ -18,6 +18,9 @@ LEAST_VOXELS = 2048
 LEAST_VOXELS_OF_PLANES = 256
 """The same of a 2D network, in which several tiles are computed at once and the kernel has no taps along z."""
 
+IN_INT16 = ("convolution", "transposed_convolution")
+"""Kinds of operations that can multiply in int16."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finer:
@@ -44,11 +47,13 @@ class Builder:
         shapes: Of the values, those without buffers yet; at first of the tile alone.
         operations: Those so far.
         weights: By name.
+        in_int16: Whether convolutions multiply in int16, but those of the tile.
     """
 
     shapes: list[Shape]
     operations: list[Operation] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    in_int16: bool = False
 
     def shape(self, value: int | Finer) -> Shape:
         """Of a value, or of what it is upsampled to."""
@@ -65,7 +70,9 @@ class Builder:
         """Add an operation; gives the value of its output."""
         self.shapes.append(shape)
         output = len(self.shapes) - 1
-        self.operations.append(Operation(kind=kind, name=name, inputs=tuple(inputs), output=output, **options))
+        in_int16 = self.in_int16 and kind in IN_INT16 and 0 not in inputs
+        options = {"inputs": tuple(inputs), "output": output, "in_int16": in_int16, **options}
+        self.operations.append(Operation(kind=kind, name=name, **options))
         return output
 
     def there(self, value: int | Finer) -> int:

@@ -23,13 +23,16 @@ DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 POOLINGS = (nn.AvgPool2d, nn.AvgPool3d)
 
 
-def network_program(network: Any, channels: int, patch_size: Sequence[int]) -> tuple[Program, dict[str, Tensor]]:
+def network_program(
+    network: Any, channels: int, patch_size: Sequence[int], *, in_int16: bool = False
+) -> tuple[Program, dict[str, Tensor]]:
     """Make the program of one fold's network.
 
     Args:
         network: In evaluation mode.
         channels: Of a tile.
         patch_size: Of a tile.
+        in_int16: Multiply in int16 where the kernels can.
 
     Returns:
         The program, and its weights by name.
@@ -37,7 +40,7 @@ def network_program(network: Any, channels: int, patch_size: Sequence[int]) -> t
     Raises:
         BackendUnavailable: Where the kernels cannot run all of it.
     """
-    builder = Builder([Shape(channels=channels, size=of_axes(patch_size))])
+    builder = Builder([Shape(channels=channels, size=of_axes(patch_size))], in_int16=in_int16)
     if isinstance(network, StuNet):
         features, value = _stu_net(builder, network)
         last: Any = network.logit_layers[0]

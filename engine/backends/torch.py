@@ -96,8 +96,8 @@ class TorchRunner:
 
 def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
     """Return why torch cannot run in this precision on this device, or None."""
-    if precision == "int8":
-        return "it runs in fp32, bf16 or fp16; int8 is for openvino"
+    if precision not in DTYPES:
+        return f"it runs in {', '.join(DTYPES)}, not in {precision}"
     if device.type == "cpu" and precision == "fp16":
         return "fp16 needs a GPU; use fp32 or bf16 on a CPU"
     return None

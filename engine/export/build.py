@@ -40,7 +40,7 @@ from .native_path import write_native_path
 
 logger = logging.getLogger(__name__)
 
-FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int8": INT8_FLOOR}
+FLOORS = {"fp32": 0.9995, "bf16": 0.99, "fp16": 0.99, "int16": 0.995, "int8": INT8_FLOOR}
 """Least Dice with fp32, of the label that agrees least; a bundle below it is not kept."""
 
 

@@ -92,6 +92,7 @@ class Check {
     if (two) read(operation.inputs[1]);
     require(!two || may_have_two, "it must have one input");
     require(operation.residual < 0 || operation.kind == NNTURBO_CONVOLUTION, "only convolutions add a residual");
+    if (operation.in_int16) multiplies_in_int16(operation);
     switch (operation.kind) {
       case NNTURBO_CONVOLUTION:
         return convolution(operation);
@@ -123,6 +124,15 @@ class Check {
       default:
         require(false, "kind " + std::to_string(operation.kind) + " is unknown");
     }
+  }
+
+  void multiplies_in_int16(const nnturbo_operation& operation) const {
+    const bool has_weights =
+        operation.kind == NNTURBO_CONVOLUTION || operation.kind == NNTURBO_TRANSPOSED_CONVOLUTION;
+    require(has_weights && operation.inputs[0] != 0,
+            "only convolutions multiply in int16, transposed or not, and none from the tile");
+    require(multiplies_int16(),
+            "it multiplies in int16, which needs a processor with AVX512-VNNI; use fp32 on this one");
   }
 
   void convolution(const nnturbo_operation& operation) {

@@ -10,40 +10,17 @@
 // Compiled once for each set of instructions, with VARIANT as the name of the table of its functions. It keeps to
 // functions of its own, local to it: see kernels.h.
 
-#include "kernels.h"
-
-#include <cmath>
-#include <cstring>
+#include "products.h"
 
 namespace nnturbo {
 namespace {
 
-// Sums of a product stay in registers, two for each row: AVX-512 has 32 for sixteen numbers each, AVX2 16 for eight, ARM 32
-// for four, of which g++ needs more than clang for other things.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 12;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 6;
-#else
-constexpr int LANES = 4, ROWS = 10;
-#endif
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-
-constexpr int COLUMNS = 2 * LANES;
 constexpr int OUT = 4, IN = 6;  // F(4, 3)
 constexpr int ROWS_AT_ONCE = 192;
 constexpr Size TILES_AT_ONCE = 48;
 constexpr Size SHORT = 2;  // so many times ROWS
 constexpr Size PART_X = 48;  // about; of more, what a block transforms of few channels does not stay in the cache
 constexpr Size TASKS_PER_THREAD = 16;  // at least, between two waits for all of them
-
-Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-Vector all(float value) { return value - Vector{}; }
-
-constexpr Size least(Size a, Size b) { return a < b ? a : b; }
-constexpr Size most(Size a, Size b) { return a < b ? b : a; }
-constexpr Size within(Size value, Size low, Size high) { return least(most(value, low), high); }
 
 void copy_floats(const float* from, Size count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
 void clear_floats(float* to, Size count) { std::memset(to, 0, count * sizeof(float)); }
@@ -62,12 +39,6 @@ class Array {
  private:
   Value* memory_;
 };
-
-// Call `task` with 0 to `tasks` - 1, with all threads.
-template <class Task>
-void in_parallel(Size tasks, const Task& task) {
-  run(tasks, [](const void* given, Size index) { (*static_cast<const Task*>(given))(index); }, &task);
-}
 
 // Six values of an input row become the six that are multiplied.
 inline void transform_input(const Vector d[IN], Vector v[IN]) {
@@ -90,77 +61,17 @@ inline void transform_output(const Vector m[IN], Vector y[OUT]) {
   y[3] = b + 8.0f * e + m[5];
 }
 
-// A product of matrices: c = sum over parts of a[part] b[part], with b (depth, COLUMNS) one part after the other.
-struct Product {
-  const float* const* a;
-  Size parts, step;  // from one row of a to the next
-  const float* b;
-  Size depth;
-  const float* start;  // (COLUMNS), what every sum starts with
-  float* c;
-  Size width;    // from one row of c to the next
-  Size columns;  // that are wanted; all are computed if these are more than LANES
-};
-
-template <int R, bool WHOLE>
-inline void multiply(const Product& of, Size first) {
-  Vector sums[R][2];
-  const Vector start[2] = {load(of.start), WHOLE ? load(of.start + LANES) : Vector{}};
-#pragma GCC unroll 12
-  for (int row = 0; row < R; ++row) sums[row][0] = start[0], sums[row][1] = start[1];
-  const float* b = of.b;
-  for (Size part = 0; part < of.parts; ++part) {
-    const float* a = of.a[part] + first * of.step;
-    for (Size k = 0; k < of.depth; ++k, b += COLUMNS) {
-      const Vector left = load(b), right = load(b + LANES);
-#pragma GCC unroll 12
-      for (int row = 0; row < R; ++row) {
-        const Vector value = all(a[row * of.step + k]);
-        sums[row][0] += value * left;
-        if constexpr (WHOLE) sums[row][1] += value * right;
-      }
-    }
-  }
-  float* c = of.c + first * of.width;
-#pragma GCC unroll 12
-  for (int row = 0; row < R; ++row) {
-    store(c + row * of.width, sums[row][0]);
-    if constexpr (WHOLE) store(c + row * of.width + LANES, sums[row][1]);
-  }
-}
-
-template <int R, bool WHOLE>
-inline void multiply_rest(const Product& of, Size first, Size rows) {
-  if constexpr (R > 0) {
-    if (rows == R)
-      multiply<R, WHOLE>(of, first);
-    else
-      multiply_rest<R - 1, WHOLE>(of, first, rows);
-  }
-}
-
-template <bool WHOLE>
-void multiply_block(const Product& of, Size first, Size end) {
-  Size row = first;
-  for (; row + ROWS <= end; row += ROWS) multiply<ROWS, WHOLE>(of, row);
-  multiply_rest<ROWS - 1, WHOLE>(of, row, end - row);
-}
-
-void multiply_rows(const Product& of, Size first, Size end) {
-  of.columns > LANES ? multiply_block<true>(of, first, end) : multiply_block<false>(of, first, end);
-}
-
-// Outputs as the weights have them, in whole panels.
-constexpr Size whole_panels(Size outputs) { return (outputs + COLUMNS - 1) / COLUMNS * COLUMNS; }
-
 // Size of each of so many parts, so that only the last has less than whole blocks of rows.
 constexpr Size whole_rows(Size count, Size parts) {
   const Size each = (count + parts - 1) / parts;
   return parts == 1 ? count : (each + ROWS - 1) / ROWS * ROWS;
 }
 
-// So many parts, or a few more, so that all threads have as many.
-Size shared_among_threads(Size parts) { return (parts + threads() - 1) / threads() * threads(); }
+// So many parts, or a few more, so that all threads have as many. In int16 a part shares what its numbers are divided by,
+// which must not depend on threads.
+Size shared_among_threads(Size parts, const Weights& weights) {
+  return weights.in_int16 ? parts : (parts + threads() - 1) / threads() * threads();
+}
 
 const float NOTHING[COLUMNS] = {};
 
@@ -174,8 +85,9 @@ struct Input {
 struct Convolution {
   Input inputs[2];
   Size z, y, x, outputs;
-  const float *weights, *bias;
-  float* to;                   // of plane `first`
+  Weights weights;
+  const float* bias;
+  float* to;           // of plane `first`
   Size first, end;     // planes to compute
   Size depth() const { return inputs[0].channels + inputs[1].channels; }
 };
@@ -183,8 +95,9 @@ struct Convolution {
 // One block: OUT planes of `tiles` times OUT rows, of which `width` voxels from x0 on. Taps along x are summed directly.
 void block(const Convolution& of, Size z0, Size y0, Size tiles, Size x0, Size width) {
   const Size depth = of.depth(), tile_in = (width + 2) * depth, tile_out = width * of.outputs;
-  float* transformed = scratch(IN * IN * tiles * (tile_in + tile_out));
+  float* transformed = scratch(IN * IN * tiles * (tile_in + tile_out) + tiles * tile_in);
   float* products = transformed + IN * IN * tiles * tile_in;
+  float* const room = products + IN * IN * tiles * tile_out;
   Size offset = 0;
   for (const Input& input : of.inputs) {
     const float* planes[IN];  // none outside of the scan
@@ -215,13 +128,15 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles, Size x0, Size wi
     offset += input.channels;
   }
   for (int position = 0; position < IN * IN; ++position) {
-    const float* matrix = of.weights + position * 3 * depth * whole_panels(of.outputs);
-    for (Size column = 0; column < of.outputs; column += COLUMNS)
+    const Rows all = rows_for(of.weights, transformed + position * tiles * tile_in, tiles * tile_in, room);
+    for (Size panel = 0; panel < panels(of.outputs); ++panel)
       for (Size tile = 0; tile < tiles; ++tile) {
         // Three taps along x: rows of 3 * depth values that overlap.
-        const float* rows = transformed + (position * tiles + tile) * tile_in;
-        multiply_rows({&rows, 1, depth, matrix + column * 3 * depth, 3 * depth, NOTHING,
-                       products + (position * tiles + tile) * tile_out + column, of.outputs, of.outputs - column},
+        const Rows rows = all.from(tile * tile_in);
+        const Size column = panel * COLUMNS;
+        multiply_rows({&rows, 1, depth, panel_of(of.weights, position * panels(of.outputs) + panel, 3 * depth),
+                       3 * depth, NOTHING, products + (position * tiles + tile) * tile_out + column, of.outputs,
+                       of.outputs - column},
                       0, width);
       }
   }
@@ -252,8 +167,9 @@ void block(const Convolution& of, Size z0, Size y0, Size tiles, Size x0, Size wi
 // x. Small planes share a block, and so the weights.
 void flat_block(const Convolution& of, Size first_tile, Size count) {
   const Size depth = of.depth(), tiles_x = (of.x + OUT - 1) / OUT, tiles_y = (of.y + OUT - 1) / OUT;
-  float* transformed = scratch(IN * IN * count * (depth + of.outputs));
+  float* transformed = scratch(IN * IN * count * (depth + of.outputs) + count * depth);
   float* products = transformed + IN * IN * count * depth;
+  float* const room = products + IN * IN * count * of.outputs;
   Size offset = 0;
   for (const Input& input : of.inputs) {
     for (Size tile = 0; tile < (input.channels ? count : 0); ++tile) {
@@ -282,10 +198,11 @@ void flat_block(const Convolution& of, Size first_tile, Size count) {
     offset += input.channels;
   }
   for (int position = 0; position < IN * IN; ++position) {
-    const float* rows = transformed + position * count * depth;
-    for (Size column = 0; column < of.outputs; column += COLUMNS)
-      multiply_rows({&rows, 1, depth, of.weights + (position * whole_panels(of.outputs) + column) * depth, depth, NOTHING,
-                     products + position * count * of.outputs + column, of.outputs, of.outputs - column},
+    const Rows rows = rows_for(of.weights, transformed + position * count * depth, count * depth, room);
+    for (Size panel = 0; panel < panels(of.outputs); ++panel)
+      multiply_rows({&rows, 1, depth, panel_of(of.weights, position * panels(of.outputs) + panel, depth), depth, NOTHING,
+                     products + position * count * of.outputs + panel * COLUMNS, of.outputs,
+                     of.outputs - panel * COLUMNS},
                     0, count);
   }
   for (Size tile = 0; tile < count; ++tile) {
@@ -314,7 +231,8 @@ void flat_block(const Convolution& of, Size first_tile, Size count) {
 struct Spread {
   const float* from;
   Size size[3], stride[3], inputs, outputs;  // size of what it comes from
-  const float *weights, *bias;
+  Weights weights;
+  const float* bias;
 };
 
 // Planes from `first` to `end` of what it becomes, each voxel of the input as `stride` voxels.
@@ -322,14 +240,16 @@ void spread(const Spread& of, Size first, Size end, float* to) {
   const Size width = of.size[2] * of.stride[2];
   in_parallel((end - first) * of.size[1], [&](Size index) {
     const Size plane = index / of.size[1], y = index % of.size[1], z = first + plane;
-    const float* row = of.from + (z / of.stride[0] * of.size[1] + y) * of.size[2] * of.inputs;
+    const Size count = of.size[2] * of.inputs;
+    const Rows row = rows_for(of.weights, of.from + (z / of.stride[0] * of.size[1] + y) * count, count, scratch(count));
     for (Size j = 0; j < of.stride[1]; ++j)
       for (Size i = 0; i < of.stride[2]; ++i) {
         const Size position = (z % of.stride[0] * of.stride[1] + j) * of.stride[2] + i;
         float* start = to + (((plane * of.size[1] + y) * of.stride[1] + j) * width + i) * of.outputs;
-        for (Size column = 0; column < of.outputs; column += COLUMNS)
-          multiply_rows({&row, 1, of.inputs, of.weights + (position * whole_panels(of.outputs) + column) * of.inputs,
-                         of.inputs, of.bias + column, start + column, of.stride[2] * of.outputs, of.outputs - column},
+        for (Size panel = 0; panel < panels(of.outputs); ++panel)
+          multiply_rows({&row, 1, of.inputs, panel_of(of.weights, position * panels(of.outputs) + panel, of.inputs),
+                         of.inputs, of.bias + panel * COLUMNS, start + panel * COLUMNS, of.stride[2] * of.outputs,
+                         of.outputs - panel * COLUMNS},
                         0, of.size[2]);
       }
   });
@@ -374,7 +294,7 @@ void convolve(Convolution of, const Spread* coarse) {
       });
     } else {
       const Size all = (of.end - of.first) * tiles_y * ((of.x + OUT - 1) / OUT);
-      const Size each = whole_rows(all, shared_among_threads((all + TILES_AT_ONCE - 1) / TILES_AT_ONCE));
+      const Size each = whole_rows(all, shared_among_threads((all + TILES_AT_ONCE - 1) / TILES_AT_ONCE, of.weights));
       in_parallel((all + each - 1) / each,
                   [&](Size index) { flat_block(of, index * each, least(each, all - index * each)); });
     }
@@ -390,10 +310,14 @@ void convolve(Convolution of, const Spread* coarse) {
 struct Direct {
   const float* from;
   Size size[3], channels, taps[3], stride[3], outputs;
-  const float *weights, *bias;
+  Weights weights;
+  const float* bias;
   float* to;
-  const float* zeros;  // as many as a row has values
+  const float* zeros;  // as many as a line has values
+  const Rows* lines;   // of the input, as they are multiplied, and after them zeros; none where all lines are short
   Size out(int axis) const { return (size[axis] + 2 * (taps[axis] / 2) - taps[axis]) / stride[axis] + 1; }
+  Size line() const { return size[2] * channels; }
+  bool is_short() const { return out(2) < SHORT * ROWS; }
 };
 
 // Some lines along x of outputs, plane by plane. Rows of a product are voxels of the input as they lie; where taps reach
@@ -401,21 +325,21 @@ struct Direct {
 void direct_lines(const Direct& of, Size first_line, Size end_line) {
   const Size parts = of.taps[0] * of.taps[1], depth = of.taps[2] * of.channels, width = of.out(2);
   const Size padding = of.taps[2] / 2, stride = of.stride[2], lines = end_line - first_line;
-  const bool is_short = width < SHORT * ROWS;
-  const Size first = is_short ? width : least(width, (padding + stride - 1) / stride);
+  const Size first = of.is_short() ? width : least(width, (padding + stride - 1) / stride);
   const Size end = most(first, least(width, (of.size[2] + padding - of.taps[2]) / stride + 1));
   const Size outside = width - (end - first), copies = lines * outside;
-  float* const copied = scratch(copies * (parts * depth + COLUMNS));
+  float* const copied = scratch(copies * (2 * parts * depth + COLUMNS));
   float* const products = copied + copies * parts * depth;
-  const Array<const float*> rows(lines * parts);
+  const Array<Rows> rows(lines * parts), of_copies(parts);
   for (Size line = 0; line < lines; ++line)
     for (Size part = 0; part < parts; ++part) {
       const Size z = (first_line + line) / of.out(1), y = (first_line + line) % of.out(1);
       const Size from_z = z * of.stride[0] + part / of.taps[1] - of.taps[0] / 2;
       const Size from_y = y * of.stride[1] + part % of.taps[1] - of.taps[1] / 2;
       const bool inside = from_z >= 0 && from_z < of.size[0] && from_y >= 0 && from_y < of.size[1];
-      const float* row = inside ? of.from + (from_z * of.size[1] + from_y) * of.size[2] * of.channels : of.zeros;
-      rows[line * parts + part] = row - padding * of.channels;
+      const Size at_line = inside ? from_z * of.size[1] + from_y : of.size[0] * of.size[1];
+      const float* const row = inside ? of.from + at_line * of.line() : of.zeros;
+      if (!of.is_short()) rows[line * parts + part] = of.lines[at_line].from(-padding * of.channels);
       for (Size index = 0; index < outside; ++index) {
         const Size x = index < first ? index : end + index - first;
         float* const to = copied + ((line * outside + index) * parts + part) * depth;
@@ -428,15 +352,18 @@ void direct_lines(const Direct& of, Size first_line, Size end_line) {
         }
       }
     }
+  const Rows all = rows_for(of.weights, copied, copies * parts * depth, products + copies * COLUMNS);
+  for (Size part = 0; part < parts; ++part) of_copies[part] = all.from(part * depth);
   for (Size column = 0; column < of.outputs; column += COLUMNS) {
-    const float *const weights = of.weights + column * parts * depth, *const bias = of.bias + column;
+    const Weights weights = panel_of(of.weights, column / COLUMNS, parts * depth);
+    const float* const bias = of.bias + column;
     float* const to = of.to + first_line * width * of.outputs + column;
     const Size columns = of.outputs - column;
     for (Size line = 0; line < lines; ++line)
       multiply_rows({rows.data() + line * parts, parts, stride * of.channels, weights, depth, bias,
                      to + line * width * of.outputs, of.outputs, columns},
                     first, end);
-    multiply_rows({&copied, 1, parts * depth, weights, parts * depth, bias, products, COLUMNS, columns}, 0, copies);
+    multiply_rows({of_copies.data(), parts, parts * depth, weights, depth, bias, products, COLUMNS, columns}, 0, copies);
     for (Size copy = 0; copy < copies; ++copy) {
       const Size index = copy % outside, x = index < first ? index : end + index - first;
       copy_floats(products + copy * COLUMNS, least(columns, COLUMNS), to + (copy / outside * width + x) * of.outputs);
@@ -480,10 +407,11 @@ void transform_weights(Size taps, Size inputs, Size outputs, const float* from, 
 }
 
 void convolve(Size taps, Size z, Size y, Size x, const float* one, Size channels_one, const float* other,
-              Size channels_other, Size outputs, const float* weights, const float* bias, float* to, const float* coarse,
-              Size channels_coarse, const Size* stride, const float* spread_weights, const float* spread_bias) {
+              Size channels_other, Size outputs, const Weights& weights, const float* bias, float* to,
+              const float* coarse, Size channels_coarse, const Size* stride, const Weights& spread_weights,
+              const float* spread_bias) {
   const Convolution of{{{one, channels_one}, {other, channels_other}}, z, y, x, outputs, weights, bias, to, 0, z};
-  Spread finer{};
+  Spread finer{nullptr, {}, {}, 0, 0, nullptr, nullptr};
   if (coarse)
     finer = {coarse, {z / stride[0], y / stride[1], x / stride[2]}, {stride[0], stride[1], stride[2]}, channels_coarse,
              channels_one, spread_weights, spread_bias};
@@ -491,30 +419,40 @@ void convolve(Size taps, Size z, Size y, Size x, const float* one, Size channels
 }
 
 void convolve_directly(const Size* size, const Size* taps, const Size* stride, Size inputs, Size outputs,
-                       const float* from, const float* weights, const float* bias, float* to) {
-  const Array<float> zeros(size[2] * inputs);
-  clear_floats(zeros.data(), size[2] * inputs);
-  const Direct of{from, {size[0], size[1], size[2]}, inputs, {taps[0], taps[1], taps[2]},
-                  {stride[0], stride[1], stride[2]}, outputs, weights, bias, to, zeros.data()};
+                       const float* from, const Weights& weights, const float* bias, float* to) {
+  Direct of{from, {size[0], size[1], size[2]}, inputs, {taps[0], taps[1], taps[2]},
+            {stride[0], stride[1], stride[2]}, outputs, weights, bias, to, nullptr, nullptr};
+  const Size lines = of.is_short() ? 0 : size[0] * size[1], line = of.line();
+  const Array<float> zeros(line);
+  const Array<std::int16_t> room(weights.in_int16 ? (lines + 1) * line : 0);
+  const Array<Rows> as_multiplied(lines + 1);
+  clear_floats(zeros.data(), line);
+  in_parallel(lines + 1, [&](Size index) {
+    as_multiplied[index] =
+        rows_for(weights, index < lines ? from + index * line : zeros.data(), line, room.data() + index * line);
+  });
+  of.zeros = zeros.data();
+  of.lines = as_multiplied.data();
   const Size all = of.out(0) * of.out(1), at_once = most(1, ROWS_AT_ONCE / of.out(2));
-  const Size blocks = least(all, shared_among_threads((all + at_once - 1) / at_once));
+  const Size blocks = least(all, shared_among_threads((all + at_once - 1) / at_once, weights));
   in_parallel(blocks, [&](Size index) { direct_lines(of, index * all / blocks, (index + 1) * all / blocks); });
 }
 
-void spread(const Size* size, const Size* stride, Size inputs, Size outputs, const float* from, const float* weights,
+void spread(const Size* size, const Size* stride, Size inputs, Size outputs, const float* from, const Weights& weights,
             const float* bias, float* to) {
   const Spread of{from, {size[0], size[1], size[2]}, {stride[0], stride[1], stride[2]}, inputs, outputs, weights, bias};
   spread(of, 0, size[0] * stride[0], to);
 }
 
-void project(Size voxels, Size inputs, Size outputs, const float* from, const float* weights, const float* bias,
+void project(Size voxels, Size inputs, Size outputs, const float* from, const Weights& weights, const float* bias,
              float* to) {
   in_parallel((voxels + VOXELS_AT_ONCE - 1) / VOXELS_AT_ONCE, [&](Size task) {
     const Size start = task * VOXELS_AT_ONCE, count = least(voxels - start, VOXELS_AT_ONCE);
     float* const rows = scratch(count * COLUMNS);
-    const float* const values = from + start * inputs;
+    const Rows values{from + start * inputs};
     for (Size column = 0; column < outputs; column += COLUMNS) {
-      multiply_rows({&values, 1, inputs, weights + column * inputs, inputs, bias + column, rows, COLUMNS, outputs - column},
+      multiply_rows({&values, 1, inputs, panel_of(weights, column / COLUMNS, inputs), inputs, bias + column, rows,
+                     COLUMNS, outputs - column},
                     0, count);
       for (Size lane = 0; lane < least(COLUMNS, outputs - column); ++lane)
         for (Size voxel = 0; voxel < count; ++voxel)
@@ -570,7 +508,7 @@ void normalise(Size voxels, Size channels, const float* scale, const float* shif
 }  // namespace
 
 extern const Kernels VARIANT;
-const Kernels VARIANT{LANES, COLUMNS, weights_size, transform_weights, convolve, convolve_directly, spread, project,
-                      normalise};
+const Kernels VARIANT{LANES, COLUMNS, weights_size, transform_weights, NARROW_PANELS, convolve, convolve_directly, spread,
+                      project, normalise};
 
 }  // namespace nnturbo

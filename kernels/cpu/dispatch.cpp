@@ -27,18 +27,19 @@ struct Variant {
 };
 
 #if defined(__x86_64__)
-// Whether the processor has these bits of its seventh leaf, and the system saves those registers.
-bool has(unsigned wanted, unsigned saved) {
+// Whether the processor has these bits of its seventh leaf, in ebx and ecx, and the system saves those registers.
+bool has(unsigned wanted, unsigned saved, unsigned wanted_too = 0) {
   constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (FMA | OSXSAVE | AVX)) != (FMA | OSXSAVE | AVX)) return false;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & saved) != saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return (b & wanted) == wanted;
+  return (b & wanted) == wanted && (c & wanted_too) == wanted_too;
 }
 
 constexpr unsigned AVX2 = 1u << 5, AVX512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F, DQ, CD, BW, VL
+constexpr unsigned VNNI = 1u << 11;
 constexpr unsigned YMM = 0x06, ZMM = 0xe6;
 #endif
 
@@ -69,9 +70,19 @@ const Variant*& chosen() {
 
 const Kernels* kernels() { return chosen()->kernels; }
 
+bool multiplies_int16() {
+#if defined(__x86_64__)
+  return kernels() && kernels()->narrow_panels && has(AVX2 | AVX512, ZMM, VNNI);
+#else
+  return false;
+#endif
+}
+
 }  // namespace nnturbo
 
 const char* nnturbo_variant() { return nnturbo::chosen()->name; }
+
+int nnturbo_multiplies_int16() { return nnturbo::multiplies_int16(); }
 
 int nnturbo_use(const char* name) {
   for (const nnturbo::Variant* each = nnturbo::variants(); each->name; ++each)

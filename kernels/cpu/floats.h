@@ -9,34 +9,38 @@
 
 namespace nnturbo {
 
-class Floats {
+template <class Number>
+class Values {
  public:
-  Floats() = default;
-  explicit Floats(Size count)
-      : memory_(static_cast<float*>(allocate(static_cast<std::size_t>(count) * sizeof(float)))), size_(count) {}
-  Floats(Floats&& other) noexcept
+  Values() = default;
+  explicit Values(Size count)
+      : memory_(static_cast<Number*>(allocate(static_cast<std::size_t>(count) * sizeof(Number)))), size_(count) {}
+  Values(Values&& other) noexcept
       : memory_(std::exchange(other.memory_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Floats& operator=(Floats&& other) noexcept {
+  Values& operator=(Values&& other) noexcept {
     std::swap(memory_, other.memory_);
     std::swap(size_, other.size_);
     return *this;
   }
-  ~Floats() { release(memory_); }
+  ~Values() { release(memory_); }
 
-  static Floats zeros(Size count) {
-    Floats made(count);
-    std::fill_n(made.memory_, count, 0.0f);
+  static Values zeros(Size count) {
+    Values made(count);
+    std::fill_n(made.memory_, count, Number{});
     return made;
   }
 
-  float* data() const { return memory_; }
-  float& operator[](Size index) const { return memory_[index]; }
+  Number* data() const { return memory_; }
+  Number& operator[](Size index) const { return memory_[index]; }
   Size size() const { return size_; }
+  Size bytes() const { return size_ * static_cast<Size>(sizeof(Number)); }
 
  private:
-  float* memory_ = nullptr;
+  Number* memory_ = nullptr;
   Size size_ = 0;
 };
+
+using Floats = Values<float>;
 
 // Call `task` with 0 to `tasks` - 1, with all threads.
 template <class Task>

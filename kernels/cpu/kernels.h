@@ -14,6 +14,16 @@ namespace nnturbo {
 
 using Size = std::int64_t;
 
+// Of a convolution, in panels: numbers, or whole numbers, pairs of rows together, and what each column of them is to be
+// multiplied by.
+struct Weights {
+  Weights(const float* numbers) : values(numbers) {}
+  Weights(const std::int16_t* whole_numbers, const float* of_columns) : in_int16(whole_numbers), scales(of_columns) {}
+  const float* values = nullptr;
+  const std::int16_t* in_int16 = nullptr;
+  const float* scales = nullptr;
+};
+
 // Maps are (z, y, x, channel) in memory. Those that allocate throw std::bad_alloc.
 struct Kernels {
   // Channels come in multiples of `lanes`, but those of a direct convolution's input and of logits; weights in panels of
@@ -26,24 +36,29 @@ struct Kernels {
   // From (outputs, inputs, taps, 3, 3) to panels of columns for each position.
   void (*transform_weights)(Size taps, Size inputs, Size outputs, const float* from, float* to);
 
+  // Make panels of (parts, depth, columns) whole numbers, with a scale for each column; null for instructions that do not
+  // multiply int16. A direct convolution has as many parts as taps along z and y, all others one. What is multiplied by
+  // them must have an even number of channels.
+  void (*narrow_panels)(Size panels, Size parts, Size depth, const float* from, std::int16_t* to, float* scales);
+
   // Convolve (z, y, x, inputs), taken from two tensors one after the other, with zeros around it. The first may be none
   // and `coarse` in its place, to be spread by `stride` (see below); `to` may be the last one.
   void (*convolve)(Size taps, Size z, Size y, Size x, const float* one, Size channels_one, const float* other,
-                   Size channels_other, Size outputs, const float* weights, const float* bias, float* to,
-                   const float* coarse, Size channels_coarse, const Size* stride, const float* spread_weights,
+                   Size channels_other, Size outputs, const Weights& weights, const float* bias, float* to,
+                   const float* coarse, Size channels_coarse, const Size* stride, const Weights& spread_weights,
                    const float* spread_bias);
 
   // With any odd number of taps and any strides, zeros around; weights are (panels, taps, inputs, columns).
   void (*convolve_directly)(const Size* size, const Size* taps, const Size* stride, Size inputs, Size outputs,
-                            const float* from, const float* weights, const float* bias, float* to);
+                            const float* from, const Weights& weights, const float* bias, float* to);
 
   // Each input voxel becomes `stride` output voxels; weights are (stride, panels, inputs, columns).
   void (*spread)(const Size* size, const Size* stride, Size inputs, Size outputs, const float* from,
-                 const float* weights, const float* bias, float* to);
+                 const Weights& weights, const float* bias, float* to);
 
   // One output channel after the other, (outputs, z, y, x), of each voxel by itself; weights are (panels, inputs,
   // columns), biases as many as panels have columns.
-  void (*project)(Size voxels, Size inputs, Size outputs, const float* from, const float* weights, const float* bias,
+  void (*project)(Size voxels, Size inputs, Size outputs, const float* from, const Weights& weights, const float* bias,
                   float* to);
 
   // Normalise each channel over all voxels, add a residual where there is one, and damp negative values by `slope`.
@@ -53,6 +68,9 @@ struct Kernels {
 
 // Those of the instructions that are used; null where this processor has too few.
 const Kernels* kernels();
+
+// Whether they and this processor multiply int16.
+bool multiplies_int16();
 
 // Threads that work for the one that makes this, as long as it lives; what follows needs them. Whoever has some already
 // keeps these.

@@ -82,6 +82,18 @@ Map first_input(const nnturbo_operation& operation, const std::vector<Map>& maps
   return map;
 }
 
+void Panels::narrow(Size parts, Size depth, const Kernels& kernels) {
+  const Size columns = kernels.columns, count = numbers_.size() / (parts * depth * columns);
+  in_int16_ = Values<std::int16_t>(numbers_.size());
+  scales_ = Floats(count * columns);
+  kernels.narrow_panels(count, parts, depth, numbers_.data(), in_int16_.data(), scales_.data());
+  numbers_ = Floats();
+}
+
+Weights Panels::weights() const {
+  return scales_.size() ? Weights(in_int16_.data(), scales_.data()) : Weights(numbers_.data());
+}
+
 Operation::Operation(const nnturbo_operation& given, const std::vector<Map>& maps, const Kernels& kernels)
     : kernels_(&kernels), of_(given), normalises_(given.scale.count > 0) {
   const Map &from = maps[of_.inputs[0]], &to = maps[of_.output];
@@ -90,10 +102,11 @@ Operation::Operation(const nnturbo_operation& given, const std::vector<Map>& map
   if (of_.kind == NNTURBO_CONVOLUTION) {
     pack_convolution(maps);
   } else if (of_.kind == NNTURBO_TRANSPOSED_CONVOLUTION) {
-    weight_ = spread_panels(of_.weight.data, to.channels, inputs, product(of_.stride), columns);
+    weight_ = Panels(spread_panels(of_.weight.data, to.channels, inputs, product(of_.stride), columns));
+    if (of_.in_int16) weight_.narrow(1, from.padded, kernels);
     bias_ = filled_up(of_.bias, rounded(to.channels, columns));
   } else if (of_.kind == NNTURBO_PROJECTION) {
-    weight_ = panels(of_.weight.data, to.channels, inputs, 1, columns);
+    weight_ = Panels(panels(of_.weight.data, to.channels, inputs, 1, columns));
     bias_ = filled_up(of_.bias, rounded(to.channels, columns));
   }
   of_.weight = of_.bias = of_.scale = of_.shift = of_.upsampling_weight = of_.upsampling_bias = {};
@@ -105,8 +118,9 @@ void Operation::pack_convolution(const std::vector<Map>& maps) {
   finer_ = first_input(of_, maps, kernels_->lanes);
   if (product(of_.upsampling)) {
     const Inputs coarse{{from.channels, 0}, {from.padded, 0}};
-    upsampling_weight_ =
-        spread_panels(of_.upsampling_weight.data, finer_.channels, coarse, product(of_.upsampling), columns);
+    upsampling_weight_ = Panels(
+        spread_panels(of_.upsampling_weight.data, finer_.channels, coarse, product(of_.upsampling), columns));
+    if (of_.in_int16) upsampling_weight_.narrow(1, from.padded, *kernels_);
     upsampling_bias_ = filled_up(of_.upsampling_bias, rounded(finer_.channels, columns));
   }
   Inputs inputs{{finer_.channels, 0}, {finer_.padded, 0}};
@@ -114,8 +128,12 @@ void Operation::pack_convolution(const std::vector<Map>& maps) {
     inputs.channels[1] = maps[of_.inputs[1]].channels;
     inputs.padded[1] = maps[of_.inputs[1]].padded;
   }
-  weight_ = of_.transformed ? transformed(of_.weight.data, to.channels, inputs, of_.taps[0], *kernels_)
-                            : panels(of_.weight.data, to.channels, inputs, product(of_.taps), columns);
+  weight_ = Panels(of_.transformed ? transformed(of_.weight.data, to.channels, inputs, of_.taps[0], *kernels_)
+                                   : panels(of_.weight.data, to.channels, inputs, product(of_.taps), columns));
+  if (of_.in_int16 && of_.transformed)
+    weight_.narrow(1, (of_.taps[0] == 3 ? 3 : 1) * inputs.in_memory(), *kernels_);
+  else if (of_.in_int16)
+    weight_.narrow(of_.taps[0] * of_.taps[1], of_.taps[2] * inputs.in_memory(), *kernels_);
   bias_ = filled_up(of_.bias, rounded(to.channels, columns));
   if (normalises_) {
     scale_ = filled_up(of_.scale, to.padded);
@@ -124,10 +142,9 @@ void Operation::pack_convolution(const std::vector<Map>& maps) {
 }
 
 Size Operation::weight_bytes() const {
-  Size count = 0;
-  for (const Floats* each : {&weight_, &bias_, &scale_, &shift_, &upsampling_weight_, &upsampling_bias_})
-    count += each->size();
-  return count * static_cast<Size>(sizeof(float));
+  Size bytes = weight_.bytes() + upsampling_weight_.bytes();
+  for (const Floats* each : {&bias_, &scale_, &shift_, &upsampling_bias_}) bytes += each->bytes();
+  return bytes;
 }
 
 void Operation::compute(const Memory& memory) const {
@@ -137,7 +154,7 @@ void Operation::compute(const Memory& memory) const {
     case NNTURBO_CONVOLUTION:
       return convolve(memory);
     case NNTURBO_TRANSPOSED_CONVOLUTION:
-      return kernels_->spread(size, of_.stride, from.padded, to.padded, memory.from(of_.inputs[0]), weight_.data(),
+      return kernels_->spread(size, of_.stride, from.padded, to.padded, memory.from(of_.inputs[0]), weight_.weights(),
                               bias_.data(), memory.to(of_.output));
     case NNTURBO_CONCATENATION:
       return concatenate(memory);
@@ -146,7 +163,7 @@ void Operation::compute(const Memory& memory) const {
     default:
       for (Size image = 0; image < memory.images; ++image)
         kernels_->project(from.voxels(), from.padded, to.channels,
-                          memory.from(of_.inputs[0]) + image * from.voxels() * from.padded, weight_.data(), bias_.data(),
+                          memory.from(of_.inputs[0]) + image * from.voxels() * from.padded, weight_.weights(), bias_.data(),
                           memory.logits + image * to.voxels() * to.channels);
   }
 }
@@ -158,12 +175,12 @@ void Operation::convolve(const Memory& memory) const {
   if (of_.transformed) {
     const bool coarse = product(of_.upsampling) != 0, two = of_.inputs[1] >= 0;
     kernels_->convolve(of_.taps[0], to.size[0] * memory.images, to.size[1], to.size[2], coarse ? nullptr : first,
-                       finer_.padded, two ? memory.from(of_.inputs[1]) : nullptr, two ? memory.maps[of_.inputs[1]].padded : 0, to.padded, weight_.data(), bias_.data(), result,
-                       coarse ? first : nullptr, from.padded, of_.upsampling, upsampling_weight_.data(),
+                       finer_.padded, two ? memory.from(of_.inputs[1]) : nullptr, two ? memory.maps[of_.inputs[1]].padded : 0, to.padded, weight_.weights(), bias_.data(), result,
+                       coarse ? first : nullptr, from.padded, of_.upsampling, upsampling_weight_.weights(),
                        upsampling_bias_.data());
   } else {
     const Size size[3] = {from.size[0] * memory.images, from.size[1], from.size[2]};
-    kernels_->convolve_directly(size, of_.taps, of_.stride, from.padded, to.padded, first, weight_.data(), bias_.data(),
+    kernels_->convolve_directly(size, of_.taps, of_.stride, from.padded, to.padded, first, weight_.weights(), bias_.data(),
                                 result);
   }
 }

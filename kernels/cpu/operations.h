@@ -28,6 +28,23 @@ struct Memory {
   float* to(Size value) const { return buffers[maps[value].buffer]; }
 };
 
+// Panels of weights, in float32 or in int16.
+class Panels {
+ public:
+  Panels() = default;
+  explicit Panels(Floats numbers) : numbers_(std::move(numbers)) {}
+
+  // Multiply in int16 from now on, with as many parts as a direct convolution has taps along z and y.
+  void narrow(Size parts, Size depth, const Kernels& kernels);
+
+  Weights weights() const;
+  Size bytes() const { return numbers_.bytes() + in_int16_.bytes() + scales_.bytes(); }
+
+ private:
+  Floats numbers_, scales_;
+  Values<std::int16_t> in_int16_;
+};
+
 class Operation {
  public:
   // What it is given must fit, see check.h.
@@ -48,7 +65,8 @@ class Operation {
   nnturbo_operation of_;  // without its tensors, which are not kept
   bool normalises_;
   Map finer_{};  // what the first input is made into, where it is
-  Floats weight_, bias_, scale_, shift_, upsampling_weight_, upsampling_bias_;
+  Panels weight_, upsampling_weight_;
+  Floats bias_, scale_, shift_, upsampling_bias_;
 };
 
 // The first input of a convolution as it is read, which may be made from a coarser one.

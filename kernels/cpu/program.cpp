@@ -32,7 +32,9 @@ struct nnturbo_program {
   Size logits;
   std::optional<nnturbo::Head> head;
   std::vector<Size> features;
-  bool is_flat;  // a 2D network: all maps have one plane, and nothing reaches beyond it
+  // Whether several tiles are computed at once: of a 2D network all maps have one plane, and nothing reaches beyond it. In
+  // int16 tiles would change each other.
+  bool shares_operations;
 
   // Floats of each buffer for so many tiles at once.
   std::vector<Size> buffer_sizes(Size images) const {
@@ -59,11 +61,11 @@ nnturbo_program* make(const nnturbo_description& description) {
   program->logits = description.logits;
   program->features.assign(description.features, description.features + description.feature_count);
   if (description.head.kind != NNTURBO_NO_HEAD) program->head.emplace(description.head, program->maps, program->logits);
-  program->is_flat = true;
-  for (const Map& map : program->maps) program->is_flat &= map.size[0] == 1;
+  program->shares_operations = true;
+  for (const Map& map : program->maps) program->shares_operations &= map.size[0] == 1;
   for (Size index = 0; index < description.operation_count; ++index) {
     const nnturbo_operation& operation = description.operations[index];
-    program->is_flat &= operation.taps[0] <= 1 && operation.stride[0] <= 1;
+    program->shares_operations &= operation.taps[0] <= 1 && operation.stride[0] <= 1 && !operation.in_int16;
   }
   return program.release();
 }
@@ -92,7 +94,7 @@ double now() {
 void run(const nnturbo_program& program, Size tiles, const float* input, float* logits, float* class_logits,
          float* const* features, double* seconds) {
   const Map &tile = program.maps[0], &last = program.maps[program.logits];
-  const Size at_once = program.is_flat ? std::min(tiles, PLANES_AT_ONCE) : 1;
+  const Size at_once = program.shares_operations ? std::min(tiles, PLANES_AT_ONCE) : 1;
   std::vector<Floats> memory;
   std::vector<float*> buffers;
   for (const Size size : program.buffer_sizes(at_once)) {

@@ -10,8 +10,8 @@
  *     "format"            1
  *     "values"            [{"buffer": 0, "channels": 1, "size": [z, y, x]}, ...], as nnturbo_value
  *     "operations"        [{"kind": "convolution", "name": "encoder.stages.0.0.convs.0", "inputs": [0], "output": 1,
- *                         "taps": [1, 3, 3], "stride": [1, 1, 1], "transformed": false, "weight": NAME, "bias": NAME,
- *                         "norm": null or {"scale": NAME, "shift": NAME, "epsilon": 1e-5, "slope": 0.01,
+ *                         "taps": [1, 3, 3], "stride": [1, 1, 1], "transformed": false, "in_int16": false,
+ *                         "weight": NAME, "bias": NAME, "norm": null or {"scale": NAME, "shift": NAME, "epsilon": 1e-5, "slope": 0.01,
  *                         "residual": null or value},
  *                         "upsampling": null or {"stride": [1, 2, 2], "weight": NAME, "bias": NAME}}, ...];
  *                         kinds "transposed_convolution" and "projection" have weight and bias, "concatenation" and
@@ -65,6 +65,7 @@ typedef struct nnturbo_operation {
   int64_t output;    /* value; in the buffer of the last input only for transformed convolutions */
   int64_t taps[3], stride[3];
   int64_t transformed;           /* by fewer products: for 1 or 3 x 3 x 3 taps, stride 1, and no value 0 */
+  int64_t in_int16;              /* products, of a convolution, transposed or not, but not from value 0; see products.h */
   int64_t upsampling[3];         /* of the first input of a transformed convolution, by a transposed one; else zeros */
   int64_t residual;              /* value that is added after the norm; -1 for none */
   float epsilon, slope;          /* of the norm, and what negative values are multiplied by after it */
@@ -116,6 +117,9 @@ typedef struct nnturbo_shapes {
 /* The name of the instructions that are used, the widest that this processor has; null where it has too few, and can
  * run no program. */
 NNTURBO_EXPORTED const char* nnturbo_variant(void);
+
+/* Whether these and this processor can multiply in int16: 1 or 0. */
+NNTURBO_EXPORTED int nnturbo_multiplies_int16(void);
 
 /* Use those of another name for programs that are made from now on. 1 where they are not here, else 0. */
 NNTURBO_EXPORTED int nnturbo_use(const char* name);

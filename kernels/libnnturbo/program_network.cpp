@@ -99,6 +99,7 @@ class Reader {
     copy_triple(from.at("taps"), operation.taps);
     copy_triple(from.at("stride"), operation.stride);
     operation.transformed = from.at("transformed").get<bool>();
+    operation.in_int16 = from.at("in_int16").get<bool>();
     operation.weight = tensor(from.at("weight"));
     operation.bias = tensor(from.at("bias"));
     operation.residual = -1;
