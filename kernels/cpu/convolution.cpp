@@ -68,7 +68,7 @@ constexpr Size whole_rows(Size count, Size parts) {
 }
 
 // So many parts, or a few more, so that all threads have as many. In int16 a part shares what its numbers are divided by,
-// which must not depend on threads.
+// which must not depend on threads, nor on how many planes are computed at once.
 Size shared_among_threads(Size parts, const Weights& weights) {
   return weights.in_int16 ? parts : (parts + threads() - 1) / threads() * threads();
 }
@@ -293,10 +293,14 @@ void convolve(Convolution of, const Spread* coarse) {
               least(part_x, of.x - part * part_x));
       });
     } else {
-      const Size all = (of.end - of.first) * tiles_y * ((of.x + OUT - 1) / OUT);
-      const Size each = whole_rows(all, shared_among_threads((all + TILES_AT_ONCE - 1) / TILES_AT_ONCE, of.weights));
-      in_parallel((all + each - 1) / each,
-                  [&](Size index) { flat_block(of, index * each, least(each, all - index * each)); });
+      const Size in_plane = tiles_y * ((of.x + OUT - 1) / OUT), all = (of.end - of.first) * in_plane;
+      const Size in_group = of.weights.in_int16 ? in_plane : all;  // which may share a block
+      const Size each = whole_rows(in_group, shared_among_threads((in_group + TILES_AT_ONCE - 1) / TILES_AT_ONCE, of.weights));
+      const Size blocks = (in_group + each - 1) / each;
+      in_parallel(all / in_group * blocks, [&](Size index) {
+        const Size within_group = index % blocks * each;
+        flat_block(of, index / blocks * in_group + within_group, least(each, in_group - within_group));
+      });
     }
     if (overwrites) {
       copy(last.values + (of.end - 1) * plane * of.outputs, plane * of.outputs, before.data());

@@ -5,7 +5,6 @@ import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,18 @@ from nnturbo.kernels.compilation import VARIANTS, here
 from nnturbo.kernels.library import lacking, load_library
 from nnturbo.kernels.program import Executor, Program, use, variant
 from torch.nn import functional as F
+
+from tests.kernels.programs import (
+    executor_of,
+    furthest,
+    given_out,
+    layer,
+    norm_of,
+    selected,
+    shapes,
+    started,
+    values,
+)
 
 KEPT = (cache_root() or Path.cwd()) / "kernels"
 pytestmark = pytest.mark.skipif(lacking(KEPT) is not None, reason=str(lacking(KEPT)))
@@ -43,63 +54,6 @@ def least_voxels(monkeypatch):
     """Transforms convolutions of any size."""
     monkeypatch.setattr(native_builder, "LEAST_VOXELS", 1)
     monkeypatch.setattr(native_builder, "LEAST_VOXELS_OF_PLANES", 1)
-
-
-def values(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def layer(weight, bias=None, stride=(1, 1, 1)):
-    """What a builder reads of a convolution."""
-    return SimpleNamespace(
-        weight=weight, bias=bias, stride=stride, kernel_size=weight.shape[2:], out_channels=len(weight)
-    )
-
-
-def norm_of(scale, shift):
-    return SimpleNamespace(weight=scale, bias=shift, eps=1e-5)
-
-
-def started(tile):
-    """A builder whose tile has the shape of these values."""
-    return Builder([Shape(channels=tile.shape[1], size=tuple(tile.shape[2:]))])
-
-
-def selected(builder, name, first, end):
-    """Some channels of the tile, exactly: a value that may be read by fewer products."""
-    channels = builder.shapes[0].channels
-    return builder.convolution(name, layer(torch.eye(channels)[first:end, :, None, None, None]), [0], None)
-
-
-def executor_of(kernels, builder, value, planned=plan_buffers):
-    """Make a program that gives out a value, and the sum of its channels as logits."""
-    logits = builder.projection("logits", value, torch.ones(1, builder.shapes[value].channels, 1, 1, 1), None)
-    program = Program(
-        values=planned(builder.shapes, builder.operations, logits, [value]),
-        operations=tuple(builder.operations),
-        logits=logits,
-        head=None,
-        features=(value,),
-    )
-    return Executor(kernels, program, builder.weights, 2)
-
-
-def given_out(kernels, builder, value, tile, threads=2):
-    """Run a program for one value."""
-    outputs = executor_of(kernels, builder, value)(tile, threads)
-    torch.testing.assert_close(outputs.logits[:, 0], outputs.features[0].sum(1), atol=1e-3, rtol=1e-3)
-    return outputs.features[0]
-
-
-def furthest(got, expected):
-    """Largest difference, as a part of the expected values' standard deviation."""
-    assert got.shape == expected.shape
-    return float((got.double() - expected).abs().max() / expected.std())
-
-
-def shapes(count):
-    luck = np.random.default_rng(20261123)
-    return [tuple(int(n) for n in luck.integers(1, 20, 3)) for _ in range(count)]
 
 
 @pytest.mark.parametrize("size", [*shapes(40), (4, 4, 200), (9, 33, 7), (64, 8, 8), (1, 40, 40)])
