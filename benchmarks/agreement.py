@@ -51,7 +51,7 @@ def built(model: Path, out: Path, backend: str, precision: str, **calibration: A
 
 def main() -> None:
     """Measure, print, and keep the counts."""
-    known = [f"{name}:{precision}" for name in backends() for precision in ("fp32", "bf16", "int8")]
+    known = [f"{name}:{precision}" for name in backends() for precision in ("fp32", "bf16", "int16", "int8")]
     parser = argparse.ArgumentParser(description="agreement")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=12)

@@ -1,6 +1,7 @@
-"""Times every backend on one tile, against nnU-Net's eager fp32 network in the same process.
+r"""Times every backend on one tile, against nnU-Net's eager fp32 network in the same process.
 
-    python -m nnturbo.benchmarks.backends [--models PlainConvUNet ...] [--demo FOLDER] [--rounds 5] [--json FILE]
+    python -m nnturbo.benchmarks.backends [--models PlainConvUNet ...] [--backends native ...] [--demo FOLDER] \
+        [--rounds 5] [--json FILE]
 
 Bundles are built first; then each round is one run of each. Load time and memory come from a separate process for each
 bundle, which loads it and runs one tile.
@@ -34,6 +35,7 @@ from nnturbo.engine.files import new_folder
 from nnturbo.engine.model.folder import Model, read_model
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
+from nnturbo.engine.options import PRECISIONS
 from torch import Tensor
 
 from .report import machine, python, run_measured, write_report
@@ -62,11 +64,12 @@ print(json.dumps(answer), file=open(sys.argv[2], "w"))
 """
 
 
-def ways(precisions: list[str]) -> list[tuple[str, str]]:
-    """Every backend and precision that runs on this CPU."""
+def ways(names: list[str], precisions: list[str]) -> list[tuple[str, str]]:
+    """Those backends and precisions that run on this CPU."""
     return [
         (name, precision)
         for name, backend in backends().items()
+        if name in names
         for precision in precisions
         if backend.unavailable(CPU, precision) is None
     ]
@@ -111,12 +114,12 @@ def alone(folder: Path) -> dict[str, float]:
     return {**json.loads(answer.read_bytes()), "peak_bytes": run.peak_bytes}
 
 
-def measure(name: str, model: Model, rounds: int, precisions: list[str], folder: Path) -> list[dict[str, Any]]:
-    """All backends on one model."""
+def measure(name: str, model: Model, rounds: int, chosen: list[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
+    """Several backends and precisions on one model."""
     tile, hashes = tile_of(model), source_hashes(model, "checkpoint_final.pth")
     runners: dict[str, Callable[[Tensor], Any]] = {STOCK: eager(model)}
     rows: dict[str, dict[str, Any]] = {STOCK: {"model": name, "way": STOCK}}
-    for backend, precision in ways(precisions):
+    for backend, precision in chosen:
         way, bundle = f"{backend} {precision}", folder / f"{backend}-{precision}"
         try:
             row: dict[str, Any] = {"build_s": build(model, hashes, backend, precision, tile, bundle)}
@@ -150,7 +153,8 @@ def main() -> None:
     """Measure, print, and keep the samples."""
     parser = argparse.ArgumentParser(description="backends")
     parser.add_argument("--models", nargs="*", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--backends", nargs="+", choices=list(backends()), default=list(backends()))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int16", "int8"])
     parser.add_argument("--demo", type=Path, help="a trained model, measured too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -166,7 +170,8 @@ def main() -> None:
             folders[options.demo.name] = options.demo
         for network, model in folders.items():
             bundles = folder / f"bundles-{network}"
-            rows = measure(network, read_model(model), options.rounds, options.precisions, bundles)
+            chosen = ways(options.backends, options.precisions)
+            rows = measure(network, read_model(model), options.rounds, chosen, bundles)
             rows = [{**row, "commit": machine()["commit"]} for row in rows]
             places = [index for index, row in enumerate(kept) if row["model"] == network] or [len(kept)]
             others = [row for row in kept if row["model"] != network]

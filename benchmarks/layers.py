@@ -158,7 +158,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        layers, peak, bandwidth = measure(opened(options.model, Path(folder) / DATASET), options.rounds, options.precision)
+        layers, peak, bandwidth = measure(
+            opened(options.model, Path(folder) / DATASET), options.rounds, options.precision
+        )
     instructions = variant(compiled_kernels())
     print(f"{instructions}: peak {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
     for layer in sorted(layers, key=lambda each: -each.milliseconds):
@@ -169,7 +171,10 @@ def main() -> None:
         )
     rows = [asdict(layer) for layer in layers]
     found = {"instructions": instructions, "peak_flops": peak, "copy_bytes_per_second": bandwidth}
-    write_report(options.json, {"benchmark": "layers", "model": options.model, "precision": options.precision, **found, "layers": rows})
+    write_report(
+        options.json,
+        {"benchmark": "layers", "model": options.model, "precision": options.precision, **found, "layers": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from .native_program import network_program
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "int16")
-"""In int16 it has all products, but those of first layers and logits; sums, norms, residuals and heads stay in float32."""
+"""In int16 are the products of all layers but the first ones and the logits; everything else is in float32."""
 
 HEAD = "head/"
 """What names of weights of other programs' heads begin with in a bundle."""

@@ -65,6 +65,8 @@ struct Example {
     operations.back().weight = tensor(15 * 5 * 9);
     operations.push_back(operation(NNTURBO_PROJECTION, 7, -1, 8));
     operations.back().weight = tensor(15);
+    if (nnturbo_multiplies_int16() && luck() % 2)
+      for (const int index : {1, 2, 4, 6}) operations[index].in_int16 = 1;
     for (const std::int64_t count : {4 * 5, 4, 4 * 5, 4, 2 * 4, 2, 8, 8, 2 * 8, 2}) tensors.push_back(tensor(count));
   }
 
@@ -82,8 +84,9 @@ struct Example {
     nnturbo_value& value = values[random(values.size())];
     std::int64_t* const places[] = {&of.kind, &of.inputs[random(2)], &of.output, &of.taps[random(3)], &of.stride[random(3)],
                                     &of.transformed, &of.upsampling[random(3)], &of.residual, &value.buffer,
-                                    &value.channels, &value.size[random(3)], &features[0], &of_head[0], &focus[0]};
-    *places[random(14)] = number;
+                                    &value.channels, &value.size[random(3)], &features[0], &of_head[0], &focus[0],
+                                    &of.in_int16};
+    *places[random(15)] = number;
     if (random(4) == 0) of.weight.count = random(of.weight.count + 1);
     if (random(8) == 0) tensors[random(10)].count = random(4);
     if (random(4) == 0) std::swap(operations[random(operations.size())], operations[random(operations.size())]);

@@ -10,16 +10,17 @@ from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, native, native_builder
 from nnturbo.engine.backends.buffers import reads
 from nnturbo.engine.backends.native import NativeBackend
-from nnturbo.engine.backends.native_files import PROGRAM_FILE, WEIGHTS_FILE
+from nnturbo.engine.backends.native_files import PROGRAM_FILE, WEIGHTS_FILE, read_programs
 from nnturbo.engine.backends.torch import TorchBackend
 from nnturbo.engine.bundles.manifest import read_manifest
 from nnturbo.engine.errors import BundleError
 from nnturbo.engine.model.folder import read_model
 
-from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model
+from tests.engine.factory import multi_task, plans_2d, plans_json, smooth_scan, write_model, write_scan
 
 CPU = torch.device("cpu")
 MISSING = NativeBackend().unavailable(CPU, "fp32")
+NO_INT16 = MISSING or NativeBackend().unavailable(CPU, "int16")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 LIBRARY = "dynamic_network_architectures.architectures.unet"
 
@@ -177,8 +178,11 @@ class TestChoice:
         assert backend.unavailable(CPU, "fp32") is None
         assert "not on cuda" in str(backend.unavailable(torch.device("cuda"), "fp32"))
         assert "not in bf16" in str(backend.unavailable(CPU, "bf16"))
+        monkeypatch.setattr(native, "multiplies_int16", lambda library: False)
+        assert "no int16 products (AVX512-VNNI); use fp32" in str(backend.unavailable(CPU, "int16"))
         monkeypatch.setattr(native, "lacking", lambda folder: "it needs a wheel, or a C++ compiler")
         assert "C++ compiler" in str(backend.unavailable(CPU, "fp32"))
+        assert "C++ compiler" in str(backend.unavailable(CPU, "int16"))
 
     def test_a_compiler_that_fails_leaves_it_to_others(self, tmp_path, monkeypatch, caplog):
         def fails(folder):
@@ -224,6 +228,35 @@ def test_a_bundle_gives_the_labels_of_the_model(tmp_path, kind):
     assert np.array_equal(one.segmentation, other.segmentation)
     assert len(np.unique(one.segmentation)) > 1
     assert one.classification == other.classification
+
+
+@pytest.mark.skipif(NO_INT16 is not None, reason=str(NO_INT16))
+class TestInt16:
+    @pytest.mark.parametrize("kind", ["multi-task", "2D multi-task", "residual encoder"])
+    def test_logits_are_near_those_of_fp32(self, tmp_path, monkeypatch, kind):
+        monkeypatch.setattr(native_builder, "LEAST_VOXELS", 64)
+        monkeypatch.setattr(native_builder, "LEAST_VOXELS_OF_PLANES", 64)
+        model = read_model(write_model(tmp_path / "m", plans=KINDS[kind]))
+        tiles = torch.randn(2, 1, *model.plan.patch_size, generator=torch.Generator().manual_seed(0))
+        exact, near = (NativeBackend().load(model, None, CPU, precision)(tiles) for precision in ("fp32", "int16"))
+        spread = float(exact.seg_logits.std())
+        assert 0 < float((near.seg_logits - exact.seg_logits).square().mean().sqrt()) < 0.02 * spread
+        torch.testing.assert_close(near.class_logits, exact.class_logits, atol=0.02, rtol=0.02)
+
+    def test_a_bundle_gives_the_labels_of_the_model_and_says_how_far_they_agree(self, tmp_path):
+        model = write_model(tmp_path / "m", plans=KINDS["multi-task"], folds=("0", "1"))
+        scan = write_scan(tmp_path / "scan.nii.gz", shape=(12, 40, 50))
+        how = {"device": "cpu", "backend": "native", "precision": "int16"}
+        bundle = build(model, tmp_path / "bundle", calibration=[scan], floor=0.9, **how)
+        manifest = read_manifest(bundle)
+        assert (manifest.backend, manifest.precision) == ("native", "int16")
+        assert manifest.agreement.lowest_dice > 0.9
+        operations = read_programs(bundle)[0].operations
+        assert [each.in_int16 for each in operations[:2]] == [False, True]  # the tile's, and the next one
+        assert not operations[-1].in_int16
+        one, other = (Engine.load(model, **how).predict(scan), Engine.load(bundle, device="cpu").predict(scan))
+        assert np.array_equal(one.segmentation, other.segmentation)
+        assert one.provenance[0].precision == other.provenance[0].precision == "int16"
 
 
 def test_a_bundle_with_damaged_files_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nnturbo.engine import Engine, Volume
 from nnturbo.engine import build as build_bundle
+from nnturbo.engine.backends.native import NativeBackend
 
 from tests.cpp.factory import SHAPE, write_manifest
 from tests.engine.factory import (
@@ -19,6 +20,7 @@ from tests.engine.factory import (
     random_weights,
     smooth_scan,
     write_model,
+    write_scan,
 )
 from tests.kernels.libnnturbo.library import BAD_ARGUMENT, BAD_BUNDLE, BAD_SCAN, CANCELLED, LibraryError, Model
 from tests.kernels.libnnturbo.nifti import SPACING
@@ -72,6 +74,21 @@ def test_answers_are_pythons(kind, built, tmp_path):
         assert model.class_names == (list(of_case.class_names) if of_case else [])
     assert model.reader == "SimpleITKIO"
     model.close()
+
+
+def test_answers_in_int16_are_pythons(built, tmp_path):
+    if (missing := NativeBackend().unavailable(torch.device("cpu"), "int16")) is not None:
+        pytest.skip(missing)
+    folder = write_model(tmp_path / "m", plans=multi_task(plans_json()))
+    scan, array = write_scan(tmp_path / "scan.nii.gz", shape=SHAPE), smooth_scan(SHAPE, 0)
+    options = {"precision": "int16", "calibration": [scan], "floor": 0.5}
+    bundle = build_bundle(folder, tmp_path / "bundle", backend="native", device="cpu", **options)
+    threads = two_threads()
+    expected = Engine.load(bundle).predict(Volume.from_array(array[None], SPACING))
+    labels, _, probabilities = open_model(built, bundle).predict(array[None], SPACING, **threads)
+    assert np.array_equal(labels, expected.segmentation)
+    assert len(np.unique(labels)) > 1
+    assert probabilities == pytest.approx(list(expected.classification.probabilities), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
