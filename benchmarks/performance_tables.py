@@ -92,7 +92,7 @@ def around() -> str:
     )
 
 
-def backends() -> str:
+def backends(name: str = "backends") -> str:
     """Every backend's forward on one tile, against nnU-Net's."""
     rows = [
         [
@@ -112,12 +112,17 @@ def backends() -> str:
                 else ["-"] * 4
             ),
         ]
-        for row in load("backends")["rows"]
+        for row in load(name)["rows"]
     ]
     header = ["network", "backend and precision", "time of one tile", "speed (nnU-Net = 1)",
               "share of voxels with another label", "time to build", "time to load", "size of files",
               "peak memory"]  # fmt: skip
     return markdown(header, rows)
+
+
+def int16() -> str:
+    """The same for products in int16, beside others on the same day."""
+    return backends("backends_int16")
 
 
 def commands() -> str:
@@ -235,6 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "around": around,
     "backends": backends,
+    "int16": int16,
     "commands": commands,
     "waterfall": waterfall,
     "growth": growth,
