@@ -81,8 +81,8 @@ class Engine(Predictor[Prepared, Segmented]):
             checkpoint: File name of the checkpoint in each fold; by default checkpoint_final.pth, or that of a bundle.
             configuration: The one wanted; needed for a zip that holds several.
             backend: How the network runs: "auto" or a name that `nnturbo inspect` lists.
-            precision: "fp32", "bf16", "fp16", "int16", "int8" (bundles only), or "auto": fp32 on a CPU and fp16 on a GPU,
-                as nnU-Net; that of a bundle.
+            precision: "fp32", "bf16", "fp16", "int16", "int8" (bundles only), or "auto": fp32 on a CPU and fp16 on a
+                GPU, as nnU-Net; that of a bundle.
             device: "auto", "cpu", "cuda", "cuda:N" or "mps".
             tile_step_size: Distance of tiles as a fraction of the patch, in (0, 1].
             mirror: Average over mirrored views, along the axes the model was trained with.
