@@ -39,7 +39,7 @@ def held(process):
 
 def watch():
     global most
-    while not ended.wait(0.1):
+    while not ended.wait(0.25):
         most = max(most, held(child.pid))
 
 most, ended = 0, threading.Event()
@@ -66,7 +66,7 @@ class Run:
         cpu_seconds: CPU time of all cores.
         peak_bytes: Greatest resident memory of any one process in it.
         peak_bytes_together: Greatest memory of all its processes together, where what several share counts once; looked
-            at ten times a second, so None on a command that is shorter or on systems other than Linux.
+            at four times a second, so None on a command that is shorter or on systems other than Linux.
         gpu_peak_bytes: Peak of the GPU's memory, minus the memory in use before it began.
         gpu_byte_seconds: The same memory, summed over time.
     """
