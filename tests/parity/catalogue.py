@@ -7,6 +7,7 @@ from tests.parity.kinds import NO_RESAMPLING, ModelKind, NetworkKind, spline, to
 RESIDUAL_CLASS = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 PLAIN = NetworkKind()
 RESIDUAL = NetworkKind(class_name=RESIDUAL_CLASS)
+RESIDUAL_BOTH_WAYS = NetworkKind(class_name="dynamic_network_architectures.architectures.unet.ResidualUNet")
 FLAT_KERNELS = NetworkKind(kernel_sizes=((1, 3, 3), (3, 3, 3), (3, 3, 3)), strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)))
 TWO_DIMENSIONAL = NetworkKind(kernel_sizes=((3, 3), (3, 3), (3, 3)), strides=((1, 1), (2, 2), (2, 2)))
 ONE_STRIDE = NetworkKind(features=(6, 8), kernel_sizes=((3, 3, 3), (3, 1, 3)), strides=((1, 1, 1), (1, 1, 1)))
@@ -54,6 +55,9 @@ NETWORKS = (
     PLAIN_CT,
     ModelKind(name="random_weights", scans=("isotropic", "coarse_first", "tiny"), weights="random"),
     ModelKind(name="residual", scans=("isotropic", "coarse_first"), network=RESIDUAL),
+    ModelKind(name="residual_both_ways", scans=("small", "coarse_first"), network=RESIDUAL_BOTH_WAYS),
+    ModelKind(name="odd_channels", scans=("small",), network=replace(PLAIN, features=(5, 7, 13))),
+    ModelKind(name="odd_channels_residual", scans=("small",), network=replace(RESIDUAL, features=(5, 7, 13))),
     ModelKind(name="coarse_plan", scans=("isotropic", "coarse_first", "coarse_as_planned", "coarse_last"), **COARSE),
     ModelKind(
         name="coarse_plan_residual",
@@ -87,6 +91,13 @@ NETWORKS = (
     replace(
         PLAIN_2D, name="2d_residual", scans=("small",), network=replace(TWO_DIMENSIONAL, class_name=RESIDUAL_CLASS)
     ),
+    replace(
+        PLAIN_2D,
+        name="2d_residual_both_ways",
+        scans=("small",),
+        network=replace(TWO_DIMENSIONAL, class_name=RESIDUAL_BOTH_WAYS.class_name),
+    ),
+    replace(PLAIN_2D, name="2d_odd_channels", scans=("small",), network=replace(TWO_DIMENSIONAL, features=(3, 9, 11))),
     replace(PLAIN_2D, name="2d_mirrored", scans=("coarse_first",), mirror_axes=(0, 1)),
     replace(
         PLAIN_2D,

@@ -94,7 +94,7 @@ class NetworkKind:
 
     @property
     def residual(self) -> bool:
-        """Whether the encoder is made of residual blocks."""
+        """Whether the encoder is made of residual blocks, and perhaps the decoder."""
         return "Residual" in self.class_name
 
 

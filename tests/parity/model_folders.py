@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tests.parity.catalogue import RESIDUAL_CLASS
+from tests.parity.catalogue import RESIDUAL_BOTH_WAYS, RESIDUAL_CLASS
 from tests.parity.kinds import ModelKind
 from tests.parity.plans import make_dataset_json, make_plans
 from tests.parity.scans import smooth_field
@@ -66,7 +66,8 @@ def readable_by_stock(kind: ModelKind) -> ModelKind:
         Stock refuses weights with a prefix. It searches for classes that have moved, but the search imports every
         architecture, and with them torchvision, which does not load beside a CPU build of torch.
     """
-    if kind.network.residual and (kind.plans == "old" or kind.network.class_name != RESIDUAL_CLASS):
+    where_stock_looks = (RESIDUAL_CLASS, RESIDUAL_BOTH_WAYS.class_name)
+    if kind.network.residual and (kind.plans == "old" or kind.network.class_name not in where_stock_looks):
         kind = replace(kind, plans="current", network=replace(kind.network, class_name=RESIDUAL_CLASS))
     return replace(kind, weights_prefix="")
 

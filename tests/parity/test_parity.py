@@ -23,6 +23,7 @@ FURTHER_KINDS = {
     *("nonlin_not_there_residual", "random_weights", "2d_deep", "2d_mirrored", "2d_transposed", "2d_residual"),
     *("regions_as_floats", "254_labels", "cascade_transposed", "cascade_linear_z", "cascade_cubic", "cascade_deep"),
     *("transposed_102", "linear_z", "square", "quartic", "cubic_logits_of_order_5", "torch_never_separate_z"),
+    *("2d_residual_both_ways", "2d_odd_channels", "odd_channels_residual"),
     *("mirror_plane", "two_folds_mirrored", "step_0.75", "orig_mod_prefix", "old_plans_residual", "mixed_resampling"),
 }
 """Whose features are each in another kind too."""
