@@ -11,29 +11,26 @@
 namespace nnturbo {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr int SCHEMA = 1;
 constexpr char MANIFEST[] = "engine.json", PATH[] = "path.json", PROGRAM[] = "network.json";
 constexpr char WEIGHTS[] = "weights.safetensors";
 constexpr char BUILD[] = "`nnturbo build -m MODEL -o BUNDLE --backend native`";
 
-[[noreturn]] void fail(const fs::path& where, const std::string& what) {
-  throw Error(NNTURBO_BAD_BUNDLE, where.u8string() + ": " + what);
+[[noreturn]] void fail(const std::string& where, const std::string& what) {
+  throw Error(NNTURBO_BAD_BUNDLE, where + ": " + what);
 }
 
 // The files of a bundle that its manifest names, each verified.
 class Files {
  public:
-  explicit Files(const fs::path& folder) : folder_(folder) {
-    std::error_code absent;
-    if (!fs::is_regular_file(folder / MANIFEST, absent))
+  explicit Files(const std::string& folder) : folder_(folder) {
+    if (!is_file(in_folder(MANIFEST)))
       fail(folder, std::string("a bundle must be a folder with engine.json, and there is none; make one with ") + BUILD);
     try {
-      read(Json::parse(MappedFile(folder / MANIFEST).text()));
+      read(Json::parse(MappedFile(in_folder(MANIFEST)).text()));
     } catch (const Json::exception& error) {
-      fail(folder / MANIFEST, std::string("it must have the form that nnturbo writes (") + error.what() +
-                                  "); copy the bundle again, or build it again");
+      fail(in_folder(MANIFEST), std::string("it must have the form that nnturbo writes (") + error.what() +
+                                    "); copy the bundle again, or build it again");
     }
   }
 
@@ -64,21 +61,23 @@ class Files {
     // A manifest from elsewhere must not make this program read files outside of the bundle.
     if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\:") != std::string::npos)
       fail(folder_, "engine.json must name files in the bundle itself, it names " + name + "; build the bundle again");
-    const MappedFile& file = files_.emplace(name, MappedFile(folder_ / fs::u8path(name))).first->second;
+    const MappedFile& file = files_.emplace(name, MappedFile(in_folder(name))).first->second;
     const std::string found = sha256(file.data(), file.size());
     if (found != expected)
-      fail(folder_ / fs::u8path(name), "its SHA-256 must be " + expected + ", it is " + found +
-                                           ": the file was changed or cut off; copy the bundle again, or build it again");
+      fail(in_folder(name), "its SHA-256 must be " + expected + ", it is " + found +
+                                ": the file was changed or cut off; copy the bundle again, or build it again");
   }
 
-  const fs::path folder_;
+  std::string in_folder(const std::string& name) const { return folder_ + "/" + name; }
+
+  const std::string folder_;
   std::map<std::string, MappedFile> files_;
 };
 
 }  // namespace
 
 Bundle open_bundle(const std::string& folder) {
-  const Files files(fs::u8path(folder));
+  const Files files(folder);
   Bundle bundle;
   bundle.plan = parse_plan(files[PATH].text());
   bundle.network = read_network(files[PROGRAM].text(), files[WEIGHTS], bundle.plan);

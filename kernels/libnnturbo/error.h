@@ -23,14 +23,22 @@ std::string listed(const Numbers& numbers);
 
 }  // namespace nnturbo
 
-#include <sstream>
+#include <cstdio>
+#include <type_traits>
 
+// Without streams, which would be half of the library on systems where it brings its own.
 template <class Numbers>
 std::string nnturbo::listed(const Numbers& numbers) {
-  std::ostringstream text;
-  text.precision(12);
-  text << "[";
-  for (std::size_t i = 0; i < numbers.size(); ++i) text << (i ? ", " : "") << numbers[i];
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (const auto number : numbers) {
+    if (text.size() > 1) text += ", ";
+    if constexpr (std::is_integral_v<decltype(number)>) {
+      text += std::to_string(number);
+    } else {
+      char written[32];
+      std::snprintf(written, sizeof written, "%.12g", static_cast<double>(number));
+      text += written;
+    }
+  }
+  return text + "]";
 }

@@ -16,18 +16,34 @@
 namespace nnturbo {
 namespace {
 
-[[noreturn]] void fail(const std::filesystem::path& file) {
+[[noreturn]] void fail(const std::string& name) {
   throw Error(NNTURBO_BAD_BUNDLE,
-              file.u8string() + ": this file of the bundle cannot be read; copy the whole bundle, and check its permissions");
+              name + ": this file of the bundle cannot be read; copy the whole bundle, and check its permissions");
 }
+
+#if defined(_WIN32)
+
+std::wstring wide(const std::string& name) {
+  const int bytes = static_cast<int>(name.size());
+  std::wstring text(MultiByteToWideChar(CP_UTF8, 0, name.data(), bytes, nullptr, 0), L'\0');
+  MultiByteToWideChar(CP_UTF8, 0, name.data(), bytes, text.data(), static_cast<int>(text.size()));
+  return text;
+}
+
+#endif
 
 }  // namespace
 
 #if defined(_WIN32)
 
-MappedFile::MappedFile(const std::filesystem::path& file) {
-  const HANDLE opened = CreateFileW(file.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
-  if (opened == INVALID_HANDLE_VALUE) fail(file);
+bool is_file(const std::string& name) {
+  const DWORD about = GetFileAttributesW(wide(name).c_str());
+  return about != INVALID_FILE_ATTRIBUTES && !(about & FILE_ATTRIBUTE_DIRECTORY);
+}
+
+MappedFile::MappedFile(const std::string& name) {
+  const HANDLE opened = CreateFileW(wide(name).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+  if (opened == INVALID_HANDLE_VALUE) fail(name);
   LARGE_INTEGER size;
   bool good = GetFileSizeEx(opened, &size);
   if (good && size.QuadPart > 0) {
@@ -40,7 +56,7 @@ MappedFile::MappedFile(const std::filesystem::path& file) {
     size_ = static_cast<std::size_t>(size.QuadPart);
   }
   CloseHandle(opened);
-  if (!good) fail(file);
+  if (!good) fail(name);
 }
 
 MappedFile::~MappedFile() {
@@ -49,9 +65,14 @@ MappedFile::~MappedFile() {
 
 #else
 
-MappedFile::MappedFile(const std::filesystem::path& file) {
-  const int opened = open(file.c_str(), O_RDONLY | O_CLOEXEC);
-  if (opened < 0) fail(file);
+bool is_file(const std::string& name) {
+  struct stat about;
+  return stat(name.c_str(), &about) == 0 && S_ISREG(about.st_mode);
+}
+
+MappedFile::MappedFile(const std::string& name) {
+  const int opened = open(name.c_str(), O_RDONLY | O_CLOEXEC);
+  if (opened < 0) fail(name);
   struct stat about;
   bool good = fstat(opened, &about) == 0 && S_ISREG(about.st_mode);
   if (good && about.st_size > 0) {
@@ -61,7 +82,7 @@ MappedFile::MappedFile(const std::filesystem::path& file) {
     data_ = good ? static_cast<const unsigned char*>(memory) : nullptr;
   }
   close(opened);
-  if (!good) fail(file);
+  if (!good) fail(name);
 }
 
 MappedFile::~MappedFile() {

@@ -2,15 +2,18 @@
 
 #pragma once
 
-#include <filesystem>
 #include <string>
 
 namespace nnturbo {
 
+// Whether there is a file of this name, which is UTF-8 here and below. Not by std::filesystem, whose streams would be
+// half of the library on systems where it brings its own.
+bool is_file(const std::string& name);
+
 class MappedFile {
  public:
   // Throws Error where the file cannot be read.
-  explicit MappedFile(const std::filesystem::path& file);
+  explicit MappedFile(const std::string& name);
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&&) = delete;
