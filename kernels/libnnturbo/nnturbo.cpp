@@ -79,7 +79,8 @@ void describe(nnturbo_model& model) {
                        model.label_names.data(),
                        static_cast<Size>(model.class_names.size()),
                        model.class_names.data(),
-                       plan.reader.c_str()};
+                       plan.reader.c_str(),
+                       plan.labels.regions_class_order.has_value()};
 }
 
 void show(const nnturbo_scan& scan, const nnturbo::Plan& plan, Kept& kept) {

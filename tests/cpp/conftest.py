@@ -13,9 +13,10 @@ from tests.cpp.factory import SHAPE, SOURCE, cmake, write_scan
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 
 HEADERS = {
-    "nifti/nifti1.h": "libnifti2-dev",
+    "nifti/nifti2.h": "libnifti2-dev",
     "openssl/evp.h": "libssl-dev",
     "nlohmann/json.hpp": "nlohmann-json3-dev",
+    "zlib.h": "zlib1g-dev",
 }
 BUILD_FOLDER = "NNTURBO_CPP_BUILD"  # keeps the build from one run of these tests to the next
 
@@ -66,10 +67,20 @@ def bundle(model):
     return build_bundle(model, model.parent / "bundle", backend="torchscript", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def native_bundle(model):
+    return build_bundle(model, model.parent / "native", backend="native", device="cpu")
+
+
 @pytest.fixture
 def own_bundle(bundle, tmp_path):
     """A bundle to spoil."""
     return shutil.copytree(bundle, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def own_native_bundle(native_bundle, tmp_path):
+    return shutil.copytree(native_bundle, tmp_path / "spoilt_native")
 
 
 @pytest.fixture

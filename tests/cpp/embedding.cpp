@@ -1,6 +1,6 @@
-// A program around nnturbo::Engine, for test_cpp.py: prints what differs from what it expects, and nothing else.
+// A program around nnturbo_torch::Engine, for test_cpp.py: prints what differs from what it expects, and nothing else.
 
-#include <nnturbo/engine.h>
+#include <nnturbo_torch/engine.h>
 #include <torch/torch.h>
 
 #include <array>
@@ -23,12 +23,12 @@ void expect_error(const std::string& text, const Call& call) {
   try {
     call();
     std::cout << "no error: " << text << "\n";
-  } catch (const nnturbo::Error& error) {
+  } catch (const nnturbo_torch::Error& error) {
     expect(std::string(error.what()).find(text) != std::string::npos, text + " is said by: " + error.what());
   }
 }
 
-void check_arguments(const nnturbo::Engine& engine) {
+void check_arguments(const nnturbo_torch::Engine& engine) {
   const auto predict = [&](const torch::Tensor& image, std::array<double, 3> spacing = kSpacing, double step = 0.5) {
     return [=, &engine] { engine.predict(image, spacing, {step, true}); };
   };
@@ -57,7 +57,7 @@ torch::Tensor scan_of(int seed) {
   return (50 + 120 * smooth)[0][0].round();
 }
 
-void check_types(const nnturbo::Engine& engine) {
+void check_types(const nnturbo_torch::Engine& engine) {
   const torch::Tensor scan = scan_of(0).clamp(0, 250);
   const torch::Tensor expected = engine.predict(scan, kSpacing).segmentation;
   for (const auto type : {torch::kByte, torch::kShort, torch::kUInt16, torch::kLong, torch::kHalf, torch::kDouble}) {
@@ -66,7 +66,7 @@ void check_types(const nnturbo::Engine& engine) {
   }
 }
 
-void check_threads(const nnturbo::Engine& engine) {
+void check_threads(const nnturbo_torch::Engine& engine) {
   constexpr int kThreads = 4;
   std::vector<torch::Tensor> expected, found(kThreads);
   for (int i = 0; i < kThreads; ++i) expected.push_back(engine.predict(scan_of(i), kSpacing).segmentation);
@@ -86,8 +86,8 @@ void check_threads(const nnturbo::Engine& engine) {
 }  // namespace
 
 int main(int, char** arguments) {
-  nnturbo::Engine opened(arguments[1]);
-  const nnturbo::Engine engine = std::move(opened);
+  nnturbo_torch::Engine opened(arguments[1]);
+  const nnturbo_torch::Engine engine = std::move(opened);
   expect(engine.channels() == 1, "the model takes one channel");
   expect(engine.class_names() == std::vector<std::string>({"0", "1", "2"}), "there are three classes");
   expect(engine.label_names() == std::vector<std::string>({"background", "pancreas", "lesion"}), "labels have names");

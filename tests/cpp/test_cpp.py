@@ -89,6 +89,33 @@ def test_labels_and_class_are_those_of_python(command, bundle, model, scan, tmp_
     expect_class(result, expected.classification)
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"), [([], {}), (["--step-size", "1", "--disable-tta"], {"tile_step_size": 1.0, "mirror": False})]
+)
+def test_a_native_bundle_gives_the_labels_of_python(command, native_bundle, scan, tmp_path, flags, options):
+    result = command(native_bundle, scan, tmp_path / "out.nii.gz", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = Engine.load(native_bundle, device="cpu", **options).predict(scan)
+    expect_labels(tmp_path / "out.nii.gz", expected)
+    expect_class(result, expected.classification)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "native"])
+def test_many_labels(command, backend, tmp_path):
+    labels = {"background": 0, **{f"label {value}": value for value in range(1, 320)}}
+    plans, dataset = plans_json(), dataset_json(labels=labels)
+    weights = random_weights(plans, dataset)
+    model = write_model(tmp_path / "model", plans=plans, dataset=dataset, checkpoint={"network_weights": weights})
+    bundle = build_bundle(model, tmp_path / "bundle", backend=backend, device="cpu")
+    scan = write_scan(tmp_path / "scan.nii.gz", smooth_scan(SHAPE))
+    result = command(bundle, scan, tmp_path / "out.nii")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out.nii")))
+    assert written.dtype == np.uint16
+    assert written.max() > 255
+    assert np.array_equal(written, Engine.load(bundle, device="cpu").predict(scan).segmentation)
+
+
 @pytest.mark.slow  # compiles a network for half a minute
 def test_a_compiled_network_gives_the_labels_of_python(command, model, scan, tmp_path):
     bundle = build_bundle(model, tmp_path / "compiled", backend="inductor", device="cpu")
@@ -171,7 +198,7 @@ def test_the_scans_header_is_kept_and_its_scaling_is_not(command, bundle, tmp_pa
 
 
 @pytest.mark.slow  # compiles the README's program and another for a minute
-def test_programs_embed_the_installed_library(built, bundle, tmp_path):
+def test_programs_embed_the_installed_library(built, bundle, native_bundle, tmp_path):
     subprocess.run(["cmake", "--install", built, "--prefix", tmp_path / "prefix"], capture_output=True, check=True)
     assert (tmp_path / "prefix" / "bin" / "nnturbo_predict").is_file()
     readme = (SOURCE / "README.md").read_text()
@@ -183,10 +210,12 @@ def test_programs_embed_the_installed_library(built, bundle, tmp_path):
     (source / "CMakeLists.txt").write_text(
         f"cmake_minimum_required(VERSION 3.18)\nproject(mine CXX)\n{project}"
         f"add_executable(embedding {Path(__file__).with_name('embedding.cpp')})\n"
-        "target_link_libraries(embedding PRIVATE nnturbo::nnturbo)\n"
+        "target_link_libraries(embedding PRIVATE nnturbo_torch::nnturbo_torch)\n"
     )
     cmake(source, tmp_path / "built", tmp_path / "prefix")
-    result = subprocess.run([tmp_path / "built" / "mine", bundle], capture_output=True, text=True, check=True)
-    assert "labels of [64, 128, 128]" in result.stdout
-    result = subprocess.run([tmp_path / "built" / "embedding", bundle], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    for opened in (bundle, native_bundle):
+        result = subprocess.run([tmp_path / "built" / "mine", opened], capture_output=True, text=True, check=True)
+        assert "labels of [64, 128, 128]" in result.stdout
+        command = [tmp_path / "built" / "embedding", opened]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

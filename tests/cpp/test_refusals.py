@@ -87,6 +87,16 @@ def test_a_network_that_was_damaged_before_it_was_hashed(command, own_bundle, sc
     expect_failure(command, 2, text, own_bundle, scan, tmp_path / "out.nii.gz")
 
 
+def test_a_native_bundle_is_refused_in_the_words_of_its_library(command, own_native_bundle, scan, tmp_path):
+    (own_native_bundle / "weights.safetensors").write_bytes(b"")
+    expect_failure(command, 2, "its SHA-256 must be", own_native_bundle, scan, tmp_path / "out.nii.gz")
+
+
+def test_a_native_bundle_runs_on_cpus_alone(command, native_bundle, scan, tmp_path):
+    text = "built for device cpu, it cannot run on cuda"
+    expect_failure(command, 2, text, native_bundle, scan, tmp_path / "out.nii.gz", "--device", "cuda")
+
+
 def test_code_compiled_for_another_machine(command, own_bundle, scan, tmp_path):
     (own_bundle / "network.pt2").write_bytes(b"machine code")
     here = {"device": "cpu", "architecture": platform.machine(), "cpu": "AVX2"}
@@ -165,7 +175,7 @@ def test_scans_that_do_not_suit(command, bundle, scan, tmp_path):
     output = tmp_path / "out.nii.gz"
     film = tmp_path / "film.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.zeros((20, 20, 9, 2), np.int16), np.eye(4)), film)
-    expect_failure(command, 1, "must be 3D, got 4D", bundle, film, output)
+    expect_failure(command, 1, "must be 3D, got 4 axes", bundle, film, output)
     expect_failure(command, 1, r"takes 1 channel\(s\), got 2", bundle, f"{scan},{scan}", output)
     other = write_scan(tmp_path / "other.nii.gz", smooth_scan(SHAPE), spacing=(1.2, 1.1, 2.0))
     expect_failure(command, 1, "all channels must have the same shape", bundle, f"{scan},{other}", output)

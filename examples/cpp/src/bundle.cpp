@@ -1,6 +1,6 @@
 #include "bundle.h"
 
-#include <nnturbo/error.h>
+#include <nnturbo_torch/error.h>
 #include <openssl/evp.h>
 
 #include <array>
@@ -10,7 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
-namespace nnturbo {
+namespace nnturbo_torch {
 namespace {
 
 namespace fs = std::filesystem;
@@ -75,7 +75,7 @@ void check_schema(const fs::path& folder, const json& manifest) {
 std::string network_file(const fs::path& folder, const std::string& backend) {
   const auto found = kNetworkFiles.find(backend);
   if (found == kNetworkFiles.end()) {
-    throw Error(folder.string() + ": in C++ a bundle's backend must be torchscript or inductor, this one's is " +
+    throw Error(folder.string() + ": in C++ a bundle's backend must be torchscript, inductor or native, this one's is " +
                 backend + "; build one with " + kBuild);
   }
   return found->second;
@@ -101,6 +101,7 @@ void verify_file(const fs::path& folder, const std::string& name, const std::str
 Bundle parse(const fs::path& folder, const json& manifest) {
   check_schema(folder, manifest);
   const auto backend = manifest.at("backend").get<std::string>();
+  if (backend == NATIVE) return {folder, {}, backend, "cpu", {}, {}, {}};
   const std::string network = network_file(folder, backend);
   const auto files = manifest.at("files").get<std::map<std::string, std::string>>();
   for (const std::string& needed : {network, std::string(kPathFile)}) {
@@ -135,4 +136,4 @@ Bundle read_bundle(const fs::path& folder) {
   }
 }
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch

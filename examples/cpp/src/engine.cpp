@@ -1,9 +1,7 @@
 #include <c10/core/DeviceGuard.h>
-#include <nnturbo/engine.h>
-#include <torch/csrc/jit/runtime/jit_exception.h>
+#include <nnturbo_torch/engine.h>
 #include <torch/cuda.h>
-#include <torch/script.h>
-#include <torch/version.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,31 +9,12 @@
 #include <sstream>
 
 #include "bundle.h"
-#include "network.h"
+#include "path.h"
 
-namespace nnturbo {
+namespace nnturbo_torch {
 namespace {
 
 using torch::Tensor;
-using torch::jit::IValue;
-
-/// What torch says about a failure, without its stack traces.
-std::string reason(const std::exception& error) {
-  if (const auto* raised = dynamic_cast<const torch::jit::JITException*>(&error)) {
-    if (const auto message = raised->getOriginalMsg()) return *message;
-  }
-  const auto* known = dynamic_cast<const c10::Error*>(&error);
-  std::string text = known != nullptr ? known->what_without_backtrace() : error.what();
-  // TorchScript puts the place in its code first, and what happened last.
-  if (const auto last = text.find("Error: "); last != std::string::npos) text = text.substr(last + 7);
-  return text.substr(0, text.find('\n'));
-}
-
-std::vector<std::string> texts(const IValue& list) {
-  std::vector<std::string> values;
-  for (const IValue& value : list.toListRef()) values.push_back(value.toStringRef());
-  return values;
-}
 
 void check_device(const std::filesystem::path& folder, const Bundle& bundle, torch::Device device) {
   const std::string kind = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
@@ -86,70 +65,12 @@ Tensor checked(const Tensor& image, std::size_t channels) {
   return scan;
 }
 
-/// Number of tiles of a case. Its state is a named tuple, and in bundles of earlier versions a dictionary.
-std::int64_t count_tiles(const IValue& state) {
-  if (state.isGenericDict()) return state.toGenericDict().at("tiles").toTensor().size(0);
-  const auto type = state.type()->expect<c10::TupleType>();
-  const auto names = type->names().value();
-  const auto index = std::find(names.begin(), names.end(), "tiles") - names.begin();
-  return state.toTupleRef().elements().at(index).toTensor().size(0);
-}
-
 }  // namespace
 
-struct Engine::Loaded {
-  torch::Device device;
-  std::unique_ptr<const Network> network;
-  /// What lies between a scan and the network: resampling, normalisation, tiles, sums, labels; no weights.
-  torch::jit::Module path;
-  std::vector<std::string> class_names, label_names;
-  std::size_t channels;
-
-  static std::unique_ptr<const Loaded> load(const Bundle& bundle, torch::Device device);
-  std::pair<Tensor, Tensor> run(const Tensor& scan, const std::array<double, 3>& spacing_mm,
-                                const Options& options) const;
-};
-
-std::unique_ptr<const Engine::Loaded> Engine::Loaded::load(const Bundle& bundle, torch::Device device) {
-  const c10::DeviceGuard on_device(device);
-  auto file = bundle.network;
-  try {
-    auto network = load_network(bundle, device);
-    file = bundle.path;
-    auto path = torch::jit::load(file.string(), device);
-    auto class_names = texts(path.attr("class_names")), label_names = texts(path.attr("label_names"));
-    const auto channels = static_cast<std::size_t>(path.attr("channels").toInt());
-    return std::unique_ptr<const Loaded>(new Loaded{device, std::move(network), std::move(path), std::move(class_names),
-                                                    std::move(label_names), channels});
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    throw Error(file.string() + ": libtorch " TORCH_VERSION " cannot load this file: " + reason(error) +
-                "; build the bundle again, with the version of torch that this program uses");
-  }
-}
-
-/// The whole path from a scan to its labels and class probabilities.
-std::pair<Tensor, Tensor> Engine::Loaded::run(const Tensor& scan, const std::array<double, 3>& spacing_mm,
-                                              const Options& options) const {
-  const c10::List<double> spacing({spacing_mm[0], spacing_mm[1], spacing_mm[2]});
-  IValue state = path.get_method("start")({scan.to(device), spacing, options.tile_step_size, options.mirror});
-  const auto tiles = count_tiles(state);
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const Tensor views = path.get_method("views")({state, tile}).toTensor();
-    const auto logits = network->run(views);
-    const IValue class_logits = logits.size() > 1 ? IValue(logits[1]) : IValue();
-    state = path.get_method("add")({state, tile, logits.at(0), class_logits});
-  }
-  const auto answer = path.get_method("finish")({state});
-  const auto& parts = answer.toTupleRef().elements();
-  return {parts.at(0).toTensor().cpu(), parts.at(1).toTensor().to(torch::kCPU, torch::kFloat).contiguous()};
-}
-
-Engine::Engine(const std::filesystem::path& bundle, torch::Device device) {
-  const Bundle verified = read_bundle(bundle);
-  check_device(bundle, verified, device);
-  loaded_ = Loaded::load(verified, device);
+Engine::Engine(const std::filesystem::path& folder, torch::Device device) : device_(device) {
+  const Bundle bundle = read_bundle(folder);
+  check_device(folder, bundle, device);
+  path_ = bundle.backend == NATIVE ? load_native_path(bundle) : load_script_path(bundle, device);
 }
 
 Engine::Engine(Engine&&) noexcept = default;
@@ -158,16 +79,15 @@ Engine::~Engine() = default;
 
 Prediction Engine::predict(const Tensor& image, std::array<double, 3> spacing_mm, const Options& options) const {
   const torch::InferenceMode no_gradients;
-  const c10::DeviceGuard on_device(loaded_->device);
+  const c10::DeviceGuard on_device(device_);
   check_options(options);
   check_spacing(spacing_mm);
-  const Tensor scan = checked(image, loaded_->channels);
+  const Tensor scan = checked(image, path_->channels);
   Prediction prediction;
   try {
-    const auto [labels, probabilities] = loaded_->run(scan, spacing_mm, options);
-    const auto* first = probabilities.data_ptr<float>();
-    prediction.segmentation = labels;
-    prediction.class_probabilities.assign(first, first + probabilities.numel());
+    Answer answer = path_->run(scan, spacing_mm, options);
+    prediction.segmentation = answer.segmentation;
+    prediction.class_probabilities = std::move(answer.class_probabilities);
   } catch (const std::exception& error) {
     throw Error("the prediction failed: " + reason(error));
   }
@@ -179,8 +99,9 @@ Prediction Engine::predict(const Tensor& image, std::array<double, 3> spacing_mm
   return prediction;
 }
 
-const std::vector<std::string>& Engine::class_names() const { return loaded_->class_names; }
-const std::vector<std::string>& Engine::label_names() const { return loaded_->label_names; }
-std::size_t Engine::channels() const { return loaded_->channels; }
+const std::vector<std::string>& Engine::class_names() const { return path_->class_names; }
+const std::vector<std::string>& Engine::label_names() const { return path_->label_names; }
+const std::string& Engine::reader() const { return path_->reader; }
+std::size_t Engine::channels() const { return path_->channels; }
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch

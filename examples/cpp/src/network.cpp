@@ -1,7 +1,7 @@
 #include "network.h"
 
 #include <ATen/Version.h>
-#include <nnturbo/error.h>
+#include <nnturbo_torch/error.h>
 #include <sys/utsname.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
@@ -9,7 +9,7 @@
 
 #include <map>
 
-namespace nnturbo {
+namespace nnturbo_torch {
 namespace {
 
 using torch::Tensor;
@@ -109,4 +109,4 @@ std::unique_ptr<const Network> load_network(const Bundle& bundle, torch::Device 
   return std::make_unique<CompiledNetwork>(bundle.network, device);
 }
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch

@@ -7,7 +7,7 @@
 
 #include "bundle.h"
 
-namespace nnturbo {
+namespace nnturbo_torch {
 
 /// A bundle's network, ready to run on its device.
 class Network {
@@ -25,4 +25,4 @@ class Network {
 /// @throws Error  Where it was compiled for another CPU.
 std::unique_ptr<const Network> load_network(const Bundle& bundle, torch::Device device);
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch

@@ -1,6 +1,6 @@
 // nnturbo_predict: segments one scan with a bundle.
 
-#include <nnturbo/engine.h>
+#include <nnturbo_torch/engine.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "nifti_file.h"
+#include "command/nifti_file.h"
 
 namespace {
 
@@ -21,7 +21,7 @@ constexpr int kDone = 0, kFailed = 1, kUnusable = 2;
 constexpr char kUsage[] =
     "usage: nnturbo_predict BUNDLE INPUT.nii.gz OUTPUT.nii.gz [--step-size S] [--disable-tta] [--device cpu|cuda]\n"
     "\n"
-    "  BUNDLE         folder that `nnturbo build --backend torchscript` (or inductor) made\n"
+    "  BUNDLE         folder that `nnturbo build --backend torchscript` (or inductor, native) made\n"
     "  INPUT          the scan; several channels as CHANNEL0.nii.gz,CHANNEL1.nii.gz,...\n"
     "  OUTPUT         labels on the scan's grid\n"
     "  --step-size S  distance of tiles as a fraction of the patch, in (0, 1]; 0.5 by default\n"
@@ -32,7 +32,7 @@ constexpr char kUsage[] =
     "Exit status: 0 done; 1 the scan failed; 2 wrong usage or unusable bundle.\n";
 
 /// Wrong words on the command line.
-class UsageError : public nnturbo::Error {
+class UsageError : public nnturbo_torch::Error {
  public:
   using Error::Error;
 };
@@ -40,7 +40,7 @@ class UsageError : public nnturbo::Error {
 struct Arguments {
   std::string bundle, input, output;
   torch::Device device = torch::kCPU;
-  nnturbo::Options options;
+  nnturbo_torch::Options options;
   bool help = false;
 };
 
@@ -112,29 +112,29 @@ Arguments parse(const std::vector<std::string>& words) {
   return arguments;
 }
 
-std::vector<nnturbo::Scan> read_channels(const std::string& input) {
-  std::vector<nnturbo::Scan> channels;
+std::vector<nnturbo::NiftiScan> read_channels(const std::string& input, const std::string& reader) {
+  std::vector<nnturbo::NiftiScan> channels;
   for (const std::string& name : split(input)) {
-    channels.push_back(nnturbo::read_scan(name));
+    channels.push_back(nnturbo::read_nifti(name, reader));
     nnturbo::check_same_grid(name, channels.back(), channels.front());
   }
-  if (channels.empty()) throw nnturbo::Error("the input must name at least one file, got none");
+  if (channels.empty()) throw nnturbo_torch::Error("the input must name at least one file, got none");
   return channels;
 }
 
 /// All channels as (C, Z, Y, X) float32.
-torch::Tensor to_tensor(const std::vector<nnturbo::Scan>& channels) {
+torch::Tensor to_tensor(const std::vector<nnturbo::NiftiScan>& channels) {
   const auto [z, y, x] = channels.front().shape;
   torch::Tensor image = torch::empty({static_cast<std::int64_t>(channels.size()), z, y, x});
   float* to = image.data_ptr<float>();
-  for (const nnturbo::Scan& channel : channels) {
+  for (const nnturbo::NiftiScan& channel : channels) {
     to = std::copy(channel.voxels.begin(), channel.voxels.end(), to);
   }
   return image;
 }
 
 /// The class in the form of `predictions.json`.
-std::string describe(const nnturbo::Prediction& prediction, const std::vector<std::string>& class_names) {
+std::string describe(const nnturbo_torch::Prediction& prediction, const std::vector<std::string>& class_names) {
   nlohmann::ordered_json probabilities;  // in the order of the classes
   for (std::size_t i = 0; i < class_names.size(); ++i) {
     probabilities[class_names[i]] = prediction.class_probabilities.at(i);
@@ -144,11 +144,12 @@ std::string describe(const nnturbo::Prediction& prediction, const std::vector<st
   return answer.dump();
 }
 
-void predict(const nnturbo::Engine& engine, const Arguments& arguments) {
-  const auto channels = read_channels(arguments.input);
+void predict(const nnturbo_torch::Engine& engine, const Arguments& arguments) {
+  const auto channels = read_channels(arguments.input, engine.reader());
   const auto prediction = engine.predict(to_tensor(channels), channels.front().spacing_mm, arguments.options);
-  const torch::Tensor labels = prediction.segmentation.to(torch::kLong).contiguous();
-  nnturbo::write_labels(arguments.output, labels.data_ptr<std::int64_t>(), channels.front());
+  const bool few = prediction.segmentation.scalar_type() == torch::kByte;
+  const torch::Tensor labels = prediction.segmentation.to(few ? torch::kByte : torch::kUInt16).contiguous();
+  nnturbo::write_nifti_labels(arguments.output, labels.data_ptr(), few ? 1 : 2, channels.front());
   if (prediction.class_label) std::cout << describe(prediction, engine.class_names()) << std::endl;
 }
 
@@ -160,7 +161,7 @@ int run(const std::vector<std::string>& words) {
       std::cout << kUsage;
       return kDone;
     }
-    const nnturbo::Engine engine(arguments.bundle, arguments.device);
+    const nnturbo_torch::Engine engine(arguments.bundle, arguments.device);
     status = kFailed;
     predict(engine, arguments);
     return kDone;

@@ -50,6 +50,7 @@ typedef struct {
   int64_t classes;                 /* of a whole scan; 0 for models without classification */
   const char* const* class_names;
   const char* reader;              /* nnU-Net's class that read the training scans, such as SimpleITKIO */
+  int regions;                     /* whether labels are regions, which overlap */
 } nnturbo_information;
 
 typedef struct {

@@ -21,6 +21,7 @@ class Information(ctypes.Structure):
         ("classes", ctypes.c_int64),
         ("class_names", ctypes.POINTER(ctypes.c_char_p)),
         ("reader", ctypes.c_char_p),
+        ("regions", ctypes.c_int),
     )
 
 
@@ -67,7 +68,7 @@ class Model:
         self._model = ctypes.c_void_p()
         self._call("open", str(bundle).encode(), ctypes.byref(self._model))
         about = self.library.nnturbo_describe(self._model).contents
-        self.channels, self.reader = about.channels, about.reader.decode()
+        self.channels, self.reader, self.regions = about.channels, about.reader.decode(), bool(about.regions)
         self.label_names = [about.label_names[i].decode() for i in range(about.labels)]
         self.class_names = [about.class_names[i].decode() for i in range(about.classes)]
 

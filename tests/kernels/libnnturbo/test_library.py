@@ -73,6 +73,7 @@ def test_answers_are_pythons(kind, built, tmp_path):
         assert probabilities == pytest.approx(list(of_case.probabilities) if of_case else [], abs=1e-5)
         assert model.class_names == (list(of_case.class_names) if of_case else [])
     assert model.reader == "SimpleITKIO"
+    assert model.regions == (kind == "regions")
     model.close()
 
 

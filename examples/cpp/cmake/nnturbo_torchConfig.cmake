@@ -1,4 +1,5 @@
 include(CMakeFindDependencyMacro)
 find_dependency(Torch)
 find_dependency(OpenSSL COMPONENTS Crypto)
-include("${CMAKE_CURRENT_LIST_DIR}/nnturboTargets.cmake")
+find_dependency(nnturbo)
+include("${CMAKE_CURRENT_LIST_DIR}/nnturbo_torchTargets.cmake")

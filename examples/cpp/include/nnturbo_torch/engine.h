@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nnturbo/error.h>
+#include <nnturbo_torch/error.h>
 #include <torch/types.h>
 
 #include <array>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace nnturbo {
+namespace nnturbo_torch {
 
 /// How a scan is covered; the defaults are nnU-Net's.
 struct Options {
@@ -33,17 +33,19 @@ struct Prediction {
   std::string class_name;
 };
 
+class Path;
+
 /// A bundle that `nnturbo build` made, loaded once and ready for any number of scans.
 ///
 /// Engines can be moved but not copied. `predict` may be called from several threads at once: nothing
 /// in an engine changes after its construction, and each call keeps its sums to itself. On a CPU torch
 /// already spreads one scan over all cores, so threads gain little there. AOTInductor packages run
-/// one tile at a time, for any number of threads.
+/// one tile at a time, for any number of threads. Native bundles run with as many threads as torch.
 class Engine {
  public:
   /// Opens a bundle, after checking each of its files against the SHA-256 in its manifest.
   ///
-  /// @param bundle  Folder with `engine.json`, for backend torchscript or inductor.
+  /// @param bundle  Folder with `engine.json`, for backend torchscript, inductor or native.
   /// @param device  The kind of device the bundle was built for.
   /// @throws Error  Where the bundle is incomplete, damaged, too new, or made for another machine or device.
   explicit Engine(const std::filesystem::path& bundle, torch::Device device = torch::kCPU);
@@ -65,12 +67,15 @@ class Engine {
   /// Names of the labels in the order of their values, the background first; empty for models of regions.
   const std::vector<std::string>& label_names() const;
 
+  /// nnU-Net's class that read the training scans, such as SimpleITKIO; empty where the bundle does not say.
+  const std::string& reader() const;
+
   /// Number of channels a scan must have.
   std::size_t channels() const;
 
  private:
-  struct Loaded;
-  std::unique_ptr<const Loaded> loaded_;
+  torch::Device device_;
+  std::unique_ptr<const Path> path_;
 };
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch

@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-namespace nnturbo {
+namespace nnturbo_torch {
 
 /// Everything this library reports: the text says what must hold, what came, and what to do.
 class Error : public std::runtime_error {
@@ -10,4 +10,4 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-}  // namespace nnturbo
+}  // namespace nnturbo_torch
