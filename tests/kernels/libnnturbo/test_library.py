@@ -17,6 +17,7 @@ from tests.engine.factory import (
     multi_task,
     plans_2d,
     plans_json,
+    pooled_classifier,
     random_weights,
     smooth_scan,
     write_model,
@@ -41,6 +42,7 @@ REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_cla
 KINDS = {
     "labels and classes": (multi_task(plans_json()), dataset_json(), ("0",)),
     "folds": (multi_task(plans_json(), kind="attention"), dataset_json(), ("0", "1", "2")),
+    "discriminant analysis": (multi_task(plans_json()), dataset_json(), ("0",)),
     "regions": (plans_json(), dataset_json(**REGIONS), ("0",)),
     "slices": (plans_2d(), dataset_json(), ("0", "1")),
     "two channels": (
@@ -55,7 +57,9 @@ KINDS = {
 def test_answers_are_pythons(kind, built, tmp_path):
     plans, dataset, folds = KINDS[kind]
     # Weights that give several labels.
-    chosen = {"network_weights": random_weights(plans, dataset, seed=3)} if kind == "two channels" else None
+    chosen = {"network_weights": random_weights(plans, dataset, seed=3)} if kind == "two channels" else {}
+    if kind == "discriminant analysis":
+        chosen["pooled_classifier"] = {**pooled_classifier(), "temperature": 1.7}
     folder = write_model(tmp_path / "m", plans=plans, dataset=dataset, folds=folds, checkpoint=chosen)
     bundle = build_bundle(folder, tmp_path / "bundle", backend="native", device="cpu")
     model = open_model(built, bundle)
