@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 namespace nnturbo {
 namespace {
@@ -220,6 +221,28 @@ Header of_labels(Header header) {
   return header;
 }
 
+nifti_image* converted(const nifti_1_header& header, const fs::path& file) {
+  return nifti_convert_n1hdr2nim(header, file.c_str());
+}
+
+nifti_image* converted(const nifti_2_header& header, const fs::path& file) {
+  return nifti_convert_n2hdr2nim(header, file.c_str());
+}
+
+// Take what a file's header says, once its fields are known to be good: the library trusts them when it converts it.
+// No image comes of a header whose voxels lie elsewhere. Gives whether it was in another order of bytes.
+template <class Header>
+bool take_header(const fs::path& file, void* header, NiftiScan& scan, Fields& fields, Image& image) {
+  constexpr int version = std::is_same_v<Header, nifti_1_header> ? 1 : 2;
+  auto& stored = *static_cast<Header*>(header);
+  const bool swapped = put_in_order(stored, version);
+  fields = fields_of(stored, version);
+  check_fields(file, fields);
+  scan.header = of_labels(stored);
+  if (stored.magic[1] == '+') image.reset(converted(stored, file));
+  return swapped;
+}
+
 // A temporary file in the folder of the final one; removed unless it was renamed to it.
 class TemporaryFile {
  public:
@@ -285,26 +308,13 @@ NiftiScan read_nifti(const fs::path& file, const std::string& reader) {
   nifti_set_debug_level(0);  // what is wrong is said in our own words
   int version = 0;
   const std::unique_ptr<void, decltype(&std::free)> header(nifti_read_header(file.c_str(), &version, 0), &std::free);
+  if (!header || version < 1)
+    throw NiftiError(file.string() + ": this must be a NIfTI file, and its header is not one" + EXPORT_AGAIN);
   NiftiScan scan;
   Fields fields{};
   Image image(nullptr, &nifti_image_free);
-  bool swapped = false;
-  if (header && version == 1) {
-    auto& stored = *static_cast<nifti_1_header*>(header.get());
-    swapped = put_in_order(stored, version);
-    fields = fields_of(stored, version);
-    scan.header = of_labels(stored);
-    if (NIFTI_ONEFILE(stored)) image.reset(nifti_convert_n1hdr2nim(stored, file.c_str()));
-  } else if (header && version == 2) {
-    auto& stored = *static_cast<nifti_2_header*>(header.get());
-    swapped = put_in_order(stored, version);
-    fields = fields_of(stored, version);
-    scan.header = of_labels(stored);
-    if (stored.magic[1] == '+') image.reset(nifti_convert_n2hdr2nim(stored, file.c_str()));
-  }
-  if (!header || version < 1)
-    throw NiftiError(file.string() + ": this must be a NIfTI file, and its header is not one" + EXPORT_AGAIN);
-  check_fields(file, fields);
+  const bool swapped = version == 1 ? take_header<nifti_1_header>(file, header.get(), scan, fields, image)
+                                    : take_header<nifti_2_header>(file, header.get(), scan, fields, image);
   scan.spacing_mm = spacing_of(file, fields, reader);
   if (!image)
     throw NiftiError(file.string() + ": this must be a NIfTI file with header and voxels together" + EXPORT_AGAIN);

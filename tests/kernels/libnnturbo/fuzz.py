@@ -1,10 +1,13 @@
-"""Mutated bundles and scans for a program that was built with sanitizers: each must end with an error, or be fine.
+"""Random networks, scans of random shapes, and mutants of both, for a program that was built with sanitizers.
 
-    python -m tests.kernels.libnnturbo.fuzz PROGRAM BUNDLE SCAN COUNT [SEED]
+    python -m tests.kernels.libnnturbo.fuzz shapes|mutants PROGRAM COUNT [SEED]
 
-The hashes of mutated files are written into the manifest, so that the checks behind them are reached.
+Every scan of a random shape must be segmented. Every mutant must end with an error, or be fine; the hashes of mutated
+files are written into the manifest, so that the checks behind them are reached. PROGRAM may be several words, such as
+"valgrind -q --error-exitcode=99 build/nnturbo-native".
 """
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,10 +15,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from nnturbo.engine import build
 
 from tests.cpp.factory import write_manifest
+from tests.kernels.libnnturbo.nifti import write_nifti
+from tests.kernels.libnnturbo.random_models import write_random_model
 
-LONGEST_S = 120
+LONGEST_S = 300
+OF_EACH_MODEL = 50
+TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"99999999999999999999", b"1e308", b"null", b'"x"', b"[]")
 
 
@@ -49,37 +57,80 @@ def _replace_number(content, luck):
         content[start:end] = NUMBERS[int(luck.integers(len(NUMBERS)))]
 
 
-def fuzz(program, bundle, scan, count, seed=0):
-    """Run so many mutants; returns how often the program ended with each status.
+class Fuzz:
+    """Runs a program again and again.
 
-    Raises:
-        AssertionError: Where it crashed; the text says what the sanitizer said.
+    Args:
+        program: Words of a command.
+        folder: For models, bundles and scans.
+        seed: Of all that is random.
     """
-    statuses = {}
-    for index in range(count):
-        luck = np.random.default_rng([seed, index])
-        with tempfile.TemporaryDirectory() as folder:
-            own, own_scan, out = Path(folder, "bundle"), Path(folder, scan.name), Path(folder, "out.nii")
-            shutil.copytree(bundle, own)
-            shutil.copy(scan, own_scan)
-            target = luck.choice([own_scan, *sorted(own.iterdir())])
+
+    def __init__(self, program, folder, seed=0):
+        self.program, self.folder, self.seed = program, Path(folder), seed
+        self.statuses, self.bundle, self.channels = {}, None, 0
+
+    def run(self, count, *, mutates):
+        """Run so many cases; returns how often the program ended with each status.
+
+        Raises:
+            AssertionError: Where it crashed or should not have failed; the text says what the sanitizer said.
+        """
+        for index in range(count):
+            if index % OF_EACH_MODEL == 0:
+                self._next_model(index)
+            luck = np.random.default_rng([self.seed, index])
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                status = self._case(luck, Path(name), f"case {index} of seed {self.seed}", mutates=mutates)
+            self.statuses[status] = self.statuses.get(status, 0) + 1
+            if index % 1000 == 999:
+                sys.stdout.write(f"{index + 1} cases: {self.statuses}\n")
+                sys.stdout.flush()
+        return self.statuses
+
+    def _next_model(self, index):
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        shutil.rmtree(self.folder / "bundle", ignore_errors=True)
+        luck = np.random.default_rng([self.seed, index, 1])
+        model, self.channels = write_random_model(luck, self.folder / "model")
+        self.bundle = build(model, self.folder / "bundle", backend="native", device="cpu")
+
+    def _case(self, luck, folder, what, *, mutates):
+        scans, out, bundle = self._scans(luck, folder), folder / "out.nii", self.bundle
+        if mutates:
+            bundle = shutil.copytree(self.bundle, folder / "bundle")
+            target = luck.choice([scans[0], *sorted(bundle.iterdir())])
             target.write_bytes(mutated(target.read_bytes(), luck))
-            if target.name != "engine.json" and target != own_scan:
-                write_manifest(own)
-            command = [program, own, own_scan, out, "--disable-tta", "--step-size", "1", "--threads", "2"]
-            done = subprocess.run(command, capture_output=True, timeout=LONGEST_S, check=False)
-            said = done.stderr.decode(errors="replace")
-            assert done.returncode in (0, 1, 2), f"mutant {index} of seed {seed}, {target.name}: {said[-3000:]}"
-            assert "Sanitizer" not in said, f"mutant {index} of seed {seed}, {target.name}: {said[-3000:]}"
-            assert "runtime error" not in said, f"mutant {index} of seed {seed}, {target.name}: {said[-3000:]}"
-            assert out.exists() == (done.returncode == 0)
-        statuses[done.returncode] = statuses.get(done.returncode, 0) + 1
-        if index % 1000 == 999:
-            sys.stdout.write(f"{index + 1} mutants: {statuses}\n")
-            sys.stdout.flush()
-    return statuses
+            what += f", {target.name}"
+            if target.name != "engine.json" and target not in scans:
+                write_manifest(bundle)
+        command = [*self.program, bundle, ",".join(map(str, scans)), out, "--threads", str(luck.integers(1, 4))]
+        command += ["--disable-tta"] * int(luck.random() < 0.8)
+        done = subprocess.run(
+            [*command, "--step-size", "1"], capture_output=True, timeout=LONGEST_S, check=False, cwd=folder
+        )
+        said = done.stderr.decode(errors="replace")
+        assert done.returncode in ((0, 1, 2) if mutates else (0,)), f"{what}: {said[-3000:]}"
+        assert "Sanitizer" not in said, f"{what}: {said[-3000:]}"
+        assert "runtime error" not in said, f"{what}: {said[-3000:]}"
+        assert out.exists() == (done.returncode == 0), what
+        return done.returncode
+
+    def _scans(self, luck, folder):
+        """Write a file for each channel, all of one random shape, type and spacing."""
+        shape, dtype = luck.integers(1, 20, 3), np.dtype(TYPES[luck.integers(len(TYPES))])
+        version, order, spacing = luck.integers(1, 3), "<>"[luck.integers(2)], luck.uniform(1.2, 3, 3)
+        least = 0 if dtype.kind == "u" else -100
+        scans = []
+        for channel in range(self.channels):
+            array = luck.integers(least, 100, shape).astype(dtype.newbyteorder(order))
+            name = folder / f"scan_{channel}.nii{'.gz' if luck.random() < 0.3 else ''}"
+            scans.append(write_nifti(name, array, version=version, order=order, spacing=spacing))
+        return scans
 
 
 if __name__ == "__main__":
-    program, bundle, scan, count, *seed = sys.argv[1:]
-    sys.stdout.write(f"{fuzz(program, Path(bundle), Path(scan), int(count), *map(int, seed))}\n")
+    kind, program, count, *seed = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz = Fuzz(shlex.split(program), folder, *map(int, seed))
+        sys.stdout.write(f"{fuzz.run(int(count), mutates={'shapes': False, 'mutants': True}[kind])}\n")

@@ -9,12 +9,12 @@ from tests.engine.factory import smooth_scan
 SPACING = (3.0, 1.1, 1.2)
 
 
-def write_nifti(path, array=None, *, version=1, order="<", **header):
+def write_nifti(path, array=None, *, version=1, order="<", spacing=SPACING, **header):
     """Write (Z, Y, X) with a tilted direction; `header` sets fields afterwards."""
     array = smooth_scan(SHAPE) if array is None else array
     angle = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]])
     affine = np.eye(4)
-    affine[:3, :3] = angle * SPACING[::-1]
+    affine[:3, :3] = angle * spacing[::-1]
     affine[:3, 3] = (-10.5, 20.25, 30.125)
     kind = {1: nibabel.Nifti1Image, 2: nibabel.Nifti2Image}[version]
     image = kind(array.transpose(2, 1, 0), affine, kind.header_class(endianness=order), dtype=array.dtype)

@@ -181,6 +181,17 @@ def test_scans_that_fail(kind, command, bundle, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_nifti_2_header_with_very_many_axes_is_refused(command, bundle, tmp_path):
+    scan = write_nifti(tmp_path / "scan.nii", version=2)
+    content = bytearray(scan.read_bytes())
+    header = nibabel.Nifti2Header(bytes(content[:540]), check=False)
+    header["dim"][0] = 10**6
+    content[:540] = header.binaryblock
+    scan.write_bytes(content)
+    result = command(bundle, scan, tmp_path / "out.nii")
+    assert (result.returncode, "an image must be 3D, got 1000000 axes" in result.stderr) == (1, True)
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_takes_no_file(command, bundle, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)

@@ -1,18 +1,13 @@
-"""The static program, built with sanitizers, on mutated bundles and scans."""
-
-from pathlib import Path
+"""The static program, built with sanitizers, on random networks and scans, and on mutants of both."""
 
 import pytest
-from nnturbo.engine import build as build_bundle
 
-from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels.libnnturbo.conftest import cmake, missing_tools
-from tests.kernels.libnnturbo.fuzz import fuzz
-from tests.kernels.libnnturbo.nifti import write_nifti
+from tests.kernels.libnnturbo.fuzz import Fuzz
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow  # builds everything again with sanitizers, and runs it for minutes
-MUTANTS = 300
+MUTANTS, SHAPES = 300, 100
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +20,8 @@ def program(tmp_path_factory):
 
 
 def test_mutants_give_errors_and_never_crash(program, tmp_path):
-    folder = write_model(tmp_path / "m", plans=multi_task(plans_json()))
-    bundle = build_bundle(folder, tmp_path / "bundle", backend="native", device="cpu")
-    scan = write_nifti(tmp_path / "scan.nii", smooth_scan((5, 9, 11)))
-    statuses = fuzz(program, Path(bundle), scan, MUTANTS)
-    assert set(statuses) == {0, 1, 2}
+    assert set(Fuzz([program], tmp_path).run(MUTANTS, mutates=True)) == {0, 1, 2}
+
+
+def test_scans_of_random_shapes_are_segmented_by_random_networks(program, tmp_path):
+    assert Fuzz([program], tmp_path, seed=1).run(SHAPES, mutates=False) == {0: SHAPES}
