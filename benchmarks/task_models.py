@@ -107,9 +107,9 @@ def flat_plans_json(patch: Sequence[int] = FLAT_PATCH) -> dict[str, Any]:
     return plans
 
 
-def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -> Path:
+def write_task_model(folder: Path, network: str, patch: Sequence[int] | None = None) -> Path:
     """Write a model folder with random weights, seeded."""
-    plans = flat_plans_json() if network == FLAT else plans_json(network, patch)
+    plans = flat_plans_json(patch or FLAT_PATCH) if network == FLAT else plans_json(network, patch or PATCH)
     dataset = dataset_json(CLASSES)
     plan = parse_plan(plans, dataset, "3d_fullres")
     made = make_network(plan.architecture, plan.input_channels, CLASSES).to_empty(device="cpu")
@@ -128,7 +128,7 @@ def write_task_model(folder: Path, network: str, patch: Sequence[int] = PATCH) -
         "network_weights": made.state_dict(),
         "init_args": {"configuration": "3d_fullres"},
         "trainer_name": "nnUNetTrainer",
-        "inference_allowed_mirroring_axes": (0, 1, 2),
+        "inference_allowed_mirroring_axes": tuple(range(len(plan.patch_size))),
     }
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
     return folder
