@@ -29,7 +29,7 @@ from .task_models import DEMO_MODEL, FLAT, ordinary_model, write_task_model, wri
 
 STOCK, MODEL, BUNDLE, PROGRAM = "nnU-Net", "nnturbo predict", "nnturbo predict, bundle", "nnturbo-native"
 SEED = 20261127
-FLAT_CASES = {"2d 256": (256, 6), "2d 512": (512, 4)}
+FLAT_CASES = {"2d 256": (256, 6), "2d 512": (512, 3)}
 """Patch size along both axes, and slices of as many pixels."""
 
 
