@@ -42,6 +42,7 @@ class Layer:
         name, kind: Of the operation.
         grid: (z, y, x) of its output.
         channels: Of all inputs, and of the output.
+        taps, stride: Of a convolution; ones elsewhere.
         milliseconds: On one tile.
         gflops: That it does, by second.
         share_of_peak: Of the matrix product's.
@@ -53,6 +54,8 @@ class Layer:
     kind: str
     grid: tuple[int, ...]
     channels: tuple[int, int]
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
     milliseconds: float
     gflops: float
     share_of_peak: float
@@ -134,6 +137,8 @@ def measure(model: Model, rounds: int, precision: str) -> tuple[list[Layer], flo
                     kind=f"{kind} by fewer products" if operation.transformed and kind != "norm" else kind,
                     grid=to.size,
                     channels=(inputs, to.channels),
+                    taps=operation.taps,
+                    stride=operation.stride,
                     milliseconds=1e3 * seconds,
                     gflops=flops / seconds / 1e9,
                     share_of_peak=flops / seconds / peak,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from . import agreement_tables, gpu_tables, performance_tables
+from . import agreement_tables, gpu_tables, kernel_tables, performance_tables
 from .figures import DRAWN, ROOT, draw
 
 DOCUMENTS = (
@@ -23,7 +23,7 @@ DOCUMENTS = (
     "docs/training.md",
 )
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {**performance_tables.TABLES, **agreement_tables.TABLES, **gpu_tables.TABLES}
+TABLES = {**performance_tables.TABLES, **agreement_tables.TABLES, **gpu_tables.TABLES, **kernel_tables.TABLES}
 
 
 def filled(document: str) -> str:
