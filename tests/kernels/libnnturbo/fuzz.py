@@ -4,7 +4,8 @@
 
 Every scan of a random shape must be segmented. Every mutant must end with an error, or be fine; the hashes of mutated
 files are written into the manifest, so that the checks behind them are reached. PROGRAM may be several words, such as
-"valgrind -q --error-exitcode=99 build/nnturbo-native".
+"valgrind -q --error-exitcode=99 build/nnturbo-native", of a build with -DNNTURBO_STATIC_COMMAND=OFF: valgrind watches
+the memory of no static program.
 """
 
 import shlex
