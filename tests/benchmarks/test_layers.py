@@ -24,7 +24,7 @@ def test_a_convolution_counts_the_products_that_it_does_and_the_numbers_that_it_
     program = Program(values=values, operations=(operation,), logits=1, head=None, features=())
     flops, moved = work(program, operation)
     assert flops == 2 * products
-    taps = math.prod(options.get("taps", (1,)))
+    taps = math.prod(options.get("taps", (1,))) * (4 if "transformed" in options else 1)
     assert moved == 4 * (4 * 8 * 8 * (5 + 7) + taps * 5 * 7)
 
 
@@ -43,4 +43,4 @@ def test_what_is_upsampled_counts_too_but_is_not_moved():
     program = Program(values=values, operations=(operation,), logits=2, head=None, features=())
     flops, moved = work(program, operation)
     assert flops == 2 * 256 * (27 / 4 * 12 * 6 + 3 * 6)
-    assert moved == 4 * (32 * 3 + 256 * 6 + 256 * 6 + 27 * 12 * 6)
+    assert moved == 4 * (32 * 3 + 256 * 6 + 256 * 6 + 4 * 27 * 12 * 6)
