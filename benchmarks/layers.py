@@ -4,7 +4,8 @@
 
 Operations are those that the kernels do, so a convolution by fewer products counts fewer than its definition has. Bytes
 are those that must be read and written at least: inputs, output and weights, which are four times as many for fewer
-products, and for a norm its input twice and its output once. Each number is the best of all rounds, since other processes only add time.
+products, and for a norm its input twice and its output once. Each number is the best of all rounds, since other
+processes only add time.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tests.cpp.factory import write_manifest
 from tests.kernels.libnnturbo.nifti import write_nifti
 from tests.kernels.libnnturbo.random_models import write_random_model
 
-LONGEST_S = 300
+LONGEST_S = 900
 OF_EACH_MODEL = 50
 TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"99999999999999999999", b"1e308", b"null", b'"x"', b"[]")
