@@ -200,7 +200,8 @@ def test_the_scans_header_is_kept_and_its_scaling_is_not(command, bundle, tmp_pa
 @pytest.mark.slow  # compiles the README's program and another for a minute
 def test_programs_embed_the_installed_library(built, bundle, native_bundle, tmp_path):
     subprocess.run(["cmake", "--install", built, "--prefix", tmp_path / "prefix"], capture_output=True, check=True)
-    assert (tmp_path / "prefix" / "bin" / "nnturbo_predict").is_file()
+    installed = [tmp_path / "prefix" / "bin" / "nnturbo_predict", "--help"]
+    assert subprocess.run(installed, capture_output=True, text=True, check=True).stdout.startswith("usage:")
     readme = (SOURCE / "README.md").read_text()
     (program,) = re.findall(r"```cpp\n(.*?)```", readme, re.DOTALL)
     (project,) = re.findall(r"```cmake\n(.*?)```", readme, re.DOTALL)
