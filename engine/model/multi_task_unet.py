@@ -45,10 +45,11 @@ class MultiTaskUNet(nn.Module):
         unet: Any = network_class(backbone)(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments
         )
-        # nnU-Net needs these: initial weights, and names for loading pretrained weights.
-        self.initialize = unet.initialize
-        self.key_to_encoder, self.key_to_stem = unet.key_to_encoder, unet.key_to_stem
-        self.keys_to_in_proj = unet.keys_to_in_proj
+        self.initialize = unet.initialize  # nnU-Net calls it
+        # Programs that load pretrained weights look for these; ResidualUNet has none.
+        for name in ("key_to_encoder", "key_to_stem", "keys_to_in_proj"):
+            if hasattr(unet, name):
+                setattr(self, name, getattr(unet, name))
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.head: Head = make_head(self.scheme, tuple(self.encoder.output_channels))
 

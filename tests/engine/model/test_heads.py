@@ -323,6 +323,20 @@ def test_a_head_on_a_stage_that_is_not_there_or_a_foreign_backbone_is_refused():
         build_network(parse_plan(plans, dataset_json(), "3d_fullres"), {})
 
 
+@pytest.mark.parametrize("backbone", ["ResidualEncoderUNet", "ResidualUNet"])
+def test_a_head_goes_on_residual_networks(backbone):
+    plans = plans_json()
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = f"dynamic_network_architectures.architectures.unet.{backbone}"
+    architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
+    plans = multi_task(plans)
+    network = build_network(parse_plan(plans, dataset_json(), "3d_fullres"), random_weights(plans, dataset_json()))
+    logits, classes = network.forward_multitask(torch.ones(1, 1, 8, 12, 16))
+    assert logits.shape == (1, 3, 8, 12, 16)
+    assert classes.shape == (1, 3)
+    assert torch.isfinite(classes).all()
+
+
 def test_a_patch_that_does_not_fit_is_refused_for_multi_task_networks_too():
     plan = parse_plan(multi_task(plans_json(patch_size=[9, 12, 16])), dataset_json(), "3d_fullres")
     with pytest.raises(ModelError, match=r"shape \(1, 3, 9, 12, 16\) and \(1, 3\).*divisible by the strides"):
