@@ -66,7 +66,9 @@ def predict_logits(
     tiling = _tiling(case, window)
     num_rows, along_y, along_x = (len(starts) for starts in tiling.starts)
     tiles = [(y, x) for y in range(along_y) for x in range(along_x)]
-    sums = torch.zeros(num_outputs, window.patch_size[0], *tiling.padded[1:], device=case.device)
+    is_alone = num_rows * len(tiles) * len(window.views) == 1
+    depth = 0 if is_alone else window.patch_size[0]
+    sums = torch.zeros(num_outputs, depth, *tiling.padded[1:], device=case.device)
     inputs = _RowInputs(case, tiling)
     network = TileNetwork(runner, window, num_outputs, case.device, timings, votes)
     done, require_finite = 0, watch_finite(torch.empty(0))
@@ -77,7 +79,10 @@ def predict_logits(
             for place, views, logits in network(volume, [corner_of(tiling, *tile) for tile in group]):
                 with timings("stitch"):
                     tile = group[place]
-                    accumulate_views(logits, views, weights_of(tiling, row, *tile), place_of(tiling, sums, *tile))
+                    if is_alone:  # all its weights are 1
+                        sums = logits[0].float().contiguous()
+                    else:
+                        accumulate_views(logits, views, weights_of(tiling, row, *tile), place_of(tiling, sums, *tile))
                 del logits  # so that the next ones find room
             for _ in group:
                 done += 1
@@ -90,8 +95,9 @@ def predict_logits(
             require_finite = watch_finite(finished)
         if finished.shape[1]:
             yield cropped_planes(tiling, finished)
-        with timings("stitch"):
-            shift_planes(sums, planes_ended(tiling, row))
+        if row + 1 < num_rows:
+            with timings("stitch"):
+                shift_planes(sums, planes_ended(tiling, row))
     require_finite()
 
 

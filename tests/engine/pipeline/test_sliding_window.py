@@ -108,6 +108,16 @@ def test_logits_are_gone_before_the_next_come(axes):
     assert len(given_out) == 27 * len(window.views)
 
 
+def test_logits_of_the_only_tile_are_the_sums():
+    """No second array is made, which takes as much memory."""
+    logits = torch.randn(1, 3, 6, 6, 6)
+    window = SlidingWindow(patch_size=(6, 6, 6), tile_step_size=0.5, views=((),), views_per_call=1)
+    case = case_of(np.zeros((1, 6, 4, 5), np.float32))
+    (slab,) = predict_logits(case, lambda tiles: NetworkOutput(logits), window, 3, timings=Timings())
+    assert slab.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    assert torch.equal(slab, logits[0, :, :, 1:5, 0:5])
+
+
 def test_progress_counts_every_tile():
     seen = []
     window = SlidingWindow(patch_size=(4, 4, 4), tile_step_size=0.5, views=((),), views_per_call=1)
