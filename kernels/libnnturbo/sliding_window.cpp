@@ -63,9 +63,11 @@ void predict_logits(const Case& scan, const Network& network, const Plan& plan, 
   const Triple& patch = plan.patch_size;
   const Size outputs = plan.labels.num_outputs;
   RowInputs inputs(scan, window, patch[0]);
-  Array sums(outputs, {patch[0], window.padded[1], window.padded[2]});
-  Array tile(scan.scan.channels, patch), logits(outputs, patch);
   const Size all = window.rows() * window.tiles_of_row() * views;
+  const bool is_alone = all == 1;  // all weights of the only tile are 1
+  Array sums(outputs, {patch[0], window.padded[1], window.padded[2]});
+  Array tile(scan.scan.channels, patch), of_view(is_alone ? 0 : outputs, patch);
+  Array& logits = is_alone ? sums : of_view;
   Size done = 0;
   progress(done, all);
   for (Size row = 0; row < window.rows(); ++row) {
@@ -78,9 +80,10 @@ void predict_logits(const Case& scan, const Network& network, const Plan& plan, 
           gather_tile(volume, read_from, patch, plan.views[view], tile.values.data());
           network.run(tile.values.data(), logits.values.data(), votes ? votes->next_logits() : nullptr);
           if (votes) votes->add(logits);
-          accumulate_view(logits.values.data(), plan.views[view],
-                          {window.weights[0][row].data(), window.weights[1][y].data(), window.weights[2][x].data()},
-                          place, patch, sums);
+          if (!is_alone)
+            accumulate_view(logits.values.data(), plan.views[view],
+                            {window.weights[0][row].data(), window.weights[1][y].data(), window.weights[2][x].data()},
+                            place, patch, sums);
           progress(++done, all);
         }
       }
