@@ -47,6 +47,24 @@ if __name__ == "__main__":
     moose(sys.argv[1], "{MOOSE_MODEL}", sys.argv[2], "cpu")
 """
 
+# As MONAI's get_nnunet_monai_predictor, which asks for a GPU.
+MONAI = """
+import sys
+import SimpleITK as sitk
+import torch
+from monai.apps.nnunet.nnunet_bundle import ModelnnUNetWrapper
+from monai.data import MetaTensor
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+if __name__ == "__main__":
+    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=False, device=torch.device("cpu"))
+    scan = sitk.ReadImage(sys.argv[2])
+    voxels = torch.from_numpy(sitk.GetArrayFromImage(scan))[None, None].float()
+    affine = torch.diag(torch.tensor([*scan.GetSpacing()[::-1], 1.0]))
+    labels = ModelnnUNetWrapper(predictor, sys.argv[1])(MetaTensor(voxels, affine=affine))
+    sitk.WriteImage(sitk.GetImageFromArray(labels[0, 0].numpy().astype("uint8")), sys.argv[3])
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
@@ -58,6 +76,7 @@ class Program:
         home: Where it looks for them, in a folder of ours.
         command: From the scan and the folder of its results to the command.
         environment: From our folder to variables.
+        add: Adds to each model's folder what nnU-Net's has not.
         takes_all: Whether the scan is not cut.
     """
 
@@ -66,6 +85,7 @@ class Program:
     home: Callable[[Path], Path]
     command: Callable[[Path, Path], list[str]]
     environment: Callable[[Path], dict[str, str]]
+    add: Callable[[Path], None] | None = None
     takes_all: bool = False
 
 
@@ -153,6 +173,29 @@ def moose_home(_: Path) -> Path:
     return Path(MODELS_DIRECTORY_PATH)
 
 
+def add_version(model: Path) -> None:
+    """Write what MOOSE looks for before it uses a model."""
+    from moosez.models import MODEL_METADATA
+
+    version = {"url": MODEL_METADATA[MOOSE_MODEL]["url"]}
+    (model / "model_version.json").write_text(json.dumps(version), encoding="utf-8")
+
+
+def monai_models() -> list[SeededModel]:
+    """The model of a bundle of MONAI."""
+    labels = {"background": 0, **{f"organ {label}": label for label in range(1, 14)}}
+    return [
+        SeededModel(folder="models", trainer="nnUNetTrainer", labels=labels, spacing_mm=1.5, has_configuration=False)
+    ]
+
+
+def add_weights(model: Path) -> None:
+    """Write checkpoints under the names of MONAI's bundles."""
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    shutil.copy(checkpoint, model / "nnunet_checkpoint.pth")
+    checkpoint.rename(checkpoint.with_name("model.pt"))
+
+
 PROGRAMS = {
     "TotalSegmentator": total_segmentator(total_models(*PARTS)),
     "TotalSegmentator --fast --statistics": total_segmentator(
@@ -172,8 +215,15 @@ PROGRAMS = {
         ],
     ),
     "MOOSE": Program(
-        package="moosez", models=moose_models, home=moose_home, environment=lambda _: {},
+        package="moosez", models=moose_models, home=moose_home, environment=lambda _: {}, add=add_version,
         command=lambda scan, out: [sys.executable, str(_written(out.parent / "moose.py", MOOSE)), str(scan), str(out)],
+    ),
+    "MONAI's bundle": Program(
+        package="monai", models=monai_models, home=lambda folder: folder, environment=lambda _: {}, add=add_weights,
+        command=lambda scan, out: [
+            sys.executable, str(_written(out.parent / "bundle.py", MONAI)), str(out.parent / "models" / "fold_0"),
+            str(scan), str(out / "labels.nii.gz"),
+        ],
     ),
 }  # fmt: skip
 
@@ -198,11 +248,8 @@ def models_in_place(program: Program, folder: Path, size: Size) -> Iterator[None
                 raise RuntimeError(f"{path} must not be there: a seeded model would go into its place")
             written.append(path)
             model.write(program.home(folder), size)
-            if program.package == "moosez":
-                from moosez.models import MODEL_METADATA
-
-                version = {"url": MODEL_METADATA[MOOSE_MODEL]["url"]}
-                (path / "model_version.json").write_text(json.dumps(version), encoding="utf-8")
+            if program.add is not None:
+                program.add(path)
         yield
     finally:
         for path in written:
