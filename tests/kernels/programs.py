@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nnturbo.engine.backends.buffers import Shape, plan_buffers
 from nnturbo.engine.backends.native_builder import Builder
 from nnturbo.kernels.program import Executor, Program
@@ -33,6 +34,25 @@ def selected(builder, name, first, end):
     """Some channels of the tile, exactly: a value that may be read by fewer products."""
     channels = builder.shapes[0].channels
     return builder.convolution(name, layer(torch.eye(channels)[first:end, :, None, None, None]), [0], None)
+
+
+def convolution_of_two(size, taps, images, *, in_int16=False):
+    """A convolution by fewer products, of two parts of a tile with any number of channels.
+
+    Returns:
+        The tile, the builder, the convolution's value, and what it must give, in float64.
+    """
+    luck = np.random.default_rng(sum(size))
+    one, other, outputs = (int(n) for n in luck.integers(1, 40, 3))
+    inputs = one + other
+    tile, bias = values(images, inputs, *size), values(outputs, seed=1)
+    weight = values(outputs, inputs, taps, 3, 3, seed=2) / (inputs * 9 * taps) ** 0.5
+    expected = F.conv3d(tile.double(), weight.double(), bias.double(), padding=(taps // 2, 1, 1))
+    builder = started(tile, in_int16=in_int16)
+    parts = [selected(builder, "one", 0, one), selected(builder, "other", one, inputs)]
+    value = builder.convolution("both", layer(weight, bias), parts, None)
+    assert builder.operations[-1].transformed
+    return tile, builder, value, expected
 
 
 def executor_of(kernels, builder, value, planned=plan_buffers):

@@ -15,7 +15,17 @@ from nnturbo.kernels.library import lacking, load_library
 from nnturbo.kernels.program import Executor, multiplies_int16, use
 from torch.nn import functional as F
 
-from tests.kernels.programs import executor_of, given_out, layer, norm_of, selected, shapes, started, values
+from tests.kernels.programs import (
+    convolution_of_two,
+    executor_of,
+    given_out,
+    layer,
+    norm_of,
+    selected,
+    shapes,
+    started,
+    values,
+)
 
 KEPT = (cache_root() or Path.cwd()) / "kernels"
 MOST, CHUNK = 16383, 96  # of products.h
@@ -109,16 +119,7 @@ def test_transposed_convolutions_are_those_of_the_twin(kernels, stride, outputs)
 @pytest.mark.parametrize("size", [*shapes(20), (4, 4, 200), (1, 40, 40)])
 @pytest.mark.parametrize("taps", [1, 3])
 def test_convolutions_by_fewer_products(kernels, size, taps):
-    luck = np.random.default_rng(sum(size))
-    one, other, outputs = (int(n) for n in luck.integers(1, 40, 3))
-    inputs = one + other
-    tile, bias = values(1, inputs, *size), values(outputs, seed=1)
-    weight = values(outputs, inputs, taps, 3, 3, seed=2) / (inputs * 9 * taps) ** 0.5
-    expected = F.conv3d(tile.double(), weight.double(), bias.double(), padding=(taps // 2, 1, 1))
-    builder = started(tile, in_int16=True)
-    parts = [selected(builder, "one", 0, one), selected(builder, "other", one, inputs)]
-    value = builder.convolution("both", layer(weight, bias), parts, None)
-    assert builder.operations[-1].transformed
+    tile, builder, value, expected = convolution_of_two(size, taps, 1, in_int16=True)
     assert builder.operations[-1].in_int16
     got = given_out(kernels, builder, value, tile)
     assert (got.double() - expected).square().mean().sqrt() < 4e-3

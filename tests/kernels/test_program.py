@@ -20,6 +20,7 @@ from nnturbo.kernels.program import Executor, Program, use, variant
 from torch.nn import functional as F
 
 from tests.kernels.programs import (
+    convolution_of_two,
     executor_of,
     furthest,
     given_out,
@@ -59,16 +60,7 @@ def least_voxels(monkeypatch):
 @pytest.mark.parametrize("size", [*shapes(40), (4, 4, 200), (9, 33, 7), (64, 8, 8), (1, 40, 40)])
 @pytest.mark.parametrize("taps", [1, 3])
 def test_convolutions_by_fewer_products_of_any_number_of_channels(kernels, size, taps):
-    luck = np.random.default_rng(sum(size))
-    one, other, outputs = (int(n) for n in luck.integers(1, 40, 3))
-    inputs = one + other
-    tile, bias = values(2, inputs, *size), values(outputs, seed=1)
-    weight = values(outputs, inputs, taps, 3, 3, seed=2) / (inputs * 9 * taps) ** 0.5
-    expected = F.conv3d(tile.double(), weight.double(), bias.double(), padding=(taps // 2, 1, 1))
-    builder = started(tile)
-    parts = [selected(builder, "one", 0, one), selected(builder, "other", one, inputs)]
-    value = builder.convolution("both", layer(weight, bias), parts, None)
-    assert builder.operations[-1].transformed
+    tile, builder, value, expected = convolution_of_two(size, taps, 2)
     got = given_out(kernels, builder, value, tile)
     assert furthest(got, expected) < 5e-5 * max(1.0, 1 / float(expected.std()))
 
