@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adamw")
+CPU_PRECISIONS = ("fp32", "bf16")
 AUGMENTATIONS = (
     "GaussianNoiseTransform",
     "GaussianBlurTransform",
@@ -66,6 +67,8 @@ class Recipe:
         batches_per_step: Batches whose gradients are averaged before the optimizers step; `iterations` counts batches.
         average_decay: Decay, per step of the optimizer, of an exponential moving average of the weights, which is then
             validated and kept as the model; 0 for none.
+        cpu_precision: Precision of the network's products on a CPU: "fp32", or "bf16" where the processor multiplies it
+            (AVX512-BF16, AMX). Weights, losses and optimizers stay in fp32. A GPU computes as nnU-Net's trainer does.
         seed: Seed of weights, batches and augmentation; -1 leaves the random number generators as they are.
         preset: Name of the preset that it began with.
     """
@@ -100,6 +103,7 @@ class Recipe:
     save_every: int = 5
     batches_per_step: int = 1
     average_decay: float = 0.0
+    cpu_precision: str = "fp32"
     seed: int = -1
     preset: str = "balanced"
 
@@ -113,6 +117,7 @@ class Recipe:
             raise ValueError(f"recipe: {'; '.join(wrong)}")
         rules = {
             f"optimizer must be one of {', '.join(OPTIMIZERS)}": self.optimizer in OPTIMIZERS,
+            f"cpu_precision must be one of {', '.join(CPU_PRECISIONS)}": self.cpu_precision in CPU_PRECISIONS,
             f"left_out must be among {', '.join(AUGMENTATIONS)}": set(self.left_out) <= set(AUGMENTATIONS),
             "learning rates and gradient clips must be positive": min(
                 self.learning_rate, self.head_learning_rate, self.gradient_clip, self.head_gradient_clip

@@ -168,12 +168,14 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self, data: Tensor, target: list[Tensor] | Tensor, labels: Tensor, *, with_class: bool, joint: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the network, and give the loss that is trained on, the segmentation's and the head's."""
-        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, enabled=on_gpu or self.recipe.cpu_precision == "bf16"):
             if with_class:
                 seg_logits, class_logits = self.network.forward_multitask(data, detached=not joint)
             else:
                 seg_logits, class_logits = self.network(data), None
-            seg_loss = self.loss(seg_logits, target)
+        with torch.autocast(self.device.type, enabled=on_gpu):
+            seg_loss = self.loss(seg_logits if on_gpu else _in_fp32(seg_logits), target)
         if class_logits is None:
             return seg_loss, seg_loss, torch.zeros((), device=self.device)
         of_class = self._class_loss(class_logits, labels, target)
@@ -343,6 +345,10 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             self.print_to_log_file(f"Going on with another recipe: {changed}")
         restore(self, checkpoint)
         self._random_state = state["random_state"]
+
+
+def _in_fp32(logits: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+    return [part.float() for part in logits] if isinstance(logits, list) else logits.float()
 
 
 def _augmentation_name(transform: Any) -> str:

@@ -73,6 +73,7 @@ class TestRefusals:
                 "batches_per_step must be at least 1, and iterations a multiple",
             ),
             ({"batches_per_step": 0}, "batches_per_step must be at least 1, and iterations a multiple of it"),
+            ({"cpu_precision": "fp16"}, "cpu_precision must be one of fp32, bf16"),
             ({"average_decay": 1.0}, "average_decay must lie in 0 to 1, without 1"),
             ({"seed": -2}, "seed must lie in 0 to 4294967295, or be -1"),
             ({"focus_labels": ()}, "focus_labels must name at least one label"),

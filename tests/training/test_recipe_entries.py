@@ -1,4 +1,4 @@
-"""Recipe entries that are off by default: accumulated gradients, an average of the weights, seeds."""
+"""Recipe entries that are off by default: accumulated gradients, an average of the weights, bf16, seeds."""
 
 import copy
 from dataclasses import replace
@@ -121,6 +121,32 @@ class TestAverage:
         for checkpoint in (got, wanted):
             del checkpoint["init_args"]
         assert_same(got, wanted)
+
+
+class TestPrecision:
+    def products(self, tiny, precision):
+        """Types of what the finest convolution gives, of what the loss gets, and of gradients; and the losses."""
+        trainer, seen = joint_trainer(tiny, cpu_precision=precision), set()
+        layer = next(part for part in trainer.network.encoder.modules() if isinstance(part, torch.nn.Conv3d))
+        layer.register_forward_hook(lambda *call: seen.add(("product", call[-1].dtype)))
+        trained = trainer.loss
+
+        def loss(logits, target):
+            seen.update(("logits", part.dtype) for part in logits)
+            return trained(logits, target)
+
+        trainer.loss = loss
+        outputs = [trainer.train_step(batch(tiny, seed)) for seed in range(3)]
+        seen.update(("gradient", p.grad.dtype) for p in trainer.network.parameters() if p.grad is not None)
+        return seen, [float(output[name]) for output in outputs for name in ("loss", "class_loss")]
+
+    def test_products_alone_are_in_bf16(self, tiny, environment):
+        exact, wanted = self.products(tiny, "fp32")
+        half, losses = self.products(tiny, "bf16")
+        assert exact == {(what, torch.float32) for what in ("product", "logits", "gradient")}
+        assert half == {("product", torch.bfloat16), ("logits", torch.float32), ("gradient", torch.float32)}
+        assert losses != wanted
+        assert losses == pytest.approx(wanted, rel=0.02)
 
 
 class TestSeed:
