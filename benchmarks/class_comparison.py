@@ -76,7 +76,11 @@ def fitted_on_the_others(features: Floats, labels: NDArray[np.integer[Any]], *, 
 
 
 def compare(
-    head: Floats, fitted: Floats, by_stage: Mapping[int, Floats], labels: NDArray[np.integer[Any]]
+    head: Floats,
+    fitted: Floats,
+    by_stage: Mapping[int, Floats],
+    around: Mapping[str, Floats],
+    labels: NDArray[np.integer[Any]],
 ) -> list[Any]:
     """Measure every way to answer.
 
@@ -84,6 +88,7 @@ def compare(
         head: (N, S) class logits of the network's own head.
         fitted: (N, S) of the discriminant analysis in its checkpoint.
         by_stage: Pooled features of each stage of the encoder, (N, F).
+        around: Pooled features (N, F) of stages 0 to 3 by way, from tiles around the lesion.
         labels: (N,) true classes.
     """
     comparison, classes = Comparison(labels.tolist(), head.shape[1]), head.shape[1]
@@ -104,6 +109,8 @@ def compare(
         comparison.add(name, fitted_on_the_others(of(*stages), labels))
     both = np.concatenate([of(0, 1, 2, 3), head], 1)
     comparison.add(f"the same, {unseen} cases, and the head's logits as features", fitted_on_the_others(both, labels))
+    for way, features in around.items():
+        comparison.add(f"the same, {unseen} cases, {way}", fitted_on_the_others(features, labels))
     shuffled = np.random.default_rng(0).permutation(labels)
     comparison.add("lda, fitted on shuffled classes", fitted_on_the_others(of(0, 1, 2, 3), shuffled))
     comparison.add("random answers", np.eye(classes)[np.random.default_rng(1).integers(classes, size=len(labels))])

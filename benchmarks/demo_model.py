@@ -4,7 +4,9 @@
 
 The phantoms come from a seed by which nothing has been chosen: take another seed after anything was chosen by the
 result. Each is predicted once, without mirroring. Probabilities are measured on the second half of the phantoms, with
-temperatures that the first half gives; with `--calibrate` these are stored in the model.
+temperatures that the first half gives; with `--calibrate` these are stored in the model. Beside the model stand ways to
+answer that it does not take, and two limits: its outline where the lesion hardly differs from the gland, and the true
+outline in place of its own.
 """
 
 from __future__ import annotations
@@ -48,8 +50,10 @@ from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.whole_cases import LabelledCase
 from numpy.typing import NDArray
 from scipy.special import softmax
+from torch.nn import functional as F
 
 from .class_comparison import RESAMPLES, Floats, compare
+from .class_crops import LesionTiles, columns
 from .heads import AllHeads
 from .report import write_report
 
@@ -57,6 +61,8 @@ MODEL = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 FRESH_SEED = 20261202
 """Of phantoms by which nothing has been chosen; the demo's own, of `DEMO_SEED`, have been looked at often."""
 CHECKPOINT = f"fold_0/{DEFAULT_CHECKPOINT}"
+CONTRASTS = ((0, 10), (10, 30), (30, 999))
+"""HU between lesion and gland, from and below, for which the outline is measured apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,13 +72,19 @@ class Observed:
     Attributes:
         labels: (N,) true classes.
         whole, lesion: (N,) DSC.
+        coarse: (N,) DSC of the true lesion after it was brought to the network's grid and back.
+        contrast: (N,) HU by which the means of lesion and gland differ.
         outputs: (N, F): logits of the head, and pooled features of all stages.
+        around: Pooled features (N, F) by way, from tiles around the lesion.
     """
 
     labels: NDArray[np.integer[Any]]
     whole: Floats
     lesion: Floats
+    coarse: Floats
+    contrast: Floats
     outputs: Floats
+    around: dict[str, Floats]
 
 
 def held_out_phantoms(folder: Path) -> list[LabelledCase]:
@@ -91,12 +103,14 @@ def held_out_phantoms(folder: Path) -> list[LabelledCase]:
 
 def observe(model: Model, cases: Sequence[LabelledCase]) -> Observed:
     """Predict cases, each once."""
-    network: Any = build_network(model.plan, model.weights[0])
+    network: Any = build_network(model.plan, model.weights[0]).eval()
     network.head = AllHeads([network.head, FocusPooling(range(len(network.encoder.output_channels)))])
-    device = torch.device("cpu")
+    fitted, device = model.pooled_classifiers[0], torch.device("cpu")
+    assert fitted is not None  # the demo model has one
+    tiles = LesionTiles(network, model.plan, fitted.stages)
     runner = TorchRunner(InferenceNetwork([network]).eval(), device, "fp32")
     engine = Engine(model, runner, window=SlidingWindow.of_plan(model.plan), sums_device=device)
-    start, rows = time.perf_counter(), []
+    start, rows, around = time.perf_counter(), [], []
     for done, case in enumerate(cases, start=1):
         with contextlib.closing(engine.loader(requests_of([case.images[0]], None), readers=0)) as loaded:
             prepared = next(loaded)
@@ -105,12 +119,38 @@ def observe(model: Model, cases: Sequence[LabelledCase]) -> Observed:
         segmented = engine.segmenter(prepared, False, None)
         assert segmented.votes is not None  # the plan has classes
         ours = answer(replace(segmented, votes=None), model.plan, ()).segmentation
-        truth = np.rint(read_volume(case.labels, channels=1).array[0])
-        rows.append((dice(ours > 0, truth > 0), dice(ours == 2, truth == 2), segmented.votes.mean_logits().numpy()))
+        truth, scan = (np.asarray(read_volume(path, channels=1).array[0]) for path in (case.labels, case.images[0]))
+        truth = np.rint(truth)
+        rows.append(
+            (
+                dice(ours > 0, truth > 0),
+                dice(ours == 2, truth == 2),
+                dice(through_grid(truth == 2, prepared.case.shape), truth == 2),
+                abs(float(scan[truth == 2].mean() - scan[truth == 1].mean())),
+                segmented.votes.mean_logits().numpy(),
+            )
+        )
+        around.append(tiles.features(prepared.case, ours, truth))
         if done % 40 == 0:
             print(f"{done} of {len(cases)}, {time.perf_counter() - start:.0f} s", flush=True)
-    whole, lesion, outputs = (np.array(column) for column in zip(*rows, strict=True))
-    return Observed(labels=np.array([case.subtype for case in cases]), whole=whole, lesion=lesion, outputs=outputs)
+    whole, lesion, coarse, contrast, outputs = (np.array(column) for column in zip(*rows, strict=True))
+    return Observed(
+        labels=np.array([case.subtype for case in cases]),
+        whole=whole,
+        lesion=lesion,
+        coarse=coarse,
+        contrast=contrast,
+        outputs=outputs,
+        around=columns(around),
+    )
+
+
+def through_grid(mask: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Bring a mask to another grid and back, linearly."""
+    values = torch.from_numpy(mask)[None, None].float()
+    for size in (shape, mask.shape):
+        values = F.interpolate(values, list(size), mode="trilinear")
+    return (values[0, 0] > 0.5).numpy()
 
 
 def class_logits(
@@ -140,7 +180,13 @@ def summarise(
     def keep(name: str, value: float, interval: Interval) -> None:
         measures[name] = {"value": value, **asdict(interval)}
 
-    for name, values in (("whole-pancreas DSC", observed.whole), ("lesion DSC", observed.lesion)):
+    dsc = {"whole-pancreas DSC": observed.whole, "lesion DSC": observed.lesion}
+    for low, high in CONTRASTS:
+        within = observed.lesion[(low <= observed.contrast) & (observed.contrast < high)]
+        if len(within):
+            dsc[f"lesion DSC of {len(within)} lesions {low} to {high} HU from the gland"] = within
+    dsc["lesion DSC of the true outline on the network's grid"] = observed.coarse
+    for name, values in dsc.items():
         keep(name, float(values.mean()), bootstrap_mean(values.tolist(), resamples=RESAMPLES, seed=0))
     predicted = logits[answers].argmax(1).tolist()
     interval = bootstrap_macro_f1(truth, predicted, resamples=RESAMPLES, seed=0)
@@ -160,7 +206,7 @@ def report(model: Model, observed: Observed, options: argparse.Namespace) -> Non
     measures, temperatures = summarise(observed, logits, answers)
     if options.calibrate:
         store_evidence(options.model / CHECKPOINT, temperatures, prefer_fitted=answers == LDA)
-    rows = compare(logits[HEAD], logits[LDA], by_stage, observed.labels)
+    rows = compare(logits[HEAD], logits[LDA], by_stage, observed.around, observed.labels)
     for name, of in (
         *measures.items(),
         *(

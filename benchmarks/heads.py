@@ -3,10 +3,11 @@
     python -m nnturbo.benchmarks.heads --model FOLDER --dataset NAME --raw FOLDER --preprocessed FOLDER --plans NAME
         [--cases 300] [--seed S] [--iterations 400] [--json FILE]
 
-The network is not changed; each head learns from the same patches, with its own AdamW. The discriminant
-analysis is fitted on pooled features of all training cases, its control on the same features with shuffled labels.
-They are compared on phantoms of a seed by which nothing has been chosen: take another seed after anything was chosen by
-the result.
+The network is not changed; each head learns from the same patches, with its own AdamW: once from cases drawn alike,
+with a loss that is weighted by class, and once from classes that are drawn equally often. The discriminant analysis is
+fitted on pooled features of all training cases, its control on the same features with shuffled labels. They are
+compared on phantoms of a seed by which nothing has been chosen: take another seed after anything was chosen by the
+result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from .report import write_report
 
 POOLED_STAGES = (0, 1, 2, 3)
 RESAMPLES = 2000
+EQUALLY = ", classes drawn equally often"
 
 
 class AllHeads(Head):
@@ -54,8 +56,17 @@ class AllHeads(Head):
         return torch.cat([head(features, focus) for head in self.heads], 1)
 
 
-def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse.Namespace) -> list[float]:
-    """Train heads on a fixed network; give the mean loss of each over the last fifth of the steps."""
+def train_heads(
+    network: MultiTaskUNet, heads: Sequence[Head], options: argparse.Namespace, *, equally: bool
+) -> list[float]:
+    """Train heads on a fixed network; give the mean loss of each over the last fifth of the steps.
+
+    Args:
+        network: Its encoder and decoder.
+        heads: Learn, each by itself.
+        options: Of the command.
+        equally: Whether classes are drawn equally often, in place of weights in the loss.
+    """
     from nnturbo.training.trainer import nnUNetTrainerMultiTask
 
     recipe = replace(PRESETS["balanced"], oversample_foreground=1.0)
@@ -69,6 +80,9 @@ def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse
         trainer: Any = nnUNetTrainerMultiTask(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
         trainer.initialize()
         loader, _ = trainer.get_dataloaders()
+        if equally:
+            trainer.class_weights = torch.ones_like(trainer.class_weights)
+            draw_classes_equally(loader.data_loader, trainer.subtypes)
         optimizers = [
             torch.optim.AdamW(head.parameters(), recipe.head_learning_rate, weight_decay=recipe.head_weight_decay)
             for head in heads
@@ -93,6 +107,13 @@ def train_heads(network: MultiTaskUNet, heads: Sequence[Head], options: argparse
             if step % 50 == 0:
                 print(f"step {step}: losses {[round(loss, 3) for loss in of_heads]}", flush=True)
     return np.mean(losses[-max(1, options.iterations // 5) :], axis=0).tolist()
+
+
+def draw_classes_equally(loader: Any, subtypes: Mapping[str, int]) -> None:
+    """Let nnU-Net's loader draw every class as often as any other."""
+    labels = np.array([subtypes[case] for case in loader.indices])
+    shares = 1 / np.bincount(labels)[labels]
+    loader.sampling_probabilities = shares / shares.sum()
 
 
 def held_out_scans(folder: Path) -> list[ClassifiedScan]:
@@ -142,9 +163,13 @@ def main() -> None:
     network: Any = build_network(model.plan, model.weights[0])
     trained = network.head
     channels = tuple(network.encoder.output_channels)
-    names = list(HEADS)
-    heads = [make_head(replace(network.scheme, kind=kind), channels) for kind in names]
-    losses = train_heads(network, heads, options)
+    names = [f"{kind}{way}" for way in ("", EQUALLY) for kind in HEADS]
+    heads = [make_head(replace(network.scheme, kind=kind), channels) for _ in range(2) for kind in HEADS]
+    losses = [
+        loss
+        for equally, some in enumerate((heads[: len(HEADS)], heads[len(HEADS) :]))
+        for loss in train_heads(network, some, options, equally=bool(equally))
+    ]
     network.head = AllHeads([*(head.eval() for head in heads), trained, FocusPooling(POOLED_STAGES)])
     classes, device = network.scheme.num_classes, torch.device("cpu")
     outputs, truth = {}, {}
@@ -174,7 +199,7 @@ def main() -> None:
     rows.append(row("random answers", truth["held out"], guesses))
     for line in rows:
         low, high = line["interval"]
-        print(f"{line['head']:22} macro-F1 {line['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
+        print(f"{line['head']:40} macro-F1 {line['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
               f"{line['classes_answered']} classes answered")  # fmt: skip
     write_report(options.json, {
         "benchmark": "heads", "training_cases": len(truth["train"]), "held_out_cases": len(truth["held out"]),

@@ -50,20 +50,29 @@ def test_differences_are_those_of_the_same_cases():
 def test_the_stage_that_tells_the_class_is_found():
     by_stage = {stage: features(6.0 * (stage == 1), stage) for stage in range(5)}
     head, fitted = features(0, 8), features(6, 9)
-    found = {row["way"]: row["macro_f1"] for row in compare(head, fitted, by_stage, LABELS)}
+    found = {row["way"]: row["macro_f1"] for row in compare(head, fitted, by_stage, {"a tile": features(6, 7)}, LABELS)}
     assert found["the same, 48 cases, stage 1"] > 0.95
     assert found["the same, 48 cases, stage 3"] < 0.6
+    assert found["the same, 48 cases, a tile"] > 0.95
     assert found["lda, fitted on the training cases"] > 0.95
     assert found["head, as trained"] < 0.6
     assert found["lda, fitted on shuffled classes"] < 0.6
 
 
 def test_calibration_is_measured_on_the_half_that_did_not_give_the_temperature():
-    observed = SimpleNamespace(labels=LABELS, whole=np.full(60, 0.9), lesion=np.linspace(0.5, 0.7, 60))
+    observed = SimpleNamespace(
+        labels=LABELS,
+        whole=np.full(60, 0.9),
+        lesion=np.linspace(0.5, 0.7, 60),
+        coarse=np.full(60, 0.95),
+        contrast=np.linspace(5, 29, 60),
+    )
     measures, temperatures = summarise(observed, {"head": 20 * features(1, 0), "lda": features(1, 0)}, "head")
     assert temperatures["head"] == pytest.approx(20 * temperatures["lda"], rel=1e-3)
     assert measures["expected calibration error after"] != measures["expected calibration error before"]
     assert measures["lesion DSC"]["value"] == pytest.approx(0.6)
+    assert measures["lesion DSC of 13 lesions 0 to 10 HU from the gland"]["value"] < 0.55
+    assert measures["lesion DSC of 47 lesions 10 to 30 HU from the gland"]["value"] > 0.6
 
 
 def test_outputs_are_the_engine_s(tmp_path):
