@@ -174,7 +174,9 @@ def main() -> None:
     classes, device = network.scheme.num_classes, torch.device("cpu")
     outputs, truth = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(folder, counts={"test": options.cases}, seed=options.seed, settings=SMALL_SETTINGS, answers=True)
+        write_dataset(
+            folder, counts={"test": options.cases}, seed=options.seed, settings=SMALL_SETTINGS, answers=True, workers=2
+        )
         for split, scans in (
             ("train", training_scans(options.raw / options.dataset, options.preprocessed / options.dataset, 0)),
             ("held out", held_out_scans(Path(folder))),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from nnturbo.benchmarks.class_comparison import Comparison, compare, fitted_on_the_others
-from nnturbo.benchmarks.demo_model import class_logits, observe, summarise
+from nnturbo.benchmarks.demo_model import better_classifier, class_logits, observe, summarise
 from nnturbo.engine import Engine, EngineOptions
 from nnturbo.engine.model.folder import read_model
 from nnturbo.training.whole_cases import LabelledCase
@@ -57,6 +57,23 @@ def test_the_stage_that_tells_the_class_is_found():
     assert found["lda, fitted on the training cases"] > 0.95
     assert found["head, as trained"] < 0.6
     assert found["lda, fitted on shuffled classes"] < 0.6
+
+
+def test_the_better_classifier_answers_and_the_head_where_they_are_equal():
+    right, wrong = np.eye(CLASSES)[LABELS], np.eye(CLASSES)[(LABELS + (LABELS == 0)) % CLASSES]
+    assert better_classifier({"head": wrong, "lda": right}, LABELS) == "lda"
+    assert better_classifier({"head": right, "lda": wrong}, LABELS) == "head"
+    assert better_classifier({"head": wrong, "lda": 2 * wrong}, LABELS) == "head"
+
+
+def test_the_class_is_measured_on_the_half_that_chose_nothing():
+    observed = SimpleNamespace(
+        labels=LABELS, whole=np.ones(60), lesion=np.ones(60), coarse=np.ones(60), contrast=np.full(60, 5.0)
+    )
+    values = np.eye(CLASSES)[LABELS]
+    values[:30] = values[:30, ::-1]
+    measures, _ = summarise(observed, {"head": values, "lda": values}, "head")
+    assert measures["subtype macro-F1"]["value"] == 1
 
 
 def test_calibration_is_measured_on_the_half_that_did_not_give_the_temperature():
