@@ -40,8 +40,8 @@ def command(tiny, results, *arguments):
     return main(list(map(str, ["train", *given, "--results", results, *arguments])))
 
 
-def final_checkpoint(results):
-    (path,) = results.rglob("checkpoint_final.pth")
+def kept_checkpoint(results, name="checkpoint_final.pth"):
+    (path,) = results.rglob(name)
     content = torch.load(path, weights_only=False)
     del content["init_args"]  # plans, which other tests compare
     return content
@@ -88,7 +88,7 @@ def test_stopped_at_random_moments(tiny, one_process, tmp_path, preset, kept):
     seed_everything(1)
     with stopping(0) as moments:
         assert command(tiny, tmp_path / "whole", *flags) == 0
-    wanted = final_checkpoint(tmp_path / "whole")
+    wanted = kept_checkpoint(tmp_path / "whole")
     assert wanted["current_epoch"] == 3
     assert wanted["multi_task"]["recipe"]["preset"] == preset
     rng = random.Random(preset)
@@ -103,7 +103,7 @@ def test_stopped_at_random_moments(tiny, one_process, tmp_path, preset, kept):
     assert stops >= 2
     if not list((tmp_path / "stopped").rglob("checkpoint_final.pth")):
         assert command(tiny, tmp_path / "stopped", *kept, "--continue") == 0
-    assert_same(final_checkpoint(tmp_path / "stopped"), wanted)
+    assert_same(kept_checkpoint(tmp_path / "stopped"), wanted)
     histories = [next((tmp_path / name).rglob("history.csv")).read_text() for name in ("whole", "stopped")]
     assert histories[0] == histories[1]
 
@@ -163,12 +163,12 @@ class TestFinished:
 
     def test_a_changed_recipe_goes_on_when_that_is_allowed(self, tiny, results, one_process):
         assert command(tiny, results, "--continue", "--set", "epochs=3", "validate_every=0", "--change-recipe") == 0
-        assert final_checkpoint(results)["current_epoch"] == 3
+        assert kept_checkpoint(results)["current_epoch"] == 3
 
 
 def test_continuing_what_never_began_is_said(tiny, one_process, tmp_path, caplog):
     entries = {**SHORT, "epochs": 2, "validate_every": 0}
     assert command(tiny, tmp_path, "--continue", "--set", *settings(entries)) == 0
     assert "fold_0 has no checkpoint to go on from: the training begins" in caplog.text
-    recipe = final_checkpoint(tmp_path)["multi_task"]["recipe"]
+    recipe = kept_checkpoint(tmp_path)["multi_task"]["recipe"]
     assert recipe == PRESETS["balanced"].describe() | entries
