@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from ..engine.errors import CheckpointError, EngineError
 from ..engine.model.checkpoint import read_checkpoint
+from .data.cases import SPLITS_FILE
 from .random_state import random_state
 from .recipe import Recipe
 
@@ -41,6 +43,7 @@ def state_of(trainer: Any, next_epoch: int) -> dict[str, Any]:
         "multi_task": {
             "head": trainer.network.scheme.describe(),
             "recipe": trainer.recipe.describe(),
+            "training_cases": _training_cases(trainer),
             "head_optimizer_state": trainer.head_optimizer.state_dict(),
             "anneal_from": trainer.schedule.anneal_from,
             "best": trainer.whole_cases.best,
@@ -127,12 +130,80 @@ def check_resumable(
     return difference
 
 
+def _training_cases(trainer: Any) -> list[str]:
+    """Name the cases that an initialised trainer trains on.
+
+    Note:
+        As nnU-Net's `do_split`, which logs four lines each time.
+    """
+    if trainer.fold == "all":
+        return sorted(trainer.dataset_class.get_identifiers(trainer.preprocessed_dataset_folder))
+    splits = json.loads((Path(trainer.preprocessed_dataset_folder_base) / SPLITS_FILE).read_bytes())
+    return sorted(splits[trainer.fold]["train"] if trainer.fold < len(splits) else trainer.do_split()[0])
+
+
+def trained_cases(path: Path) -> frozenset[str] | None:
+    """Read on which cases a checkpoint was trained; `None` where it does not say, as one that was published.
+
+    Raises:
+        CheckpointError: Where it is damaged, or holds more than weights and plain values.
+    """
+    read_checkpoint(path)  # refuses content that could run code
+    state = torch.load(path, map_location="cpu", weights_only=False).get("multi_task") or {}
+    return frozenset(state["training_cases"]) if "training_cases" in state else None
+
+
+def _check_same_training(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other plans, another network or other cases than the trainer's.
+
+    Raises:
+        EngineError: Where something differs.
+    """
+    before, now = (
+        _plan_of(plans, trainer) for plans in (checkpoint["init_args"]["plans"], trainer.plans_manager.plans)
+    )
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise EngineError(
+            f"the checkpoint is of other plans, {', '.join(changed)} differ: plan as before, or start again in another "
+            f"folder"
+        )
+    had = checkpoint["multi_task"].get("training_cases")
+    if had is not None and (differing := set(had) ^ set(_training_cases(trainer))):
+        raise EngineError(
+            f"the checkpoint was trained on other cases than fold {trainer.fold} now has, {len(differing)} differ, "
+            f"such as {min(differing)}: go on with the splits as they were, or start again in another folder"
+        )
+
+
+def _plan_of(plans: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
+    """Take from plans what decides the numbers that a configuration's network gets and gives, without its head."""
+    whole = (
+        "image_reader_writer",
+        "transpose_forward",
+        "transpose_backward",
+        "foreground_intensity_properties_per_channel",
+    )
+    manager = type(trainer.plans_manager)(dict(plans))  # resolves what a configuration inherits
+    configuration = dict(manager.get_configuration(trainer.configuration_name).configuration)
+    architecture = dict(configuration.pop("architecture"))
+    kwargs = {name: value for name, value in architecture["arch_kwargs"].items() if name != "head"}
+    return {
+        **{name: plans.get(name) for name in whole},
+        **configuration,
+        "architecture": {**architecture, "arch_kwargs": kwargs},
+    }
+
+
 def restore(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
     """Give an initialised trainer everything that a checkpoint holds but the random numbers.
+
+    Raises:
+        EngineError: Where the checkpoint is of other plans or other cases.
 
     Note:
         As in nnU-Net's `nnUNetTrainer.load_checkpoint`, which takes no dictionary in 2.8.
     """
+    _check_same_training(trainer, checkpoint)
     state = checkpoint["multi_task"]
     averaged = checkpoint["network_weights"]
     trained = state.get("trained_weights")

@@ -165,6 +165,29 @@ class TestFinished:
         assert command(tiny, results, "--continue", "--set", "epochs=3", "validate_every=0", "--change-recipe") == 0
         assert kept_checkpoint(results)["current_epoch"] == 3
 
+    @pytest.mark.parametrize(
+        ("moment", "epoch"),
+        [(2, 2), pytest.param(9, 3, marks=pytest.mark.thorough)],
+        ids=["before its first epoch", "in its second epoch"],
+    )
+    def test_a_changed_recipe_outlives_a_kill(self, tiny, results, one_process, moment, epoch):
+        changed = ["--set", "epochs=4", "validate_every=0", "--change-recipe"]
+        with stopping(moment), pytest.raises(Stopped):
+            command(tiny, results, "--continue", *changed)
+        assert kept_checkpoint(results, "checkpoint_latest.pth")["current_epoch"] == epoch
+        assert command(tiny, results, "--continue") == 0
+        final = kept_checkpoint(results)
+        assert (final["current_epoch"], final["multi_task"]["recipe"]["epochs"]) == (4, 4)
+        assert [line["epoch"] for line in final["multi_task"]["history"]] == [0, 1, 2, 3]
+
+    def test_a_recipe_without_more_epochs_is_said_to_change_nothing(self, tiny, results, one_process, caplog):
+        (path,) = results.rglob("checkpoint_final.pth")
+        before = path.read_bytes()
+        assert command(tiny, results, "--continue", "--set", "patience=7", "--change-recipe") == 0
+        assert "the training is finished, and the other recipe leaves no epoch to train" in caplog.text
+        assert path.read_bytes() == before
+        assert not list(results.rglob("checkpoint_latest.pth"))
+
 
 def test_continuing_what_never_began_is_said(tiny, one_process, tmp_path, caplog):
     entries = {**SHORT, "epochs": 2, "validate_every": 0}

@@ -167,6 +167,30 @@ class TestOtherCheckpoints:
         assert trainer.head_optimizer.param_groups[0]["weight_decay"] == 0.25
         assert f"Going on with another recipe: {said}" in Path(trainer.log_file).read_text()
 
+    def test_of_other_plans(self, tiny, trained, environment):
+        configurations = json.loads(json.dumps(tiny.plans["configurations"]))
+        configurations[CONFIGURATION]["spacing"] = [9.0, 9.0, 9.0]
+        configurations[CONFIGURATION]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 4, 8, 8]
+        trainer = make_trainer(tiny, TINY, configurations=configurations)
+        with pytest.raises(
+            EngineError, match="is of other plans, spacing, architecture differ: plan as before, or start"
+        ):
+            trainer.load_checkpoint(str(trained / "fold_0" / "checkpoint_final.pth"))
+
+    @pytest.mark.parametrize("had", [["case_of_before"], None])
+    def test_of_other_cases(self, tiny, trained, environment, had):
+        checkpoint = load(trained)
+        assert checkpoint["multi_task"]["training_cases"] == sorted(tiny.training_cases)
+        checkpoint["multi_task"]["training_cases"] = had
+        trainer = make_trainer(tiny, TINY)
+        if had is None:  # of a version that did not write them
+            trainer.load_checkpoint(checkpoint)
+            return
+        with pytest.raises(
+            EngineError, match="on other cases than fold 0 now has, 8 differ, such as case_of_before: go"
+        ):
+            trainer.load_checkpoint(checkpoint)
+
     def test_nnunets_own_command_takes_the_recipe_of_the_checkpoint(self, tiny, trained, environment):
         """It cannot name a recipe: the plans that it reads have none."""
         plans = json.loads(json.dumps(tiny.plans)) | {"continue_training": True}

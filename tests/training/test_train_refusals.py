@@ -13,7 +13,7 @@ from nnturbo.engine.errors import ModelError
 from nnturbo.training.data.tables import DatasetError
 from nnturbo.training.train import train
 
-from tests.training.tiny import TINY, import_nnunet, make_trainer
+from tests.training.tiny import CONFIGURATION, TINY, import_nnunet, make_trainer
 
 
 @pytest.fixture
@@ -86,6 +86,20 @@ class TestArguments:
     def test_a_configuration_that_was_not_preprocessed(self, copied):
         message = r"nnUNetCompactPlans_2d is missing: run nnturbo prepare with --configurations 2d$"
         refused(DatasetError, message, copied[1] | {"configuration": "2d"})
+
+    @pytest.mark.parametrize("fold", [0, "all"])
+    def test_a_preprocessing_that_was_stopped(self, tiny, copied, fold):
+        folder, arguments = copied
+        arrays = folder / tiny.plans["configurations"][CONFIGURATION]["data_identifier"]
+        whole = list(arrays.resolve().iterdir())
+        arrays.unlink()
+        arrays.mkdir()
+        case = tiny.training_cases[2]
+        for path in whole:
+            if path.name != f"{case}.pkl":
+                (arrays / path.name).symlink_to(path)
+        message = rf"must hold every case, 1 are missing: {case}; preprocessing did not end, run nnturbo prepare"
+        refused(DatasetError, message, arguments | {"fold": fold})
 
     def test_a_configuration_that_only_inherits(self, tiny, copied):
         folder, arguments = copied
