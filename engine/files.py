@@ -61,6 +61,17 @@ def written_atomically(path: str | os.PathLike[str], *, ending: str | None = Non
             put_in_place(written, path if written == temporary else path.with_name(written.name))
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written in its folder, or in one that is to be made for it, before long work.
+
+    Raises:
+        OutputError: Where the folder does not take files.
+    """
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    with staging_folder(existing / path.name):
+        pass
+
+
 def put_in_place(written: Path, path: Path) -> None:
     """Give a file or folder its final name; wait a little for a program that has one of the two open.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from ..engine.errors import OutputError
-from ..engine.files import write_json, written_atomically
+from ..engine.files import check_writable, write_json, written_atomically
 from ..engine.jobs.class_table import write_class_table
 from ..engine.model.checkpoint import TEMPERATURE_KEY, read_checkpoint
 from ..engine.model.folder import read_model, with_classifier
@@ -25,7 +25,7 @@ from ..engine.options import DEFAULT_CHECKPOINT
 from .data.references import RESULTS_FILE
 from .evaluation.calibration import ProbabilityMetrics, fit_temperature, probability_metrics
 from .evaluation.metrics import Interval, bootstrap_macro_f1, classification_metrics
-from .held_out import HEAD, LDA, HeldOutNetwork, cases_of_folds
+from .held_out import HEAD, LDA, HeldOutNetwork, cases_of_folds, check_model
 from .whole_cases import LabelledCase
 
 logger = logging.getLogger(__name__)
@@ -105,16 +105,20 @@ def cross_validate(
 
     Raises:
         ValueError: Where two folds hold out the same case.
-        ModelError: Where the model has no classification head, or lacks the classifier.
-        OutputError: Where `out` holds something else.
+        ModelError: Where the model has no classification head or lacks the classifier, or the held-out cases do not
+            measure it, see `held_out.check_model`.
+        OutputError: Where `out` holds something else, or the checkpoints cannot be replaced.
     """
     # Refuses "lda" where a fold has no fitted classifier.
     model = with_classifier(read_model(model_folder, folds=folds, checkpoint=checkpoint), classifier)
     cases = cases_of_folds(raw_dataset, preprocessed_dataset, folds)
+    check_model(model_folder, checkpoint, preprocessed_dataset, cases)
+    for fold in folds:
+        check_writable(Path(model_folder) / f"fold_{fold}" / checkpoint)
     if out.is_dir() and any(out.iterdir()) and not (out / ANSWERS).is_dir():
         raise OutputError(f"{out} holds other files: choose another folder")
     (out / ANSWERS).mkdir(parents=True, exist_ok=True)
-    answers = _predict(Path(model_folder), cases, out, checkpoint, mirror, device, progress)
+    answers = _predict(Path(model_folder), cases, out, model.plan.file_ending, checkpoint, mirror, device, progress)
     scheme = model.plan.classification
     assert scheme is not None  # `_predict` refuses other models
     truth = {case.name: case.subtype for of_fold in cases.values() for case in of_fold}
@@ -147,6 +151,7 @@ def _predict(
     model_folder: Path,
     cases: Mapping[int, Sequence[LabelledCase]],
     out: Path,
+    file_ending: str,
     checkpoint: str,
     mirror: bool,
     device: str,
@@ -168,12 +173,13 @@ def _predict(
         network: HeldOutNetwork | None = None
         for case in of_fold:
             record = out / ANSWERS / f"{case.name}.json"
-            known = _read_answer(record, made_of)
+            mask = out / f"{case.name}{file_ending}"
+            known = _read_answer(record, made_of) if mask.is_file() else None
             if known is None:
                 if network is None:
                     network = HeldOutNetwork(model_folder, fold, checkpoint=checkpoint, device=device, mirror=mirror)
                 answer = network.predict(case)
-                answer.prediction.save(out / f"{case.name}{network.model.plan.file_ending}")
+                answer.prediction.save(mask)
                 known = {
                     f"{kind} {aggregation}": (network.temperatures[kind] * values).tolist()
                     for (kind, aggregation), values in answer.logits.items()

@@ -18,7 +18,7 @@ from ..engine.pipeline.labels import segment_probabilities
 from .data.masks import read_mask
 from .data.task import DATASET_FILE, Task, read_task
 from .evaluation.metrics import dice
-from .held_out import Answer, HeldOutNetwork, cases_of_folds
+from .held_out import Answer, HeldOutNetwork, cases_of_folds, check_model
 from .whole_cases import LabelledCase
 
 MOST_MODELS = 5
@@ -66,12 +66,17 @@ def gather_evidence(
         progress: Called with the number done, the number of all, and the case.
 
     Raises:
-        ValueError: For no or more than five models, or two folds that hold out the same case.
-        ModelError: Where a model has no classification head, or two do not fit together.
+        ValueError: For no or more than five models, one that is given twice, or two folds that hold out the same case.
+        ModelError: Where a model has no classification head, two do not fit together, or the held-out cases do not
+            measure one, see `held_out.check_model`.
     """
     if not 1 <= len(models) <= MOST_MODELS:
         raise ValueError(f"models must be 1 to {MOST_MODELS} to choose among, got {len(models)}")
+    if len({Path(model).resolve() for model in models}) < len(models):
+        raise ValueError(f"each model must be given once, got {', '.join(map(str, models))}")
     cases = cases_of_folds(raw_dataset, preprocessed_dataset, folds)
+    for model in models:
+        check_model(model, checkpoint, preprocessed_dataset, cases)
     task = read_task(preprocessed_dataset / DATASET_FILE)
     places = range(len(models))
     subsets = [subset for size in places for subset in itertools.combinations(places, size + 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ..engine.errors import ModelError
 from ..engine.model.folder import Model, read_model
 from ..engine.model.folds import InferenceNetwork
 from ..engine.model.heads import Head
+from ..engine.model.labels import parse_labels
 from ..engine.model.multi_task_unet import MultiTaskUNet
 from ..engine.model.network import build_network
 from ..engine.pipeline.prediction import Prediction, answer
@@ -30,7 +32,10 @@ from .data.cases import LABELS_FILE, SPLITS_FILE
 from .data.multi_task_plans import read_classes
 from .data.tables import DatasetError
 from .data.task import DATASET_FILE
+from .trainer_state import trained_cases
 from .whole_cases import LabelledCase, find_labelled_cases
+
+logger = logging.getLogger(__name__)
 
 HEAD, LDA = "head", "lda"
 FOREGROUND, ALIKE = "foreground", "mean"
@@ -88,6 +93,51 @@ def cases_of_folds(
             f"folds must hold out different cases; {', '.join(twice)[:200]} are held out by two of {folds}"
         )
     return cases
+
+
+def check_model(
+    folder: str | os.PathLike[str],
+    checkpoint: str,
+    preprocessed_dataset: Path,
+    cases: Mapping[int, Sequence[LabelledCase]],
+) -> None:
+    """Refuse a model that held-out cases do not measure, before any is predicted.
+
+    Args:
+        folder: Model folder.
+        checkpoint: File name in each fold.
+        preprocessed_dataset: The data set in `nnUNet_preprocessed`.
+        cases: Held-out cases of each fold.
+
+    Raises:
+        ModelError: Where a fold is missing or was trained on a case that it holds out, or the model has other labels or
+            classes than the data set.
+    """
+    model = read_model(folder, folds=list(cases), checkpoint=checkpoint)
+    _, class_names = read_classes(preprocessed_dataset / LABELS_FILE)
+    labels = parse_labels(json.loads((preprocessed_dataset / DATASET_FILE).read_bytes()))
+    scheme = model.plan.classification
+    for what, its, wanted in (
+        ("labels", dict(model.plan.labels.labels), dict(labels.labels)),
+        ("classes", class_names if scheme is None else scheme.class_names, class_names),
+    ):
+        if its != wanted:
+            raise ModelError(
+                f"{folder} must have the {what} of {preprocessed_dataset.name}, {wanted}, it has {its}: give a model "
+                f"of that data set"
+            )
+    for fold, of_fold in cases.items():
+        path = Path(folder) / f"fold_{fold}" / checkpoint
+        trained = trained_cases(path)
+        if trained is None:
+            logger.warning(
+                "%s does not say on which cases it was trained: they must not be those of fold %s", path, fold
+            )
+        elif seen := sorted(trained & {case.name for case in of_fold}):
+            raise ModelError(
+                f"{path} must not have been trained on cases that fold {fold} holds out, it was on {len(seen)}, such "
+                f"as {seen[0]}: train that fold again with the splits as they are"
+            )
 
 
 class _BothHeads(Head):

@@ -70,10 +70,14 @@ def find_labelled_cases(
         subtypes: Class of each case.
 
     Raises:
-        DatasetError: Where there are no cases, or scans or labels are missing.
+        DatasetError: Where there are no cases, or scans, labels or classes are missing.
     """
     if not names:
         raise DatasetError(f"{folder}: the split must have cases, it has none: prepare the data set again")
+    if unknown := sorted(set(names) - set(subtypes)):
+        raise DatasetError(
+            f"{folder}: the class of every case must be known, {len(unknown)} are missing: {', '.join(unknown)[:200]}"
+        )
     ending = dataset["file_ending"]
     channels = range(len(dataset["modality" if "modality" in dataset else "channel_names"]))
     listed = dataset.get("dataset", {})  # dataset.json may name scans in other folders

@@ -2,7 +2,7 @@
 
 import pytest
 from nnturbo.engine import OutputError, files
-from nnturbo.engine.files import new_folder, put_in_place, write_json, written_atomically
+from nnturbo.engine.files import check_writable, new_folder, put_in_place, write_json, written_atomically
 
 
 class TestWrittenAtomically:
@@ -38,6 +38,25 @@ class TestWrittenAtomically:
         write_json(tmp_path / "a.json", {})
         (tmp_path / "b.json").write_text("{}")
         assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+
+class TestCheckWritable:
+    def test_nothing_is_left_behind(self, tmp_path):
+        check_writable(tmp_path / "a" / "b" / "result.json")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_in_place_of_a_folder(self, tmp_path):
+        (tmp_path / "a").write_text("")
+        with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+            check_writable(tmp_path / "a" / "b" / "result.json")
+
+    def test_a_folder_of_someone_else(self, tmp_path, monkeypatch):
+        def refuse(**_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tempfile.mkdtemp", refuse)
+        with pytest.raises(OutputError, match=r"result\.json cannot be written: Permission denied"):
+            check_writable(tmp_path / "result.json")
 
 
 class TestNewFolder:

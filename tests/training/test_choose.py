@@ -19,6 +19,8 @@ from nnturbo.training.held_out import HeldOutNetwork, held_out_cases
 from nnturbo.training.pooled_classifier import fit_pooled_classifier, training_scans
 from scipy.special import softmax
 
+from tests.training.test_held_out import train_on
+
 
 def rows_of(path):
     return list(csv.DictReader(path.read_text().splitlines()))
@@ -206,6 +208,8 @@ class TestCommands:
         folder = tmp_path / "model"
         shutil.copytree(trained, folder)
         shutil.copytree(folder / "fold_0", folder / "fold_1")
+        for fold in (0, 1):
+            train_on(folder / f"fold_{fold}" / "checkpoint_final.pth", parts[fold]["train"])
         line = self.line("crossvalidate", tiny, "-m", folder, "-o", tmp_path / "out")
         line[line.index(str(tiny.preprocessed))] = str(preprocessed.parent)
         assert main(line) == 0
@@ -239,11 +243,13 @@ class TestCommands:
         first = (tmp_path / "out" / "cross_validation.json").read_text()
         case = sorted(tiny.validation_cases)[1]
         (tmp_path / "out" / "answers" / f"{case}.json").write_text("{")
+        other = sorted(tiny.validation_cases)[2]
+        (tmp_path / "out" / f"{other}.nii.gz").unlink()
         predicted = []
         predict = HeldOutNetwork.predict
         monkeypatch.setattr(HeldOutNetwork, "predict", lambda self, c: predicted.append(c.name) or predict(self, c))
         assert main(line) == 0
-        assert predicted == [case]
+        assert predicted == [case, other]
         again = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
         # The checkpoint's temperatures have changed meanwhile, and what is fitted has not.
         for kind, found in json.loads(first)["by_classifier"].items():

@@ -34,12 +34,17 @@ def add_choose(commands: Any) -> None:
 
 
 def _choose(options: argparse.Namespace) -> int:
+    from ...engine.files import check_writable
     from ...engine.model.choice import Choice, write_choice
     from ..choose import candidate_table, propose
     from ..evidence import gather_evidence
 
     if options.resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {options.resamples}")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {options.seed}")
+    path = Path(options.o) / CHOICE_FILE
+    check_writable(path)
     raw_dataset, preprocessed_dataset = dataset_folders(options)
     folds = chosen_folds(options, preprocessed_dataset)
     with progress_line("cases") as progress:
@@ -62,7 +67,6 @@ def _choose(options: argparse.Namespace) -> int:
         aggregation=chosen.aggregation,
         checkpoint=options.chk,
     )
-    path = Path(options.o) / CHOICE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {
         "cases": len(evidence.truth),
