@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from .metrics import Interval, draw_resamples, interval_of
+
+logger = logging.getLogger(__name__)
 
 BINS = 10
 WIDEST_TEMPERATURE = 100.0
@@ -176,7 +179,8 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.integer]) -> 
         truth: (N,) classes.
 
     Returns:
-        The temperature of the least cross-entropy, 0.01 to 100. It changes no case's most probable class.
+        The temperature of the least cross-entropy, 0.01 to 100. It changes no case's most probable class. It is 1 where
+        every case is answered right: the cross-entropy then falls without end, and would make all answers certain.
 
     Raises:
         ValueError: Where the logits are not finite, or there are no cases.
@@ -187,6 +191,11 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.integer]) -> 
     if not len(truth) or not np.isfinite(logits).all():
         raise ValueError(f"a temperature needs finite logits of at least one case, got {len(truth)} cases")
     places = np.arange(len(truth))
+    if (logits[places, truth] == logits.max(1)).all():
+        logger.warning(
+            "all %d cases are answered right, so that no temperature follows: probabilities stay", len(truth)
+        )
+        return 1.0
 
     def cross_entropy(log_inverse: float) -> float:
         return float(-log_softmax(logits * np.exp(log_inverse), axis=1)[places, truth].mean())

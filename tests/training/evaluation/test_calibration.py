@@ -98,9 +98,13 @@ class TestTemperature:
         assert fit_temperature(logits, truth) == pytest.approx(found.x[0], rel=1e-3)
 
     def test_stays_in_its_range(self):
-        always_right = 0.1 * np.eye(3)[[0, 1, 2]]
-        assert fit_temperature(always_right, np.array([0, 1, 2])) == pytest.approx(0.01, rel=0.01)
-        assert fit_temperature(-always_right, np.array([0, 1, 2])) == pytest.approx(100, rel=0.01)
+        logits, truth = answers(60)
+        assert fit_temperature(1e-4 * logits, truth) == pytest.approx(0.01, rel=0.01)
+        assert fit_temperature(-0.1 * np.eye(3), np.array([0, 1, 2])) == pytest.approx(100, rel=0.01)
+
+    def test_a_few_cases_that_are_all_right_make_no_answer_certain(self, caplog):
+        assert fit_temperature(0.1 * np.eye(3), np.array([0, 1, 2])) == 1
+        assert "all 3 cases are answered right, so that no temperature follows" in caplog.text
 
     def test_refuses_what_it_cannot_fit(self):
         with pytest.raises(ValueError, match="finite logits of at least one case, got 0 cases"):
