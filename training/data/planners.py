@@ -16,6 +16,13 @@ from ...engine.files import write_json
 Planner = Literal["resenc", "resenc_l", "resenc_xl", "plain", "compact"]
 PLANNERS: tuple[Planner, ...] = ("resenc", "resenc_l", "resenc_xl", "plain", "compact")
 
+RESIDUAL = {
+    "resenc": "nnUNetPlannerResEncM",
+    "resenc_l": "nnUNetPlannerResEncL",
+    "resenc_xl": "nnUNetPlannerResEncXL",
+}
+"""nnU-Net's names of its planners of residual networks."""
+
 COMPACT_FEATURES = (16, 32, 64, 128, 128)
 COMPACT_PATCH = (32, 64, 96)
 COMPACT_PIXELS = 1.5
@@ -73,18 +80,21 @@ def plan_experiment(name: str, preprocessed: Path, planning: Planning, num_train
         their own where the spacing differs: nnU-Net's residual planners share those of `nnUNetPlans`.
 
     Raises:
-        EngineError: If nnU-Net is not installed.
+        EngineError: If nnU-Net is not installed, or lacks the planner.
     """
     try:
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
         from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners
     except ImportError as error:
         raise EngineError(f"planning needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
-    kinds: dict[str, Any] = {
-        "resenc": residual_encoder_unet_planners.nnUNetPlannerResEncM,
-        "resenc_l": residual_encoder_unet_planners.nnUNetPlannerResEncL,
-        "resenc_xl": residual_encoder_unet_planners.nnUNetPlannerResEncXL,
-    }
+    kind: Any = ExperimentPlanner
+    if planning.planner in RESIDUAL:
+        kind = getattr(residual_encoder_unet_planners, RESIDUAL[planning.planner], None)
+    if kind is None:
+        raise EngineError(
+            f"planner {planning.planner} needs nnU-Net's {RESIDUAL[planning.planner]}, which this version lacks: pip "
+            f"install 'nnturbo[training]', or take another planner"
+        )
     arguments: dict[str, Any] = {}
     if planning.memory_gb is not None:
         arguments["gpu_memory_target_in_gb"] = planning.memory_gb
@@ -92,7 +102,7 @@ def plan_experiment(name: str, preprocessed: Path, planning: Planning, num_train
         arguments["overwrite_target_spacing"] = [float(mm) for mm in planning.spacing]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "WARNING: You are running nnUNetPlanner")  # such plans get their own name
-        planner = kinds.get(planning.planner, ExperimentPlanner)(name, **arguments)
+        planner = kind(name, **arguments)
     planner.dataset_json["numTraining"] = num_training
     if planning.planner == "compact":
         planner.plans_identifier = "nnUNetCompactPlans"

@@ -5,6 +5,7 @@ import math
 import warnings
 
 import pytest
+from nnturbo.engine import EngineError
 from nnturbo.training.data.planners import Planning, described_network, plan_experiment
 
 from tests.training.task_files import CASES, image_of, labels, mask_of, prepare, scan, write_image
@@ -44,6 +45,17 @@ def planned(fingerprinted, **asked):
         warnings.simplefilter("error", UserWarning)
         path = plan_experiment(name, preprocessed, Planning(**asked), 2)
     return path, json.loads(path.read_text())["configurations"]["3d_fullres"]
+
+
+def test_a_planner_that_an_older_nnunet_lacks(fingerprinted, monkeypatch):
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners
+
+    monkeypatch.delattr(residual_encoder_unet_planners, "nnUNetPlannerResEncXL")
+    with pytest.raises(
+        EngineError, match="planner resenc_xl needs nnU-Net's nnUNetPlannerResEncXL, which this version"
+    ):
+        planned(fingerprinted, planner="resenc_xl")
+    assert planned(fingerprinted, planner="plain")[0].name == "nnUNetPlans.json"
 
 
 @pytest.mark.parametrize(
