@@ -40,7 +40,7 @@ def add_prepare(commands: Any) -> None:
         type=int,
         metavar="K",
         help="cross-validation of the training cases, stratified by class: splits 0 to K-1; the given split is then "
-        "split K, and its validation cases are in no fold",
+        "split K, and its validation cases, if there are any, are in no fold",
     )
     add("-d", required=True, type=int, metavar="ID", help="number of the data set, 1 to 999")
     add("-n", required=True, metavar="NAME", help="name of the data set; the folder is DatasetID_NAME")
@@ -106,7 +106,8 @@ def _prepare(options: argparse.Namespace) -> int:
     say(f"{dataset.folder}: {counts}; {len(dataset.rounded)} masks rounded to whole labels")
     say(f"classes: {', '.join(dataset.task.class_names)}; labels: {', '.join(dataset.task.structures)}")
     if options.folds is not None:
-        say(f"folds 0 to {options.folds - 1} of the training cases; split {options.folds} is the given one")
+        given = f"; split {options.folds} is the given one" if dataset.names("validation") else ""
+        say(f"folds 0 to {options.folds - 1} of the training cases{given}")
     if preprocessed is None:
         return DONE
     say("planning from the training cases alone, and preprocessing all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,11 @@ class SourceCase:
 
 
 def find_cases(
-    source: str | os.PathLike[str], task: Task, table: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    task: Task,
+    table: str | os.PathLike[str] | None = None,
+    *,
+    needed: Sequence[str] = ("train", "validation"),
 ) -> tuple[tuple[SourceCase, ...], tuple[str, ...]]:
     """Find the cases below a folder.
 
@@ -53,6 +57,7 @@ def find_cases(
             `<name><ending>` at any depth (links to folders are not followed); else one with a folder for each class in
             `train` and `validation`, masks beside the images, and with images in `test`.
         task: Channels, classes and file ending.
+        needed: Splits that must have cases.
         table: csv or xlsx with the columns filename, subtype and split (others are ignored); a filename may have the
             ending of the first image, of the mask, or none.
 
@@ -67,11 +72,11 @@ def find_cases(
         raise DatasetError(f"{source}: the source must be a folder with images: check the path")
     problems: list[str] = []
     if table is None:
-        found = _cases_of_folders(source, task, problems)
+        found = _cases_of_folders(source, task, needed, problems)
     else:
         found = _cases_of_table(source, task, Path(table), problems)
     cases = tuple(sorted(found, key=lambda case: (SPLITS.index(case.split), case.name)))
-    for split in ("train", "validation"):
+    for split in needed:
         if not problems and not any(case.split == split for case in cases):
             problems.append(f"{table or source / split}: there must be {split} cases, got none")
     if not problems:
@@ -90,9 +95,9 @@ def subtype_in_name(name: str) -> str | None:
     return str(int(match[1])) if match else None
 
 
-def _cases_of_folders(source: Path, task: Task, problems: list[str]) -> Iterator[SourceCase]:
+def _cases_of_folders(source: Path, task: Task, needed: Sequence[str], problems: list[str]) -> Iterator[SourceCase]:
     seen: dict[str, Path] = {}
-    for split in SPLITS:
+    for split in (split for split in SPLITS if split in needed or (source / split).is_dir()):
         for folder in _case_folders(source, task, split, problems):
             images, masks = task.files_by_case(_files_of(folder, task, problems))
             subtype = None if split == "test" else folder.name.removeprefix(task.class_folder)

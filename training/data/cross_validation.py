@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,15 +49,16 @@ def splits(folds: Mapping[str, int], train: Sequence[str], validation: Sequence[
     Args:
         folds: Fold of each training case; empty without a cross-validation.
         train: All training cases.
-        validation: The validation cases of the data set, which are in none of the folds.
+        validation: The validation cases of the data set, which are in none of the folds; a cross-validation needs none.
 
     Returns:
-        The folds, and after them the data set's own split, which alone is there without a cross-validation.
+        The folds, and after them the data set's own split if it has one, which alone is there without a
+        cross-validation.
     """
-    own = {"train": list(train), "val": list(validation)}
+    own = [{"train": list(train), "val": list(validation)}] if validation or not folds else []
     numbers = sorted(set(folds.values()))
     parts = [[name for name in train if folds[name] == number] for number in numbers]
-    return [*({"train": sorted(set(train) - set(part)), "val": part} for part in parts), own]
+    return [*({"train": sorted(set(train) - set(part)), "val": part} for part in parts), *own]
 
 
 def read_folds(table: Path) -> dict[str, int]:
@@ -66,8 +68,9 @@ def read_folds(table: Path) -> dict[str, int]:
         DatasetError: Where a fold is no number.
     """
     with table.open(encoding="utf-8-sig") as file:
-        if FOLD_COLUMN not in file.readline().strip().split(","):
-            return {}
+        header = re.split("[,;\t]", file.readline().lower())  # as `read_table` separates cells
+    if FOLD_COLUMN not in [cell.strip(' "\n') for cell in header]:
+        return {}
     rows = [row for row in read_table(table, ("case", FOLD_COLUMN)) if row.cells[FOLD_COLUMN]]
     if wrong := [row for row in rows if not row.cells[FOLD_COLUMN].isdecimal()]:
         raise DatasetError(f"{table} line {wrong[0].line}: fold must be a number, got {wrong[0].cells[FOLD_COLUMN]!r}")

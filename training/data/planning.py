@@ -115,7 +115,7 @@ def _training_cases(dataset_folder: Path, target: Path) -> frozenset[str]:
     present = target / SPLITS_FILE
     if present.is_file() and _read_splits(present) != splits:
         raise DatasetError(f"{present} holds other splits than {dataset_folder}: remove {target}")
-    return splits[-1]["train"]  # of the data set's own split, which is the last one
+    return frozenset().union(*(split["train"] for split in splits))  # without the own split's validation cases
 
 
 def _read_splits(path: Path) -> list[dict[str, frozenset[str]]]:

@@ -86,8 +86,8 @@ def prepare_dataset(
             default the one in `source`. Without one, the data set is that of the pancreas task.
         regions: Labels of each region, by name, larger ones first: nnU-Net then learns regions in place of labels.
         folds: Makes a cross-validation of the training cases, stratified by class: the splits are its folds, from 0,
-            and after them the given split, whose validation cases are in none of the folds. By default the given split
-            is the only one.
+            and after them the given split, whose validation cases are in none of the folds, if there are any. By
+            default the given split is the only one.
         overwrite: Whether an existing folder of this name is replaced.
         progress: Called after each case was checked with the number done, the number of all, and the name.
 
@@ -113,7 +113,8 @@ def prepare_dataset(
     _check_target(target, Path(source), overwrite)
     task = find_task(Path(source), None if description is None else Path(description))
     task = task if regions is None else task.with_regions(regions)
-    cases, problems = find_cases(source, task, table)
+    needed = ("train", "validation") if folds is None else ("train",)
+    cases, problems = find_cases(source, task, table, needed=needed)
     of_training = {case.name: case.subtype for case in cases if case.split == "train" and case.subtype is not None}
     held_out = {} if folds is None or problems else stratified_folds(of_training, folds)
     _check_room(target, cases)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -81,9 +82,25 @@ class TestPrepared:
             prepare_dataset(tmp_path / "source", tmp_path / "raw", dataset_id=9, dataset_name="L", folds=5)
         assert not (tmp_path / "raw").exists()
 
+    def test_folds_need_no_validation_cases(self, tmp_path):
+        classes = write_task(tmp_path / "source", train=2)
+        shutil.rmtree(tmp_path / "source" / "validation")
+        done = prepare_dataset(tmp_path / "source", tmp_path / "raw", dataset_id=9, dataset_name="L", folds=2)
+        training = {name for name in classes if name.startswith("t_")}
+        folds = json.loads((done.folder / "splits_final.json").read_text())
+        assert [len(fold["train"]) + len(fold["val"]) for fold in folds] == [len(training)] * 2
+        assert _training_cases(done.folder, tmp_path / "nowhere") == training
+        with pytest.raises(DatasetError, match="validation: this folder must exist"):
+            prepare_dataset(tmp_path / "source", tmp_path / "raw", dataset_id=8, dataset_name="L")
+
 
 def test_without_folds_the_own_split_is_alone():
     assert splits({}, ["a", "b"], ["c"]) == [{"train": ["a", "b"], "val": ["c"]}]
+
+
+def test_a_table_that_a_spreadsheet_saved(tmp_path):
+    (tmp_path / "t.csv").write_text("\ufeffCase;Subtype;Split;Fold\na;0;train;1\nb;0;validation;\n", encoding="utf-8")
+    assert read_folds(tmp_path / "t.csv") == {"a": 1}
 
 
 def test_a_fold_that_is_no_number(tmp_path):
