@@ -13,7 +13,7 @@ import torch
 
 from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
-from ..engine.files import written_atomically
+from ..engine.files import remove_abandoned, written_atomically
 from ..engine.model.checkpoint import read_checkpoint
 from .data.cases import SPLITS_FILE
 from .data.multi_task_plans import RECIPE_KEY
@@ -89,6 +89,7 @@ def train(
             raise EngineError(f"training needs nnU-Net ({error}): pip install 'nnturbo[training]'") from error
         plans |= {RECIPE_KEY: recipe.describe(), "continue_training": resume}
         target = _model_folder(Path(results), dataset_name, plans, configuration)
+        remove_abandoned(target / f"fold_{fold}")  # what a kill left half written is as large as a checkpoint
         present = _resumable(target / f"fold_{fold}")
         if present is not None and not resume:
             raise EngineError(f"{present} is there: resume that training with --continue, or remove its folder")

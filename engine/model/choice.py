@@ -106,7 +106,7 @@ def follow_choice(
         Models without a choice among them, and what is chosen of them.
 
     Raises:
-        ModelError: Where the file is no choice.
+        ModelError: Where the file is no choice, or a model that it names is not there.
         ValueError: Where a choice is not alone, or something is asked for that it says.
     """
     choices = [model for model in models if is_choice(model)]
@@ -123,6 +123,11 @@ def follow_choice(
     if said := [name for name, is_given in given.items() if is_given]:
         raise ValueError(f"{choices[0]} says it already: leave out {', '.join(said)}, or give the models themselves")
     choice = read_choice(Path(choices[0]))
+    if moved := [model for model in choice.models if not Path(model).exists()]:
+        raise ModelError(
+            f"{choices[0]} names the model {moved[0]}, which is not there: move both together, or run nnturbo "
+            f"choose again"
+        )
     options = replace(asked.options, classifier=choice.classifier, aggregation=choice.aggregation)
     return choice.models, replace(asked, folds=choice.folds, checkpoint=choice.checkpoint, options=options)
 

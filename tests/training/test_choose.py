@@ -213,7 +213,9 @@ class TestCommands:
         line = self.line("crossvalidate", tiny, "-m", folder, "-o", tmp_path / "out")
         line[line.index(str(tiny.preprocessed))] = str(preprocessed.parent)
         assert main(line) == 0
-        assert "--split train" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "--split train" in out
+        assert "as missing" not in out
         assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == sorted(
             f"{name}.nii.gz" for name in tiny.training_cases
         )

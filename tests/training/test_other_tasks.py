@@ -6,12 +6,16 @@ import json
 import numpy as np
 import pytest
 from nnturbo.engine.cli import main
+from nnturbo.engine.jobs.class_table import write_class_table
 from nnturbo.engine.scans.volume import read_volume
+from nnturbo.training.data.multi_task_plans import read_classes
 from nnturbo.training.data.planning import plan_and_preprocess
 from nnturbo.training.data.prepare import prepare_dataset
+from nnturbo.training.data.references import find_references
+from nnturbo.training.data.tables import read_subtype_results
 from nnturbo.training.train import train
 
-from tests.training.second_task import CLASSES, DESCRIPTION, write_table, write_task
+from tests.training.second_task import CLASSES, DESCRIPTION, generate, write, write_table, write_task
 from tests.training.tiny import CONFIGURATION, TINY, import_nnunet, seed_everything, shrink
 
 REGIONS = {"whole": ["liver", "vessel", "tumour"], "vessel": ["vessel"], "tumour": ["tumour"]}
@@ -52,6 +56,43 @@ class TestPreparing:
         by_folders = prepare_dataset(source, tmp_path / "b", dataset_id=9, dataset_name="Liver")
         for name in ("dataset.json", "splits_final.json", "classification_labels.csv"):
             assert (by_table.folder / name).read_text() == (by_folders.folder / name).read_text()
+
+    @pytest.mark.parametrize("by_table", [False, True])
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("-1", "0", "1"),
+            ("01", "02"),
+            ("1", "2", "2a"),
+            ("a, b", 'the "c"'),
+            ("10", "1_0", "1e1"),
+            ("nan", "type 2"),
+        ],
+        ids=str,
+    )
+    def test_classes_of_any_name_come_back(self, tmp_path, names, by_table):
+        source, classes = tmp_path / "source", {}
+        (source).mkdir()
+        (source / "dataset.json").write_text(json.dumps(DESCRIPTION))
+        for number, (split, label) in enumerate((split, label) for split in ("train", "validation") for label in names):
+            case = f"case {number}"
+            channels, mask = generate(number, CLASSES[0])
+            (source / split / label).mkdir(parents=True)
+            for channel, voxels in enumerate(channels):
+                write(source / split / label / f"{case}_{channel:04d}.nrrd", voxels)
+            write(source / split / label / f"{case}.nrrd", mask)
+            classes[case] = label
+        table = write_table(source, tmp_path / "cases.csv") if by_table else None
+        dataset = prepare_dataset(source, tmp_path / "raw", dataset_id=9, dataset_name="Liver", table=table)
+        assert dataset.task.class_names == names
+        found, trained = read_classes(dataset.folder / "classification_labels.csv")
+        assert trained == names
+        assert {case: trained[label] for case, label in found.items()} == classes
+        assert find_references(dataset.folder).subtypes == classes
+        answers = {f"{case}.nrrd": (label, np.eye(len(names))[label]) for case, label in found.items()}
+        write_class_table(tmp_path / "subtype_results.csv", answers, names, with_probabilities=True)
+        read = read_subtype_results(tmp_path / "subtype_results.csv", class_names=names, file_ending=".nrrd")
+        assert read.subtypes == classes
 
     def test_regions(self, source, tmp_path):
         folder = prepare_dataset(source, tmp_path, dataset_id=9, dataset_name="Liver", regions=REGIONS).folder

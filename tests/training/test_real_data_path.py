@@ -91,6 +91,7 @@ def test_training_again_is_refused_and_continuing_keeps_the_classifier(folders, 
         (["-d", "7", "--set", "epochs=many"], "epochs must be like 120, got 'many'"),
         (["-d", "7", "--set", "epochs=0"], "recipe: .*epochs"),
         (["-d", "7", "-p", "otherPlans"], "otherPlans.json is missing: run nnturbo prepare first"),
+        (["-d", "7", "--change-recipe"], "--change-recipe is for a training that goes on: give --continue too"),
         (["-d", "7", "-f", "4"], "fold must be 'all' or below 1"),
     ],
 )

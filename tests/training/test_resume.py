@@ -125,7 +125,13 @@ def test_a_finished_training_stays_as_it_is(tiny, trained):
     before = (final.read_bytes(), final.stat().st_mtime_ns)
     with pytest.raises(EngineError, match=r"checkpoint_final\.pth is there: resume that training with --continue, or"):
         train(**tiny.arguments(results))
+    half_written = final.with_name(".writing-file-of-a-kill")
+    half_written.mkdir()
+    (half_written / "new.pth").write_bytes(b"half")
+    for path in (half_written / "new.pth", half_written):
+        os.utime(path, (0, 0))
     assert train(**tiny.arguments(results), resume=True) == trained
+    assert not half_written.exists()
     assert (final.read_bytes(), final.stat().st_mtime_ns) == before
 
 

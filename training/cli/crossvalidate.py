@@ -85,7 +85,10 @@ def _crossvalidate(options: argparse.Namespace) -> int:
     say(quality_table(result))
     listed = ", ".join(map(str, folds))
     say(f"the temperatures are in the checkpoints of fold {listed}; {result.classifier} answers in subtype_results.csv")
-    split = "train" if set(folds) <= set(read_folds(preprocessed_dataset / LABELS_FILE).values()) else "validation"
+    made = set(read_folds(preprocessed_dataset / LABELS_FILE).values())
+    split = "train" if set(folds) <= made else "validation"
     quoted = (shlex.quote(str(path)) for path in (options.o, raw_dataset))
     say("next: nnturbo evaluate -p {} -r {} --split {}".format(*quoted, split))
+    if split == "train" and (left := sorted(made - set(folds))):
+        say(f"evaluate counts the cases of fold {', '.join(map(str, left))} as missing: cross-validate all folds first")
     return DONE

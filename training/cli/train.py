@@ -43,6 +43,8 @@ def add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.change_recipe and not options.resume:
+        raise ValueError("--change-recipe is for a training that goes on: give --continue too, or leave it out")
     folders = {
         name: nnunet_folder(getattr(options, name), f"nnUNet_{name}", f"--{name}")
         for name in ("raw", "preprocessed", "results")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,7 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
 
 def parse_class(text: str) -> str | None:
     """Read a class from a table: "1", "1.0" from a spreadsheet, or a name; `None` for an empty cell."""
-    try:
-        number = float(text)
-    except ValueError:
-        return text or None
-    return str(int(number)) if number.is_integer() else text
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text) or None
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -167,7 +164,7 @@ def read_subtype_results(
     Args:
         path: csv with the header `Names,Subtype` and names that end with the file ending; a column
             `Probability_<class>` for each class may follow. Classes that are not all numbers may be given by their
-            place, from 0, as `nnturbo predict` writes them.
+            place, from 0, as `nnturbo predict` writes them; then a number is no name.
         class_names: The classes.
         file_ending: Of the masks.
 
@@ -211,9 +208,9 @@ def _shares(cells: Sequence[str]) -> tuple[float, ...] | None:
 
 
 def _named_class(cell: str, class_names: Sequence[str]) -> str | None:
-    """Find the class that a cell names or numbers."""
+    """Find the class that a cell names or numbers; where names are numbers and others, a number is a place."""
     found = parse_class(cell)
-    if found in class_names or found is None:
-        return found
-    is_place = found.isdecimal() and int(found) < len(class_names)
-    return class_names[int(found)] if is_place and not all(name.isdecimal() for name in class_names) else None
+    is_place = found is not None and found.isdecimal() and int(found) < len(class_names)
+    if found is not None and is_place and not all(name.isdecimal() for name in class_names):
+        return class_names[int(found)]
+    return found if found in class_names else None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ class TestChoice:
         write_choice(CHOICE, {}, tmp_path / "choice.json")
         assert main(["build", "-m", str(tmp_path / "choice.json"), "-o", str(tmp_path / "bundle"), *flags]) == 2
         assert f"says it already: leave out {flags[0]}" in capsys.readouterr().err
+
+    def test_a_model_that_has_moved_is_named(self, models, scans, tmp_path, capsys):
+        path = tmp_path / "choice.json"
+        write_choice(replace(CHOICE, models=tuple(map(str, models))), {}, path)
+        models[1].rename(tmp_path / "elsewhere")
+        assert main(["predict", "-i", str(scans), "-o", str(tmp_path / "out"), "-m", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} names the model {models[1]}, which is not there: move both together, or run" in said
+        assert said.count("\n") == 1
 
     @pytest.mark.parametrize(
         ("content", "said"),
