@@ -98,6 +98,8 @@ def train(
         trainer = nnUNetTrainerMultiTask(plans, configuration, fold, dataset, chosen)
         is_finished = False
         if present is not None:
+            if pretrained is not None:
+                logger.warning("%s is gone on from, so that %s is not begun with", present, pretrained)
             is_finished = _go_on(trainer, present, chosen, change_recipe)
         elif pretrained is not None:
             trainer.begin_with(read_checkpoint(Path(pretrained)).weights)

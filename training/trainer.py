@@ -28,7 +28,7 @@ from .random_state import restore_random_state, seed_generators
 from .recipe import PRESETS, Recipe
 from .schedule import EpochScheduler, Schedule
 from .step_cost import try_batch
-from .trainer_state import check_resumable, read_state, recipe_of, restore, state_of
+from .trainer_state import FITTED, check_resumable, read_state, recipe_of, restore, state_of
 from .weight_average import WeightAverage
 from .whole_case_validation import WholeCaseValidation
 
@@ -81,6 +81,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self.whole_cases = WholeCaseValidation(self)
         self.events: Any = None
         self._random_state: dict[str, Any] | None = None
+        self._fitted: dict[str, Any] = {}  # to the weights as they are
         self._batches = 0  # since the optimizers' last step
 
     def _follow(self, recipe: Recipe) -> None:
@@ -157,6 +158,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         loss = loss / self.recipe.batches_per_step
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         self._batches = (self._batches + 1) % self.recipe.batches_per_step
+        self._fitted = {}
         if self._batches == 0:
             optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
             step_optimizers(self.network, optimizers, self.grad_scaler, self.recipe)
@@ -300,7 +302,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         with written_atomically(path) as temporary:
-            torch.save(state_of(self, next_epoch), temporary)
+            torch.save(state_of(self, next_epoch) | self._fitted, temporary)
 
     def begin_with(self, weights: Mapping[str, Tensor]) -> None:
         """Begin with trained weights, before the first epoch.
@@ -345,6 +347,7 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
             self.print_to_log_file(f"Going on with another recipe: {changed}")
         restore(self, checkpoint)
         self._random_state = state["random_state"]
+        self._fitted = {name: checkpoint[name] for name in FITTED if name in checkpoint}
 
 
 def _in_fp32(logits: list[Tensor] | Tensor) -> list[Tensor] | Tensor:

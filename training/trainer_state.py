@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from ..engine.errors import CheckpointError, EngineError
-from ..engine.model.checkpoint import read_checkpoint
+from ..engine.model.checkpoint import TEMPERATURE_KEY, read_checkpoint
 from .data.cases import SPLITS_FILE
 from .random_state import random_state
 from .recipe import Recipe
+
+FITTED = ("pooled_classifier", TEMPERATURE_KEY)
+"""Entries of a checkpoint that were fitted to its weights after the training."""
 
 
 def state_of(trainer: Any, next_epoch: int) -> dict[str, Any]:

@@ -152,6 +152,11 @@ class TestFinished:
         assert said in error
         assert path.read_bytes() == before
 
+    def test_weights_to_begin_with_are_said_to_be_left_out(self, tiny, results, one_process, caplog):
+        (path,) = results.rglob("checkpoint_final.pth")
+        assert command(tiny, results, "--continue", "--pretrained", path) == 0
+        assert f"{path} is gone on from, so that {path} is not begun with" in caplog.text
+
     def test_a_classifier_is_fitted_without_training_further(self, tiny, results, one_process, capsys):
         (path,) = results.rglob("checkpoint_final.pth")
         before = torch.load(path, weights_only=False)

@@ -135,6 +135,22 @@ def test_a_finished_training_stays_as_it_is(tiny, trained):
     assert (final.read_bytes(), final.stat().st_mtime_ns) == before
 
 
+def test_what_was_fitted_stays_with_the_weights_that_it_was_fitted_to(tiny, trained, environment, tmp_path):
+    content = torch.load(trained / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    fitted = {"pooled_classifier": {"kind": "lda", "stages": [1]}, "class_temperature": 1.5}
+    trainer = make_trainer(tiny, TINY)
+    trainer.load_checkpoint({**content, **fitted})
+    # nnU-Net's own command writes the final checkpoint of a finished training again.
+    trainer.save_checkpoint(str(tmp_path / "again.pth"))
+    again = torch.load(tmp_path / "again.pth", weights_only=False)
+    assert {name: again[name] for name in fitted} == fitted
+    loader, _ = trainer.get_dataloaders()
+    trainer.network.train()
+    trainer.train_step(next(loader))
+    trainer.save_checkpoint(str(tmp_path / "trained.pth"))
+    assert not set(fitted) & set(torch.load(tmp_path / "trained.pth", weights_only=False))
+
+
 class TestOtherCheckpoints:
     def resume(self, tiny, trained, allowed=False, **changes):
         trainer = make_trainer(tiny, replace(TINY, **changes))
