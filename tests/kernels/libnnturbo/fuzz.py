@@ -1,13 +1,15 @@
 """Random networks, scans of random shapes, and mutants of both, for a program that was built with sanitizers.
 
-    python -m tests.kernels.libnnturbo.fuzz shapes|mutants PROGRAM COUNT [SEED]
+    python -m tests.kernels.libnnturbo.fuzz shapes|mutants PROGRAM COUNT [SEED [PRECISION ...]]
 
 Every scan of a random shape must be segmented. Every mutant must end with an error, or be fine; the hashes of mutated
-files are written into the manifest, so that the checks behind them are reached. PROGRAM may be several words, such as
+files are written into the manifest, so that the checks behind them are reached. Bundles are in fp32 and int16 in turn,
+where this processor multiplies that, or in the given precisions. PROGRAM may be several words, such as
 "valgrind -q --error-exitcode=99 build/nnturbo-native", of a build with -DNNTURBO_STATIC_COMMAND=OFF: valgrind watches
-the memory of no static program.
+the memory of no static program, and multiplies in fp32 alone.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +18,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from nnturbo.engine import build
+import torch
+from nnturbo.engine import Volume, build
+from nnturbo.engine.backends.native import PRECISIONS, NativeBackend
 
 from tests.cpp.factory import write_manifest
 from tests.kernels.libnnturbo.nifti import write_nifti
@@ -25,11 +29,14 @@ from tests.kernels.libnnturbo.random_models import write_random_model
 LONGEST_S = 900
 OF_EACH_MODEL = 50
 TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
-NUMBERS = (b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"99999999999999999999", b"1e308", b"null", b'"x"', b"[]")
+VALUES = (
+    b"0", b"-1", b"1", b"7", b"65536", b"2147483648", b"99999999999999999999", b"1e308", b"true", b"false", b"null",
+    b'"x"', b"[]",
+)  # fmt: skip
 
 
 def mutated(content, luck):
-    """Change, drop or repeat some bytes; in JSON also whole numbers."""
+    """Change, drop or repeat some bytes; in JSON also whole numbers, and whether something is so."""
     content = bytearray(content)
     for _ in range(int(luck.integers(1, 4))):
         # Headers are where decisions are made.
@@ -44,18 +51,21 @@ def mutated(content, luck):
         elif kind == 3:
             content[place:place] = content[place : place + int(luck.integers(1, 40))]
         else:
-            _replace_number(content, luck)
+            _replace_value(content, luck)
         content = content or bytearray(b"\0")
     return bytes(content)
 
 
-def _replace_number(content, luck):
-    digits = [i for i, byte in enumerate(content[:200_000]) if chr(byte).isdigit()]
-    if digits:
-        start = end = int(luck.choice(digits))
-        while end < len(content) and chr(content[end]).isdigit():
-            end += 1
-        content[start:end] = NUMBERS[int(luck.integers(len(NUMBERS)))]
+def _replace_value(content, luck):
+    places = [found.span() for found in re.finditer(rb"\d+|true|false", content[:200_000])]
+    if places:
+        start, end = places[int(luck.integers(len(places)))]
+        content[start:end] = VALUES[int(luck.integers(len(VALUES)))]
+
+
+def usable_precisions():
+    """Name those in which bundles can be built here."""
+    return [each for each in PRECISIONS if NativeBackend().unavailable(torch.device("cpu"), each) is None]
 
 
 class Fuzz:
@@ -65,10 +75,12 @@ class Fuzz:
         program: Words of a command.
         folder: For models, bundles and scans.
         seed: Of all that is random.
+        precisions: Of the bundles, in turn.
     """
 
-    def __init__(self, program, folder, seed=0):
+    def __init__(self, program, folder, seed=0, precisions=None):
         self.program, self.folder, self.seed = program, Path(folder), seed
+        self.precisions = precisions or usable_precisions()
         self.statuses, self.bundle, self.channels = {}, None, 0
 
     def run(self, count, *, mutates):
@@ -94,7 +106,12 @@ class Fuzz:
         shutil.rmtree(self.folder / "bundle", ignore_errors=True)
         luck = np.random.default_rng([self.seed, index, 1])
         model, self.channels = write_random_model(luck, self.folder / "model")
-        self.bundle = build(model, self.folder / "bundle", backend="native", device="cpu")
+        precision = self.precisions[index // OF_EACH_MODEL % len(self.precisions)]
+        options = {"backend": "native", "device": "cpu", "precision": precision}
+        if precision != "fp32":  # a measurement that decides nothing
+            scan = luck.normal(size=(self.channels, 6, 9, 8)).astype(np.float32)
+            options |= {"calibration": [Volume.from_array(scan, (2.0, 1.5, 1.5))], "floor": 0.0}
+        self.bundle = build(model, self.folder / "bundle", **options)
 
     def _case(self, luck, folder, what, *, mutates):
         scans, out, bundle = self._scans(luck, folder), folder / "out.nii", self.bundle
@@ -131,7 +148,7 @@ class Fuzz:
 
 
 if __name__ == "__main__":
-    kind, program, count, *seed = sys.argv[1:]
+    kind, program, count, seed, *precisions = [*sys.argv[1:], *(["0"] if len(sys.argv) == 4 else [])]
     with tempfile.TemporaryDirectory() as folder:
-        fuzz = Fuzz(shlex.split(program), folder, *map(int, seed))
+        fuzz = Fuzz(shlex.split(program), folder, int(seed), precisions)
         sys.stdout.write(f"{fuzz.run(int(count), mutates={'shapes': False, 'mutants': True}[kind])}\n")

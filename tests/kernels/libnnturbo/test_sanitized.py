@@ -14,7 +14,7 @@ MUTANTS, SHAPES = 300, 100
 def program(tmp_path_factory):
     if missing := missing_tools():
         pytest.skip(f"libnnturbo is built with tools that are not here: {missing}")
-    options = ("-DNNTURBO_SANITIZE=address,undefined", "-DBUILD_SHARED_LIBS=OFF")
+    options = ("-DNNTURBO_SANITIZE=address,undefined,float-cast-overflow", "-DBUILD_SHARED_LIBS=OFF")
     folder = tmp_path_factory.mktemp("sanitized")
     return cmake(ROOT / "kernels" / "libnnturbo", folder, *options) / "nnturbo-native"
 
