@@ -9,7 +9,7 @@
 namespace nnturbo {
 namespace {
 
-constexpr Size MOST = 1 << 16, MOST_VOXELS = Size{1} << 36, MOST_TAPS = 31;
+constexpr Size MOST = 1 << 16, MOST_NUMBERS = Size{1} << 40, MOST_TAPS = 31;  // so that sizes in bytes are numbers that fit
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument(what);
@@ -209,8 +209,8 @@ std::vector<Map> maps_of(const nnturbo_description& description, Size lanes) {
     const nnturbo_value& value = description.values[index];
     const std::string which = "value " + std::to_string(index);
     require(value.channels >= 1 && value.channels <= MOST && within(value.size, MOST) &&
-                product(value.size) <= MOST_VOXELS,
-            which + " must have 1 to 65536 channels and voxels along each axis");
+                product(value.size) <= MOST_NUMBERS / value.channels,
+            which + " must have 1 to 65536 channels and voxels along each axis, and at most 2^40 numbers");
     const bool in_buffer = index != description.logits;
     require(value.buffer >= (in_buffer ? 0 : -1) && value.buffer < (in_buffer ? count : 0),
             which + " must be in one of as many buffers as values, and logits in none");

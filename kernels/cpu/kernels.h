@@ -94,6 +94,9 @@ Size threads();
 // Memory for the task that asks, kept for the next one of its thread.
 float* scratch(std::size_t floats);
 
+// How much memory this machine has: systems promise more, and end a program that uses it.
+double memory_bytes();
+
 // Memory for a while; throws std::bad_alloc.
 void* allocate(std::size_t bytes);
 void release(void* memory) noexcept;

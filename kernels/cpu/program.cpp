@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -95,9 +96,11 @@ void run(const nnturbo_program& program, Size tiles, const float* input, float* 
          float* const* features, double* seconds) {
   const Map &tile = program.maps[0], &last = program.maps[program.logits];
   const Size at_once = program.shares_operations ? std::min(tiles, PLANES_AT_ONCE) : 1;
+  const std::vector<Size> sizes = program.buffer_sizes(at_once);
+  if (std::accumulate(sizes.begin(), sizes.end(), 0.0) * sizeof(float) > nnturbo::memory_bytes()) throw std::bad_alloc();
   std::vector<Floats> memory;
   std::vector<float*> buffers;
-  for (const Size size : program.buffer_sizes(at_once)) {
+  for (const Size size : sizes) {
     memory.emplace_back(size);
     buffers.push_back(memory.back().data());
   }

@@ -15,9 +15,11 @@
 
 #if defined(_WIN32)
 #include <malloc.h>
+#include <windows.h>
 #else
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace nnturbo {
@@ -208,6 +210,18 @@ Threads::~Threads() {
 void run(Size tasks, void (*task)(const void*, Size), const void* context) { own_crew->run(tasks, task, context); }
 
 Size threads() { return own_crew->size(); }
+
+double memory_bytes() {
+  constexpr double UNKNOWN = 1e15;
+#if defined(_WIN32)
+  MEMORYSTATUSEX status;
+  status.dwLength = sizeof status;
+  return GlobalMemoryStatusEx(&status) ? static_cast<double>(status.ullTotalPhys) : UNKNOWN;
+#else
+  const double bytes = static_cast<double>(sysconf(_SC_PAGESIZE)) * static_cast<double>(sysconf(_SC_PHYS_PAGES));
+  return bytes > 0 ? bytes : UNKNOWN;
+#endif
+}
 
 void* allocate(std::size_t bytes) {
   // Of large memory the system makes large pages, of which it prepares and the processor looks up fewer.

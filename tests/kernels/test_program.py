@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,22 @@ class TestErrors:
         failed = kernels.nnturbo_program_run(huge._made, ctypes.c_int64(1), None, None, None, None, ctypes.c_int(2))
         assert failed == 1
         assert torch.equal(executor(tile, 2).logits, expected)
+
+    @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="needs a system that tells how much memory there is")
+    def test_buffers_that_fit_one_by_one_but_not_together(self, kernels):
+        """The system promises each of them, and would end a process that uses them all."""
+        pages, lanes = os.sysconf("SC_PHYS_PAGES"), 16
+        planes = int(0.6 * pages * os.sysconf("SC_PAGESIZE") / (4 * lanes * 2**16))
+        builder = Builder([Shape(channels=1, size=(planes, 2**8, 2**8))])
+        value = builder.convolution("a", layer(values(lanes, 1, 1, 1, 1)), [0], None)
+        value = builder.convolution("b", layer(values(lanes, lanes, 5, 1, 1)), [value], None)
+        huge = executor_of(kernels, builder, value)
+        assert kernels.nnturbo_program_run(huge._made, ctypes.c_int64(1), None, None, None, None, ctypes.c_int(2)) == 1
+
+    def test_values_whose_bytes_are_no_number_that_fits(self, kernels):
+        builder = Builder([Shape(channels=2, size=(2**16, 2**16, 2**8))])
+        with pytest.raises(ValueError, match=r"value 0 must have .* and at most 2\^40 numbers"):
+            executor_of(kernels, builder, builder.convolution("c", layer(values(1, 2, 1, 1, 1)), [0], None))
 
     def test_tiles_of_another_shape(self, kernels):
         executor = convolution_executor(kernels, values(1, 3, 4, 5, 6))
