@@ -119,7 +119,7 @@ def test_nothing_compiled_for_some_processors_can_stand_in_for_what_runs_on_all(
 def test_memory_and_threads_are_clean(tmp_path, watched):
     flags = ["-O1", f"-fsanitize={watched}", "-fno-sanitize-recover=all"]
     objects = compiled(tmp_path, *flags, sources=SHARED)
-    for name in ("convolution_bounds", "program_mutations"):
+    for name in ("convolution_bounds", "program_mutations", "concurrent_runs"):
         program, source = tmp_path / name, Path(__file__).with_name(f"{name}.cpp")
         subprocess.run([*(compiler() or []), *flags, "-pthread", source, *objects, "-o", program], check=True)
         for variant in VARIANTS[here()[1]]:
