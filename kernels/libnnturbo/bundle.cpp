@@ -45,10 +45,10 @@ class Files {
 
  private:
   void read(const Json& manifest) {
-    const Size schema = manifest.at("schema").get<Size>();
+    const Json& schema = manifest.at("schema");
     if (schema != SCHEMA)
-      fail(folder_, "the bundle must have schema " + std::to_string(SCHEMA) + ", it has schema " +
-                        std::to_string(schema) + ": update this program, or build the bundle again");
+      fail(folder_, "the bundle must have schema " + std::to_string(SCHEMA) + ", it has schema " + schema.dump() +
+                        ": update this program, or build the bundle again");
     const auto backend = manifest.at("backend").get<std::string>();
     if (backend != "native")
       fail(folder_, "the backend of a bundle for this library must be native, this one's is " + backend +

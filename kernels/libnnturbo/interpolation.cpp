@@ -89,6 +89,13 @@ std::vector<Entry> spline_entries(Size n_in, double x, Size order, const Prefilt
   return entries;
 }
 
+// Places for the entries of each output; throws std::bad_alloc where they do not fit into this machine's memory.
+std::vector<std::vector<Entry>> rows_of(Size n_out, Size entries) {
+  constexpr Size OF_ENTRY = sizeof(Entry) / sizeof(float), OF_ROW = 16;  // floats, with what the system adds
+  count_that_fits({n_out, OF_ROW + OF_ENTRY * entries});
+  return std::vector<std::vector<Entry>>(n_out);
+}
+
 AxisOperator selection(Size n_in, std::vector<Size> first) {
   AxisOperator axis;
   axis.n_in = n_in;
@@ -112,7 +119,7 @@ AxisOperator spline_operator(Size n_in, Size n_out, Size order) {
     return selection(n_in, std::move(first));
   }
   const Prefilter filter = order > 1 ? prefilter(order) : Prefilter{};
-  std::vector<std::vector<Entry>> rows(n_out);
+  auto rows = rows_of(n_out, (order + 1) * (2 * filter.reach + 1));
   for (Size i = 0; i < n_out; ++i) {
     double x = (i + 0.5) * scale - 0.5;
     if (order > 1) {
@@ -139,7 +146,7 @@ AxisOperator torch_operator(Size n_in, Size n_out, const std::string& mode) {
     }
     return selection(n_in, std::move(first));
   }
-  std::vector<std::vector<Entry>> rows(n_out);
+  auto rows = rows_of(n_out, 2);
   for (Size i = 0; i < n_out; ++i) {
     const float x = std::max(std::fma(scale, static_cast<float>(i) + 0.5f, -0.5f), 0.0f);
     const Size left = std::min(static_cast<Size>(x), n_in - 1), right = std::min(left + 1, n_in - 1);

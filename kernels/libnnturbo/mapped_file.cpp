@@ -71,7 +71,7 @@ bool is_file(const std::string& name) {
 }
 
 MappedFile::MappedFile(const std::string& name) {
-  const int opened = open(name.c_str(), O_RDONLY | O_CLOEXEC);
+  const int opened = open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // of a pipe it would wait
   if (opened < 0) fail(name);
   struct stat about;
   bool good = fstat(opened, &about) == 0 && S_ISREG(about.st_mode);

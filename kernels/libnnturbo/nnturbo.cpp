@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <thread>
@@ -25,19 +24,28 @@ namespace {
 using nnturbo::Error;
 using nnturbo::Size;
 
+constexpr int MOST_THREADS = 1024;
+
 // What a prediction points to.
 struct Kept : nnturbo_prediction {
   nnturbo::Prediction content;
 };
 
+// What fits of a text, in one line whatever a bundle's texts hold.
+void write_line(const char* text, nnturbo_error& error) {
+  std::size_t length = 0;
+  for (; text[length] && length < sizeof error.text - 1; ++length) {
+    const bool is_control = static_cast<unsigned char>(text[length]) < ' ' || text[length] == 0x7f;
+    error.text[length] = is_control ? ' ' : text[length];
+  }
+  error.text[length] = 0;
+}
+
 // Exceptions end here.
 template <class Work>
 nnturbo_status guarded(nnturbo_error* error, const Work& work) {
   auto say = [&](const char* text, nnturbo_status status) {
-    if (error) {
-      std::strncpy(error->text, text, sizeof error->text - 1);
-      error->text[sizeof error->text - 1] = 0;
-    }
+    if (error) write_line(text, *error);
     return status;
   };
   try {
@@ -54,9 +62,11 @@ nnturbo_status guarded(nnturbo_error* error, const Work& work) {
 }
 
 int thread_count(int asked) {
-  if (asked < 0)
-    throw Error(NNTURBO_BAD_ARGUMENT, "threads must be 0 or more, got " + std::to_string(asked));
-  return asked ? asked : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  if (asked < 0 || asked > MOST_THREADS)
+    throw Error(NNTURBO_BAD_ARGUMENT, "threads must be 0, for one for each core, to " + std::to_string(MOST_THREADS) +
+                                          ", got " + std::to_string(asked));
+  const unsigned cores = std::thread::hardware_concurrency();  // 0 where the system does not tell
+  return asked ? asked : std::clamp(static_cast<int>(cores), 1, MOST_THREADS);
 }
 
 void require_pointers(std::initializer_list<const void*> pointers) {

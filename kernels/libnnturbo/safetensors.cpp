@@ -20,12 +20,19 @@ std::uint64_t header_bytes(const MappedFile& file) {
   return count;
 }
 
+// JSON's library would take any number for a whole one.
+std::uint64_t whole(const Json& value, const std::string& name) {
+  require(value.is_number_unsigned(), name, "sizes and offsets must be whole numbers");
+  return value.get<std::uint64_t>();
+}
+
 Tensor read_tensor(const Json& entry, const unsigned char* numbers, std::size_t bytes, const std::string& name) {
-  const auto offsets = entry.at("data_offsets").get<std::array<std::uint64_t, 2>>();
+  const Json& places = entry.at("data_offsets");
+  const std::uint64_t offsets[2] = {whole(places.at(0), name), whole(places.at(1), name)};
   require(entry.at("dtype") == "F32", name, "tensors must be F32");
   require(offsets[0] <= offsets[1] && offsets[1] <= bytes, name, "tensors must lie inside the file");
   double count = 1;  // exact as long as it fits into the file
-  for (const Json& size : entry.at("shape")) count *= static_cast<double>(size.get<std::uint64_t>());
+  for (const Json& size : entry.at("shape")) count *= static_cast<double>(whole(size, name));
   require(count * sizeof(float) == static_cast<double>(offsets[1] - offsets[0]), name,
           "tensors must have as many bytes as their shape says");
   const unsigned char* first = numbers + offsets[0];

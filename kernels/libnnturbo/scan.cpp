@@ -99,7 +99,7 @@ bool is_finite(const ScanView& scan) {
   as_stored(scan, [&](const auto* stored) {
     if constexpr (std::is_floating_point_v<std::decay_t<decltype(*stored)>>) {
       const Size count = scan.channels * scan.shape[0] * scan.shape[1] * scan.shape[2];
-      finite = std::all_of(stored, stored + count, [](auto value) { return std::isfinite(value); });
+      finite = std::all_of(stored, stored + count, [](auto value) { return std::isfinite(static_cast<float>(value)); });
     }
   });
   return finite;

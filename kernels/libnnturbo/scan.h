@@ -28,7 +28,7 @@ struct ScanView {
   void mark_nonzero(Size z, Size y, std::uint8_t* flags) const;
 };
 
-// Whether all voxels are finite.
+// Whether all voxels are finite, as float32 too.
 bool is_finite(const ScanView& scan);
 
 // Smallest box around all voxels with a channel that is not zero; the whole scan if all voxels are zero.

@@ -60,8 +60,8 @@ class ZipFile {
 // Fields that NIfTI-1 and NIfTI-2 have under the same names.
 struct Fields {
   int version;
-  std::array<double, 4> dim;         // number of axes, x, y, z
-  std::array<double, 4> rest;        // lengths of further axes
+  std::array<std::int64_t, 4> dim;   // number of axes, x, y, z
+  std::array<std::int64_t, 4> rest;  // lengths of further axes
   std::array<double, 3> pixdim;      // x, y, z
   double slope, intercept, offset;
   int datatype, units;
@@ -73,10 +73,10 @@ Fields fields_of(const Header& header, int version) {
   fields.version = version;
   std::copy_n(header.dim, 4, fields.dim.begin());
   for (int axis = 0; axis < 3; ++axis) {
-    fields.rest[axis] = header.dim[0] > 3 + axis ? static_cast<double>(header.dim[4 + axis]) : 1;
+    fields.rest[axis] = header.dim[0] > 3 + axis ? header.dim[4 + axis] : 1;
     fields.pixdim[axis] = header.pixdim[1 + axis];
   }
-  fields.rest[3] = header.dim[0] > 6 ? static_cast<double>(header.dim[7]) : 1;
+  fields.rest[3] = header.dim[0] > 6 ? header.dim[7] : 1;
   fields.slope = header.scl_slope;
   fields.intercept = header.scl_inter;
   fields.offset = static_cast<double>(header.vox_offset);
@@ -138,10 +138,10 @@ Type type_of(const fs::path& file, int datatype) {
 void check_fields(const fs::path& file, const Fields& fields) {
   const auto [axes, x, y, z] = fields.dim;
   if (!(axes >= 3 && axes <= 7 && x >= 1 && y >= 1 && z >= 1) ||
-      std::any_of(fields.rest.begin(), fields.rest.end(), [](double length) { return length != 1; }))
-    throw NiftiError(file.string() + ": an image must be 3D, got " + std::to_string(static_cast<int>(axes)) +
+      std::any_of(fields.rest.begin(), fields.rest.end(), [](std::int64_t length) { return length != 1; }))
+    throw NiftiError(file.string() + ": an image must be 3D, got " + std::to_string(axes) +
                      " axes; pass one 3D file per channel");
-  if (!(x * y * z <= MOST_VOXELS))
+  if (!(1.0 * x * y * z <= MOST_VOXELS))
     throw NiftiError(file.string() + ": an image must have at most 10^12 voxels; correct the header");
   const double least = fields.version == 1 ? 352 : 544;
   if (!(fields.offset >= least && fields.offset <= MOST_VOXELS && fields.offset == std::floor(fields.offset)))
@@ -319,7 +319,7 @@ NiftiScan read_nifti(const fs::path& file, const std::string& reader) {
   if (!image)
     throw NiftiError(file.string() + ": this must be a NIfTI file with header and voxels together" + EXPORT_AGAIN);
   scan.affine = affine_of(*image);
-  for (int axis = 0; axis < 3; ++axis) scan.shape[axis] = static_cast<std::int64_t>(fields.dim[3 - axis]);
+  for (int axis = 0; axis < 3; ++axis) scan.shape[axis] = fields.dim[3 - axis];
   scan.voxels = read_voxels(file, fields, swapped);
   return scan;
 }

@@ -63,7 +63,7 @@ typedef struct {
 typedef struct {
   double tile_step_size;           /* distance of tiles as a fraction of the patch, in (0, 1] */
   int mirror;                      /* average over mirrored views, along the axes the model was trained with */
-  int threads;                     /* 0 for one for each core */
+  int threads;                     /* up to 1024; 0 for one for each core */
   int (*progress)(void* context, int64_t done, int64_t all); /* runs of the network; cancels by other than 0; or null */
   void* context;                   /* passed on to `progress`, which the calling thread runs */
 } nnturbo_options;

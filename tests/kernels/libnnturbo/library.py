@@ -7,7 +7,7 @@ import numpy as np
 from tests.kernels.libnnturbo.stages import Scan
 
 PROGRESS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-DONE, BAD_ARGUMENT, BAD_BUNDLE, BAD_SCAN, BAD_NETWORK, CANCELLED = range(6)
+DONE, BAD_ARGUMENT, BAD_BUNDLE, BAD_SCAN, BAD_NETWORK, CANCELLED, NO_MEMORY = range(7)
 UINT16 = 3
 
 

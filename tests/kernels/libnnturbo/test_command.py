@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import nibabel
@@ -16,6 +17,7 @@ from tests.kernels.libnnturbo.nifti import write_nifti
 
 pytestmark = pytest.mark.thorough  # the program is built for half a minute
 LARGEST_BYTES = 5_000_000
+LONGEST_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,8 @@ def engine(bundle):
 @pytest.fixture(scope="session")
 def command(built):
     def run(*arguments):
-        return subprocess.run(
-            [built / "libnnturbo" / "nnturbo-native", *map(str, arguments)], capture_output=True, text=True, check=False
-        )
+        words = [built / "libnnturbo" / "nnturbo-native", *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=LONGEST_S)
 
     return run
 
@@ -138,6 +139,15 @@ def test_help(command):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(command, bundle, tmp_path):
+    spoilt = shutil.copytree(bundle, tmp_path / "bundle")
+    (spoilt / "path.json").unlink()
+    os.mkfifo(spoilt / "path.json")
+    result = command(spoilt, write_nifti(tmp_path / "scan.nii"), tmp_path / "out.nii")
+    assert (result.returncode, "path.json: this file of the bundle cannot be read" in result.stderr) == (2, True)
 
 
 SPOILT = {

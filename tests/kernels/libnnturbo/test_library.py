@@ -1,8 +1,11 @@
 """libnnturbo through its header: bundles of the native backend give the labels that Python gives with them."""
 
+import os
+import re
 import shutil
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from tests.kernels.libnnturbo.library import BAD_ARGUMENT, BAD_BUNDLE, BAD_SCAN,
 from tests.kernels.libnnturbo.nifti import SPACING
 
 pytestmark = pytest.mark.thorough  # the library is built for half a minute
+STATM = Path("/proc/self/statm")
 
 
 def open_model(built, bundle):
@@ -151,11 +155,30 @@ def test_progress_is_told_and_cancels(model):
     assert told[-1][0] == told[-1][1]
 
 
+@pytest.mark.skipif(not STATM.exists(), reason="needs a system that tells what a process has in memory")
+def test_memory_does_not_grow_over_calls(built, bundle, model):
+    array, bad = smooth_scan(SHAPE)[None], np.zeros((2, 4, 4, 4), np.int16)
+
+    def call(times):
+        for _ in range(times):
+            model.predict(array, SPACING, tile_step_size=1.0, mirror=0, threads=2)
+            open_model(built, bundle).close()
+            with pytest.raises(LibraryError):
+                model.predict(bad, SPACING)
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = call(20)
+    assert call(100) - before < 100 * array.size / 2  # half of what would be left of each call's labels alone
+
+
 @pytest.mark.parametrize(
     ("array", "options", "status", "message"),
     [
         (np.zeros((1, 4, 4, 4), np.int16), {"tile_step_size": 2.0}, BAD_ARGUMENT, r"must be in \(0, 1\]"),
-        (np.zeros((1, 4, 4, 4), np.int16), {"threads": -1}, BAD_ARGUMENT, "threads must be 0 or more"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"threads": -1}, BAD_ARGUMENT, r"threads must be 0, .* to 1024, got -1"),
+        (np.zeros((1, 4, 4, 4), np.int16), {"threads": 2**31 - 1}, BAD_ARGUMENT, r"threads must be 0, .* to 1024"),
+        (np.zeros((1, 40, 40, 40), np.int16), {"tile_step_size": 1e-5}, BAD_ARGUMENT, r"at most 10\^12 runs"),
+        (np.full((1, 4, 4, 4), 1e300), {}, BAD_SCAN, "voxels must be finite"),
         (np.zeros((2, 4, 4, 4), np.int16), {}, BAD_SCAN, r"takes 1 channel\(s\), got 2"),
         (np.full((1, 4, 4, 4), np.nan), {}, BAD_SCAN, "voxels must be finite"),
     ],
@@ -180,6 +203,18 @@ def changed(name, content):
     return spoil
 
 
+def of_shape(shape):
+    """Spoil the shape of the first tensor."""
+
+    def spoil(content):
+        length = struct.unpack("<Q", content[:8])[0]
+        header = re.sub(rb'"shape": ?\[', b'"shape":[' + shape + b",", content[8 : 8 + length], count=1)
+        header += b" " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+    return spoil
+
+
 def header_beyond(content):
     return struct.pack("<Q", len(content)) + content[8:]
 
@@ -199,6 +234,13 @@ SPOILT = {
     ),
     "elsewhere": (lambda folder: write_manifest(folder, files={"../x": "0"}), "files in the bundle itself"),
     "header": (changed("weights.safetensors", header_beyond), "its header must lie inside the file"),
+    "no whole number": (changed("weights.safetensors", of_shape(b"1e308")), "offsets must be whole numbers"),
+    "below zero": (changed("weights.safetensors", of_shape(b"-1")), "offsets must be whole numbers"),
+    "no schema": (lambda folder: write_manifest(folder, schema=1e308), r"must have schema 1, it has schema 1e\+308"),
+    "lines": (
+        changed("path.json", lambda content: content.replace(b"CTNormalization", b"CT\\n\\u001bNormalization")),
+        "normalization CT  Normalization must be",  # in one line, see library.py
+    ),
     "program": (
         changed("network.json", lambda content: content.replace(b'"logits": ', b'"logits": 9')),
         "network.json",

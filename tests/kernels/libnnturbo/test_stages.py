@@ -20,6 +20,7 @@ from nnturbo.kernels.operators import band_matrix
 from nnturbo.kernels.reference import accumulate_views, gather_tiles
 
 from tests.engine.factory import SPLINE, dataset_json, plans_json
+from tests.kernels.libnnturbo.library import NO_MEMORY
 from tests.kernels.libnnturbo.stages import TYPES, StageError, text_of
 
 pytestmark = pytest.mark.thorough  # the library is built for half a minute
@@ -155,6 +156,16 @@ def test_tiles_and_their_weights(stages, patch, more, step):
 def test_steps_too_small_are_refused(stages):
     with pytest.raises(StageError, match="at most 10\\^7 tiles along an axis"):
         stages.tile_positions(1000, 10, 1e-12)
+
+
+def test_operators_and_weights_that_no_memory_holds_are_refused(stages):
+    for mode in ("", "linear"):
+        with pytest.raises(StageError) as raised:
+            stages._call("operator", 10, 10**11, 3, mode, None)
+        assert raised.value.status == NO_MEMORY
+    with pytest.raises(StageError) as raised:
+        stages._call("axis_weights", 10**7, 10**7, np.zeros(10**6, np.int64), 10**6, None)
+    assert raised.value.status == NO_MEMORY
 
 
 @random_cases
