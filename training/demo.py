@@ -124,8 +124,9 @@ def held_out_table(results: str | os.PathLike[str], model: str | os.PathLike[str
     """
     try:
         found = json.loads(Path(results).read_bytes())
+        width = max(map(len, found["measures"])) + 2
         lines = [
-            f"{name:<36}{of['value']:>6.3f}  ({of['low']:.3f} to {of['high']:.3f})"
+            f"{name:<{width}}{of['value']:.3f}  ({of['low']:.3f} to {of['high']:.3f})"
             for name, of in found["measures"].items()
         ]
         title = f"the same model over {found['cases']} phantoms of seed {found['seed']}, with 95 % intervals"

@@ -73,7 +73,7 @@ def test_the_class_is_measured_on_the_half_that_chose_nothing():
     values = np.eye(CLASSES)[LABELS]
     values[:30] = values[:30, ::-1]
     measures, _ = summarise(observed, {"head": values, "lda": values}, "head")
-    assert measures["subtype macro-F1"]["value"] == 1
+    assert measures["subtype macro-F1, second half"]["value"] == 1
 
 
 def test_calibration_is_measured_on_the_half_that_did_not_give_the_temperature():
@@ -86,7 +86,8 @@ def test_calibration_is_measured_on_the_half_that_did_not_give_the_temperature()
     )
     measures, temperatures = summarise(observed, {"head": 20 * features(1, 0), "lda": features(1, 0)}, "head")
     assert temperatures["head"] == pytest.approx(20 * temperatures["lda"], rel=1e-3)
-    assert measures["expected calibration error after"] != measures["expected calibration error before"]
+    name = "expected calibration error, second half"
+    assert measures[name] != measures[f"{name}, without temperature"]
     assert measures["lesion DSC"]["value"] == pytest.approx(0.6)
     assert measures["lesion DSC of 13 lesions 0 to 10 HU from the gland"]["value"] < 0.55
     assert measures["lesion DSC of 47 lesions 10 to 30 HU from the gland"]["value"] > 0.6

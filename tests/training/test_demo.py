@@ -90,7 +90,7 @@ class TestHeldOut:
         [
             ({"sha256": "0"}, "is of another model than"),
             ({"checkpoint": "fold_9/x.pth"}, "is of another model than"),
-            ({"measures": 3}, "must be a result of python -m nnturbo.benchmarks.demo_model: AttributeError"),
+            ({"measures": 3}, "must be a result of python -m nnturbo.benchmarks.demo_model: TypeError"),
         ],
     )
     def test_anything_else_is_refused(self, trained, tmp_path, changes, said):
