@@ -10,18 +10,12 @@ from pathlib import Path
 import torch
 
 from ..engine.files import new_folder, write_json
-from ..engine.model.checkpoint import TEMPERATURE_KEY
 from ..engine.model.folder import read_model
 from ..engine.model.plans import DATASET, PLANS
 from .history import CURVES_FILE, HISTORY_FILE
+from .trainer_state import FITTED
 
-INFERENCE_KEYS = (
-    "network_weights",
-    "trainer_name",
-    "inference_allowed_mirroring_axes",
-    "pooled_classifier",
-    TEMPERATURE_KEY,
-)
+INFERENCE_KEYS = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes", *FITTED)
 RECORDS = (HISTORY_FILE, CURVES_FILE)
 """Files of a training that are copied too."""
 

@@ -15,18 +15,19 @@ from ..engine.backends.choose import choose_device
 from ..engine.errors import EngineError
 from ..engine.files import remove_abandoned, written_atomically
 from ..engine.model.checkpoint import read_checkpoint
+from ..engine.options import DEFAULT_CHECKPOINT
 from .data.cases import SPLITS_FILE
 from .data.multi_task_plans import RECIPE_KEY
 from .data.planning import nnunet_environment
 from .data.tables import DatasetError
 from .recipe import Recipe
-from .trainer_state import read_state, recipe_of, stored_recipe
+from .trainer_state import LATEST, read_state, recipe_of, stored_recipe
 
 logger = logging.getLogger(__name__)
 
 TRAINER = "nnUNetTrainerMultiTask"
 
-FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+BEST = "checkpoint_best.pth"
 
 
 # Its parameters are the flags of `nnturbo train`.
@@ -142,7 +143,7 @@ def _resumable(fold_folder: Path) -> Path | None:
         nnU-Net takes the final, latest or best one, the first that exists. A finished training that goes on by another
         recipe has its old final one beside the latest until it ends again.
     """
-    latest, final, best = (fold_folder / name for name in (LATEST, FINAL, BEST))
+    latest, final, best = (fold_folder / name for name in (LATEST, DEFAULT_CHECKPOINT, BEST))
     if latest.is_file() and final.is_file():
         return max(latest, final, key=lambda path: read_state(path)["current_epoch"])
     return next((path for path in (latest, final, best) if path.is_file()), None)
@@ -153,7 +154,7 @@ def _go_on(trainer: Any, path: Path, device: torch.device, change_recipe: bool) 
     checkpoint = read_state(path, device)
     trainer.load_checkpoint(checkpoint, change_recipe=change_recipe)
     is_changed = recipe_of(checkpoint, str(path)) != trainer.recipe
-    is_finished = path.name == FINAL and trainer.current_epoch >= trainer.schedule.last_epoch
+    is_finished = path.name == DEFAULT_CHECKPOINT and trainer.current_epoch >= trainer.schedule.last_epoch
     if is_finished and is_changed:
         logger.warning("%s: the training is finished, and the other recipe leaves no epoch to train", path)
     elif is_finished:

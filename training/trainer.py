@@ -28,11 +28,10 @@ from .random_state import restore_random_state, seed_generators
 from .recipe import PRESETS, Recipe
 from .schedule import EpochScheduler, Schedule
 from .step_cost import try_batch
-from .trainer_state import FITTED, check_resumable, read_state, recipe_of, restore, state_of
+from .trainer_state import FITTED, LATEST, check_resumable, read_state, recipe_of, restore, state_of
 from .weight_average import WeightAverage
 from .whole_case_validation import WholeCaseValidation
 
-LATEST = "checkpoint_latest.pth"
 BEST_BY_SCORE = "checkpoint_best_score.pth"
 """Checkpoint of the epoch with the best score on whole cases; nnU-Net's own checkpoint_best.pth goes by patches."""
 

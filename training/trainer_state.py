@@ -16,6 +16,7 @@ from .data.cases import SPLITS_FILE
 from .random_state import random_state
 from .recipe import Recipe
 
+LATEST = "checkpoint_latest.pth"
 FITTED = ("pooled_classifier", TEMPERATURE_KEY)
 """Entries of a checkpoint that were fitted to its weights after the training."""
 
