@@ -32,8 +32,8 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/nnturbo demo -m $(DEMO_MODEL) -o demo $(DEMO_RESULTS)
 
-# Two processes; one that is done takes over tests of the other.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+# Two processes; one that is done takes over tests of the other. A test that hangs fails, and says where its threads were.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test: $(VENV)/.dev
 	$(PYTEST)
