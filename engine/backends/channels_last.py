@@ -89,11 +89,14 @@ class JoiningEncoder(nn.Module):
         features = Features()
         values = self.stem(channels_last(tiles.to(self.dtype)))
         for index, stage in enumerate(self.stages):
-            *steps, last = stage.children()
+            *steps, last = list[Any](stage.children())
             for step in steps:
                 values = step(values)
             is_last = index + 1 == len(self.stages)
-            values = last(values, joined=None if is_last else features.joined)
+            made = last.convolved(values)
+            del values  # the decoder's place is larger, and comes next
+            values = last.finished(*made, joined=None if is_last else features.joined)
+            del made
             features.append(values if is_last or index in self.read else values.new_empty(0))
         return features
 

@@ -71,19 +71,39 @@ class FusedBlock(nn.Module):
         )
         self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
 
-    def forward(
-        self, values: Tensor | Unfinished, residual: Tensor | None = None, joined: list[Tensor] | None = None
-    ) -> Tensor | Unfinished:
-        """From (N, in, *grid) to (N, out, *grid); appends to `joined`, where it is given, as in `Features`."""
+    def forward(self, values: Tensor | Unfinished) -> Tensor | Unfinished:
+        """From (N, in, *grid) to (N, out, *grid)."""
+        result, sums = self.convolved(values)
+        if self.leaves_unfinished:
+            return Unfinished(result, self._norm(sums))
+        return self.finished(result, sums)
+
+    def convolved(self, values: Tensor | Unfinished) -> tuple[Tensor, Tensor | None]:
+        """Convolve alone; after it nothing needs the values any more.
+
+        Returns:
+            (N, out, *grid) before the norm, and what `norm_scales` makes the norm of, if that is known already.
+        """
         if isinstance(self.convolution, FewChannels):
-            result, sums = self.convolution(values)
-            norm = Norm(norm_scales(sums, self.weight, self.epsilon), self.bias, self.slope)
-            if self.leaves_unfinished:
-                return Unfinished(result, norm)
-            return norm_apply(result, norm, residual, _place_for(result, joined))
-        result = channels_last(self.convolution(values))
+            return self.convolution(values)
+        return channels_last(self.convolution(values)), None
+
+    def finished(
+        self,
+        result: Tensor,
+        sums: Tensor | None,
+        residual: Tensor | None = None,
+        joined: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Do the rest to what `convolved` gave, in place; appends to `joined`, where it is given, as in `Features`."""
         copy = _place_for(result, joined)
-        return instance_norm(result, self.weight, self.bias, self.epsilon, self.slope, residual, copy)
+        if sums is None:
+            return instance_norm(result, self.weight, self.bias, self.epsilon, self.slope, residual, copy)
+        return norm_apply(result, self._norm(sums), residual, copy)
+
+    def _norm(self, sums: Tensor | None) -> Norm:
+        assert sums is not None  # `kernels.convolve` gives them where a norm follows
+        return Norm(norm_scales(sums, self.weight, self.epsilon), self.bias, self.slope)
 
 
 def _place_for(features: Tensor, joined: list[Tensor] | None) -> Tensor | None:
@@ -174,9 +194,19 @@ class FusedResidual(nn.Module):
             )
         )
 
-    def forward(self, values: Tensor, joined: list[Tensor] | None = None) -> Tensor:
+    def forward(self, values: Tensor) -> Tensor:
         """From (N, in, *grid) to (N, out, *grid)."""
-        return self.last(self.first(values), residual=self.skip(values), joined=joined)
+        return self.finished(*self.convolved(values))
+
+    def convolved(self, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Do what needs the values: all convolutions, and the skip, which is the residual."""
+        return (*self.last.convolved(self.first(values)), self.skip(values))
+
+    def finished(
+        self, result: Tensor, sums: Tensor | None, residual: Tensor, joined: list[Tensor] | None = None
+    ) -> Tensor:
+        """See `FusedBlock.finished`."""
+        return self.last.finished(result, sums, residual, joined)
 
 
 class MeanPool(nn.Module):
