@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class GraphedNetwork:
             while len(self._recordings) >= MOST_RECORDED:
                 del self._recordings[next(iter(self._recordings))]
             self._recordings[tiles.shape] = None
+            _keep_workspace(tiles)
             return self._network(tiles)
         recording = self._recordings[tiles.shape]
         if recording is None:
@@ -87,12 +91,14 @@ class GraphedNetwork:
 
     def _record(self, tiles: Tensor) -> Recording:
         """Record the launches for this batch size, and find out whether replaying them is faster."""
-        stream = torch.cuda.Stream(tiles.device)
+        stream, lock = _recording_stream(tiles.device)
         inputs = tiles.clone()
-        stream.wait_stream(torch.cuda.current_stream(tiles.device))
-        with torch.cuda.stream(stream):
-            single_ms = _least_ms(lambda: self._network(inputs))
-            recording, replay_ms = self._captured(inputs, stream)
+        with lock:
+            stream.wait_stream(torch.cuda.current_stream(tiles.device))
+            with torch.cuda.stream(stream):
+                _keep_workspace(tiles)
+                single_ms = _least_ms(lambda: self._network(inputs))
+                recording, replay_ms = self._captured(inputs, stream)
         torch.cuda.current_stream(tiles.device).wait_stream(stream)
         torch.cuda.empty_cache()  # single launches had blocks of their own, beside those of the graph
         logger.info("%d tiles: %.2f ms, %.2f ms as a CUDA graph", len(tiles), single_ms, replay_ms)
@@ -109,6 +115,22 @@ class GraphedNetwork:
         except RuntimeError as error:  # for example, the graph does not fit into memory
             logger.warning("the network cannot be a CUDA graph: %s", str(error).partition("\n")[0])
             return _NO_GRAPH, math.inf
+
+
+@lru_cache(maxsize=64)
+def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
+    """One for all networks of a device, since cuBLAS keeps memory for each stream; one of them at a time records."""
+    return torch.cuda.Stream(device), threading.Lock()
+
+
+def _keep_workspace(tiles: Tensor) -> None:
+    """Multiply small matrices on the current stream.
+
+    cuBLAS asks for memory at its first product on a stream, 32 MiB on the newest GPUs, and keeps it: cut out of a large
+    block which features have left, it would keep that from being given back.
+    """
+    ones = tiles.new_ones(16, 16)
+    F.linear(ones, ones, ones[0])
 
 
 def _least_ms(run: Callable[[], object]) -> float:

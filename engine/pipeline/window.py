@@ -14,8 +14,8 @@ from ..model.plans import Plan
 VIEWS_ON_GPU = 8
 """That go through the network at once: all mirror views of a tile, or, where it has fewer, those of several tiles."""
 
-VOXELS_ON_GPU = 2**24
-"""Of all these views together: features take memory in proportion."""
+VOXELS_ON_GPU = 2**21
+"""Of all these views together: features take memory in proportion, and more voxels make a large GPU little faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
