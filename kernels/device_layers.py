@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from . import loader
 from .reference_layers import Norm
 
 MOST_NORM_BLOCKS = 1024
-LEAST_NORM_VALUES = 32768
+LEAST_NORM_VALUES = 8192
 """Of an instance norm: blocks in all, and values that are worth a block of their own."""
 
 NORM_GROUP = 8
@@ -24,8 +25,8 @@ THREADS = loader.THREADS[0] * loader.THREADS[1]
 CONVOLVED, CONVOLVED_PITCH, CONVOLVED_STEP, CONVOLVED_LINES = 32, 34, 16, 2
 """Constants of convolve.cu: channels, and voxels of x, at once; these with a border; factors of a step; lines."""
 
-CONVOLVED_TILES, CONVOLVED_ROWS = 16, 4
-"""Tiles of a block one after the other, and its rows of threads."""
+CONVOLVED_TILES, CONVOLVED_ROWS, CONVOLVED_BLOCKS = 16, 4, 4
+"""Tiles of a block one after the other, at most; its rows of threads; and blocks that a multiprocessor runs at once."""
 
 
 def instance_norm(
@@ -167,8 +168,10 @@ def convolve(
         raise ValueError(f"a plane must have fewer than 2^31 numbers, got {grid[1:]} times {max(pitch, outputs)}")
     down = CONVOLVED_ROWS * CONVOLVED_LINES
     tiles = grid[0] * -(-grid[1] // down) * -(-grid[2] // CONVOLVED)
-    run = min(tiles, CONVOLVED_TILES)
-    parts, groups = -(-tiles // run), len(factors)
+    groups = len(factors)
+    at_once = CONVOLVED_BLOCKS * loader.multiprocessors(values.device)
+    run = _tiles_of_block(tiles, images * groups, at_once, CONVOLVED_TILES)
+    parts = -(-tiles // run)
     sums = None
     if bias is None:
         out = values.new_empty(images, *values.shape[2:], outputs).movedim(-1, 1)
@@ -197,6 +200,16 @@ def convolve(
         shared_bytes=4 * (CONVOLVED + 16 * 32 * CONVOLVED_ROWS) + 2 * halves,
     )  # fmt: skip
     return out, sums
+
+
+@lru_cache(maxsize=512)
+def _tiles_of_block(tiles: int, images: int, at_once: int, most: int) -> int:
+    """Choose how many tiles a block takes, so that few blocks run alone at the end; to begin takes as long as a tile."""
+
+    def rounds(run: int) -> int:
+        return -(-images * -(-tiles // run) // at_once)
+
+    return min(range(1, most + 1), key=lambda run: (rounds(run) * (run + 1), -run))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -81,6 +81,12 @@ def blocks_of(lines: int) -> int:
     return max(1, min(MOST_BLOCKS, -(-lines // THREADS[1])))
 
 
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU; a CPU, on which tests run the kernels, has one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class _Stream:
     """Torch's current stream, in the form that CuPy accepts."""
 
