@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .gpu_device import Bench
 from .task_models import write_task_model
 
-STOCK, AT_ONCE, OURS = "nnU-Net, one view at a time", "all views at once", "nnturbo"
-TELLING = (STOCK, AT_ONCE, OURS)
+STOCK, AT_ONCE, OURS = "nnU-Net, one view at a time", "all views at once", "nnturbo, all views at once"
+SINGLY = "nnturbo, one view at a time"
+TELLING = (STOCK, AT_ONCE, OURS, SINGLY)
 PROFILED = 25
 
 Way = Callable[[Tensor], Tensor]
@@ -109,8 +110,10 @@ def ways(bench: Bench, model: Model) -> dict[str, Callable[[], Way]]:
         with torch.inference_mode(), _cudnn_searches(search), _autocast(bench, precision):
             return torch.cat([made(part)[0] for part in tiles.split(at_once)])
 
-    def of_runner(runner: Any) -> Way:
-        return lambda tiles: runner(tiles.to(runner.tiles_dtype)).seg_logits
+    def of_runner(runner: Any, at_once: int = len(model.views)) -> Way:
+        return lambda tiles: torch.cat(
+            [runner(part).seg_logits for part in tiles.to(runner.tiles_dtype).split(at_once)]
+        )
 
     def of_network(change: Callable[[InferenceNetwork], InferenceNetwork]) -> Callable[[], Way]:
         return lambda: of_runner(TorchRunner(change(network()), bench.device, precision))
@@ -127,6 +130,7 @@ def ways(bench: Bench, model: Model) -> dict[str, Callable[[], Way]]:
         "all views, without biases": of_network(without_lost_biases),
         "all views, channels last, torch's norm": of_network(with_last),
         OURS: lambda: of_runner(TorchBackend().load(model, None, bench.device, precision)),
+        SINGLY: lambda: of_runner(TorchBackend().load(model, None, bench.device, precision), 1),
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .figures import RESULTS
+from .gpu_cases import MORE_VIEWS
 from .tables import differing, load, markdown, model_and_scans, times
 
 
@@ -63,7 +64,7 @@ def whole() -> str:
     longest = {**longest, "stock_s": stock_s, "ratio": stock_s / longest["nnturbo_s"]}
     rows = []
     for row in (*found["whole"], longest):
-        for name, ours in (("", row), (", one view at a time", row.get("one_view"))):
+        for name, ours in (("", row), (f", {MORE_VIEWS} views at a time", row.get("more_views"))):
             if ours is not None:
                 rows.append(
                     [
