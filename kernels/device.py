@@ -12,14 +12,16 @@ from torch import Tensor
 from . import loader
 from .operators import AxisOperator
 
-OUTPUTS, COLUMNS, FINISHED_PITCH = 8, 128, 33
-"""Constants of resample_axis.cu."""
+OUTPUTS, STEP, COLUMNS = 16, 8, 64
+"""Constants of resample_axis.cu: outputs of a warp, inputs of a step, and columns of a block."""
+
+RUN_GROUPS, RUN_WARPS = 6, 6
+"""Of a block of resample_axis: most groups of outputs, and warps."""
 
 MOST_VIEWS = 8
 """Of common.cuh."""
 
 MOST_SHARED_BYTES = 48 * 1024
-LONGEST_RUN = OUTPUTS * loader.THREADS[1]
 
 
 def _flips(views: Sequence[tuple[int, ...]]) -> int:
@@ -109,64 +111,80 @@ def resample_axis(
         lengths = [lengths[0] * lengths[1], 1]
     first, _ = _tables(operator, data.device)
     bands = _bands(operator, start % OUTPUTS, data.device)
-    run, rows_at_once = _run(operator, start, stop, lines=a == 3)
+    run, rows_at_once, pitch = _run(operator, start, stop, lines=a == 3)
     low, high = (0, 0) if limits is None else (limits[0].data_ptr(), limits[1].data_ptr())
     table = None if normalization is None else _normalization_table(normalization, data.device)
     loader.launch(
         "resample_axis",
         data.dtype,
         [data.data_ptr(), *strides[0], out.data_ptr(), *strides[1], stop - start, *lengths, start, offset,
-         first.data_ptr(), operator.taps, bands.data_ptr(), bands.shape[1], run, rows_at_once,
+         first.data_ptr(), operator.taps, bands.data_ptr(), bands.shape[1], run, rows_at_once, pitch,
          0 if table is None else table.data_ptr(), low, high, *limit],
         device=data.device,
         blocks=shape[0] * lengths[1] * -(-(stop - start) // run) * -(-lengths[0] // COLUMNS),
         lines=a == 3,
-        shared_bytes=_shared_bytes(bands.shape[1], run, rows_at_once, lines=a == 3),
+        threads=(32, RUN_WARPS),
+        shared_bytes=_shared_bytes(rows_at_once, lines=a == 3),
     )  # fmt: skip
     return out
 
 
 @lru_cache(maxsize=512)
 def _bands(operator: AxisOperator, phase: int, device: torch.device) -> Tensor:
-    """Weights of `OUTPUTS` outputs after each other as they lie in shared memory: (groups, inputs, OUTPUTS).
+    """Weights of `OUTPUTS` outputs after each other, in the order in which threads take them.
 
     Args:
         operator: Map along the axis.
         phase: The first output of the first group.
         device: Where they go.
+
+    Returns:
+        (groups, steps of `STEP` inputs, 2, 32 threads, 4): a thread has two outputs of two inputs; of each weight the
+        upper 11 bits, as many as TF32 has, and what is left.
     """
     outputs = torch.arange(phase, operator.n_out, OUTPUTS)[:, None] + torch.arange(OUTPUTS)
     known = outputs < operator.n_out
     outputs = outputs.clamp(max=operator.n_out - 1)
     begins = operator.first[outputs] - operator.first[outputs[:, :1]]
-    rows = torch.arange(int(begins.max()) + operator.taps)
-    taps = rows[:, None] - begins[:, None]
+    steps = -(-(int(begins.max()) + operator.taps) // STEP)
+    taps = torch.arange(steps * STEP)[:, None] - begins[:, None]
     weights = operator.weights[outputs[:, None].expand(taps.shape), taps.clamp(0, operator.taps - 1)]
-    return torch.where((taps >= 0) & (taps < operator.taps) & known[:, None], weights, 0).contiguous().to(device)
+    weights = torch.where((taps >= 0) & (taps < operator.taps) & known[:, None], weights, 0)
+    # Inputs are numbered (half, quarter), and outputs (half, line).
+    parts = weights.view(-1, steps, 2, 4, 2, 8).permute(0, 1, 5, 3, 2, 4).reshape(-1, steps, 32, 4)
+    upper = (parts.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
+    return torch.stack([upper, parts - upper], 2).to(device)
 
 
-def _shared_bytes(band_rows: int, run: int, rows: int, *, lines: bool) -> int:
-    """Size of a block's weights, inputs and, along x, outputs on their way."""
-    return 4 * (run * band_rows + rows * (COLUMNS + lines) + (run * FINISHED_PITCH if lines else 0))
+def _pitch(rows: int, *, lines: bool) -> int:
+    """Numbers from row to row, or for lines from line to line, so that what a warp reads lies in different banks."""
+    return rows + (4 - rows) % 8 if lines else COLUMNS + 8
+
+
+def _shared_bytes(rows: int, *, lines: bool) -> int:
+    """Size of the inputs that a block holds."""
+    return 4 * _pitch(rows, lines=lines) * (COLUMNS if lines else rows)
 
 
 @lru_cache(maxsize=512)
-def _run(operator: AxisOperator, start: int, stop: int, *, lines: bool) -> tuple[int, int]:
-    """Number of outputs of a block, and of inputs that it holds at once: all that they take, if there is room."""
-    band_rows = _bands(operator, start % OUTPUTS, torch.device("cpu")).shape[1]
-    for longest in range(LONGEST_RUN, 0, -OUTPUTS):
+def _run(operator: AxisOperator, start: int, stop: int, *, lines: bool) -> tuple[int, int, int]:
+    """Number of outputs of a block, of rows that it holds at once, all that they take if there is room, and the pitch.
+
+    Beyond what outputs take, a step may reach `STEP - 1` rows; along x a block may begin with up to three more.
+    """
+    rows = 0
+    for longest in range(OUTPUTS * RUN_GROUPS, 0, -OUTPUTS):
         runs = -(-(stop - start) // longest)
         run = OUTPUTS * -(-(stop - start) // (runs * OUTPUTS))  # as long as each other
         begins = torch.arange(start, stop, run)
         ends = (begins + run).clamp(max=stop) - 1
-        rows = int((operator.first[ends] - operator.first[begins]).max()) + operator.taps
-        if _shared_bytes(band_rows, run, rows, lines=lines) <= MOST_SHARED_BYTES:
-            return run, rows
-    rows = (MOST_SHARED_BYTES - _shared_bytes(band_rows, OUTPUTS, 0, lines=lines)) // (4 * (COLUMNS + lines))
-    if rows < 1:
-        most = (MOST_SHARED_BYTES - _shared_bytes(0, OUTPUTS, 1, lines=lines)) // (4 * OUTPUTS)
-        raise ValueError(f"{OUTPUTS} outputs along an axis may take at most {most} inputs, got {band_rows}")
-    return OUTPUTS, rows
+        rows = int((operator.first[ends] - operator.first[begins]).max()) + operator.taps + STEP - 1 + 3 * lines
+        if _shared_bytes(rows, lines=lines) <= MOST_SHARED_BYTES:
+            return run, rows, _pitch(rows, lines=lines)
+    rows -= rows % 4
+    while _shared_bytes(rows, lines=lines) > MOST_SHARED_BYTES:
+        rows -= 4
+    return OUTPUTS, rows, _pitch(rows, lines=lines)
 
 
 def resample_labels(

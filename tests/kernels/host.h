@@ -56,7 +56,7 @@ static void store(Half* place, float value);
 // What the threads of a warp do together: each shows what it has, and takes from the others what is its share.
 struct Warp {
     std::barrier<> all{32};
-    unsigned a[32][4], b[32][2];
+    unsigned a[2][32][4], b[2][32][2];
     const void* rows[32];
 };
 static std::vector<std::unique_ptr<Warp>> warps;
@@ -83,22 +83,41 @@ static void load_matrices(unsigned* a, const T* row) {
     warp.all.arrive_and_wait();
 }
 
-template <typename T>
-static void multiply_add(float* c, const unsigned* a, const unsigned* b, T) {
+// c += a b, of two factors a step for each number in a register of half numbers, one for TF32's. Two places in turn: who
+// is at the next product but one has seen all others leave this.
+template <typename Number>
+static void multiply_add(float* c, const unsigned* a, const unsigned* b, int of_register, Number number) {
+    static thread_local unsigned turn = 0;
+    turn ^= 1;
     Warp& warp = *warps[threadIdx.y];
-    std::memcpy(warp.a[threadIdx.x], a, sizeof warp.a[0]);
-    std::memcpy(warp.b[threadIdx.x], b, sizeof warp.b[0]);
+    std::memcpy(warp.a[turn][threadIdx.x], a, sizeof warp.a[0][0]);
+    std::memcpy(warp.b[turn][threadIdx.x], b, sizeof warp.b[0][0]);
     warp.all.arrive_and_wait();
-    auto half = [](unsigned pair, unsigned which) { return to_float(T{(unsigned short)(pair >> 16 * which)}); };
-    for (unsigned i = 0; i < 4; i++) {
-        unsigned line = threadIdx.x / 4, column = threadIdx.x % 4 * 2 + i % 2;
-        for (unsigned k = 0; k < 16; k++) {
-            unsigned thread = k % 8 / 2, of_a = i / 2 + k / 8 * 2;
-            c[i] += half(warp.a[line * 4 + thread][of_a], k % 2) * half(warp.b[column * 4 + thread][k / 8], k % 2);
+    for (int i = 0; i < 4; i++) {
+        int line = threadIdx.x / 4, column = threadIdx.x % 4 * 2 + i % 2;
+        for (int k = 0; k < 8 * of_register; k++) {
+            int thread = k % (4 * of_register) / of_register, half = k / (4 * of_register), which = k % of_register;
+            c[i] += number(warp.a[turn][line * 4 + thread][i / 2 + half * 2], which) *
+                    number(warp.b[turn][column * 4 + thread][half], which);
         }
     }
-    warp.all.arrive_and_wait();
 }
+
+template <typename T>
+static void multiply_add(float* c, const unsigned* a, const unsigned* b, T) {
+    auto half = [](unsigned pair, int which) { return to_float(T{(unsigned short)(pair >> 16 * which)}); };
+    multiply_add(c, a, b, 2, half);
+}
+
+// Of TF32, which is a float's upper 19 bits; the others count for nothing.
+static void multiply_add(float* c, const unsigned* a, const unsigned* b) {
+    multiply_add(c, a, b, 1, [](unsigned bits, int) { return __uint_as_float(bits & 0xffffe000u); });
+}
+
+static void copy(float* place, const float* source, int numbers) {
+    for (int i = 0; i < 4; i++) place[i] = i < numbers ? source[i] : 0;
+}
+static void wait_for_copies() {}
 
 template <typename... P, size_t... I>
 static void run(void (*kernel)(P...), const long long* values, std::index_sequence<I...>) {
