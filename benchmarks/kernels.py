@@ -30,11 +30,12 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
         for lines in (False, True)
     ),
     *(("convolve", dtype, lines) for dtype in FLOATS[1:] for lines in (False, True)),
+    *(("convolve_points", dtype, None) for dtype in FLOATS[1:]),
     *(("resample_labels", dtype, None) for dtype in (torch.uint8, torch.uint16)),
 ]
 """Every kernel, for each of its number types."""
 
-FIRST_ARCHITECTURE = {"convolve": 80}
+FIRST_ARCHITECTURE = {"convolve": 80, "convolve_points": 80}
 """Of kernels that older ones cannot run."""
 
 REPORT = re.compile(

@@ -28,6 +28,9 @@ CONVOLVED, CONVOLVED_PITCH, CONVOLVED_STEP, CONVOLVED_LINES = 32, 34, 16, 2
 CONVOLVED_TILES, CONVOLVED_ROWS, CONVOLVED_BLOCKS = 16, 4, 4
 """Tiles of a block one after the other, at most; its rows of threads; and blocks that a multiprocessor runs at once."""
 
+MOST_POINTS_OUTPUTS, POINTS_BLOCKS, POINTS_ROWS = 16, 4096, 4
+"""Of convolve_points.cu: most outputs, most blocks, and the rows of threads of a block."""
+
 
 def instance_norm(
     values: Tensor,
@@ -166,6 +169,8 @@ def convolve(
     pitch = values.stride(-1)
     if grid[1] * grid[2] * max(pitch, outputs) >= 2**31:
         raise ValueError(f"a plane must have fewer than 2^31 numbers, got {grid[1:]} times {max(pitch, outputs)}")
+    if bias is not None and set(kernel) == {1} and channels == CONVOLVED and outputs <= MOST_POINTS_OUTPUTS:
+        return _convolve_points(values, factors, norm, bias), None
     down = CONVOLVED_ROWS * CONVOLVED_LINES
     tiles = grid[0] * -(-grid[1] // down) * -(-grid[2] // CONVOLVED)
     groups = len(factors)
@@ -185,14 +190,11 @@ def convolve(
         halves = (channels * kernel[0] * plane + 8) // 8 * 8 + 2 * CONVOLVED_STEP * factors.shape[1]
     else:
         halves = CONVOLVED * plane
-    scales, norm_bias, slope = (
-        (0, 0, 1.0) if norm is None else (norm.scales.data_ptr(), _address(norm.bias), norm.slope)
-    )
     loader.launch(
         "convolve",
         values.dtype,
-        [values.data_ptr(), pitch, *grid, channels, *kernel, factors.data_ptr(), scales, norm_bias, _bits(slope),
-         groups, parts, run, out.data_ptr(), outputs, _address(sums), _address(bias)],
+        [values.data_ptr(), pitch, *grid, channels, *kernel, factors.data_ptr(), *_norm_arguments(norm), groups, parts,
+         run, out.data_ptr(), outputs, _address(sums), _address(bias)],
         device=values.device,
         blocks=images * groups * parts,
         lines=lines,
@@ -210,6 +212,29 @@ def _tiles_of_block(tiles: int, images: int, at_once: int, most: int) -> int:
         return -(-images * -(-tiles // run) // at_once)
 
     return min(range(1, most + 1), key=lambda run: (rounds(run) * (run + 1), -run))
+
+
+def _convolve_points(values: Tensor, factors: Tensor, norm: Norm | None, bias: Tensor) -> Tensor:
+    """Convolve with a kernel of one voxel, with the arguments of `convolve`."""
+    images, _, *grid = values.shape
+    out = values.new_empty(images, len(bias), *grid)
+    voxels = math.prod(grid)
+    blocks = max(1, min(-(-voxels // (32 * POINTS_ROWS)), POINTS_BLOCKS // images))
+    loader.launch(
+        "convolve_points",
+        values.dtype,
+        [values.data_ptr(), values.stride(-1), voxels, factors.data_ptr(), *_norm_arguments(norm), blocks,
+         out.data_ptr(), len(bias), bias.data_ptr()],
+        device=values.device,
+        blocks=images * blocks,
+        threads=(32, POINTS_ROWS),
+    )  # fmt: skip
+    return out
+
+
+def _norm_arguments(norm: Norm | None) -> tuple[int, int, int]:
+    """Scales, bias and slope of the norm of a convolution's input."""
+    return (0, 0, _bits(1.0)) if norm is None else (norm.scales.data_ptr(), _address(norm.bias), _bits(norm.slope))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -257,6 +282,6 @@ def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
         blocks.dtype,
         [blocks.data_ptr(), images, *flat, *grid, *flat, *stride, channels // width, out.data_ptr(), pitch // width],
         device=out.device,
-        blocks=loader.blocks_of(images * math.prod(finer[:-1])),
+        blocks=-(-images * math.prod(finer[:-1]) // loader.THREADS[1]),
     )
     return out

@@ -15,8 +15,6 @@
 
 const int ACROSS = 32, PITCH = ACROSS + 2, OUTPUTS = 32, STEP = 16, DOWN = 2, AT_ONCE = 3;
 
-typedef Pack<unsigned> Pairs;  // eight numbers, two in each
-
 #ifndef ON_HOST
 // Four matrices of 8 x 8; each thread gives the place of a row of 16 bytes.
 __device__ inline void load_matrices(unsigned* a, const T* row) {
@@ -24,61 +22,12 @@ __device__ inline void load_matrices(unsigned* a, const T* row) {
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                  : "r"((unsigned)__cvta_generic_to_shared(row)));
 }
-#define PRODUCT(type)                                                                                                  \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "   \
-        "{%0, %1, %2, %3};"                                                                                            \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                               \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-// c += a b, of 16 x 16 by 16 x 8, each spread over a warp.
-__device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Half) { PRODUCT("f16"); }
-__device__ inline void multiply_add(float* c, const unsigned* a, const unsigned* b, Bfloat) { PRODUCT("bf16"); }
-// Two numbers in one register, the first in its lower half.
-__device__ inline unsigned paired(float first, float second, Half) {
-    unsigned pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
-__device__ inline unsigned paired(float first, float second, Bfloat) {
-    unsigned pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
-__device__ inline void unpaired(unsigned pair, float* both, Half) {
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-        : "=f"(both[0]), "=f"(both[1]) : "r"(pair));
-}
-__device__ inline void unpaired(unsigned pair, float* both, Bfloat) {
-    both[0] = __uint_as_float(pair << 16);
-    both[1] = __uint_as_float(pair & 0xffff0000u);
-}
 #endif
 
 // The products of a step of factors for all 32 outputs of 16 voxels.
 __device__ inline void add_products(float (&sum)[4][4], const unsigned* a, const Pairs& low, const Pairs& high) {
 #pragma unroll
     for (int j = 0; j < 4; j++) multiply_add(sum[j], a, (j < 2 ? low : high).values + j % 2 * 2, T());
-}
-
-// A pack's norm and activation, in float and rounded once.
-__device__ inline void normalize(
-    Pairs& pack, const Pack<float>* means, const Pack<float>* scales, const Pack<float>* biases, float damping
-) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        Pack<float> mean = means[h], scale = scales[h], bias = {};
-        if (biases) bias = biases[h];
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-            float both[2];
-            unpaired(pack.values[2 * h + n / 2], both, T());
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float value = fmaf(both[e] - mean.values[n + e], scale.values[n + e], bias.values[n + e]);
-                both[e] = fmaxf(value, damping * value);
-            }
-            pack.values[2 * h + n / 2] = paired(both[0], both[1], T());
-        }
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4) convolve(
@@ -177,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) convolve(
 #pragma unroll
                         for (int i = 0; i < AT_ONCE; i++, place += step) {
                             if (place >= plane) break;
-                            if (scales && inside[i]) normalize(now[i], means, factor, norm_bias ? added : nullptr, damping);
+                            if (scales && inside[i]) normalize(now[i], means, factor, norm_bias ? added : nullptr, damping, T());
                             // Packs of neighbours change places, so that eight of them lie in different banks.
                             *(Pairs*)(tile + place * 32 + ((thread % 4) ^ (place >> 1 & 3)) * 8) = now[i];
                         }

@@ -75,7 +75,7 @@ def check_accumulate_views(target):
 def check_resample_axis(target):
     channels, axis = random.randint(1, 3), random.choice([-3, -2, -1])
     taps = random.randint(1, 26)
-    lengths = list(shape(1, 40))
+    lengths = list(shape(1, 10))
     lengths[-2 if axis == -1 else -1] = length(1, 40, 12, 32, 132, 161)
     lengths[axis] = random.choice([taps + random.randint(0, 30), 300])
     operator = random_operator(lengths[axis], random.choice([random.randint(1, 60), 290]), taps)
@@ -100,7 +100,11 @@ def check_resample_axis(target):
     order = random.choice([(0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1)])
     inverse = [order.index(i) for i in range(4)]
     stored = data.permute(order).contiguous().to(target).permute(inverse)
-    out = device.resample_axis(shifted(stored) if stored.is_contiguous() else stored, operator, axis, **options)
+    usual, device.RUN_WARPS = device.RUN_WARPS, random.randint(1, 2) if target == CPU else device.RUN_WARPS
+    try:
+        out = device.resample_axis(shifted(stored) if stored.is_contiguous() else stored, operator, axis, **options)
+    finally:
+        device.RUN_WARPS = usual
     inputs = reference.normalize(data, options.get("normalization", [(-torch.inf, torch.inf, 0, 1)] * channels))
     scale = inputs.abs().max() * operator.weights.abs().sum(1).max()
     assert out.shape == expected.shape
@@ -214,6 +218,8 @@ def check_convolve(target):
         bias = torch.randn(outputs)
     images, grid = random.randint(1, 2), (*shape(1, 5, dimensions - 1), random.choice([1, 7, 32, 33, 40]))
     kernel = tuple(random.choice([1, 3, 3]) for _ in grid)
+    if bias is not None and random.random() < 0.5:  # as logits are made
+        kernel = (1,) * dimensions
     weight = torch.randn(outputs, channels, *kernel).div(math.sqrt(channels * math.prod(kernel))).to(dtype)
     values = torch.randn(images, channels, *grid).to(dtype)
     norm = None
@@ -232,16 +238,16 @@ def check_convolve(target):
     there = norm and norm._replace(
         scales=norm.scales.to(target), bias=None if norm.bias is None else norm.bias.to(target)
     )
-    usual = device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS
+    usual = device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS, device_layers.POINTS_ROWS
     if target == CPU:
-        device_layers.CONVOLVED_ROWS = random.randint(1, 2)
+        device_layers.CONVOLVED_ROWS = device_layers.POINTS_ROWS = random.randint(1, 2)
     device_layers.CONVOLVED_TILES = random.choice([1, 3, usual[0]])
     try:
         out, of_parts = device_layers.convolve(
             given, weight.to(target), factors, there, None if bias is None else bias.to(target)
         )
     finally:
-        device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS = usual
+        device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS, device_layers.POINTS_ROWS = usual
     rounded = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert out.shape == expected.shape
     assert bool(((out.cpu().float() - expected.float()).abs() <= rounded * (1 + 2 * expected.float().abs())).all())
@@ -327,7 +333,7 @@ CHECKS = {
     "spread_blocks": check_spread_blocks,
 }
 
-SHARE = {"convolve": 0.1}
+SHARE = {"convolve": 0.1, "resample_axis": 0.5}
 """Of the checks, of what takes seconds where each thread of a warp is one of the CPU's."""
 
 LAUNCHES = dict.fromkeys(CHECKS, 1) | {"instance_norm": 3}
