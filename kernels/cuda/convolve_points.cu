@@ -1,8 +1,8 @@
-// A convolution of one voxel, from 32 channels to at most 16 outputs, with a bias, after the norm of its input: the last one
-// of a network.
+// A convolution of one voxel, from 32 channels to at most 16 outputs, with a bias, after the norm of its input: the last
+// one of a network.
 //
-// Values are [image][voxel][pitch], channels side by side, of which 32 are read; `scales`, `norm_bias`, `slope` and `weights`
-// are as in convolve.cu. Outputs are [image][channel][voxel].
+// Values are [image][voxel][pitch], channels side by side, of which 32 are read; `scales`, `norm_bias`, `slope` and
+// `weights` are as in convolve.cu. Outputs are [image][channel][voxel].
 //
 // Bytes: sizeof(T) read per value and written per output. That is the least possible.
 //

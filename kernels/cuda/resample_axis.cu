@@ -1,15 +1,18 @@
 // out[.., i, ..] = clip(sum over t of weights[t, i] * normalize(data[.., first[i] + t - offset, ..]))
 //
 // Bytes per voxel: sizeof(T) read for each input and 4 written for each output; a block also reads the inputs that its
-// outputs share with the next block's: a quarter of all at 24 taps and 96 outputs of as many inputs, and these the L2 cache has.
+// outputs share with the next block's: a quarter of all at 24 taps and 96 outputs of as many inputs, and these the L2 cache
+// has.
 //
 // Axis `a` is resampled, `b` numbers the columns, `o` is the third. Where `a` is x (LINES), columns are lines, else `b` is
-// x. A block makes a run of outputs for COLUMNS columns, after copying their inputs to shared memory, each once, normalised.
+// x. A block makes a run of outputs for COLUMNS columns, after copying their inputs to shared memory, each once, and
+// normalised.
 //
 // A warp makes OUTPUTS outputs of 8 * PRODUCTS columns, as products of a band of weights by inputs: on tensor cores 16 x 8
 // by 8 x 8 at a time. Their factors are TF32, with 11 bits, so a float is the sum of two, and of the four products of these
-// the three that count are added in float. `bands` is [outputs / OUTPUTS][steps][2][32][4]: upper and lower halves of weights
-// as a thread takes them for STEP inputs, from the first that any of these outputs takes, 0 where an output takes none.
+// the three that count are added in float. `bands` is [outputs / OUTPUTS][steps][2][32][4]: upper and lower halves of the
+// weights as a thread takes them for STEP inputs, from the first that any of these outputs takes, 0 where an output takes
+// none.
 
 const int OUTPUTS = 16, STEP = 8, PRODUCTS = 4, COLUMNS = 64, PARTS = COLUMNS / (8 * PRODUCTS);
 const int AT_ONCE = 6;
@@ -83,8 +86,8 @@ struct Held {
     __device__ float operator()(int row, int column) const { return inputs[row * along + column * across]; }
 };
 
-// Copies `padded` rows of inputs to shared memory, of which those before `rows` exist; the others are 0. A thread reads WIDTH
-// neighbours at once, and MANY times as many before it needs the first.
+// Copies `padded` rows of inputs to shared memory, of which those before `rows` exist; the others are 0. A thread reads
+// WIDTH neighbours at once, and MANY times as many before it needs the first.
 template <int WIDTH, int MANY>
 __device__ inline void stage(
     const T* source, Index in_a, Index in_b, int rows, int padded, int columns, const float* of_channel, float* inputs,
@@ -140,7 +143,9 @@ __device__ inline void copy_all(
 }
 
 // Adds the products of some steps of weights by inputs, from a row and a column of these.
-__device__ inline void add(float (&totals)[PRODUCTS][4], const Weights* weights, Held held, int row, int column, int steps) {
+__device__ inline void add(
+    float (&totals)[PRODUCTS][4], const Weights* weights, Held held, int row, int column, int steps
+) {
     int line = threadIdx.x / 4, quarter = threadIdx.x % 4;
 #pragma unroll 2
     for (int step = 0; step < steps; step++, weights += 64, row += STEP) {
@@ -232,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(192, 4) resample_axis(
                 const T* at = source + staged * in_a;
                 if (plain) copy_all((const float*)at, in_a, in_b, left, padded, columns, inputs, pitch);
                 else if (aligned) stage<4, AT_ONCE>(at, in_a, in_b, left, padded, columns, of_channel, inputs, pitch);
-                else stage<1, 8>(at, in_a, in_b, left, padded, columns, of_channel, inputs, pitch);
+                else stage<1, LINES ? 4 : 8>(at, in_a, in_b, left, padded, columns, of_channel, inputs, pitch);
                 __syncthreads();
             }
             bool careful = !TENSOR_CORES || !whole;

@@ -218,8 +218,6 @@ def check_convolve(target):
         bias = torch.randn(outputs)
     images, grid = random.randint(1, 2), (*shape(1, 5, dimensions - 1), random.choice([1, 7, 32, 33, 40]))
     kernel = tuple(random.choice([1, 3, 3]) for _ in grid)
-    if bias is not None and random.random() < 0.5:  # as logits are made
-        kernel = (1,) * dimensions
     weight = torch.randn(outputs, channels, *kernel).div(math.sqrt(channels * math.prod(kernel))).to(dtype)
     values = torch.randn(images, channels, *grid).to(dtype)
     norm = None
@@ -238,16 +236,16 @@ def check_convolve(target):
     there = norm and norm._replace(
         scales=norm.scales.to(target), bias=None if norm.bias is None else norm.bias.to(target)
     )
-    usual = device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS, device_layers.POINTS_ROWS
+    usual = device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS
     if target == CPU:
-        device_layers.CONVOLVED_ROWS = device_layers.POINTS_ROWS = random.randint(1, 2)
+        device_layers.CONVOLVED_ROWS = random.randint(1, 2)
     device_layers.CONVOLVED_TILES = random.choice([1, 3, usual[0]])
     try:
         out, of_parts = device_layers.convolve(
             given, weight.to(target), factors, there, None if bias is None else bias.to(target)
         )
     finally:
-        device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS, device_layers.POINTS_ROWS = usual
+        device_layers.CONVOLVED_TILES, device_layers.CONVOLVED_ROWS = usual
     rounded = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert out.shape == expected.shape
     assert bool(((out.cpu().float() - expected.float()).abs() <= rounded * (1 + 2 * expected.float().abs())).all())
@@ -263,6 +261,37 @@ def check_convolve(target):
     assert torch.allclose(mean, voxels.mean(2), rtol=1e-5, atol=1e-5)
     variance = (squares + counts * (means - mean[:, None]) ** 2).sum(1) / counts.sum(1)
     assert torch.allclose(variance, voxels.var(2, correction=0), rtol=1e-4, atol=1e-6)
+
+
+def check_convolve_points(target):
+    """Logits: of 32 channels, each voxel for itself."""
+    dtype, images, outputs = random.choice([torch.float16, torch.bfloat16]), random.randint(1, 2), random.randint(1, 16)
+    grid, pitch = (*shape(1, 3, random.randint(1, 2)), random.choice([1, 7, 8, 40])), 32 + 8 * random.choice([0, 1, 4])
+    weight = torch.randn(outputs, 32, *[1] * len(grid)).div(6).to(dtype)
+    values, bias = torch.randn(images, 32, *grid).to(dtype), torch.randn(outputs)
+    norm = there = None
+    if random.random() < 0.7:
+        scales = torch.stack([torch.randn(images, 32), torch.rand(images, 32)], 1)
+        norm_bias = torch.randn(32) if random.random() < 0.7 else None
+        norm = reference_layers.Norm(scales, norm_bias, random.choice([1.0, 0.01, 0.0]))
+        there = norm._replace(scales=scales.to(target), bias=None if norm_bias is None else norm_bias.to(target))
+    whole = torch.full((images, math.prod(grid), pitch), torch.nan, dtype=dtype, device=target)
+    given = whole.as_strided(values.shape, last_strides(values.shape, pitch), pitch - 32).copy_(values)
+    factors = device_layers.factors_of(weight)
+    expected, _ = reference_layers.convolve(values, weight, factors, norm, bias)
+    usual = device_layers.POINTS_ROWS, device_layers.POINTS_BLOCKS
+    if target == CPU:
+        device_layers.POINTS_ROWS = 1
+    device_layers.POINTS_BLOCKS = random.choice([1, 3, usual[1]])
+    try:
+        out, of_parts = device_layers.convolve(given, weight.to(target), factors.to(target), there, bias.to(target))
+    finally:
+        device_layers.POINTS_ROWS, device_layers.POINTS_BLOCKS = usual
+    assert of_parts is None
+    assert out.shape == expected.shape
+    assert out.is_contiguous()
+    rounded = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert bool(((out.cpu().float() - expected.float()).abs() <= rounded * (1 + 2 * expected.float().abs())).all())
 
 
 def check_norm_scales(target):
@@ -327,13 +356,14 @@ CHECKS = {
     "accumulate_views": check_accumulate_views,
     "instance_norm": check_instance_norm,
     "convolve": check_convolve,
+    "convolve_points": check_convolve_points,
     "norm_scales": check_norm_scales,
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
     "spread_blocks": check_spread_blocks,
 }
 
-SHARE = {"convolve": 0.1, "resample_axis": 0.5}
+SHARE = {"convolve": 0.1, "convolve_points": 0.5, "resample_axis": 0.5}
 """Of the checks, of what takes seconds where each thread of a warp is one of the CPU's."""
 
 LAUNCHES = dict.fromkeys(CHECKS, 1) | {"instance_norm": 3}
