@@ -242,7 +242,8 @@ def test_an_input_that_is_not_finite_reaches_only_the_outputs_that_take_it(kerne
     takes = (operator.first <= 17) & (operator.first + operator.taps > 17)
     assert 0 < takes.sum() < 50
     assert not found.movedim(axis, 0)[takes].isfinite().any()
-    assert torch.equal(found.movedim(axis, 0)[~takes], expected.movedim(axis, 0)[~takes])
+    # Added up in another way, without tensor cores.
+    assert torch.allclose(found.movedim(axis, 0)[~takes], expected.movedim(axis, 0)[~takes], rtol=0, atol=1e-5)
 
 
 @needs_compiler
