@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from nnturbo.engine.model.mirroring import mirror_views
 from nnturbo.engine.pipeline.resampling import spline_operator
-from nnturbo.kernels import Norm, device, device_layers, factors_of, reference, reference_layers
+from nnturbo.kernels import Norm, device, device_layers, factors_of, factors_of_upsampling, reference, reference_layers
 from nnturbo.kernels.loader import has_cupy
 from torch import Tensor
 
@@ -156,6 +156,23 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
             features(2 * channels),
         ),
         call=lambda of, blocks, joined: of.spread_blocks(blocks, joined[:, :channels]),
+    )
+    coarse, half_weight = (
+        (grid[0], *(n // 2 for n in grid[1:])),
+        torch.rand(2 * channels, channels, 1, 2, 2, device=device).to(half),
+    )
+    arguments = (half_weight, factors_of_upsampling(half_weight), bias)
+    yield Operation(
+        name="upsample",
+        size=size,
+        dtype=half,
+        moved_bytes=2 * (images * 2 * channels * math.prod(coarse) + numbers),
+        modules=LAYERS,
+        buffers=lambda: (
+            torch.randn(images, *coarse, 2 * channels, device=device).to(half).movedim(-1, 1),
+            features(2 * channels),
+        ),
+        call=lambda of, values, joined: of.upsample(values, *arguments, joined[:, :channels]),
     )
 
 

@@ -24,6 +24,7 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
     *((f"instance_norm_{step}", dtype, None) for step in ("sums", "apply") for dtype in FLOATS),
     ("instance_norm_scales", torch.float32, None),
     *(("spread_blocks", dtype, None) for dtype in FLOATS),
+    *(("upsample", dtype, None) for dtype in FLOATS[1:]),
     *(
         ("resample_axis", dtype, lines)
         for dtype in (torch.float32, torch.int16, torch.uint8)
@@ -35,7 +36,7 @@ VARIANTS: list[tuple[str, torch.dtype, bool | None]] = [
 ]
 """Every kernel, for each of its number types."""
 
-FIRST_ARCHITECTURE = {"convolve": 80, "convolve_points": 80}
+FIRST_ARCHITECTURE = {"convolve": 80, "convolve_points": 80, "upsample": 80}
 """Of kernels that older ones cannot run."""
 
 REPORT = re.compile(

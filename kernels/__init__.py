@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import device, device_layers, reference, reference_layers
-from .device_layers import factors_of
+from .device_layers import factors_of, factors_of_upsampling
 from .loader import has_cupy
 from .operators import AxisOperator
 from .reference import argmax_labels, normalize, plane_groups, region_labels, weighted_sum
@@ -25,6 +25,7 @@ __all__ = [
     "argmax_labels",
     "convolve",
     "factors_of",
+    "factors_of_upsampling",
     "gather_tiles",
     "instance_norm",
     "norm_apply",
@@ -35,6 +36,7 @@ __all__ = [
     "resample_axis",
     "resample_labels",
     "spread_blocks",
+    "upsample",
     "weighted_sum",
 ]
 
@@ -87,6 +89,11 @@ def norm_apply(values: Tensor, *arguments: Any) -> Tensor:
 def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
     """Copy blocks of voxels to where they lie in a finer grid: see `reference_layers.spread_blocks`."""
     return _layers_for(blocks).spread_blocks(blocks, out)
+
+
+def upsample(values: Tensor, *arguments: Any) -> Tensor:
+    """Convolve few channels transposed, to a finer grid: see `reference_layers.upsample`."""
+    return _layers_for(values).upsample(values, *arguments)
 
 
 def resample_axis(data: Tensor, operator: AxisOperator, axis: int, **options: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -30,6 +31,12 @@ CONVOLVED_TILES, CONVOLVED_ROWS, CONVOLVED_BLOCKS = 16, 4, 4
 
 MOST_POINTS_OUTPUTS, POINTS_BLOCKS, POINTS_ROWS = 16, 4096, 4
 """Of convolve_points.cu: most outputs, most blocks, and the rows of threads of a block."""
+
+UPSAMPLED, UPSAMPLED_ROWS = 32, 4
+"""Constant of upsample.cu: voxels, channels and results at once; and rows of threads of a block."""
+
+LEAST_UPSAMPLE_BLOCKS = 1536
+"""So many blocks share the work, if there is enough: twice what a large GPU runs at once."""
 
 
 def instance_norm(
@@ -263,6 +270,62 @@ def _require_channels_last(name: str, tensor: Tensor, like: Tensor, pitch: int) 
         )
 
 
+def _require_finer(
+    out: Tensor, images: int, channels: int, grid: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+) -> list[int]:
+    """Check an output that is `stride` times as large as a grid, and return its own grid."""
+    finer = [length * step for length, step in zip(grid, stride, strict=True)]
+    like = torch.empty(images, channels, *finer, dtype=dtype, device="meta")
+    _require_channels_last("the output", out, like, out.stride(-1))
+    return finer
+
+
+def factors_of_upsampling(weight: Tensor) -> Tensor:
+    """Put the weights of a transposed convolution into the order in which the threads of `upsample` take them.
+
+    Args:
+        weight: (C, K, *stride), both in multiples of 32.
+
+    Returns:
+        (groups of 32 results, steps of 32 channels, 4, 32 threads, 8): a thread has the factors of eight channels for a
+        result of each of four products. Results are numbered by their place in a block, then by output.
+    """
+    channels = len(weight)
+    rows = weight.flatten(2).permute(2, 1, 0)  # (stride, K, C)
+    # Results are numbered (thread, product, one of two), and channels (step, thread, eight).
+    parts = rows.reshape(-1, 4, 4, 2, channels // UPSAMPLED, 4, 8)
+    return parts.permute(0, 4, 2, 1, 3, 5, 6).reshape(-1, channels // UPSAMPLED, 4, 32, 8).contiguous()
+
+
+def upsample(values: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """See `reference_layers.upsample`; `factors` are what `factors_of_upsampling` makes of the weight."""
+    (channels, outputs), stride, grid = weight.shape[:2], weight.shape[2:], values.shape[2:]
+    images, width, pitch = len(values), 16 // values.element_size(), out.stride(-1)
+    if channels % UPSAMPLED or outputs % UPSAMPLED or pitch % width:
+        raise ValueError(
+            f"an upsampling must have channels and outputs in multiples of {UPSAMPLED}, and voxels a multiple of "
+            f"{width} numbers apart; got {channels} channels and {outputs} outputs of {pitch}"
+        )
+    _require_channels_last("values", values, values, channels)
+    finer = _require_finer(out, images, outputs, grid, stride, values.dtype)
+    if images * math.prod(finer) >= 2**31:
+        raise ValueError(f"an upsampling must make fewer than 2^31 voxels, got {images} times {finer}")
+    voxels, flat = images * math.prod(grid), [1] * (5 - values.ndim)
+    tiles = -(-voxels // (UPSAMPLED * UPSAMPLED_ROWS))
+    run = -(-len(factors) // min(len(factors), -(-LEAST_UPSAMPLE_BLOCKS // tiles)))
+    groups = -(-len(factors) // run)
+    loader.launch(
+        "upsample",
+        values.dtype,
+        [values.data_ptr(), voxels, *grid[-2:], channels, factors.data_ptr(), _address(bias), *flat, *stride, outputs,
+         groups, run, out.data_ptr(), pitch],
+        device=values.device,
+        blocks=tiles * groups,
+        threads=(32, UPSAMPLED_ROWS),
+    )  # fmt: skip
+    return out
+
+
 def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
     """See `reference_layers.spread_blocks`."""
     axes = out.ndim - 2
@@ -273,9 +336,7 @@ def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
             f"blocks must be contiguous, at a multiple of 16 bytes, channels in multiples of {width} in "
             f"{blocks.dtype}; got {channels} channels of {pitch} in strides {blocks.stride()}"
         )
-    finer = [length * step for length, step in zip(grid, stride, strict=True)]
-    like = torch.empty(images, channels, *finer, dtype=blocks.dtype, device="meta")
-    _require_channels_last("the output", out, like, pitch)
+    finer = _require_finer(out, images, channels, grid, stride, blocks.dtype)
     flat = [1] * (3 - axes)
     loader.launch(
         "spread_blocks",

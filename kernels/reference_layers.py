@@ -129,6 +129,23 @@ def _normed(values: Tensor, norm: Norm, residual: Tensor | None = None) -> Tenso
     return torch.where(result > 0, result, norm.slope * result)
 
 
+def upsample(values: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Convolve transposed with a stride equal to the kernel, so that each voxel makes a block of the finer grid.
+
+    Computed in float32 and rounded once.
+
+    Args:
+        values: (N, C, *grid) half; on a GPU (sm_80 and newer) C is a multiple of 32 and last in memory.
+        weight: (C, K, *stride) as the values; on a GPU K is a multiple of 32.
+        factors: The weight in another order, for GPUs: see `device_layers.factors_of_upsampling`.
+        bias: (K,) float32, or None for 0.
+        out: (N, K, *finer grid), `stride` times as large along each axis, in memory as the copy of `instance_norm`;
+            written and returned.
+    """
+    convolution = F.conv_transpose3d if values.ndim == 5 else F.conv_transpose2d
+    return out.copy_(convolution(values.float(), weight.float(), bias, tuple(weight.shape[2:])))
+
+
 def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
     """Copy blocks of voxels, one for each voxel of a coarse grid, to where they lie in the finer grid.
 

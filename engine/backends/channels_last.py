@@ -41,7 +41,7 @@ def with_channels_last(network: InferenceNetwork, dtype: torch.dtype, *, own: bo
     Args:
         network: Of nnU-Net's classes, on any device.
         dtype: Number type of features and of the convolutions' weights; norms stay in float32.
-        own: Whether `kernels.convolve` may be used: on GPUs from sm_80 on.
+        own: Whether `kernels.convolve` and `kernels.upsample` may be used: on GPUs from sm_80 on.
 
     Raises:
         BackendUnavailable: Where it has parts that this is not for; the network is then as it was.
@@ -107,7 +107,7 @@ class JoinedDecoder(nn.Module):
     def __init__(self, decoder: Any, dtype: torch.dtype, own: bool) -> None:
         super().__init__()
         self.stages = nn.ModuleList(nn.Sequential(*_fused(stage, dtype, own)) for stage in decoder.stages)
-        self.upward = nn.ModuleList(upsampling(convolution, dtype) for convolution in decoder.transpconvs)
+        self.upward = nn.ModuleList(upsampling(convolution, dtype, own) for convolution in decoder.transpconvs)
         self.logits = Logits(decoder.seg_layers[-1], dtype, own)
         link([*self.stages[-1].children(), self.logits])
 

@@ -16,13 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import Norm, convolve, factors_of, instance_norm, norm_apply, norm_scales, spread_blocks
+from ...kernels import (
+    Norm,
+    convolve,
+    factors_of,
+    factors_of_upsampling,
+    instance_norm,
+    norm_apply,
+    norm_scales,
+    spread_blocks,
+    upsample,
+)
 from .rewrites import last_activation, negative_slope, only_spreads
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 
 FEW_OUTPUTS, FEW_INPUTS, FIRST_INPUTS = 32, 96, 4
 """Channels of what `kernels.convolve` does sooner than cuDNN: at most as many outputs, and inputs, also of a scan."""
+
+FEW_UPSAMPLED = 128
+"""Inputs of an upsampling that `kernels.upsample` does sooner than cuBLAS and `kernels.spread_blocks`: at most so many."""
 
 
 def channels_last(values: Tensor) -> Tensor:
@@ -257,9 +270,31 @@ class ProductUpsampling(nn.Module):
         spread_blocks(blocks.unflatten(-1, (*self.stride, -1)), place)
 
 
-def upsampling(convolution: Any, dtype: torch.dtype) -> nn.Module:
+class FewChannelsUpsampling(nn.Module):
+    """The same for few channels, whose results go straight to their place: by `kernels.upsample`."""
+
+    weight: Tensor
+    factors: Tensor
+
+    def __init__(self, convolution: nn.ConvTranspose2d | nn.ConvTranspose3d, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = convolution.weight.detach().to(dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("factors", factors_of_upsampling(weight))
+        self.bias = convolution.bias
+
+    def forward(self, coarse: Tensor, place: Tensor) -> None:
+        """From (N, in, *grid) to (N, out, *finer grid)."""
+        upsample(coarse, self.weight, self.factors, self.bias, place)
+
+
+def upsampling(convolution: Any, dtype: torch.dtype, own: bool) -> nn.Module:
     """Choose how a transposed convolution computes."""
-    return (ProductUpsampling if only_spreads(convolution) else Upsampling)(convolution, dtype)
+    if not only_spreads(convolution):
+        return Upsampling(convolution, dtype)
+    inputs, outputs = convolution.in_channels, convolution.out_channels
+    few = inputs <= FEW_UPSAMPLED and inputs % FEW_OUTPUTS == outputs % FEW_OUTPUTS == 0
+    return (FewChannelsUpsampling if own and few else ProductUpsampling)(convolution, dtype)
 
 
 def steps_of(block: Any) -> list[Any]:

@@ -104,7 +104,7 @@ def refuse_half_on_cpu(device: torch.device, precision: str) -> str | None:
 
 
 OWN_CONVOLUTIONS = (8, 0)
-"""CUDA's compute capability from which on `kernels.convolve` runs."""
+"""CUDA's compute capability from which on `kernels.convolve` and `kernels.upsample` run."""
 
 
 def network_for_gpu(network: InferenceNetwork, device: torch.device, precision: str) -> InferenceNetwork:

@@ -112,7 +112,7 @@ def test_every_part_leaves_its_numbers(tmp_path):
     assert kernels == {
         "gather_tiles", "accumulate_views", "instance_norm", "instance_norm with a residual",
         "instance_norm with a copy", "resample_axis x", "resample_axis y", "resample_axis z", "resample_labels",
-        "spread_blocks", "convolve of a scan", "convolve 1 x 3 x 3", "convolve 3 x 3 x 3",
+        "spread_blocks", "upsample", "convolve of a scan", "convolve 1 x 3 x 3", "convolve 3 x 3 x 3",
         "convolve of joined features", "convolve to logits",
     }  # fmt: skip
     assert all(row["seconds"] > 0 and row["of_copy"] > 0 for row in found["kernels"])

@@ -341,6 +341,43 @@ def check_spread_blocks(target):
     assert torch.isnan(whole[..., : pitch - channels]).all()  # nothing is written between
 
 
+def check_upsample(target):
+    dtype = random.choice([torch.float16, torch.bfloat16])
+    axes, images = random.randint(2, 3), random.randint(1, 2)
+    channels, outputs = random.choice([32, 64, 96, 128]), random.choice([32, 32, 64])
+    grid, stride = shape(1, 5, axes), random.choice([(2,) * axes, (1, 2, 2)[-axes:], shape(1, 3, axes)])
+    values = torch.randn(images, channels, *grid).to(dtype)
+    weight = torch.randn(channels, outputs, *stride).div(math.sqrt(channels)).to(dtype)
+    bias = torch.randn(outputs) if random.random() < 0.8 else None
+    finer = tuple(n * s for n, s in zip(grid, stride, strict=True))
+    factors = device_layers.factors_of_upsampling(weight)
+    expected = reference_layers.upsample(values, weight, factors, bias, torch.empty(images, outputs, *finer))
+    # Each voxel of the finer grid, by its place in the coarse one.
+    voxel = tuple(random.randrange(n) for n in finer)
+    coarse, within = zip(*(divmod(place, step) for place, step in zip(voxel, stride, strict=True)), strict=True)
+    product = values[(..., *coarse)].float() @ weight[(..., *within)].float() + (0 if bias is None else bias)
+    assert torch.allclose(expected[(..., *voxel)], product, atol=1e-5)
+    last = torch.channels_last if axes == 2 else torch.channels_last_3d
+    given = values.to(target).contiguous(memory_format=last)
+    pitch = outputs + 8 * random.choice([0, 1, outputs // 8])
+    whole = torch.full((images, math.prod(finer), pitch), torch.nan, dtype=dtype, device=target)
+    out = whole.as_strided(expected.shape, last_strides(expected.shape, pitch), pitch - outputs)
+    usual = device_layers.UPSAMPLED_ROWS, device_layers.LEAST_UPSAMPLE_BLOCKS
+    if target == CPU:
+        device_layers.UPSAMPLED_ROWS = random.randint(1, 2)
+    device_layers.LEAST_UPSAMPLE_BLOCKS = random.choice([1, 5, usual[1]])
+    bias = None if bias is None else bias.to(target)
+    try:
+        made = device_layers.upsample(given, weight.to(target), factors.to(target), bias, out)
+    finally:
+        device_layers.UPSAMPLED_ROWS, device_layers.LEAST_UPSAMPLE_BLOCKS = usual
+    assert made is out
+    # Sums in another order, and then rounded once.
+    rounded = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    assert bool(((out.cpu().float() - expected).abs() <= 1e-5 + rounded * 1.01 * expected.abs()).all())
+    assert torch.isnan(whole[..., : pitch - outputs]).all()  # nothing is written between
+
+
 def last_strides(size, pitch):
     """Strides of (N, C, *grid) whose voxels are `pitch` numbers apart, channels side by side."""
     steps, step = [], pitch
@@ -360,9 +397,10 @@ CHECKS = {
     "resample_axis": check_resample_axis,
     "resample_labels": check_resample_labels,
     "spread_blocks": check_spread_blocks,
+    "upsample": check_upsample,
 }
 
-SHARE = {"convolve": 0.1, "convolve_points": 0.5, "resample_axis": 0.5}
+SHARE = {"convolve": 0.1, "convolve_points": 0.5, "resample_axis": 0.5, "upsample": 0.5}
 """Of the checks, of what takes seconds where each thread of a warp is one of the CPU's."""
 
 LAUNCHES = dict.fromkeys(CHECKS, 1) | {"instance_norm": 3}

@@ -18,7 +18,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 
 ONE_PIECE_A_BLOCK = (
     "resample_axis", "instance_norm_sums", "instance_norm_scales", "instance_norm_apply", "convolve",
-    "convolve_points",
+    "convolve_points", "upsample",
 )  # fmt: skip
 """Kernels whose blocks do what their number says; the others' go on until nothing is left."""
 

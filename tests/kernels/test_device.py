@@ -183,6 +183,23 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match=r"the output must be torch.float16 of shape \(1, 8, 4, 3\) with strides"):
             device_layers.spread_blocks(torch.zeros(1, 2, 3, 2, 1, 8, dtype=torch.float16), place)
 
+    def test_upsamplings_that_the_kernel_is_not_for(self, kernels):
+        def upsample(channels, outputs, stride, pitch, grid=(2, 3)):
+            values = torch.empty(1, *grid, channels, dtype=torch.float16, device="meta").movedim(-1, 1)
+            weight = torch.empty(channels, outputs, *stride, dtype=torch.float16, device="meta")
+            place = torch.empty(1, *(2 * n for n in grid), pitch, dtype=torch.float16, device="meta").movedim(-1, 1)
+            device_layers.upsample(values, weight, weight, None, place[:, :outputs])
+
+        for sizes in ((48, 32, (2, 2), 32), (64, 24, (2, 2), 32), (64, 32, (2, 2), 36)):
+            with pytest.raises(
+                ValueError, match=r"channels and outputs in multiples of 32, and voxels a multiple of 8"
+            ):
+                upsample(*sizes)
+        with pytest.raises(ValueError, match=r"the output must be torch.float16 of shape \(1, 32, 4, 3\) with strides"):
+            upsample(64, 32, (2, 1), 64)
+        with pytest.raises(ValueError, match=r"fewer than 2\^31 voxels, got 1 times \[65536, 32768\]"):
+            upsample(64, 32, (2, 2), 64, (32768, 16384))
+
     @pytest.mark.parametrize(
         ("weight", "slope"),
         [((32, 32, 1, 5, 5), 1.0), ((24, 32, 1, 3, 3), 1.0), ((32, 4, 1, 3, 3), 1.0), ((32, 32, 1, 3, 3), -0.5)],

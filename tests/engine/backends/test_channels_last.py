@@ -11,7 +11,13 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from nnturbo.engine import BackendUnavailable
 from nnturbo.engine.backends import torch as torch_backend
 from nnturbo.engine.backends.channels_last import with_channels_last, without_lost_biases
-from nnturbo.engine.backends.fused_layers import FewChannels, FusedBlock, channels_last
+from nnturbo.engine.backends.fused_layers import (
+    FewChannels,
+    FewChannelsUpsampling,
+    FusedBlock,
+    ProductUpsampling,
+    channels_last,
+)
 from nnturbo.engine.backends.torch import DTYPES, OWN_CONVOLUTIONS, TorchRunner, network_for_gpu
 from nnturbo.engine.model.folds import InferenceNetwork
 from nnturbo.engine.model.network import build_network
@@ -134,7 +140,7 @@ class TestTheNetworkIsTheSame:
         assert 1e-4 < furthest(logits.float(), exact) < 1.5 * usual
 
 
-WIDE = {"features_per_stage": [32, 40, 48]}
+WIDE = {"features_per_stage": [32, 64, 48]}
 
 
 class TestItsOwnConvolutions:
@@ -172,6 +178,34 @@ class TestItsOwnConvolutions:
             assert not [block for block in blocks if isinstance(block.convolution, FewChannels)]
             assert TorchRunner(network, torch.device("cpu"), "bf16")(tiles()).seg_logits.isfinite().all()
 
+    @pytest.mark.parametrize(
+        ("features", "own", "few"),
+        [((32, 64, 48), True, [False, True]), ((32, 64, 48), False, [False, False]), ((32, 160, 96), True, [True, False]),
+         ((40, 64, 128), True, [True, False])],
+    )  # fmt: skip
+    def test_upsamplings_of_few_channels_have_no_blocks(self, features, own, few):
+        network = with_channels_last(network_of(plans(features_per_stage=list(features))), torch.bfloat16, own=own)
+        kinds = [type(upward) for upward in network.networks[0].get_submodule("decoder.upward")]
+        assert kinds == [FewChannelsUpsampling if each else ProductUpsampling for each in few]
+
+    def test_memory_holds_no_blocks_of_the_last_upsampling(self, monkeypatch):
+        def convolve(values, weight, factors, norm=None, bias=None):
+            images, _, *grid = values.shape
+            made = values.new_empty(images, *grid, len(weight)).movedim(-1, 1)
+            return made, None if bias is not None else torch.zeros(images, 1, 3, len(weight), device="meta")
+
+        module = "nnturbo.engine.backends.fused_layers."
+        for name in ("instance_norm", "norm_apply"):
+            monkeypatch.setattr(module + name, lambda values, *others: values)
+        monkeypatch.setattr(module + "convolve", convolve)
+        monkeypatch.setattr(module + "upsample", lambda *arguments: None)
+        network = with_channels_last(network_of(plans(**WIDE)), torch.bfloat16, own=True).to("meta")
+        with LiveBytes() as counted:
+            network(torch.empty(2, 1, *PATCH, device="meta"))
+        finest = 2 * 32 * math.prod(PATCH) * 2
+        # The features of a stage before their norm, and the decoder's place for twice as much.
+        assert 3 <= counted.most / finest < 3.2
+
     @pytest.mark.thorough
     @pytest.mark.skipif(host.compiler is None, reason="g++ is not installed")
     @pytest.mark.parametrize(("name", "dimensions"), [("PlainConvUNet", 3), ("ResidualUNet", 2)])
@@ -183,6 +217,7 @@ class TestItsOwnConvolutions:
         monkeypatch.setattr(loader, "launch", launched)
         monkeypatch.setattr(nnturbo.kernels, "_launches", lambda tensor: True)
         monkeypatch.setattr(device_layers, "CONVOLVED_ROWS", 2)
+        monkeypatch.setattr(device_layers, "UPSAMPLED_ROWS", 2)
         found = runner(tiles(dimensions, 1).bfloat16()).seg_logits.float()
         assert furthest(found, expected) < 0.1
 
