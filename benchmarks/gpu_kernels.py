@@ -157,11 +157,9 @@ def _of_layers(device: torch.device, size: tuple[int, int, int]) -> Iterator[Ope
         ),
         call=lambda of, blocks, joined: of.spread_blocks(blocks, joined[:, :channels]),
     )
-    coarse, half_weight = (
-        (grid[0], *(n // 2 for n in grid[1:])),
-        torch.rand(2 * channels, channels, 1, 2, 2, device=device).to(half),
-    )
-    arguments = (half_weight, factors_of_upsampling(half_weight), bias)
+    coarse = (grid[0], *(n // 2 for n in grid[1:]))
+    transposed = torch.randn(2 * channels, channels, 1, 2, 2, device=device).to(half)
+    arguments = (transposed, factors_of_upsampling(transposed), bias)
     yield Operation(
         name="upsample",
         size=size,

@@ -35,7 +35,7 @@ FEW_OUTPUTS, FEW_INPUTS, FIRST_INPUTS = 32, 96, 4
 """Channels of what `kernels.convolve` does sooner than cuDNN: at most as many outputs, and inputs, also of a scan."""
 
 FEW_UPSAMPLED = 128
-"""Inputs of an upsampling that `kernels.upsample` does sooner than cuBLAS and `kernels.spread_blocks`: at most so many."""
+"""Most inputs of an upsampling that `kernels.upsample` does sooner than a product and `kernels.spread_blocks`."""
 
 
 def channels_last(values: Tensor) -> Tensor:
