@@ -213,7 +213,7 @@ def convolve(
 
 @lru_cache(maxsize=512)
 def _tiles_of_block(tiles: int, images: int, at_once: int, most: int) -> int:
-    """Choose how many tiles a block takes, so that few blocks run alone at the end; a block begins for a tile's time."""
+    """Choose how many tiles a block takes, so that few run alone at the end; a block begins for a tile's time."""
 
     def rounds(run: int) -> int:
         return -(-images * -(-tiles // run) // at_once)
