@@ -69,8 +69,10 @@ class GraphedNetwork:
         if tiles.shape not in self._recordings:
             while len(self._recordings) >= MOST_RECORDED:
                 del self._recordings[next(iter(self._recordings))]
+            if not self._recordings:
+                torch.cuda.empty_cache()  # what an earlier network has left
+                _keep_workspace(tiles)
             self._recordings[tiles.shape] = None
-            _keep_workspace(tiles)
             return self._network(tiles)
         recording = self._recordings[tiles.shape]
         if recording is None:
