@@ -94,10 +94,27 @@ def whole() -> str:
     return markdown(header, rows)
 
 
+def views() -> str:
+    """Forwards by the number of views at a time."""
+    by_count: dict[int, dict[bool, dict[str, float]]] = {}
+    for row in load("gpu")["views"]:
+        by_count.setdefault(row["views"], {})[row["graph"]] = row
+    rows = [
+        [
+            str(count),
+            *(f"{1e3 * of[graph]['seconds_per_view']:.2f} ms" for graph in (False, True)),
+            megabytes(of[True]["reserved_bytes"]),
+        ]
+        for count, of in by_count.items()
+    ]
+    header = ["views of 64 x 128 x 192 at a time", "time of a view", "as a CUDA graph", "memory held with the graph"]
+    return markdown(header, rows)
+
+
 def labels() -> str:
     """Labels of trained models."""
     named = [(f"demo model, phantom {row['phantom']}", row) for row in load("gpu")["labels"]]
-    named.append(("a model that nnU-Net trained, a real CT, mirrored, on the H100", load("gpu_first")["trained"]))
+    named.append(("a model that nnU-Net trained, a real CT, mirrored", load("gpu")["trained"]))
     rows = []
     for name, row in named:
         for other, key in (("fp32 on the CPU", "against_cpu"), ("nnU-Net on the same GPU", "against_stock")):
@@ -164,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_machine": machine,
     "gpu_forward": forward,
     "gpu_whole": whole,
+    "gpu_views": views,
     "gpu_labels": labels,
     "gpu_kernels": kernels,
 }
