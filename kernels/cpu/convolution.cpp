@@ -382,30 +382,27 @@ Size weights_size(Size taps, Size inputs, Size outputs) { return IN * IN * taps 
 void transform_weights(Size taps, Size inputs, Size outputs, const float* from, float* to) {
   static const double G[IN][3] = {{1.0 / 4, 0, 0},           {-1.0 / 6, -1.0 / 6, -1.0 / 6}, {-1.0 / 6, 1.0 / 6, -1.0 / 6},
                                   {1.0 / 24, 1.0 / 12, 1.0 / 6}, {1.0 / 24, -1.0 / 12, 1.0 / 6}, {0, 0, 1}};
+  double factors[IN * IN][9];
+  for (int position = 0; position < IN * IN; ++position)
+    for (int at = 0; at < 9; ++at) factors[position][at] = G[position / IN][at / 3] * G[position % IN][at % 3];
   const Size panels = whole_panels(outputs) / COLUMNS;
   in_parallel(panels, [&](Size panel) {
-    double kernels[27][COLUMNS] = {}, sums[COLUMNS];
+    // With three taps along z, those along x are left; with one, none are.
+    double kernels[3][9][COLUMNS] = {};
     for (Size input = 0; input < inputs; ++input) {
       for (Size lane = 0; lane < least(COLUMNS, outputs - panel * COLUMNS); ++lane) {
         const float* kernel = from + ((panel * COLUMNS + lane) * inputs + input) * taps * 9;
-        for (int at = 0; at < taps * 9; ++at) kernels[at][lane] = kernel[at];
+        for (int at = 0; at < taps * 9; ++at) kernels[at % taps][at / taps][lane] = kernel[at];
       }
-      for (int i = 0; i < IN; ++i)
-        for (int j = 0; j < IN; ++j)
-          for (int tap = 0; tap < taps; ++tap) {
-            // With three taps along z, those along x are left; with one, none are.
-            for (double& sum : sums) sum = 0;
-            for (int one = 0; one < 3; ++one)
-              for (int other = 0; other < 3; ++other) {
-                const double factor = G[i][one] * G[j][other];
-                const double* const kernel = kernels[taps == 3 ? (one * 3 + other) * 3 + tap : one * 3 + other];
-                for (int lane = 0; lane < COLUMNS; ++lane) sums[lane] += factor * kernel[lane];
-              }
-            const Size position = i * IN + j;
-            float* const place =
-                to + ((position * panels + panel) * taps * inputs + tap * inputs + input) * COLUMNS;
-            for (int lane = 0; lane < COLUMNS; ++lane) place[lane] = static_cast<float>(sums[lane]);
+      for (Size position = 0; position < IN * IN; ++position)
+        for (Size tap = 0; tap < taps; ++tap) {
+          float* const place = to + (((position * panels + panel) * taps + tap) * inputs + input) * COLUMNS;
+          for (int lane = 0; lane < COLUMNS; ++lane) {
+            double sum = 0;
+            for (int at = 0; at < 9; ++at) sum += factors[position][at] * kernels[tap][at][lane];
+            place[lane] = static_cast<float>(sum);
           }
+        }
     }
   });
 }
