@@ -17,7 +17,7 @@ namespace {
 
 constexpr int OUT = 4, IN = 6;  // F(4, 3)
 constexpr int ROWS_AT_ONCE = 192;
-constexpr Size TILES_AT_ONCE = 48;
+constexpr Size TILES_AT_ONCE = 24;
 constexpr Size SHORT = 2;  // so many times ROWS
 constexpr Size PART_X = 48;  // about; of more, what a block transforms of few channels does not stay in the cache
 constexpr Size TASKS_PER_THREAD = 16;  // at least, between two waits for all of them
@@ -277,7 +277,7 @@ void convolve(Convolution of, const Spread* coarse) {
   const Size slab = coarse || overwrites ? least(of.z, fewest * PLANES) : of.z;
   const Array<float> finer(coarse ? least(of.z, slab + 2 * HALO) * plane * coarse->outputs : 0);
   const Array<float> aside(overwrites ? slab * plane * of.outputs : 0);
-  const Array<float> before(overwrites ? plane * of.outputs : 0);
+  const Array<float> before(overwrites && ALONG_Z ? plane * of.outputs : 0);
   for (of.first = 0; of.first < of.z; of.first = of.end) {
     of.end = least(of.z, of.first + slab);
     if (coarse) {
@@ -303,9 +303,11 @@ void convolve(Convolution of, const Spread* coarse) {
       });
     }
     if (overwrites) {
-      copy(last.values + (of.end - 1) * plane * of.outputs, plane * of.outputs, before.data());
+      if constexpr (ALONG_Z) {
+        copy(last.values + (of.end - 1) * plane * of.outputs, plane * of.outputs, before.data());
+        last.before = before.data();
+      }
       copy(aside.data(), (of.end - of.first) * plane * of.outputs, to + of.first * plane * of.outputs);
-      last.before = before.data();
     }
   }
 }
