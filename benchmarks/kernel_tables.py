@@ -10,7 +10,7 @@ from typing import Any
 from .native_command import BUNDLE, MODEL, PROGRAM, STOCK
 from .tables import differing, instructions, load, markdown, times
 
-LAYERS = ("layers_plain", "layers_2d")
+LAYERS = ("layers_plain", "layers_resenc", "layers_2d")
 FEW_CHANNELS = 32
 ORDER = (
     "convolution by fewer products",
