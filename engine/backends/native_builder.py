@@ -12,8 +12,8 @@ from torch import Tensor
 from ...kernels.program import Norm, Operation, Upsampling
 from .buffers import Shape
 
-LEAST_VOXELS = 512
-"""Least output size of a transformed convolution: below it, four times as many weights take about as long to read."""
+LEAST_VOXELS = 2048
+"""Least output size of a transformed convolution: below it, transforming weights takes longer than the voxels."""
 
 LEAST_VOXELS_OF_PLANES = 256
 """The same of a 2D network, in which several tiles are computed at once and the kernel has no taps along z."""

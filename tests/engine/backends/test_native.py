@@ -8,9 +8,8 @@ import pytest
 import torch
 from nnturbo.engine import BackendUnavailable, Engine, Volume, build
 from nnturbo.engine.backends import choose, native, native_builder
-from nnturbo.engine.backends.buffers import Shape, reads
+from nnturbo.engine.backends.buffers import reads
 from nnturbo.engine.backends.native import NativeBackend
-from nnturbo.engine.backends.native_builder import Builder
 from nnturbo.engine.backends.native_files import PROGRAM_FILE, WEIGHTS_FILE, read_programs
 from nnturbo.engine.backends.torch import TorchBackend
 from nnturbo.engine.bundles.manifest import read_manifest
@@ -121,15 +120,6 @@ def test_logits_are_those_of_torch_for_any_number_of_tiles(tmp_path, monkeypatch
         assert (got.class_logits is None) == (expected.class_logits is None)
         if expected.class_logits is not None:
             torch.testing.assert_close(got.class_logits, expected.class_logits, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("size", "transformed"), [((8, 8, 8), True), ((8, 8, 7), False), ((1, 16, 16), True), ((1, 16, 15), False)]
-)
-def test_convolutions_of_few_voxels_do_not_go_by_fewer_products(size, transformed):
-    builder = Builder([Shape(channels=8, size=size)] * 2)
-    builder.convolution("layer", torch.nn.Conv3d(8, 8, (min(3, size[0]), 3, 3)), [1], None)
-    assert [each.transformed for each in builder.operations] == [transformed]
 
 
 @pytest.mark.parametrize(("kind", "maps"), [("plain", 2), ("residual encoder", 3), ("average", 3)])
