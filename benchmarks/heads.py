@@ -102,7 +102,7 @@ def train_heads(
                 loss.backward()
                 nn.utils.clip_grad_norm_(head.parameters(), recipe.head_gradient_clip)
                 optimizer.step()
-                of_heads.append(float(loss))
+                of_heads.append(float(loss.detach()))
             losses.append(of_heads)
             if step % 50 == 0:
                 print(f"step {step}: losses {[round(loss, 3) for loss in of_heads]}", flush=True)

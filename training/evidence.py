@@ -90,7 +90,7 @@ def gather_evidence(
         class_names, plan = networks[0].class_names, networks[0].model.plan
         for case in of_fold:
             answers = [network.predict(case, save_probabilities=len(models) > 1) for network in networks]
-            for subset, measured in _compare(answers, case, task, plan, subsets).items():
+            for subset, measured in compare_ensembles(answers, case, task, plan, subsets).items():
                 dsc[subset].append(measured)
             for place, answer in enumerate(answers):
                 for (kind, aggregation), values in answer.logits.items():
@@ -108,10 +108,18 @@ def gather_evidence(
     )
 
 
-def _compare(
+def compare_ensembles(
     answers: Sequence[Answer], case: LabelledCase, task: Task, plan: Plan, subsets: Sequence[tuple[int, ...]]
 ) -> dict[tuple[int, ...], tuple[float, float]]:
-    """DSC of all foreground and of the focus, of every ensemble of the models, where the truth is known."""
+    """Measure DSC of all foreground and of the focus, of some ensembles, where the truth is known.
+
+    Args:
+        answers: Of each model; those in an ensemble have probabilities.
+        case: The case.
+        task: Labels of its data set.
+        plan: Plan of one of the models.
+        subsets: Places in `answers` of each ensemble's models.
+    """
     truth = read_mask(case.labels, task)[0].array[0]
     known = np.ones(truth.shape, bool) if task.ignore_label is None else truth != task.ignore_label
     focus = _focus_values(plan)
