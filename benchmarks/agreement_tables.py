@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nnturbo.training.choose import Candidate, Proposal, candidate_table
+from nnturbo.training.evaluation.metrics import Interval
+
 from .figures import RESULTS
 from .tables import load, markdown, model_and_scans
 
@@ -122,6 +125,26 @@ def _recipes(what: str, cell: Callable[[dict[str, Any]], str], without: str | No
     return markdown([header, *result["rows"][0]["measures"]], rows)
 
 
+def choice() -> str:
+    """What `nnturbo choose` printed about four presets."""
+
+    def value(stored: Any) -> Any:
+        if isinstance(stored, dict):
+            return Interval(**stored)
+        return tuple(stored) if isinstance(stored, list) else stored
+
+    def candidate(stored: dict[str, Any]) -> Candidate:
+        return Candidate(**{name: value(of) for name, of in stored.items()})
+
+    result = load("choice")
+    proposal = Proposal(
+        chosen=candidate(result["chosen"]),
+        candidates=tuple(map(candidate, result["candidates"])),
+        remarks=tuple(result["remarks"]),
+    )
+    return candidate_table(proposal, result["compared"])
+
+
 def agreement() -> str:
     """Labels of every backend against fp32 torch."""
     rows = []
@@ -147,5 +170,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "class_ways": class_ways,
     "recipes": recipes,
     "recipe_differences": recipe_differences,
+    "choice": choice,
     "agreement": agreement,
 }

@@ -35,7 +35,7 @@ from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.pooled_classifier import fit_pooled_classifier, training_scans
 from nnturbo.training.recipe import CPU_PRECISIONS, PRESETS, Recipe
 from nnturbo.training.train import recipe_to_go_on_with, train
-from nnturbo.training.trainer_state import stored_recipe
+from nnturbo.training.trainer_state import FITTED, stored_recipe
 from nnturbo.training.whole_cases import LabelledCase
 from numpy.typing import NDArray
 from scipy.special import softmax
@@ -47,11 +47,6 @@ from .report import write_report
 RESAMPLES, EPOCHS = 2000, 4
 CONFIGURATION = "3d_fullres"
 REFERENCE, TRAINED, MEAN = "balanced", "balanced, weights without the average", "mean of the four presets"
-WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    **{preset: (preset, {}) for preset in PRESETS},
-    "balanced, gradients of two batches a step": ("balanced", {"batches_per_step": 2}),
-}
-"""Preset and changed entries of each training; the presets come first."""
 Floats = NDArray[np.float64]
 
 
@@ -68,9 +63,8 @@ class Seen:
     shares: Mapping[str, Floats]
 
 
-def recipe_of(way: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
+def recipe_of(preset: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
     """Make the recipe of a short training that begins with trained weights, and keeps their head."""
-    preset, changes = WAYS[way]
     kept = ("head", "head_stages", "head_hidden", "head_queries", "focus_labels")
     values = {name: getattr(start, name) for name in kept} | {
         "epochs": EPOCHS,
@@ -85,22 +79,22 @@ def recipe_of(way: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe
         "cpu_precision": cpu_precision,
         "seed": 1,
     }
-    return replace(PRESETS[preset], **values, **changes)
+    return replace(PRESETS[preset], **values)
 
 
-def train_way(way: str, start: Recipe, options: argparse.Namespace) -> Path:
-    """Train one way, or go on with it, and fit its classifier; give the model folder."""
+def train_preset(preset: str, start: Recipe, options: argparse.Namespace) -> Path:
+    """Train a preset, or go on with it, and fit its classifier; give the model folder."""
     places: dict[str, Any] = {
         "plans_name": options.plans,
         "preprocessed": options.preprocessed,
-        "results": options.folder / _as_file(way),
+        "results": options.folder / preset,
     }
     has_begun = recipe_to_go_on_with(options.dataset, CONFIGURATION, 0, **places) is not None
     model = train(
         options.dataset,
         CONFIGURATION,
         0,
-        recipe=recipe_of(way, start, options.steps, options.cpu_precision),
+        recipe=recipe_of(preset, start, options.steps, options.cpu_precision),
         raw=options.raw,
         device=options.device,
         resume=has_begun,
@@ -120,18 +114,23 @@ def fit(model: Path, options: argparse.Namespace) -> None:
     fit_pooled_classifier(model, 0, [scans[place] for place in places], stages=options.stages, device=options.device)
 
 
-def without_average(model: Path, target: Path) -> Path:
-    """Make a model of the weights that were trained on, in place of their average; give its folder."""
+def without_average(checkpoint: Path, target: Path) -> Path:
+    """Make a model of the weights that were trained on, in place of their average; give its folder.
+
+    Args:
+        checkpoint: In a fold of a model whose training had an average.
+        target: Folder of the new model.
+    """
     path = target / "fold_0" / DEFAULT_CHECKPOINT
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         for name in ("plans.json", "dataset.json"):
-            shutil.copyfile(model / name, target / name)
-        content = torch.load(model / "fold_0" / DEFAULT_CHECKPOINT, map_location="cpu", weights_only=False)
-        content["network_weights"] = content["multi_task"]["trained_weights"]
-        del content["pooled_classifier"]  # of the average
+            shutil.copyfile(checkpoint.parents[1] / name, target / name)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        # What was fitted was fitted to the average.
+        kept = {name: value for name, value in content.items() if name not in FITTED}
         with written_atomically(path) as temporary:
-            torch.save(content, temporary)
+            torch.save({**kept, "network_weights": content["multi_task"]["trained_weights"]}, temporary)
     return target
 
 
@@ -187,15 +186,15 @@ def observe(
     }
 
 
-def compare(seen: Mapping[str, Seen], labels: Sequence[int]) -> list[dict[str, Any]]:
-    """Measure every way, each with its interval, and its difference from the reference over the same resamples."""
+def compare(seen: Mapping[str, Seen], labels: Sequence[int], reference: str) -> list[dict[str, Any]]:
+    """Measure every way, each with its interval, and its difference from one of them over the same resamples."""
     weights = np.vstack([np.ones(len(labels)), draw_resamples(len(labels), RESAMPLES, 0)])  # all cases, then resamples
     found = {way: _statistics(of, labels, weights) for way, of in seen.items()}
     return [
         {
             "way": way,
             "measures": {
-                name: {**_described(values), "difference": _described(values - found[REFERENCE][name])}
+                name: {**_described(values), "difference": _described(values - found[reference][name])}
                 for name, values in statistics.items()
             },
         }
@@ -215,10 +214,6 @@ def _statistics(seen: Seen, labels: Sequence[int], weights: Floats) -> dict[str,
 def _described(values: Floats) -> dict[str, float]:
     """The value over all cases, which comes first, and the interval over the resamples."""
     return {"value": float(values[0]), **asdict(interval_of(values[1:]))}
-
-
-def _as_file(way: str) -> str:
-    return way.replace(",", "").replace(" ", "_")
 
 
 def main() -> None:
@@ -241,20 +236,24 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of {EPOCHS}, the number of epochs, got {options.steps}")
     start = stored_recipe(options.start)
     with nnunet_environment(n_proc_DA=0):
-        models = {way: train_way(way, start, options) for way in WAYS}
-    models[TRAINED] = without_average(models[REFERENCE], options.folder / _as_file(TRAINED))
+        models = {preset: train_preset(preset, start, options) for preset in PRESETS}
+    models[TRAINED] = without_average(
+        models[REFERENCE] / "fold_0" / DEFAULT_CHECKPOINT, options.folder / "balanced_without_average"
+    )
     fit(models[TRAINED], options)
     cases = phantoms(options)
     task = read_task(options.preprocessed / options.dataset / DATASET_FILE)
     seen = observe(models, list(PRESETS), cases, task, options.device)
-    rows = compare(seen, [case.subtype for case in cases])
+    rows = compare(seen, [case.subtype for case in cases], REFERENCE)
     for row in rows:
         print(row["way"], *(f"{of['value']:.3f} ({of['difference']['low']:+.3f} to {of['difference']['high']:+.3f})"
                             for of in row["measures"].values()), sep="; ")  # fmt: skip
     write_report(options.json, {
         "benchmark": "recipes", "start": sha256(options.start), "steps": options.steps, "fitted_on": options.fit,
         "cases": len(cases), "seed": options.seed, "reference": REFERENCE, "rows": rows,
-        "recipes": {way: recipe_of(way, start, options.steps, options.cpu_precision).describe() for way in WAYS},
+        "recipes": {
+            preset: recipe_of(preset, start, options.steps, options.cpu_precision).describe() for preset in PRESETS
+        },
     })  # fmt: skip
 
 

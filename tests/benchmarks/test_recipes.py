@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.benchmarks import recipes
-from nnturbo.benchmarks.recipes import MEAN, REFERENCE, TRAINED, WAYS, Seen, compare, recipe_of
+from nnturbo.benchmarks.recipes import MEAN, TRAINED, Seen, compare, recipe_of
 from nnturbo.engine.ensemble import Ensemble
 from nnturbo.engine.options import EngineOptions
 from nnturbo.training.data.masks import read_mask
@@ -30,7 +30,7 @@ def seen(overlap, wrong):
 
 
 def test_differences_are_those_of_the_same_cases():
-    better, reference = compare({"better": seen(0.8, 0), REFERENCE: seen(0.7, 30)}, LABELS.tolist())
+    better, reference = compare({"better": seen(0.8, 0), "other": seen(0.7, 30)}, LABELS.tolist(), "other")
     dsc, f1 = better["measures"]["lesion DSC"], better["measures"]["macro-F1, head"]
     assert dsc["value"] == pytest.approx(0.85)
     assert dsc["low"] < 0.85 < dsc["high"]
@@ -44,17 +44,17 @@ def test_differences_are_those_of_the_same_cases():
 
 def test_recipes_differ_by_their_preset_alone_and_keep_the_start_s_head():
     start = replace(TINY, head_hidden=9)
-    made = {way: recipe_of(way, start, 200, "bf16") for way in WAYS}
-    for way, recipe in made.items():
+    made = {preset: recipe_of(preset, start, 200, "bf16") for preset in PRESETS}
+    for preset, recipe in made.items():
         assert (recipe.epochs * recipe.iterations, recipe.head_hidden) == (200, 9)
-        assert recipe.learning_rate == PRESETS[WAYS[way][0]].learning_rate
-        assert recipe.left_out == PRESETS[WAYS[way][0]].left_out
-    assert len(set(made.values())) == len(WAYS)
+        assert recipe.learning_rate == PRESETS[preset].learning_rate
+        assert recipe.left_out == PRESETS[preset].left_out
+    assert len(set(made.values())) == 4
 
 
-@pytest.mark.thorough  # five trainings
+@pytest.mark.thorough  # four trainings
 def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
-    tiny, trained, without_curves, tmp_path, monkeypatch, capsys  # noqa: F811
+    tiny, trained, without_curves, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
     monkeypatch.setattr(recipes, "SMALL_SETTINGS", PHANTOMS)
     arguments = {
@@ -66,16 +66,16 @@ def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     monkeypatch.setattr(sys, "argv", ["recipes", *line, "--stages", "1", "2"])
     recipes.main()
     checkpoints = {path: path.read_bytes() for path in sorted((tmp_path / "kept").rglob("checkpoint_final.pth"))}
-    assert len(checkpoints) == len(WAYS) + 1
+    assert len(checkpoints) == 5
     found = json.loads((tmp_path / "recipes.json").read_text())
     rows = {row["way"]: row["measures"] for row in found["rows"]}
-    assert list(rows) == [*WAYS, TRAINED, MEAN]
+    assert list(rows) == [*PRESETS, TRAINED, MEAN]
     assert set(rows[MEAN]) == {"whole-pancreas DSC", "lesion DSC", "macro-F1, head", "macro-F1, lda"}
 
-    def content_of(way):
-        return torch.load(next(path for path in checkpoints if recipes._as_file(way) in path.parts), weights_only=False)
+    def content_of(folder):
+        return torch.load(next(path for path in checkpoints if folder in path.parts), weights_only=False)
 
-    average, trained_on = content_of(REFERENCE), content_of(TRAINED)
+    average, trained_on = content_of("balanced"), content_of("balanced_without_average")
     assert not torch.equal(*(content["pooled_classifier"]["weight"] for content in (average, trained_on)))
     name = next(iter(average["network_weights"]))
     assert torch.equal(average["multi_task"]["trained_weights"][name], trained_on["network_weights"][name])
@@ -88,7 +88,7 @@ def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     assert all(path.read_bytes() == content for path, content in checkpoints.items())
     assert json.loads((tmp_path / "recipes.json").read_text())["rows"] == found["rows"]
 
-    models = {way: next(path.parents[1] for path in checkpoints if way in path.parts) for way in PRESETS}
+    models = {name: next(path.parents[1] for path in checkpoints if name in path.parts) for name in PRESETS}
     assert stored_recipe(models["aggressive"] / "fold_0" / "checkpoint_final.pth").preset == "aggressive"
     case = recipes.held_out_phantoms(tmp_path / "kept" / "phantoms_5_6")[0]
     task = read_task(tiny.preprocessed / tiny.name / "dataset.json")
