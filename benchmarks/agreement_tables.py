@@ -125,6 +125,22 @@ def _recipes(what: str, cell: Callable[[dict[str, Any]], str], without: str | No
     return markdown([header, *result["rows"][0]["measures"]], rows)
 
 
+def weight_average() -> str:
+    """The average of a training's weights against the weights."""
+    rows = []
+    for row in load("weight_average")["rows"]:
+        for name, of in row["average"].items():
+            pair = [
+                f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+                for value in (row["weights"][name], of)
+            ]
+            more = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**of["difference"])
+            rows.append([row["when"], name, *pair, more])
+    return markdown(
+        ["after", "measure", "weights", "average of the weights", "difference over the same phantoms"], rows
+    )
+
+
 def choice() -> str:
     """What `nnturbo choose` printed about four presets."""
 
@@ -170,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "class_ways": class_ways,
     "recipes": recipes,
     "recipe_differences": recipe_differences,
+    "weight_average": weight_average,
     "choice": choice,
     "agreement": agreement,
 }
