@@ -1,14 +1,14 @@
 """Goes on from one checkpoint by several recipes, with as many batches each, and compares them on held-out phantoms.
 
     python -m nnturbo.benchmarks.recipes --start CHECKPOINT --dataset NAME --plans NAME --raw FOLDER
-        --preprocessed FOLDER --folder FOLDER [--cases 300] [--seed S] [--steps 200] [--fit 240]
+        --preprocessed FOLDER --folder FOLDER [--cases 300] [--seed S] [--steps 200] [--fit 0]
         [--cpu_precision bf16] [--json FILE]
 
 The recipes are the four presets, with an average of the weights; the mean of the four models is compared too, and the
-weights that `balanced` has without the average. To each model a discriminant analysis is fitted, on some of the
-training cases. The phantoms come from a seed by which nothing has been chosen: take another seed after anything was
-chosen by the result. Trainings, fits and phantoms are kept in `--folder`, so that an interrupted run goes on; give
-another folder for another start or other steps.
+weights that `balanced` has without the average. With `--fit` a discriminant analysis is fitted to each model, on so
+many of the training cases. The phantoms come from a seed by which nothing has been chosen: take another seed after
+anything was chosen by the result. Trainings, fits and phantoms are kept in `--folder`, so that an interrupted run goes
+on; give another folder for another start or other steps.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ from .report import write_report
 RESAMPLES, EPOCHS = 2000, 4
 CONFIGURATION = "3d_fullres"
 REFERENCE, TRAINED, MEAN = "balanced", "balanced, weights without the average", "mean of the four presets"
+WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    **{preset: (preset, {}) for preset in PRESETS},
+    "balanced, gradients of two batches a step": ("balanced", {"batches_per_step": 2}),
+}
+"""Preset and changed entries of each training; the presets come first."""
 Floats = NDArray[np.float64]
 
 
@@ -63,8 +68,9 @@ class Seen:
     shares: Mapping[str, Floats]
 
 
-def recipe_of(preset: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
+def recipe_of(way: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
     """Make the recipe of a short training that begins with trained weights, and keeps their head."""
+    preset, changes = WAYS[way]
     kept = ("head", "head_stages", "head_hidden", "head_queries", "focus_labels")
     values = {name: getattr(start, name) for name in kept} | {
         "epochs": EPOCHS,
@@ -79,22 +85,22 @@ def recipe_of(preset: str, start: Recipe, steps: int, cpu_precision: str) -> Rec
         "cpu_precision": cpu_precision,
         "seed": 1,
     }
-    return replace(PRESETS[preset], **values)
+    return replace(PRESETS[preset], **values, **changes)
 
 
-def train_preset(preset: str, start: Recipe, options: argparse.Namespace) -> Path:
-    """Train a preset, or go on with it, and fit its classifier; give the model folder."""
+def train_way(way: str, start: Recipe, options: argparse.Namespace) -> Path:
+    """Train one way, or go on with it, and fit its classifier; give the model folder."""
     places: dict[str, Any] = {
         "plans_name": options.plans,
         "preprocessed": options.preprocessed,
-        "results": options.folder / preset,
+        "results": options.folder / way.replace(",", "").replace(" ", "_"),
     }
     has_begun = recipe_to_go_on_with(options.dataset, CONFIGURATION, 0, **places) is not None
     model = train(
         options.dataset,
         CONFIGURATION,
         0,
-        recipe=recipe_of(preset, start, options.steps, options.cpu_precision),
+        recipe=recipe_of(way, start, options.steps, options.cpu_precision),
         raw=options.raw,
         device=options.device,
         resume=has_begun,
@@ -106,8 +112,8 @@ def train_preset(preset: str, start: Recipe, options: argparse.Namespace) -> Pat
 
 
 def fit(model: Path, options: argparse.Namespace) -> None:
-    """Fit a discriminant analysis on training cases, spread evenly over them, if the checkpoint has none yet."""
-    if read_model(model, folds=[0]).pooled_classifiers[0] is not None:
+    """Fit a discriminant analysis on training cases, spread evenly over them, if it is asked for and not there yet."""
+    if not options.fit or read_model(model, folds=[0]).pooled_classifiers[0] is not None:
         return
     scans = training_scans(options.raw / options.dataset, options.preprocessed / options.dataset, 0)
     places = np.linspace(0, len(scans), min(options.fit, len(scans)), endpoint=False).astype(int)
@@ -168,19 +174,20 @@ def observe(
     ]
     members = tuple(place for place, way in enumerate(models) if way in averaged)
     subsets = dict(zip(models, ((place,) for place in range(len(models))), strict=True)) | {MEAN: members}
+    kinds = [kind for kind in (HEAD, LDA) if all(kind in network.temperatures for network in networks)]
     start, dsc, logits = time.perf_counter(), [], []
     for done, case in enumerate(cases, start=1):
         answers = [network.predict(case, save_probabilities=place in members) for place, network in enumerate(networks)]
         measured = compare_ensembles(answers, case, task, networks[0].model.plan, list(subsets.values()))
         dsc.append([measured[subset] for subset in subsets.values()])
-        logits.append([[answer.logits[kind, FOREGROUND] for kind in (HEAD, LDA)] for answer in answers])
+        logits.append([[answer.logits[kind, FOREGROUND] for kind in kinds] for answer in answers])
         if done % 20 == 0:
             print(f"{done} of {len(cases)}, {time.perf_counter() - start:.0f} s", flush=True)
-    overlaps, shares = np.array(dsc), softmax(np.array(logits), axis=-1)  # (N, ways, 2), (N, models, 2, S)
+    overlaps, shares = np.array(dsc), softmax(np.array(logits), axis=-1)  # (N, ways, 2), (N, models, kinds, S)
     return {
         way: Seen(
             dsc=overlaps[:, index],
-            shares={kind: shares[:, list(subset), place].mean(1) for place, kind in enumerate((HEAD, LDA))},
+            shares={kind: shares[:, list(subset), place].mean(1) for place, kind in enumerate(kinds)},
         )
         for index, (way, subset) in enumerate(subsets.items())
     }
@@ -226,7 +233,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=20261204)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--fit", type=int, default=240)
+    parser.add_argument("--fit", type=int, default=0)
     parser.add_argument("--stages", nargs="+", type=int, default=list(POOLED_STAGES))
     parser.add_argument("--cpu_precision", choices=CPU_PRECISIONS, default="fp32")
     parser.add_argument("--device", default="auto")
@@ -236,7 +243,7 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of {EPOCHS}, the number of epochs, got {options.steps}")
     start = stored_recipe(options.start)
     with nnunet_environment(n_proc_DA=0):
-        models = {preset: train_preset(preset, start, options) for preset in PRESETS}
+        models = {way: train_way(way, start, options) for way in WAYS}
     models[TRAINED] = without_average(
         models[REFERENCE] / "fold_0" / DEFAULT_CHECKPOINT, options.folder / "balanced_without_average"
     )
@@ -251,9 +258,7 @@ def main() -> None:
     write_report(options.json, {
         "benchmark": "recipes", "start": sha256(options.start), "steps": options.steps, "fitted_on": options.fit,
         "cases": len(cases), "seed": options.seed, "reference": REFERENCE, "rows": rows,
-        "recipes": {
-            preset: recipe_of(preset, start, options.steps, options.cpu_precision).describe() for preset in PRESETS
-        },
+        "recipes": {way: recipe_of(way, start, options.steps, options.cpu_precision).describe() for way in WAYS},
     })  # fmt: skip
 
 

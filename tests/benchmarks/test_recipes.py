@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.benchmarks import recipes
-from nnturbo.benchmarks.recipes import MEAN, TRAINED, Seen, compare, recipe_of
+from nnturbo.benchmarks.recipes import MEAN, TRAINED, WAYS, Seen, compare, recipe_of
 from nnturbo.engine.ensemble import Ensemble
 from nnturbo.engine.options import EngineOptions
 from nnturbo.training.data.masks import read_mask
@@ -44,15 +44,15 @@ def test_differences_are_those_of_the_same_cases():
 
 def test_recipes_differ_by_their_preset_alone_and_keep_the_start_s_head():
     start = replace(TINY, head_hidden=9)
-    made = {preset: recipe_of(preset, start, 200, "bf16") for preset in PRESETS}
-    for preset, recipe in made.items():
+    made = {way: recipe_of(way, start, 200, "bf16") for way in WAYS}
+    for way, recipe in made.items():
         assert (recipe.epochs * recipe.iterations, recipe.head_hidden) == (200, 9)
-        assert recipe.learning_rate == PRESETS[preset].learning_rate
-        assert recipe.left_out == PRESETS[preset].left_out
-    assert len(set(made.values())) == 4
+        assert recipe.learning_rate == PRESETS[WAYS[way][0]].learning_rate
+        assert recipe.left_out == PRESETS[WAYS[way][0]].left_out
+    assert len(set(made.values())) == len(WAYS)
 
 
-@pytest.mark.thorough  # four trainings
+@pytest.mark.thorough  # five trainings
 def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     tiny, trained, without_curves, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
@@ -60,16 +60,16 @@ def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     arguments = {
         "start": trained / "fold_0" / "checkpoint_final.pth", "dataset": tiny.name, "plans": tiny.plans_name,
         "raw": tiny.raw, "preprocessed": tiny.preprocessed, "folder": tmp_path / "kept", "cases": 6, "seed": 5,
-        "steps": 8, "device": "cpu", "json": tmp_path / "recipes.json",
+        "steps": 8, "fit": 240, "device": "cpu", "json": tmp_path / "recipes.json",
     }  # fmt: skip
     line = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["recipes", *line, "--stages", "1", "2"])
     recipes.main()
     checkpoints = {path: path.read_bytes() for path in sorted((tmp_path / "kept").rglob("checkpoint_final.pth"))}
-    assert len(checkpoints) == 5
+    assert len(checkpoints) == len(WAYS) + 1
     found = json.loads((tmp_path / "recipes.json").read_text())
     rows = {row["way"]: row["measures"] for row in found["rows"]}
-    assert list(rows) == [*PRESETS, TRAINED, MEAN]
+    assert list(rows) == [*WAYS, TRAINED, MEAN]
     assert set(rows[MEAN]) == {"whole-pancreas DSC", "lesion DSC", "macro-F1, head", "macro-F1, lda"}
 
     def content_of(folder):
