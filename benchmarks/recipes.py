@@ -4,17 +4,16 @@
         --preprocessed FOLDER --folder FOLDER [--cases 300] [--seed S] [--steps 200] [--fit 0]
         [--cpu_precision bf16] [--json FILE]
 
-The recipes are the four presets, with an average of the weights; the mean of the four models is compared too, and the
-weights that `balanced` has without the average. With `--fit` a discriminant analysis is fitted to each model, on so
-many of the training cases. The phantoms come from a seed by which nothing has been chosen: take another seed after
-anything was chosen by the result. Trainings, fits and phantoms are kept in `--folder`, so that an interrupted run goes
-on; give another folder for another start or other steps.
+The recipes are the four presets, with an average of the weights; the mean of the four models is compared too. With
+`--fit` a discriminant analysis is fitted to each model, on so many of the training cases. The phantoms come from a seed
+by which nothing has been chosen: take another seed after anything was chosen by the result. Trainings, fits and
+phantoms are kept in `--folder`, so that an interrupted run goes on; give another folder for another start or other
+steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from nnturbo.engine.files import sha256, written_atomically
+from nnturbo.engine.files import sha256
 from nnturbo.engine.model.folder import read_model
 from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.training.data.planning import nnunet_environment
@@ -35,7 +33,7 @@ from nnturbo.training.phantoms.phantom import SMALL_SETTINGS, write_dataset
 from nnturbo.training.pooled_classifier import fit_pooled_classifier, training_scans
 from nnturbo.training.recipe import CPU_PRECISIONS, PRESETS, Recipe
 from nnturbo.training.train import recipe_to_go_on_with, train
-from nnturbo.training.trainer_state import FITTED, stored_recipe
+from nnturbo.training.trainer_state import stored_recipe
 from nnturbo.training.whole_cases import LabelledCase
 from numpy.typing import NDArray
 from scipy.special import softmax
@@ -46,7 +44,7 @@ from .report import write_report
 
 RESAMPLES, EPOCHS = 2000, 4
 CONFIGURATION = "3d_fullres"
-REFERENCE, TRAINED, MEAN = "balanced", "balanced, weights without the average", "mean of the four presets"
+REFERENCE, MEAN = "balanced", "mean of the four presets"
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     **{preset: (preset, {}) for preset in PRESETS},
     "balanced, gradients of two batches a step": ("balanced", {"batches_per_step": 2}),
@@ -118,26 +116,6 @@ def fit(model: Path, options: argparse.Namespace) -> None:
     scans = training_scans(options.raw / options.dataset, options.preprocessed / options.dataset, 0)
     places = np.linspace(0, len(scans), min(options.fit, len(scans)), endpoint=False).astype(int)
     fit_pooled_classifier(model, 0, [scans[place] for place in places], stages=options.stages, device=options.device)
-
-
-def without_average(checkpoint: Path, target: Path) -> Path:
-    """Make a model of the weights that were trained on, in place of their average; give its folder.
-
-    Args:
-        checkpoint: In a fold of a model whose training had an average.
-        target: Folder of the new model.
-    """
-    path = target / "fold_0" / DEFAULT_CHECKPOINT
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("plans.json", "dataset.json"):
-            shutil.copyfile(checkpoint.parents[1] / name, target / name)
-        content = torch.load(checkpoint, map_location="cpu", weights_only=False)
-        # What was fitted was fitted to the average.
-        kept = {name: value for name, value in content.items() if name not in FITTED}
-        with written_atomically(path) as temporary:
-            torch.save({**kept, "network_weights": content["multi_task"]["trained_weights"]}, temporary)
-    return target
 
 
 def phantoms(options: argparse.Namespace) -> list[LabelledCase]:
@@ -244,10 +222,6 @@ def main() -> None:
     start = stored_recipe(options.start)
     with nnunet_environment(n_proc_DA=0):
         models = {way: train_way(way, start, options) for way in WAYS}
-    models[TRAINED] = without_average(
-        models[REFERENCE] / "fold_0" / DEFAULT_CHECKPOINT, options.folder / "balanced_without_average"
-    )
-    fit(models[TRAINED], options)
     cases = phantoms(options)
     task = read_task(options.preprocessed / options.dataset / DATASET_FILE)
     seen = observe(models, list(PRESETS), cases, task, options.device)

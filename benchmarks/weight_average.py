@@ -14,15 +14,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from nnturbo.engine.files import written_atomically
+from nnturbo.engine.options import DEFAULT_CHECKPOINT
+from nnturbo.training.trainer_state import FITTED
 
-from .recipes import Seen, compare, without_average
+from .recipes import Seen, compare
 from .report import write_report
 
 AVERAGE, WEIGHTS = "average", "weights"
+
+
+def without_average(checkpoint: Path, target: Path) -> Path:
+    """Make a model of the weights that were trained on, in place of their average; give its folder.
+
+    Args:
+        checkpoint: In a fold of a model whose training had an average.
+        target: Folder of the new model.
+    """
+    path = target / "fold_0" / DEFAULT_CHECKPOINT
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("plans.json", "dataset.json"):
+            shutil.copyfile(checkpoint.parents[1] / name, target / name)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        # What was fitted was fitted to the average.
+        kept = {name: value for name, value in content.items() if name not in FITTED}
+        with written_atomically(path) as temporary:
+            torch.save({**kept, "network_weights": content["multi_task"]["trained_weights"]}, temporary)
+    return target
 
 
 def read_evaluation(path: Path, focus: str) -> tuple[Seen, dict[str, int]]:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from nnturbo.benchmarks import weight_average
 
 
@@ -52,3 +53,18 @@ def test_it_asks_for_one_of_two_things(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(monkeypatch, *arguments)
         assert "give --weights_of and --out, or --pair once or more" in capsys.readouterr().err
+
+
+def test_the_model_of_the_weights_has_them_and_nothing_that_was_fitted_to_the_average(tmp_path, monkeypatch):
+    model, weights = tmp_path / "model", tmp_path / "weights"
+    (model / "fold_0").mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        (model / name).write_text(name)
+    average, trained = {"a": torch.zeros(2)}, {"a": torch.ones(2)}
+    content = {"network_weights": average, "multi_task": {"trained_weights": trained}, "class_temperature": 2.0}
+    torch.save(content, model / "fold_0" / "checkpoint_latest.pth")
+    run(monkeypatch, "--weights_of", model / "fold_0" / "checkpoint_latest.pth", "--out", weights)
+    made = torch.load(weights / "fold_0" / "checkpoint_final.pth")
+    assert torch.equal(made["network_weights"]["a"], trained["a"])
+    assert "class_temperature" not in made
+    assert (weights / "plans.json").read_text() == "plans.json"
