@@ -45,11 +45,6 @@ from .report import write_report
 RESAMPLES, EPOCHS = 2000, 4
 CONFIGURATION = "3d_fullres"
 REFERENCE, MEAN = "balanced", "mean of the four presets"
-WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    **{preset: (preset, {}) for preset in PRESETS},
-    "balanced, gradients of two batches a step": ("balanced", {"batches_per_step": 2}),
-}
-"""Preset and changed entries of each training; the presets come first."""
 Floats = NDArray[np.float64]
 
 
@@ -66,9 +61,8 @@ class Seen:
     shares: Mapping[str, Floats]
 
 
-def recipe_of(way: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
+def recipe_of(preset: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe:
     """Make the recipe of a short training that begins with trained weights, and keeps their head."""
-    preset, changes = WAYS[way]
     kept = ("head", "head_stages", "head_hidden", "head_queries", "focus_labels")
     values = {name: getattr(start, name) for name in kept} | {
         "epochs": EPOCHS,
@@ -83,22 +77,22 @@ def recipe_of(way: str, start: Recipe, steps: int, cpu_precision: str) -> Recipe
         "cpu_precision": cpu_precision,
         "seed": 1,
     }
-    return replace(PRESETS[preset], **values, **changes)
+    return replace(PRESETS[preset], **values)
 
 
-def train_way(way: str, start: Recipe, options: argparse.Namespace) -> Path:
-    """Train one way, or go on with it, and fit its classifier; give the model folder."""
+def train_preset(preset: str, start: Recipe, options: argparse.Namespace) -> Path:
+    """Train a preset, or go on with it, and fit its classifier; give the model folder."""
     places: dict[str, Any] = {
         "plans_name": options.plans,
         "preprocessed": options.preprocessed,
-        "results": options.folder / way.replace(",", "").replace(" ", "_"),
+        "results": options.folder / preset,
     }
     has_begun = recipe_to_go_on_with(options.dataset, CONFIGURATION, 0, **places) is not None
     model = train(
         options.dataset,
         CONFIGURATION,
         0,
-        recipe=recipe_of(way, start, options.steps, options.cpu_precision),
+        recipe=recipe_of(preset, start, options.steps, options.cpu_precision),
         raw=options.raw,
         device=options.device,
         resume=has_begun,
@@ -221,7 +215,7 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of {EPOCHS}, the number of epochs, got {options.steps}")
     start = stored_recipe(options.start)
     with nnunet_environment(n_proc_DA=0):
-        models = {way: train_way(way, start, options) for way in WAYS}
+        models = {preset: train_preset(preset, start, options) for preset in PRESETS}
     cases = phantoms(options)
     task = read_task(options.preprocessed / options.dataset / DATASET_FILE)
     seen = observe(models, list(PRESETS), cases, task, options.device)
@@ -232,7 +226,9 @@ def main() -> None:
     write_report(options.json, {
         "benchmark": "recipes", "start": sha256(options.start), "steps": options.steps, "fitted_on": options.fit,
         "cases": len(cases), "seed": options.seed, "reference": REFERENCE, "rows": rows,
-        "recipes": {way: recipe_of(way, start, options.steps, options.cpu_precision).describe() for way in WAYS},
+        "recipes": {
+            preset: recipe_of(preset, start, options.steps, options.cpu_precision).describe() for preset in PRESETS
+        },
     })  # fmt: skip
 
 

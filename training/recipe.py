@@ -64,7 +64,6 @@ class Recipe:
             foreground and focus, and the macro-F1.
         annealing_epochs: Epochs in which the learning rate then goes to zero.
         save_every: Epochs between checkpoints.
-        batches_per_step: Batches whose gradients are averaged before the optimizers step; `iterations` counts batches.
         average_decay: Decay, per step of the optimizer, of an exponential moving average of the weights, which is then
             validated and kept as the model; 0 for none.
         cpu_precision: Precision of the network's products on a CPU: "fp32", or "bf16" where the processor multiplies it
@@ -101,7 +100,6 @@ class Recipe:
     patience: int = 30
     annealing_epochs: int = 10
     save_every: int = 5
-    batches_per_step: int = 1
     average_decay: float = 0.0
     cpu_precision: str = "fp32"
     seed: int = -1
@@ -143,8 +141,6 @@ class Recipe:
             "label_smoothing, pancreas_weight and oversample_foreground must lie in 0 to 1": all(
                 0 <= share <= 1 for share in (self.label_smoothing, self.pancreas_weight, self.oversample_foreground)
             ),
-            "batches_per_step must be at least 1, and iterations a multiple of it": self.batches_per_step >= 1
-            and self.iterations % max(self.batches_per_step, 1) == 0,
             "average_decay must lie in 0 to 1, without 1": 0 <= self.average_decay < 1,
             "seed must lie in 0 to 4294967295, or be -1": -1 <= self.seed < 2**32,
             "focus_labels must name at least one label": len(self.focus_labels) > 0,
@@ -159,10 +155,17 @@ class Recipe:
         """Read the output of `describe`.
 
         Raises:
-            ValueError: For unknown entries, or values out of range.
+            ValueError: For unknown entries, values out of range, or what only an earlier version could do.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: must be entries by name, got {values!r:.80}")
+        batches = values.get("batches_per_step", 1)  # recipes of an earlier version have it
+        if batches != 1:
+            raise ValueError(
+                f"recipe: batches_per_step must be 1 or left out, got {batches!r:.80}: the gradients of several "
+                f"batches are no longer averaged"
+            )
+        values = {name: value for name, value in values.items() if name != "batches_per_step"}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"recipe: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(known))}")

@@ -81,7 +81,6 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         self.events: Any = None
         self._random_state: dict[str, Any] | None = None
         self._fitted: dict[str, Any] = {}  # to the weights as they are
-        self._batches = 0  # since the optimizers' last step
 
     def _follow(self, recipe: Recipe) -> None:
         """Take all settings from a recipe, before the network is built."""
@@ -150,19 +149,15 @@ class nnUNetTrainerMultiTask(nnUNetTrainer):  # noqa: N801 - nnU-Net finds train
         joint = self.recipe.class_loss_weight > 0 and self.current_epoch >= (
             self.recipe.segmentation_epochs + self.recipe.detached_epochs
         )
-        if self._batches == 0:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.head_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.head_optimizer.zero_grad(set_to_none=True)
         loss, seg_loss, of_class = self.losses(data, target, labels, with_class=with_class, joint=joint)
-        loss = loss / self.recipe.batches_per_step
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-        self._batches = (self._batches + 1) % self.recipe.batches_per_step
+        optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
+        step_optimizers(self.network, optimizers, self.grad_scaler, self.recipe)
         self._fitted = {}
-        if self._batches == 0:
-            optimizers = [self.optimizer, *([self.head_optimizer] if with_class else [])]
-            step_optimizers(self.network, optimizers, self.grad_scaler, self.recipe)
-            if self.average is not None:
-                self.average.step()
+        if self.average is not None:
+            self.average.step()
         return {"loss": seg_loss.detach().cpu().numpy(), "class_loss": of_class.detach().cpu().numpy()}
 
     def losses(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from nnturbo.benchmarks import recipes
-from nnturbo.benchmarks.recipes import MEAN, WAYS, Seen, compare, recipe_of
+from nnturbo.benchmarks.recipes import MEAN, Seen, compare, recipe_of
 from nnturbo.engine.ensemble import Ensemble
 from nnturbo.engine.options import EngineOptions
 from nnturbo.training.data.masks import read_mask
@@ -43,15 +43,15 @@ def test_differences_are_those_of_the_same_cases():
 
 def test_recipes_differ_by_their_preset_alone_and_keep_the_start_s_head():
     start = replace(TINY, head_hidden=9)
-    made = {way: recipe_of(way, start, 200, "bf16") for way in WAYS}
-    for way, recipe in made.items():
+    made = {preset: recipe_of(preset, start, 200, "bf16") for preset in PRESETS}
+    for preset, recipe in made.items():
         assert (recipe.epochs * recipe.iterations, recipe.head_hidden) == (200, 9)
-        assert recipe.learning_rate == PRESETS[WAYS[way][0]].learning_rate
-        assert recipe.left_out == PRESETS[WAYS[way][0]].left_out
-    assert len(set(made.values())) == len(WAYS)
+        assert recipe.learning_rate == PRESETS[preset].learning_rate
+        assert recipe.left_out == PRESETS[preset].left_out
+    assert len(set(made.values())) == 4
 
 
-@pytest.mark.thorough  # five trainings
+@pytest.mark.thorough  # four trainings
 def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     tiny, trained, without_curves, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
@@ -65,10 +65,10 @@ def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     monkeypatch.setattr(sys, "argv", ["recipes", *line, "--stages", "1", "2"])
     recipes.main()
     checkpoints = {path: path.read_bytes() for path in sorted((tmp_path / "kept").rglob("checkpoint_final.pth"))}
-    assert len(checkpoints) == len(WAYS)
+    assert len(checkpoints) == 4
     found = json.loads((tmp_path / "recipes.json").read_text())
     rows = {row["way"]: row["measures"] for row in found["rows"]}
-    assert list(rows) == [*WAYS, MEAN]
+    assert list(rows) == [*PRESETS, MEAN]
     assert set(rows[MEAN]) == {"whole-pancreas DSC", "lesion DSC", "macro-F1, head", "macro-F1, lda"}
 
     # The second run trains and generates nothing, and finds the same.

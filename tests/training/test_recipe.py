@@ -68,11 +68,6 @@ class TestRefusals:
             ({"label_smoothing": 1.1}, "must lie in 0 to 1"),
             ({"pancreas_weight": -0.1}, "must lie in 0 to 1"),
             ({"oversample_foreground": 2}, "must lie in 0 to 1"),
-            (
-                {"iterations": 10, "batches_per_step": 4},
-                "batches_per_step must be at least 1, and iterations a multiple",
-            ),
-            ({"batches_per_step": 0}, "batches_per_step must be at least 1, and iterations a multiple of it"),
             ({"cpu_precision": "fp16"}, "cpu_precision must be one of fp32, bf16"),
             ({"average_decay": 1.0}, "average_decay must lie in 0 to 1, without 1"),
             ({"seed": -2}, "seed must lie in 0 to 4294967295, or be -1"),
@@ -99,6 +94,15 @@ class TestRefusals:
     def test_unknown_entries(self):
         with pytest.raises(ValueError, match="recipe: unknown entries dropout, epoch; known are annealing_epochs, "):
             Recipe.parse({"epoch": 3, "dropout": 0.1, "epochs": 3})
+
+    def test_what_an_earlier_version_trained_otherwise(self):
+        recipe = Recipe(epochs=60)
+        assert Recipe.parse(recipe.describe() | {"batches_per_step": 1}) == recipe
+        message = (
+            "^recipe: batches_per_step must be 1 or left out, got 2: the gradients of several batches are no longer"
+        )
+        with pytest.raises(ValueError, match=message):
+            Recipe.parse(recipe.describe() | {"batches_per_step": 2})
 
     def test_no_entries_at_all(self):
         with pytest.raises(ValueError, match="recipe: must be entries by name, got 'balanced'"):

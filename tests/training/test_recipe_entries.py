@@ -1,6 +1,5 @@
-"""Recipe entries that are off by default: accumulated gradients, an average of the weights, bf16, seeds."""
+"""Recipe entries that are off by default: an average of the weights, bf16, seeds."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,35 +31,6 @@ def batch(tiny, seed, cases=2):
     target = [labels, labels[..., ::2, ::2], labels[..., ::2, ::4, ::4]]
     data = torch.randn(cases, 1, 16, 32, 32, generator=generator)
     return {"data": data, "target": target, "keys": list(tiny.training_cases[:cases])}
-
-
-class TestAccumulation:
-    def test_it_is_off_by_default(self):
-        assert TINY.batches_per_step == 1
-
-    def test_optimizers_step_with_the_mean_gradient_of_several_batches(self, tiny, environment):
-        unclipped = {"gradient_clip": 1e6, "head_gradient_clip": 1e6}
-        whole, parts = (joint_trainer(tiny, batches_per_step=number, **unclipped) for number in (1, 2))
-        gradients = []
-        for seed in (0, 1):
-            alone = copy.deepcopy(whole.network)
-            whole.train_step(batch(tiny, seed))
-            gradients.append([None if p.grad is None else p.grad.clone() for p in whole.network.parameters()])
-            whole.network.load_state_dict(alone.state_dict())
-        before = copy.deepcopy(parts.network.state_dict())
-        parts.train_step(batch(tiny, 0))
-        assert all(torch.equal(weights, before[name]) for name, weights in parts.network.state_dict().items())
-        parts.train_step(batch(tiny, 1))
-        assert any(not torch.equal(weights, before[name]) for name, weights in parts.network.state_dict().items())
-        for parameter, one, other in zip(parts.network.parameters(), *gradients, strict=True):
-            if one is not None:
-                assert torch.allclose(parameter.grad, (one + other) / 2, rtol=1e-4, atol=1e-6)
-        parts.train_step(batch(tiny, 2))  # the next step begins without the gradients of the last one
-        alone = joint_trainer(tiny, batches_per_step=2, **unclipped)
-        alone.network.load_state_dict(parts.network.state_dict())
-        alone.train_step(batch(tiny, 2))
-        for parameter, wanted in zip(parts.network.parameters(), alone.network.parameters(), strict=True):
-            assert parameter.grad is None or torch.equal(parameter.grad, wanted.grad)
 
 
 class TestAverage:
@@ -100,7 +70,7 @@ class TestAverage:
         assert_same(dict(trainer.average.state_dict()), dict(averaged))
 
     def test_resumed_it_ends_the_same(self, tiny, environment, without_curves, tmp_path):
-        recipe = replace(TINY, average_decay=0.9, seed=2, batches_per_step=2, validate_every=0)
+        recipe = replace(TINY, average_decay=0.9, seed=2, validate_every=0)
         whole = train(**tiny.arguments(tmp_path / "whole", recipe=recipe))
         trainer = make_trainer(tiny, recipe)
         first = Path(trainer.output_folder)
