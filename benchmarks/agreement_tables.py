@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nnturbo.training.choose import Candidate, Proposal, candidate_table
-from nnturbo.training.evaluation.metrics import Interval
-
 from .figures import RESULTS
 from .tables import load, markdown, model_and_scans
 
@@ -98,33 +95,6 @@ def class_ways() -> str:
     return markdown(header, rows)
 
 
-def recipes() -> str:
-    """Recipes that go on from one start."""
-
-    def value(of: dict[str, Any]) -> str:
-        return f"{of['value']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
-
-    return _recipes("", value)
-
-
-def recipe_differences() -> str:
-    """By how much each is better than one of them, over the same phantoms."""
-    reference = load("recipes")["reference"]
-
-    def more(of: dict[str, Any]) -> str:
-        difference = of["difference"]
-        return f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
-
-    return _recipes(f", more than {reference}", more, without=reference)
-
-
-def _recipes(what: str, cell: Callable[[dict[str, Any]], str], without: str | None = None) -> str:
-    result = load("recipes")
-    rows = [[row["way"], *map(cell, row["measures"].values())] for row in result["rows"] if row["way"] != without]
-    header = f"{result['steps']} batches, {result['cases']} phantoms{what}"
-    return markdown([header, *result["rows"][0]["measures"]], rows)
-
-
 def weight_average() -> str:
     """The average of a training's weights against the weights."""
     rows = []
@@ -139,26 +109,6 @@ def weight_average() -> str:
     return markdown(
         ["after", "measure", "weights", "average of the weights", "difference over the same phantoms"], rows
     )
-
-
-def choice() -> str:
-    """What `nnturbo choose` printed about four presets."""
-
-    def value(stored: Any) -> Any:
-        if isinstance(stored, dict):
-            return Interval(**stored)
-        return tuple(stored) if isinstance(stored, list) else stored
-
-    def candidate(stored: dict[str, Any]) -> Candidate:
-        return Candidate(**{name: value(of) for name, of in stored.items()})
-
-    result = load("choice")
-    proposal = Proposal(
-        chosen=candidate(result["chosen"]),
-        candidates=tuple(map(candidate, result["candidates"])),
-        remarks=tuple(result["remarks"]),
-    )
-    return candidate_table(proposal, result["compared"])
 
 
 def agreement() -> str:
@@ -184,9 +134,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": heads,
     "demo": demo,
     "class_ways": class_ways,
-    "recipes": recipes,
-    "recipe_differences": recipe_differences,
     "weight_average": weight_average,
-    "choice": choice,
     "agreement": agreement,
 }
