@@ -198,7 +198,7 @@ def candidate_table(proposal: Proposal, models: Sequence[str | os.PathLike[str]]
     lines = [
         *(f"model {place}: {model}" for place, model in enumerate(models, start=1)),
         "",
-        "| models, classifier, aggregation | score | whole DSC | focus DSC | macro-F1 | |",
+        "| models, classifier, aggregation | score | whole DSC | focus DSC | macro-F1 | choice |",
         "|---|---|---|---|---|---|",
     ]
     shown = [*proposal.candidates[:most], *(c for c in proposal.candidates[most:] if c == proposal.chosen)]
