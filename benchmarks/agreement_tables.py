@@ -95,6 +95,33 @@ def class_ways() -> str:
     return markdown(header, rows)
 
 
+def recipes() -> str:
+    """Recipes that go on from one start."""
+
+    def value(of: dict[str, Any]) -> str:
+        return f"{of['value']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
+
+    return _recipes("", value)
+
+
+def recipe_differences() -> str:
+    """By how much each is better than one of them, over the same phantoms."""
+    reference = load("recipes")["reference"]
+
+    def more(of: dict[str, Any]) -> str:
+        difference = of["difference"]
+        return f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
+
+    return _recipes(f", more than {reference}", more, without=reference)
+
+
+def _recipes(what: str, cell: Callable[[dict[str, Any]], str], without: str | None = None) -> str:
+    result = load("recipes")
+    rows = [[row["way"], *map(cell, row["measures"].values())] for row in result["rows"] if row["way"] != without]
+    header = f"{result['steps']} batches, {result['cases']} phantoms{what}"
+    return markdown([header, *result["rows"][0]["measures"]], rows)
+
+
 def weight_average() -> str:
     """The average of a training's weights against the weights."""
     rows = []
@@ -134,6 +161,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": heads,
     "demo": demo,
     "class_ways": class_ways,
+    "recipes": recipes,
+    "recipe_differences": recipe_differences,
     "weight_average": weight_average,
     "agreement": agreement,
 }
