@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nnturbo.training.choose import Candidate, Proposal, candidate_table
+from nnturbo.training.evaluation.metrics import Interval
+
 from .figures import RESULTS
 from .tables import load, markdown, model_and_scans
 
@@ -138,6 +141,26 @@ def weight_average() -> str:
     )
 
 
+def choice() -> str:
+    """What `nnturbo choose` printed about four presets."""
+
+    def value(stored: Any) -> Any:
+        if isinstance(stored, dict):
+            return Interval(**stored)
+        return tuple(stored) if isinstance(stored, list) else stored
+
+    def candidate(stored: dict[str, Any]) -> Candidate:
+        return Candidate(**{name: value(of) for name, of in stored.items()})
+
+    result = load("choice")
+    proposal = Proposal(
+        chosen=candidate(result["chosen"]),
+        candidates=tuple(map(candidate, result["candidates"])),
+        remarks=tuple(result["remarks"]),
+    )
+    return candidate_table(proposal, result["compared"])
+
+
 def agreement() -> str:
     """Labels of every backend against fp32 torch."""
     rows = []
@@ -164,5 +187,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe_differences": recipe_differences,
     "weight_average": weight_average,
+    "choice": choice,
     "agreement": agreement,
 }
