@@ -212,7 +212,8 @@ def candidate_table(proposal: Proposal, models: Sequence[str | os.PathLike[str]]
                 (candidate.macro_f1, candidate.macro_f1_interval),
             )
         ]
-        lines.append(f"| {candidate.name} | {' | '.join(cells)} | {'chosen' if candidate == proposal.chosen else ''} |")
+        cells.append("chosen" if candidate == proposal.chosen else "-")
+        lines.append(f"| {candidate.name} | {' | '.join(cells)} |")
     if left := len(proposal.candidates) - len(shown):
         lines += ["", f"{left} more in choice.json"]
     return "\n".join([*lines, "", *proposal.remarks]) + "\n"
