@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .figures import RESULTS
 from .gpu_cases import MORE_VIEWS
+from .gpu_networks import SINGLY
 from .tables import differing, load, markdown, model_and_scans, times
 
 
@@ -44,7 +45,7 @@ def forward() -> str:
             times(row["ratio"]),
             f"{row['tflop_per_s']:.0f} TFLOP/s",
             f"{row['of_matmul']:.0%}",
-            megabytes(row["peak_bytes"]),
+            "see above" if row["way"] == SINGLY else megabytes(row["peak_bytes"]),  # a graph has memory of its own
             f"{row['voxels_differing']:.2%}",
         ]
         for row in load("gpu")["forward"]

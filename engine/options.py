@@ -19,7 +19,7 @@ class EngineOptions:
 
     Args:
         views_per_call: Mirror views, of one tile or of several, that go through the network at once; by default one on
-            a CPU, where more take memory and no less time, and up to eight on a GPU, fewer of large patches.
+            a CPU, where more take memory and no less time; on a GPU as many as have two million voxels, one to eight.
         use_gaussian: Let voxels in the middle of a tile count more than those at its rim, as nnU-Net does by default.
         sums_on_device: Keep planes and sums on the network's device (nnU-Net: perform_everything_on_device).
         classifier: What answers for the case in a multi-task model: the network's "head", the classifier "lda" that was

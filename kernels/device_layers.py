@@ -159,6 +159,7 @@ def convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference_layers.convolve`; `factors` are what `factors_of` makes of the weight."""
     kernel = [1] * (5 - weight.ndim) + list(weight.shape[2:])
+    _require_halves(values, weight.shape[1])
     images, channels = values.shape[:2]
     grid = [1] * (5 - values.ndim) + list(values.shape[2:])
     outputs, lines = len(weight), channels % CONVOLVED != 0
@@ -244,6 +245,17 @@ def _norm_arguments(norm: Norm | None) -> tuple[int, int, int]:
     return (0, 0, _bits(1.0)) if norm is None else (norm.scales.data_ptr(), _address(norm.bias), _bits(norm.slope))
 
 
+def _require_halves(values: Tensor, channels: int) -> None:
+    """Check what every kernel on tensor cores takes: voxels of half numbers, in as many channels as the weight has."""
+    pitch, width = values.stride(-1), 16 // values.element_size()
+    apart = channels % CONVOLVED == 0 and pitch % width != 0
+    if values.dtype not in (torch.float16, torch.bfloat16) or values.shape[1] != channels or apart:
+        raise ValueError(
+            f"values must be float16 or bfloat16 in the weight's {channels} channels, voxels a multiple of {width} "
+            f"numbers apart; got {values.dtype} in {values.shape[1]}, {pitch} apart"
+        )
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -299,6 +311,7 @@ def factors_of_upsampling(weight: Tensor) -> Tensor:
 
 def upsample(values: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """See `reference_layers.upsample`; `factors` are what `factors_of_upsampling` makes of the weight."""
+    _require_halves(values, len(weight))
     (channels, outputs), stride, grid = weight.shape[:2], weight.shape[2:], values.shape[2:]
     images, width, pitch = len(values), 16 // values.element_size(), out.stride(-1)
     if channels % UPSAMPLED or outputs % UPSAMPLED or pitch % width:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ...kernels.device_memory import RECORDING, give_back
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class GraphedNetwork:
             while len(self._recordings) >= MOST_RECORDED:
                 del self._recordings[next(iter(self._recordings))]
             if not self._recordings:
-                torch.cuda.empty_cache()  # what an earlier network has left
+                give_back()  # what an earlier network has left
                 _keep_workspace(tiles)
             self._recordings[tiles.shape] = None
             return self._network(tiles)
@@ -93,16 +94,16 @@ class GraphedNetwork:
 
     def _record(self, tiles: Tensor) -> Recording:
         """Record the launches for this batch size, and find out whether replaying them is faster."""
-        stream, lock = _recording_stream(tiles.device)
         inputs = tiles.clone()
-        with lock:
+        with RECORDING:
+            stream = _recording_stream(tiles.device)
             stream.wait_stream(torch.cuda.current_stream(tiles.device))
             with torch.cuda.stream(stream):
                 _keep_workspace(tiles)
                 single_ms = _least_ms(lambda: self._network(inputs))
                 recording, replay_ms = self._captured(inputs, stream)
-        torch.cuda.current_stream(tiles.device).wait_stream(stream)
-        torch.cuda.empty_cache()  # single launches had blocks of their own, beside those of the graph
+            torch.cuda.current_stream(tiles.device).wait_stream(stream)
+            give_back()  # single launches had blocks of their own, beside those of the graph
         logger.info("%d tiles: %.2f ms, %.2f ms as a CUDA graph", len(tiles), single_ms, replay_ms)
         return recording if replay_ms <= WORTH_IT * single_ms else _NO_GRAPH
 
@@ -120,9 +121,9 @@ class GraphedNetwork:
 
 
 @lru_cache(maxsize=64)
-def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
-    """One for all networks of a device, since cuBLAS keeps memory for each stream; one of them at a time records."""
-    return torch.cuda.Stream(device), threading.Lock()
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all networks of a device, since cuBLAS keeps memory for each thread and stream."""
+    return torch.cuda.Stream(device)
 
 
 def _keep_workspace(tiles: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from ...kernels.device_memory import give_back
 from ..errors import PredictionError
 from ..model.plans import Plan
 from ..model.runner import Runner
@@ -79,7 +80,7 @@ class Segmenter:
             logger.warning("the device's memory is not enough for %s; going on with %s", placement, smaller)
             self.placement = smaller
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                give_back()
 
     def _attempt(
         self,

@@ -200,6 +200,24 @@ class TestWhatCannotBeLaunched:
         with pytest.raises(ValueError, match=r"fewer than 2\^31 voxels, got 1 times \[65536, 32768\]"):
             upsample(64, 32, (2, 2), 64, (32768, 16384))
 
+    def test_a_convolutions_blocks_fill_the_device_evenly(self):
+        tiles_of_block = device_layers._tiles_of_block
+        assert tiles_of_block(6144, 1, 528, 16) == 12  # 512 blocks, where 16 tiles each would be 384
+        assert tiles_of_block(6144, 8, 528, 16) == 16
+        assert tiles_of_block(100, 1, 528, 16) == 1
+
+    @pytest.mark.parametrize(
+        ("channels", "pitch", "dtype", "of_weight"),
+        [(32, 32, torch.float32, 32), (32, 32, torch.float16, 64), (32, 36, torch.float16, 32)],
+    )
+    def test_values_that_kernels_on_tensor_cores_do_not_take(self, kernels, channels, pitch, dtype, of_weight):
+        values = torch.zeros(1, 4, 4, pitch, dtype=dtype).movedim(-1, 1)[:, :channels]
+        weight = torch.zeros(32, of_weight, 1, 1, dtype=dtype)
+        with pytest.raises(ValueError, match="values must be float16 or bfloat16 in the weight's"):
+            device_layers.convolve(values, weight, weight)
+        with pytest.raises(ValueError, match="values must be float16 or bfloat16 in the weight's"):
+            device_layers.upsample(values, weight.movedim(0, 1), weight, None, values)
+
     @pytest.mark.parametrize(
         ("weight", "slope"),
         [((32, 32, 1, 5, 5), 1.0), ((24, 32, 1, 3, 3), 1.0), ((32, 4, 1, 3, 3), 1.0), ((32, 32, 1, 3, 3), -0.5)],

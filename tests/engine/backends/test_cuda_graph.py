@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -20,6 +21,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, graph_ms):
         self.now_ms, self.launched_ms, self.captured, self.replays = 0.0, 0.0, 0, 0
+        self.streams, self.recording, self.given_back = [], 0, 0
         fake = self
 
         class Event:
@@ -37,7 +39,7 @@ class FakeCuda:
 
         class Stream:
             def __init__(self, device=None):
-                pass
+                fake.streams.append(self)
 
             def wait_stream(self, other):
                 pass
@@ -55,15 +57,21 @@ class FakeCuda:
 
         @contextlib.contextmanager
         def graph(graph, stream, capture_error_mode):
+            assert fake.recording == 0
             before = fake.now_ms
-            fake.captured += 1
+            fake.captured, fake.recording = fake.captured + 1, 1
             yield
-            fake.now_ms = before  # launches are noted, not done
+            fake.now_ms, fake.recording = before, 0  # launches are noted, not done
+
+        def empty_cache():
+            assert fake.recording == 0
+            fake.given_back += 1
 
         default = Stream()
         for name, stand_in in {
             "Event": Event, "Stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph,
             "current_stream": lambda device=None: default, "stream": lambda stream: contextlib.nullcontext(),
+            "empty_cache": empty_cache,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(cuda_graph.time, "perf_counter", lambda: fake.launched_ms / 1e3)
@@ -80,6 +88,14 @@ class Network:
         self.cuda.now_ms += self.taken_ms
         self.cuda.launched_ms += self.launching * self.taken_ms
         return (2 * tiles,)
+
+
+class SlowToRecord(Network):
+    """Stays a while in each call, so that another thread can come meanwhile."""
+
+    def __call__(self, tiles):
+        time.sleep(0.01)
+        return super().__call__(tiles)
 
 
 def run(graphed, count, tiles=2):
@@ -112,6 +128,34 @@ def test_a_network_that_waits_for_launches_is_recorded_at_the_second_call_and_re
     before = network.calls
     graphed(torch.zeros(2, 1, 2, 2, 2))
     assert (network.calls, cuda.replays) == (before, TRIALS + 2)
+
+
+def test_all_networks_are_recorded_on_one_stream_one_at_a_time(cuda, monkeypatch):
+    cuda_graph._recording_stream.cache_clear()
+    before = len(cuda.streams)
+    workspaces = []
+    monkeypatch.setattr(cuda_graph, "_keep_workspace", lambda tiles: workspaces.append(cuda.recording))
+    failed = []
+
+    def record():
+        graphed = GraphedNetwork(SlowToRecord(cuda, 1.0))
+        try:
+            for _ in range(3):
+                graphed(torch.zeros(2, 1, 2, 2, 2))
+        except AssertionError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=record) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert cuda.captured == 3
+    assert len(cuda.streams) == before + 1
+    assert workspaces == 6 * [0]  # asked for before the first call, and before the recording
+    assert cuda.given_back == 6  # before the first call, and after the recording
+    cuda_graph._recording_stream.cache_clear()  # of the stand-in
 
 
 def test_a_graph_that_gains_nothing_is_forgotten(monkeypatch):
