@@ -49,7 +49,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Seen:
+class Predicted:
     """What one way to train gives for N cases.
 
     Attributes:
@@ -128,9 +128,9 @@ def phantoms(options: argparse.Namespace) -> list[LabelledCase]:
     return held_out_phantoms(folder)
 
 
-def observe(
+def predict_all(
     models: Mapping[str, Path], averaged: Sequence[str], cases: Sequence[LabelledCase], task: Task, device: str
-) -> dict[str, Seen]:
+) -> dict[str, Predicted]:
     """Predict cases with all models, each once, without mirroring.
 
     Args:
@@ -157,7 +157,7 @@ def observe(
             print(f"{done} of {len(cases)}, {time.perf_counter() - start:.0f} s", flush=True)
     overlaps, shares = np.array(dsc), softmax(np.array(logits), axis=-1)  # (N, ways, 2), (N, models, kinds, S)
     return {
-        way: Seen(
+        way: Predicted(
             dsc=overlaps[:, index],
             shares={kind: shares[:, list(subset), place].mean(1) for place, kind in enumerate(kinds)},
         )
@@ -165,10 +165,10 @@ def observe(
     }
 
 
-def compare(seen: Mapping[str, Seen], labels: Sequence[int], reference: str) -> list[dict[str, Any]]:
+def compare(ways: Mapping[str, Predicted], labels: Sequence[int], reference: str) -> list[dict[str, Any]]:
     """Measure every way, each with its interval, and its difference from one of them over the same resamples."""
     weights = np.vstack([np.ones(len(labels)), draw_resamples(len(labels), RESAMPLES, 0)])  # all cases, then resamples
-    found = {way: _statistics(of, labels, weights) for way, of in seen.items()}
+    found = {way: _statistics(of, labels, weights) for way, of in ways.items()}
     return [
         {
             "way": way,
@@ -181,10 +181,10 @@ def compare(seen: Mapping[str, Seen], labels: Sequence[int], reference: str) -> 
     ]
 
 
-def _statistics(seen: Seen, labels: Sequence[int], weights: Floats) -> dict[str, Floats]:
-    whole, lesion = (weights @ seen.dsc / len(labels)).T
+def _statistics(of: Predicted, labels: Sequence[int], weights: Floats) -> dict[str, Floats]:
+    whole, lesion = (weights @ of.dsc / len(labels)).T
     measures = {"whole-pancreas DSC": whole, "lesion DSC": lesion}
-    for kind, shares in seen.shares.items():
+    for kind, shares in of.shares.items():
         predicted = shares.argmax(1).tolist()
         measures[f"macro-F1, {kind}"] = resampled_macro_f1(labels, predicted, weights, shares.shape[1])
     return measures
@@ -218,8 +218,8 @@ def main() -> None:
         models = {preset: train_preset(preset, start, options) for preset in PRESETS}
     cases = phantoms(options)
     task = read_task(options.preprocessed / options.dataset / DATASET_FILE)
-    seen = observe(models, list(PRESETS), cases, task, options.device)
-    rows = compare(seen, [case.subtype for case in cases], REFERENCE)
+    ways = predict_all(models, list(PRESETS), cases, task, options.device)
+    rows = compare(ways, [case.subtype for case in cases], REFERENCE)
     for row in rows:
         print(row["way"], *(f"{of['value']:.3f} ({of['difference']['low']:+.3f} to {of['difference']['high']:+.3f})"
                             for of in row["measures"].values()), sep="; ")  # fmt: skip

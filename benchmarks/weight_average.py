@@ -24,7 +24,7 @@ from nnturbo.engine.files import written_atomically
 from nnturbo.engine.options import DEFAULT_CHECKPOINT
 from nnturbo.training.trainer_state import FITTED
 
-from .recipes import Seen, compare
+from .recipes import Predicted, compare
 from .report import write_report
 
 AVERAGE, WEIGHTS = "average", "weights"
@@ -50,12 +50,12 @@ def without_average(checkpoint: Path, target: Path) -> Path:
     return target
 
 
-def read_evaluation(path: Path, focus: str) -> tuple[Seen, dict[str, int]]:
+def read_evaluation(path: Path, focus: str) -> tuple[Predicted, dict[str, int]]:
     """Read DSC and answers of an evaluation, and the true class of each case by its name."""
     cases = json.loads(path.read_bytes())["cases"]
     dsc = [[case["structures"][structure]["dsc"] for structure in ("whole", focus)] for case in cases]
     shares = np.array([case["probabilities"] for case in cases])
-    return Seen(dsc=np.array(dsc), shares={"head": shares}), {case["name"]: int(case["subtype"]) for case in cases}
+    return Predicted(dsc=np.array(dsc), shares={"head": shares}), {case["name"]: int(case["subtype"]) for case in cases}
 
 
 def pair(when: str, average: Path, weights: Path, focus: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from nnturbo.benchmarks import recipes
-from nnturbo.benchmarks.recipes import MEAN, Seen, compare, recipe_of
+from nnturbo.benchmarks.recipes import MEAN, Predicted, compare, recipe_of
 from nnturbo.engine.ensemble import Ensemble
 from nnturbo.engine.options import EngineOptions
 from nnturbo.training.data.masks import read_mask
@@ -25,7 +25,7 @@ LABELS = np.arange(60) % 3
 def seen(overlap, wrong):
     """A way whose DSC is given, and which answers wrong for the first cases."""
     shares = np.eye(3)[(LABELS + (np.arange(60) < wrong)) % 3]
-    return Seen(dsc=np.column_stack([np.linspace(overlap, overlap + 0.1, 60)] * 2), shares={"head": shares})
+    return Predicted(dsc=np.column_stack([np.linspace(overlap, overlap + 0.1, 60)] * 2), shares={"head": shares})
 
 
 def test_differences_are_those_of_the_same_cases():
@@ -82,7 +82,7 @@ def test_a_run_goes_on_where_it_was_and_averages_as_an_ensemble_does(
     assert stored_recipe(models["aggressive"] / "fold_0" / "checkpoint_final.pth").preset == "aggressive"
     case = recipes.held_out_phantoms(tmp_path / "kept" / "phantoms_5_6")[0]
     task = read_task(tiny.preprocessed / tiny.name / "dataset.json")
-    mean = recipes.observe(models, list(PRESETS), [case], task, "cpu")[MEAN]
+    mean = recipes.predict_all(models, list(PRESETS), [case], task, "cpu")[MEAN]
     truth = read_mask(case.labels, task)[0].array[0]
     for kind in ("head", "lda"):
         options = EngineOptions(classifier=kind)

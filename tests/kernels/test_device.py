@@ -18,6 +18,7 @@ from nnturbo.kernels import AxisOperator, device, device_layers, loader, referen
 
 from tests.engine.factory import multi_task, plans_json, smooth_scan, write_model
 from tests.kernels import checks, host, nvrtc
+from tests.kernels.random_arguments import random_operator
 from tests.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -267,7 +268,7 @@ class TestWhatCannotBeLaunched:
 def test_an_input_that_is_not_finite_reaches_only_the_outputs_that_take_it(kernels, monkeypatch, axis, spoilt):
     torch.manual_seed(1)
     monkeypatch.setattr(device, "RUN_WARPS", 2)
-    operator = checks.random_operator(40, 50, 5)
+    operator = random_operator(40, 50, 5)
     shape = [1, 3, 3, 3]
     shape[axis] = 40
     data = torch.randn(shape)
@@ -285,7 +286,7 @@ def test_an_input_that_is_not_finite_reaches_only_the_outputs_that_take_it(kerne
 @pytest.mark.parametrize("axis", [-3, -2, -1])
 def test_inputs_of_which_a_block_holds_a_part_at_once(kernels, monkeypatch, axis):
     monkeypatch.setattr(device, "RUN_WARPS", 2)
-    operator = checks.random_operator(900, 9, 400)
+    operator = random_operator(900, 9, 400)
     shape = [2, 5, 6, 7]
     shape[axis] = 900
     data = torch.randn(shape)
