@@ -118,7 +118,7 @@ def _parts(values: Tensor) -> tuple[int, int, int]:
 def _require_packs(values: Tensor, residual: Tensor | None, copy: Tensor | None) -> int:
     """Check that all can be read in packs, and return how far voxels of the copy are apart."""
     channels, width = values.shape[1], 16 // values.element_size()
-    pitch = channels if copy is None else copy.stride(-1)
+    pitch = channels if copy is None else _pitch(copy)
     if channels % width or pitch % width:
         raise ValueError(f"channels must come in multiples of {width} in {values.dtype}, got {channels} of {pitch}")
     for name, tensor in (("values", values), ("the residual", residual), ("the copy", copy)):
@@ -166,7 +166,7 @@ def convolve(
     if lines:
         values = values.contiguous()
     else:
-        _require_channels_last("values", values, values, values.stride(-1))
+        _require_channels_last("values", values, values, _pitch(values))
     usable = set(kernel) <= {1, 3} and (bias is not None or outputs % CONVOLVED == 0)
     if not usable or (norm is not None and (lines or not 0 <= norm.slope <= 1)):
         raise ValueError(
@@ -174,7 +174,7 @@ def convolve(
             f"after a norm, channels in multiples of {CONVOLVED} and a slope from 0 to 1; got a kernel of {kernel}, "
             f"{outputs} outputs and {channels} channels"
         )
-    pitch = values.stride(-1)
+    pitch = _pitch(values)
     if grid[1] * grid[2] * max(pitch, outputs) >= 2**31:
         raise ValueError(f"a plane must have fewer than 2^31 numbers, got {grid[1:]} times {max(pitch, outputs)}")
     if bias is not None and set(kernel) == {1} and channels == CONVOLVED and outputs <= MOST_POINTS_OUTPUTS:
@@ -231,7 +231,7 @@ def _convolve_points(values: Tensor, factors: Tensor, norm: Norm | None, bias: T
     loader.launch(
         "convolve_points",
         values.dtype,
-        [values.data_ptr(), values.stride(-1), voxels, factors.data_ptr(), *_norm_arguments(norm), blocks,
+        [values.data_ptr(), _pitch(values), voxels, factors.data_ptr(), *_norm_arguments(norm), blocks,
          out.data_ptr(), len(bias), bias.data_ptr()],
         device=values.device,
         blocks=images * blocks,
@@ -247,7 +247,7 @@ def _norm_arguments(norm: Norm | None) -> tuple[int, int, int]:
 
 def _require_halves(values: Tensor, channels: int) -> None:
     """Check what every kernel on tensor cores takes: voxels of half numbers, in as many channels as the weight has."""
-    pitch, width = values.stride(-1), 16 // values.element_size()
+    pitch, width = _pitch(values), 16 // values.element_size()
     apart = channels % CONVOLVED == 0 and pitch % width != 0
     if values.dtype not in (torch.float16, torch.bfloat16) or values.shape[1] != channels or apart:
         raise ValueError(
@@ -263,6 +263,13 @@ def _address(tensor: Tensor | None) -> int:
 def _bits(value: float) -> int:
     """A float as an integer, since arguments are integers."""
     return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def _pitch(values: Tensor) -> int:
+    """Numbers from a voxel to the next, by the innermost axis that has a second one: the others' strides say nothing."""
+    lengths, strides = (len(values), *values.shape[2:]), (values.stride(0), *values.stride()[2:])
+    steps = (step for length, step in zip(reversed(lengths), reversed(strides), strict=True) if length > 1)
+    return next(steps, values.shape[1])
 
 
 def _require_channels_last(name: str, tensor: Tensor, like: Tensor, pitch: int) -> None:
@@ -288,7 +295,7 @@ def _require_finer(
     """Check an output that is `stride` times as large as a grid, and return its own grid."""
     finer = [length * step for length, step in zip(grid, stride, strict=True)]
     like = torch.empty(images, channels, *finer, dtype=dtype, device="meta")
-    _require_channels_last("the output", out, like, out.stride(-1))
+    _require_channels_last("the output", out, like, _pitch(out))
     return finer
 
 
@@ -313,7 +320,7 @@ def upsample(values: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | Non
     """See `reference_layers.upsample`; `factors` are what `factors_of_upsampling` makes of the weight."""
     _require_halves(values, len(weight))
     (channels, outputs), stride, grid = weight.shape[:2], weight.shape[2:], values.shape[2:]
-    images, width, pitch = len(values), 16 // values.element_size(), out.stride(-1)
+    images, width, pitch = len(values), 16 // values.element_size(), _pitch(out)
     if channels % UPSAMPLED or outputs % UPSAMPLED or pitch % width:
         raise ValueError(
             f"an upsampling must have channels and outputs in multiples of {UPSAMPLED}, and voxels a multiple of "
@@ -343,7 +350,7 @@ def spread_blocks(blocks: Tensor, out: Tensor) -> Tensor:
     """See `reference_layers.spread_blocks`."""
     axes = out.ndim - 2
     grid, stride = blocks.shape[1 : 1 + axes], blocks.shape[1 + axes : -1]
-    images, channels, width, pitch = len(blocks), blocks.shape[-1], 16 // blocks.element_size(), out.stride(-1)
+    images, channels, width, pitch = len(blocks), blocks.shape[-1], 16 // blocks.element_size(), _pitch(out)
     if channels % width or pitch % width or not blocks.is_contiguous() or blocks.data_ptr() % 16:
         raise ValueError(
             f"blocks must be contiguous, at a multiple of 16 bytes, channels in multiples of {width} in "

@@ -263,6 +263,29 @@ class TestWhatCannotBeLaunched:
 
 
 @needs_compiler
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1), (3, 1)])
+def test_grids_with_axes_of_one_voxel_whose_strides_may_be_anything(kernels, images, grid):
+    last = torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+    values = torch.randn(images, 32, *grid).half().contiguous(memory_format=last)
+    strides = [1 if length == 1 else stride for length, stride in zip(values.shape, values.stride(), strict=True)]
+    values = values.as_strided(values.shape, strides)
+    weight = torch.randn(32, 32, *[1] * len(grid)).div(6).half()
+    factors, upsampling = device_layers.factors_of(weight), device_layers.factors_of_upsampling(weight)
+    out = torch.empty_like(values)
+    twin, _ = reference_layers.convolve(values, weight, factors)
+    upsampled = reference_layers.upsample(values, weight, upsampling, None, torch.empty(values.shape))
+    assert torch.allclose(device_layers.convolve(values, weight, factors)[0].float(), twin.float(), atol=4e-3)
+    made, _ = device_layers.convolve(values, weight, factors, bias=torch.zeros(32))
+    assert torch.allclose(made.float(), twin.float(), atol=4e-3)
+    assert device_layers.upsample(values, weight, upsampling, None, out) is out
+    assert torch.allclose(out.float(), upsampled, atol=4e-3)
+    scales = torch.stack([torch.zeros(images, 32), torch.full((images, 32), 2.0)], 1)
+    device_layers.norm_apply(values, reference_layers.Norm(scales, None, 1.0), copy=out)
+    assert torch.equal(out, values)
+
+
+@needs_compiler
 @pytest.mark.parametrize("axis", [-3, -2, -1])
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 def test_an_input_that_is_not_finite_reaches_only_the_outputs_that_take_it(kernels, monkeypatch, axis, spoilt):
