@@ -3,8 +3,8 @@
     python -m nnturbo.benchmarks.layers [--model FOLDER] [--precision int16] [--rounds 5] [--json FILE]
 
 Operations are those that the kernels do, so a convolution by fewer products counts fewer than its definition has. Bytes
-are those that must be read and written at least: inputs, output and weights, which are four times as many for fewer
-products, and for a norm its input twice and its output once. Each number is the best of all rounds, since other
+are those that must be read and written at least: inputs, output and weights, of which fewer products need two to five
+times as many, and for a norm its input twice and its output once. Each number is the best of all rounds, since other
 processes only add time.
 """
 
@@ -31,10 +31,6 @@ from .task_models import ARCHITECTURES, DATASET, FLAT, write_task_model
 MATRIX, COPIED_BYTES = 2048, 2**28
 NETWORKS = (*ARCHITECTURES, FLAT)
 BYTES = 4
-TILE = 4
-"""Outputs of a transformed convolution that come from six values along each of two axes, in place of twelve."""
-TRANSFORMED_WEIGHTS = 36 // 9
-"""Times as many as a transformed convolution has by its definition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +85,21 @@ def copy_bandwidth(rounds: int) -> float:
     return 2 * COPIED_BYTES / best_seconds(lambda: other.copy_(one), rounds)
 
 
+def transformation(operation: Operation) -> tuple[int, int, tuple[int, int, int]]:
+    """Say how a convolution computes a tile of outputs.
+
+    Returns:
+        Matrices of weights, taps that are summed with each, and the tile's size (z, y, x).
+    """
+    if not operation.transformed:
+        return 1, math.prod(operation.taps), (1, 1, 1)
+    if operation.along_z:
+        return 6, math.prod(operation.taps[1:]), (4, 1, 1)
+    if operation.taps[0] == 1:
+        return 36, 1, (1, 4, 4)
+    return (36, 3, (4, 4, 1)) if operation.in_int16 else (144, 1, (4, 4, 2))
+
+
 def work(program: Program, operation: Operation) -> tuple[float, float]:
     """Operations that are done and bytes that are moved, but for the norm."""
     values = [program.values[value] for value in operation.inputs]
@@ -98,17 +109,12 @@ def work(program: Program, operation: Operation) -> tuple[float, float]:
     if operation.upsampling is not None:
         channels = to.channels + sum(value.channels for value in values[1:])
     upsampled = 0 if operation.upsampling is None else 2 * voxels * values[0].channels * to.channels
-    z, y, x = to.size
-    if operation.transformed and operation.taps[0] == 1:
-        products = 36 * z * math.ceil(y / TILE) * math.ceil(x / TILE)
-    elif operation.transformed:
-        products = 3 * 36 * math.ceil(z / TILE) * math.ceil(y / TILE) * x
-    elif operation.kind in ("convolution", "projection"):
-        products = voxels * math.prod(operation.taps)
-    else:
-        products = voxels if operation.kind == "transposed_convolution" else 0
-    weights = math.prod(operation.taps) * channels * to.channels if products else 0
-    weights *= TRANSFORMED_WEIGHTS if operation.transformed else 1
+    positions, taps, tile = transformation(operation)
+    if operation.kind not in ("convolution", "transposed_convolution", "projection"):
+        positions = 0
+    products = positions * taps * math.prod(math.ceil(n / step) for n, step in zip(to.size, tile, strict=True))
+    spread = math.prod(operation.stride) if operation.kind == "transposed_convolution" else 1
+    weights = positions * taps * spread * channels * to.channels
     return 2.0 * products * channels * to.channels + upsampled, float(BYTES * (moved + weights))
 
 

@@ -266,7 +266,7 @@ def _bits(value: float) -> int:
 
 
 def _pitch(values: Tensor) -> int:
-    """Numbers from a voxel to the next, by the innermost axis that has a second one: the others' strides say nothing."""
+    """Numbers from a voxel to the next, by the innermost axis that has more than one: strides of others say nothing."""
     lengths, strides = (len(values), *values.shape[2:]), (values.stride(0), *values.stride()[2:])
     steps = (step for length, step in zip(reversed(lengths), reversed(strides), strict=True) if length > 1)
     return next(steps, values.shape[1])

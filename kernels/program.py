@@ -80,7 +80,8 @@ class Operation:
         output: A value.
         taps: Of a convolution.
         stride: Of a convolution, transposed convolution or pooling.
-        transformed: Whether a convolution goes by fewer products.
+        transformed: Whether a convolution, not of the tile, goes by fewer products: with 1 or 3 x 3 x 3 taps, stride 1;
+            or in float32 along z alone, with 3 taps and stride 1 there.
         in_int16: Whether it multiplies in int16; a convolution, transposed or not, but not of the tile.
         weight, bias: Names of weights.
         norm: After a convolution.
@@ -99,6 +100,11 @@ class Operation:
     bias: str | None = None
     norm: Norm | None = None
     upsampling: Upsampling | None = None
+
+    @property
+    def along_z(self) -> bool:
+        """Whether it goes by fewer products along z alone, which it does with one input that stays as it is."""
+        return self.transformed and (self.taps[1:] != (3, 3) or self.stride != _ONES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,8 +32,9 @@ def plan_buffers(
 ) -> tuple[Value, ...]:
     """Give each value a buffer.
 
-    A convolution by fewer products writes over its last input if nothing reads that later. Any other output takes the
-    smallest buffer that is free and large enough; else the largest free one grows, and without one there is a new one.
+    A convolution by fewer products, but not one along z alone, writes over its last input if nothing reads that later.
+    Any other output takes the smallest buffer that is free and large enough; else the largest free one grows, and
+    without one there is a new one.
 
     Args:
         shapes: Of the values; the first is the tile.
@@ -70,7 +71,7 @@ def overwritten(operation: Operation, shapes: Sequence[Shape]) -> int | None:
     """The input in whose place an operation can put its output, if there is one."""
     last = operation.inputs[-1]
     is_made = operation.upsampling is not None and len(operation.inputs) == 1
-    fits = operation.transformed and not is_made and shapes[last] == shapes[operation.output]
+    fits = operation.transformed and not operation.along_z and not is_made and shapes[last] == shapes[operation.output]
     # It goes plane by plane, with a copy of each, which takes longer than memory of planes is worth.
     is_flat = shapes[last].size[0] == 1
     return last if fits and not is_flat and reads(operation).count(last) == 1 else None

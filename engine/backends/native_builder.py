@@ -18,13 +18,16 @@ LEAST_VOXELS = 2048
 LEAST_VOXELS_OF_PLANES = 256
 """The same of a 2D network, in which several tiles are computed at once and the kernel has no taps along z."""
 
+LEAST_PLANES = 3
+"""Least output planes of a convolution that is transformed along z alone, so that it needs fewer products."""
+
 IN_INT16 = ("convolution", "transposed_convolution")
 """Kinds of operations that can multiply in int16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finer:
-    """A value that is to be upsampled; a convolution by fewer products does it while it runs.
+    """A value that is to be upsampled; a convolution by fewer products, but not along z alone, does it while it runs.
 
     Args:
         coarse: The value.
@@ -96,13 +99,11 @@ class Builder:
         """Convolve one value, or two as if they were concatenated."""
         taps, stride, grid = of_axes(module.kernel_size), of_axes(module.stride), self.shape(values[0]).size
         size = of_axes((n - 1) // s + 1 for n, s in zip(grid, stride, strict=True))
-        transformed = (
-            taps in ((3, 3, 3), (1, 3, 3))
-            and stride == (1, 1, 1)
-            and 0 not in values
-            and math.prod(size) >= (LEAST_VOXELS if size[0] > 1 else LEAST_VOXELS_OF_PLANES)
-        )
-        if not transformed:
+        is_large = math.prod(size) >= (LEAST_VOXELS if size[0] > 1 else LEAST_VOXELS_OF_PLANES) and 0 not in values
+        along_all = is_large and taps in ((3, 3, 3), (1, 3, 3)) and stride == (1, 1, 1)
+        suits_z = taps[0] == 3 and stride[0] == 1 and stride[1] <= taps[1] and stride[2] <= taps[2]
+        along_z = is_large and suits_z and size[0] >= LEAST_PLANES and not self.in_int16
+        if not along_all:
             values = [self.together(name, values)]
         first, *others = values
         return self.add(
@@ -112,7 +113,7 @@ class Builder:
             Shape(channels=module.out_channels, size=size),
             taps=taps,
             stride=stride,
-            transformed=transformed,
+            transformed=along_all or along_z,
             weight=self.weight(f"{name}.weight", module.weight),
             bias=self.weight(f"{name}.bias", module.bias),
             norm=norm,

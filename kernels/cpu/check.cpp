@@ -76,21 +76,24 @@ class Check {
     const Size last = operation.inputs[1] >= 0 ? operation.inputs[1] : operation.inputs[0];
     const Size other = operation.inputs[1] >= 0 ? operation.inputs[0] : -1;
     const Map& to = maps_[operation.output];
-    return operation.kind == NNTURBO_CONVOLUTION && operation.transformed &&
+    return may_have_two(operation) && operation.kind == NNTURBO_CONVOLUTION &&
            (last != operation.inputs[0] || are_zero(operation.upsampling)) &&
            (other < 0 || maps_[other].buffer != to.buffer) && maps_[last].channels == to.channels &&
            same_size(maps_[last], to);
   }
 
+  static bool may_have_two(const nnturbo_operation& operation) {
+    return operation.kind == NNTURBO_CONCATENATION ||
+           (operation.kind == NNTURBO_CONVOLUTION && operation.transformed && !goes_along_z(operation));
+  }
+
   static bool same_size(const Map& one, const Map& other) { return std::equal(one.size, one.size + 3, other.size); }
 
   void follow(const nnturbo_operation& operation) {
-    const bool may_have_two = operation.kind == NNTURBO_CONCATENATION ||
-                              (operation.kind == NNTURBO_CONVOLUTION && operation.transformed);
     const Map first = read(operation.inputs[0]);
     const bool two = operation.inputs[1] >= 0;
     if (two) read(operation.inputs[1]);
-    require(!two || may_have_two, "it must have one input");
+    require(!two || may_have_two(operation), "it must have one input");
     require(operation.residual < 0 || operation.kind == NNTURBO_CONVOLUTION, "only convolutions add a residual");
     if (operation.in_int16) multiplies_in_int16(operation);
     switch (operation.kind) {
@@ -156,10 +159,12 @@ class Check {
     }
     const Map& to = written(operation);
     if (operation.transformed) {
-      const bool suits = (operation.taps[0] == 1 || operation.taps[0] == 3) && operation.taps[1] == 3 &&
-                         operation.taps[2] == 3 && product(operation.stride) == 1;
-      require(suits && operation.inputs[0] != 0 && operation.inputs[1] != 0,
-              "it can only be transformed with 1 or 3 x 3 x 3 taps and stride 1, and not from the tile");
+      const bool along_all = operation.taps[0] == 1 || operation.taps[0] == 3;
+      const bool along_z = operation.taps[0] == 3 && operation.stride[0] == 1 && !operation.in_int16 &&
+                           operation.stride[1] <= operation.taps[1] && operation.stride[2] <= operation.taps[2];
+      require((goes_along_z(operation) ? along_z : along_all) && operation.inputs[0] != 0 && operation.inputs[1] != 0,
+              "it can only be transformed with 1 or 3 x 3 x 3 taps and stride 1, or in float32 with 3 taps and stride 1 "
+              "along z and strides up to its taps along y and x, and not from the tile");
     }
     for (int axis = 0; axis < 3; ++axis)
       require((first.size[axis] - 1) / operation.stride[axis] + 1 == to.size[axis], "its output has another size");
@@ -172,8 +177,8 @@ class Check {
   Map finer(const nnturbo_operation& operation) const {
     const Map& coarse = maps_[operation.inputs[0]];
     if (are_zero(operation.upsampling)) return coarse;
-    require(operation.transformed && within(operation.upsampling, MOST_TAPS),
-            "only transformed convolutions take what is upsampled, by 1 to 31 along each axis");
+    require(may_have_two(operation) && within(operation.upsampling, MOST_TAPS),
+            "only convolutions that are transformed, but not along z alone, take what is upsampled, by 1 to 31 along each axis");
     const Size each = coarse.channels * product(operation.upsampling), all = operation.upsampling_weight.count;
     require(all > 0 && all % each == 0 && all / each <= MOST, "the weights of the upsampling do not fit its input");
     const Size biases = operation.upsampling_bias.count;

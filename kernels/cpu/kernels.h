@@ -30,23 +30,30 @@ struct Kernels {
   // as many `columns`, the last filled up.
   int lanes, columns;
 
-  // Floats of the transformed weights of a kernel of `taps` (1 or 3) x 3 x 3.
-  Size (*weights_size)(Size taps, Size inputs, Size outputs);
+  // Floats of transformed weights: of three taps along each of 1 to 3 axes that convolutions by fewer products go along,
+  // with so many taps along the others.
+  Size (*weights_size)(Size axes, Size taps, Size inputs, Size outputs);
 
-  // From (outputs, inputs, taps, 3, 3) to panels of columns for each position.
-  void (*transform_weights)(Size taps, Size inputs, Size outputs, const float* from, float* to);
+  // From (outputs, inputs, three for each of those axes, taps) to panels of columns for each position.
+  void (*transform_weights)(Size axes, Size taps, Size inputs, Size outputs, const float* from, float* to);
 
   // Make panels of (parts, depth, columns) whole numbers, with a scale for each column; null for instructions that do not
   // multiply int16. A direct convolution has as many parts as taps along z and y, all others one. What is multiplied by
   // them must have an even number of channels.
   void (*narrow_panels)(Size panels, Size parts, Size depth, const float* from, std::int16_t* to, float* scales);
 
-  // Convolve (z, y, x, inputs), taken from two tensors one after the other, with zeros around it. The first may be none
+  // Convolve (z, y, x, inputs), taken from two tensors one after the other, with zeros around it, by fewer products. Of
+  // `taps`, those along z, 1 go along y and x; 3 along all axes, and in int16 along z and y. The first tensor may be none
   // and `coarse` in its place, to be spread by `stride` (see below); `to` may be the last one.
   void (*convolve)(Size taps, Size z, Size y, Size x, const float* one, Size channels_one, const float* other,
                    Size channels_other, Size outputs, const Weights& weights, const float* bias, float* to,
                    const float* coarse, Size channels_coarse, const Size* stride, const Weights& spread_weights,
                    const float* spread_bias);
+
+  // Convolve one tensor by fewer products along z alone, with three taps and stride 1 along it, any odd number of taps
+  // along y and x, and strides up to those; weights are in float32, and `to` is another tensor.
+  void (*convolve_along_z)(const Size* size, const Size* taps, const Size* stride, Size inputs, Size outputs,
+                           const float* from, const Weights& weights, const float* bias, float* to);
 
   // With any odd number of taps and any strides, zeros around; weights are (panels, taps, inputs, columns).
   void (*convolve_directly)(const Size* size, const Size* taps, const Size* stride, Size inputs, Size outputs,

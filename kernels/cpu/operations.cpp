@@ -55,22 +55,31 @@ Floats spread_panels(const float* weight, Size outputs, const Inputs& inputs, Si
   return made;
 }
 
-Floats transformed(const float* weight, Size outputs, const Inputs& inputs, Size taps_z, const Kernels& kernels) {
-  const Size depth = inputs.in_memory(), taps = 9 * taps_z, padded = rounded(outputs, kernels.lanes);
-  Floats made(kernels.weights_size(taps_z, depth, padded)), apart;
+// From (outputs, inputs, three for each of so many axes, taps) to panels for each position.
+Floats transformed(const float* weight, Size outputs, const Inputs& inputs, Size axes, Size taps,
+                   const Kernels& kernels) {
+  constexpr Size FACTORS[] = {1, 3, 9, 27};
+  const Size depth = inputs.in_memory(), all_taps = FACTORS[axes] * taps, padded = rounded(outputs, kernels.lanes);
+  Floats made(kernels.weights_size(axes, taps, depth, padded)), apart;
   if (depth != inputs.count() || padded != outputs) {
-    apart = Floats::zeros(padded * depth * taps);
+    apart = Floats::zeros(padded * depth * all_taps);
     for (Size output = 0; output < outputs; ++output)
       for (Size input = 0; input < inputs.count(); ++input)
-        std::copy_n(weight + (output * inputs.count() + input) * taps, taps,
-                    apart.data() + (output * depth + inputs.place(input)) * taps);
+        std::copy_n(weight + (output * inputs.count() + input) * all_taps, all_taps,
+                    apart.data() + (output * depth + inputs.place(input)) * all_taps);
     weight = apart.data();
   }
-  kernels.transform_weights(taps_z, depth, padded, weight, made.data());
+  kernels.transform_weights(axes, taps, depth, padded, weight, made.data());
   return made;
 }
 
 }  // namespace
+
+bool goes_along_z(const nnturbo_operation& operation) {
+  const int64_t *taps = operation.taps, *stride = operation.stride;
+  return operation.transformed &&
+         (taps[1] != 3 || taps[2] != 3 || stride[0] != 1 || stride[1] != 1 || stride[2] != 1);
+}
 
 Map first_input(const nnturbo_operation& operation, const std::vector<Map>& maps, Size lanes) {
   Map map = maps[operation.inputs[0]];
@@ -128,12 +137,17 @@ void Operation::pack_convolution(const std::vector<Map>& maps) {
     inputs.channels[1] = maps[of_.inputs[1]].channels;
     inputs.padded[1] = maps[of_.inputs[1]].padded;
   }
-  weight_ = Panels(of_.transformed ? transformed(of_.weight.data, to.channels, inputs, of_.taps[0], *kernels_)
-                                   : panels(of_.weight.data, to.channels, inputs, product(of_.taps), columns));
-  if (of_.in_int16 && of_.transformed)
-    weight_.narrow(1, (of_.taps[0] == 3 ? 3 : 1) * inputs.in_memory(), *kernels_);
-  else if (of_.in_int16)
-    weight_.narrow(of_.taps[0] * of_.taps[1], of_.taps[2] * inputs.in_memory(), *kernels_);
+  if (!of_.transformed) {
+    weight_ = Panels(panels(of_.weight.data, to.channels, inputs, product(of_.taps), columns));
+    if (of_.in_int16) weight_.narrow(of_.taps[0] * of_.taps[1], of_.taps[2] * inputs.in_memory(), *kernels_);
+  } else if (goes_along_z(of_)) {
+    weight_ = Panels(transformed(of_.weight.data, to.channels, inputs, 1, of_.taps[1] * of_.taps[2], *kernels_));
+  } else {
+    const bool along_x_too = of_.taps[0] == 3 && !of_.in_int16;
+    const Size axes = along_x_too ? 3 : 2, taps = along_x_too ? 1 : of_.taps[0];
+    weight_ = Panels(transformed(of_.weight.data, to.channels, inputs, axes, taps, *kernels_));
+    if (of_.in_int16) weight_.narrow(1, taps * inputs.in_memory(), *kernels_);
+  }
   bias_ = filled_up(of_.bias, rounded(to.channels, columns));
   if (normalises_) {
     scale_ = filled_up(of_.scale, to.padded);
@@ -172,16 +186,17 @@ void Operation::convolve(const Memory& memory) const {
   const Map &from = memory.maps[of_.inputs[0]], &to = memory.maps[of_.output];
   const float* const first = memory.from(of_.inputs[0]);
   float* const result = memory.to(of_.output);
-  if (of_.transformed) {
+  if (of_.transformed && !goes_along_z(of_)) {
     const bool coarse = product(of_.upsampling) != 0, two = of_.inputs[1] >= 0;
     kernels_->convolve(of_.taps[0], to.size[0] * memory.images, to.size[1], to.size[2], coarse ? nullptr : first,
-                       finer_.padded, two ? memory.from(of_.inputs[1]) : nullptr, two ? memory.maps[of_.inputs[1]].padded : 0, to.padded, weight_.weights(), bias_.data(), result,
+                       finer_.padded, two ? memory.from(of_.inputs[1]) : nullptr,
+                       two ? memory.maps[of_.inputs[1]].padded : 0, to.padded, weight_.weights(), bias_.data(), result,
                        coarse ? first : nullptr, from.padded, of_.upsampling, upsampling_weight_.weights(),
                        upsampling_bias_.data());
   } else {
     const Size size[3] = {from.size[0] * memory.images, from.size[1], from.size[2]};
-    kernels_->convolve_directly(size, of_.taps, of_.stride, from.padded, to.padded, first, weight_.weights(), bias_.data(),
-                                result);
+    (goes_along_z(of_) ? kernels_->convolve_along_z : kernels_->convolve_directly)(
+        size, of_.taps, of_.stride, from.padded, to.padded, first, weight_.weights(), bias_.data(), result);
   }
 }
 

@@ -69,6 +69,9 @@ class Operation {
   Floats bias_, scale_, shift_, upsampling_bias_;
 };
 
+// Whether a convolution goes by fewer products along z alone, with one input that stays as it is.
+bool goes_along_z(const nnturbo_operation& operation);
+
 // The first input of a convolution as it is read, which may be made from a coarser one.
 Map first_input(const nnturbo_operation& operation, const std::vector<Map>& maps, Size lanes);
 

@@ -62,11 +62,12 @@ enum {
 typedef struct nnturbo_operation {
   int64_t kind;
   int64_t inputs[2]; /* values; -1 for no second one. A convolution of two takes them as if they were concatenated */
-  int64_t output;    /* value; in the buffer of the last input only for transformed convolutions */
+  int64_t output;    /* value; in the buffer of the last input only for transformed convolutions, but not along z alone */
   int64_t taps[3], stride[3];
-  int64_t transformed;           /* by fewer products: for 1 or 3 x 3 x 3 taps, stride 1, and no value 0 */
+  int64_t transformed;           /* by fewer products, and not from value 0: of 1 or 3 x 3 x 3 taps with stride 1; or along z
+                                    alone, in float32 and of one input, of 3 taps with stride 1 there */
   int64_t in_int16;              /* products, of a convolution, transposed or not, but not from value 0; see products.h */
-  int64_t upsampling[3];         /* of the first input of a transformed convolution, by a transposed one; else zeros */
+  int64_t upsampling[3];         /* of the first input, by a transposed convolution, where not along z alone; else zeros */
   int64_t residual;              /* value that is added after the norm; -1 for none */
   float epsilon, slope;          /* of the norm, and what negative values are multiplied by after it */
   nnturbo_tensor weight, bias;   /* a bias may have none */

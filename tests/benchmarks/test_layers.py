@@ -1,7 +1,5 @@
 """Work that the benchmark of layers counts."""
 
-import math
-
 import pytest
 from nnturbo.benchmarks.layers import work
 from nnturbo.kernels.program import Operation, Program, Upsampling, Value
@@ -10,22 +8,36 @@ COARSE, FINE = (2, 4, 4), (4, 8, 8)
 
 
 @pytest.mark.parametrize(
-    ("options", "products"),
+    ("options", "products", "weights"),
     [
-        ({"taps": (3, 3, 3)}, 4 * 8 * 8 * 27 * 5 * 7),
-        ({"taps": (3, 3, 3), "transformed": True}, 4 * 8 * 8 * 27 * 5 * 7 / 4),
-        ({"taps": (1, 3, 3), "transformed": True}, 4 * 8 * 8 * 9 * 5 * 7 / 4),
-        ({}, 4 * 8 * 8 * 5 * 7),
+        ({"taps": (3, 3, 3)}, 27, 27),
+        ({"taps": (3, 3, 3), "transformed": True}, 27 / 6, 6 * 6 * 4),
+        ({"taps": (3, 3, 3), "transformed": True, "in_int16": True}, 27 / 4, 6 * 6 * 3),
+        ({"taps": (1, 3, 3), "transformed": True}, 9 / 4, 6 * 6),
+        ({"taps": (3, 1, 5), "transformed": True}, 15 / 2, 6 * 5),
+        ({}, 1, 1),
     ],
 )
-def test_a_convolution_counts_the_products_that_it_does_and_the_numbers_that_it_reads(options, products):
+def test_a_convolution_counts_the_products_that_it_does_and_the_numbers_that_it_reads(options, products, weights):
     values = tuple(Value(buffer=place, channels=channels, size=FINE) for place, channels in enumerate((5, 7)))
     operation = Operation(kind="convolution", name="c", inputs=(0,), output=1, **options)
     program = Program(values=values, operations=(operation,), logits=1, head=None, features=())
     flops, moved = work(program, operation)
-    assert flops == 2 * products
-    taps = math.prod(options.get("taps", (1,))) * (4 if "transformed" in options else 1)
-    assert moved == 4 * (4 * 8 * 8 * (5 + 7) + taps * 5 * 7)
+    assert flops == 2 * 4 * 8 * 8 * products * 5 * 7
+    assert moved == 4 * (4 * 8 * 8 * (5 + 7) + weights * 5 * 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stride", "to", "products"),
+    [("transposed_convolution", (2, 2, 2), FINE, 1), ("average_pooling", (2, 2, 2), FINE, 0)],
+)
+def test_a_transposed_convolution_has_weights_for_each_place_and_a_pooling_none(kind, stride, to, products):
+    values = (Value(buffer=0, channels=5, size=COARSE), Value(buffer=1, channels=7, size=to))
+    operation = Operation(kind=kind, name="c", inputs=(0,), output=1, stride=stride)
+    program = Program(values=values, operations=(operation,), logits=1, head=None, features=())
+    flops, moved = work(program, operation)
+    assert flops == 2 * 256 * products * 5 * 7
+    assert moved == 4 * (32 * 5 + 256 * 7 + 8 * products * 5 * 7)
 
 
 def test_what_is_upsampled_counts_too_but_is_not_moved():
@@ -42,5 +54,5 @@ def test_what_is_upsampled_counts_too_but_is_not_moved():
     )
     program = Program(values=values, operations=(operation,), logits=2, head=None, features=())
     flops, moved = work(program, operation)
-    assert flops == 2 * 256 * (27 / 4 * 12 * 6 + 3 * 6)
-    assert moved == 4 * (32 * 3 + 256 * 6 + 256 * 6 + 4 * 27 * 12 * 6)
+    assert flops == 2 * 256 * (27 / 6 * 12 * 6 + 3 * 6)
+    assert moved == 4 * (32 * 3 + 256 * 6 + 256 * 6 + 144 * 12 * 6)

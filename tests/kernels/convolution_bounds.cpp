@@ -45,10 +45,11 @@ class Panels {
 };
 
 Panels transformed(Size taps, Size inputs, Size outputs, bool in_int16) {
-  auto made = ones(kernels()->weights_size(taps, inputs, outputs));
-  kernels()->transform_weights(taps, inputs, outputs, ones(outputs * inputs * taps * 9).data(), made.data());
-  const Size count = made.size() / (taps * inputs * kernels()->columns);
-  return Panels(std::move(made), count, taps * inputs, in_int16);
+  const Size axes = taps == 3 && !in_int16 ? 3 : 2, rest = in_int16 ? taps : 1;
+  auto made = ones(kernels()->weights_size(axes, rest, inputs, outputs));
+  kernels()->transform_weights(axes, rest, inputs, outputs, ones(outputs * inputs * taps * 9).data(), made.data());
+  const Size count = made.size() / (rest * inputs * kernels()->columns);
+  return Panels(std::move(made), count, rest * inputs, in_int16);
 }
 
 void convolve(const std::array<Size, 3>& size, Size taps, bool in_int16) {
@@ -84,6 +85,19 @@ void convolve_directly(const std::array<Size, 3>& size, Size taps, Size step, bo
   kernels()->spread(size.data(), stride, inputs, outputs, from.data(), spread.weights(), bias.data(), fine.data());
 }
 
+void convolve_along_z(const std::array<Size, 3>& size, Size taps, Size step) {
+  const Size inputs = kernels()->lanes, outputs = kernels()->columns + inputs, voxels = size[0] * size[1] * size[2];
+  const Size all_taps[3] = {3, taps, taps}, stride[3] = {1, step, step};
+  Size results = size[0];
+  for (int axis = 1; axis < 3; ++axis) results *= (size[axis] - 1) / step + 1;
+  const auto from = ones(voxels * inputs), bias = ones(outputs);
+  auto weight = ones(kernels()->weights_size(1, taps * taps, inputs, outputs)), out = ones(results * outputs);
+  kernels()->transform_weights(1, taps * taps, inputs, outputs, ones(outputs * inputs * 3 * taps * taps).data(),
+                               weight.data());
+  kernels()->convolve_along_z(size.data(), all_taps, stride, inputs, outputs, from.data(), weight.data(), bias.data(),
+                              out.data());
+}
+
 void check(const std::array<Size, 3>& size, bool in_int16) {
   for (Size taps : {1, 3}) convolve(size, taps, in_int16);
   for (Size taps : {1, 3, 5})
@@ -91,6 +105,9 @@ void check(const std::array<Size, 3>& size, bool in_int16) {
 }
 
 void check_rest(const std::array<Size, 3>& size) {
+  for (Size taps : {1, 3, 5, 31})
+    for (Size step : {1, 2, 3})
+      if (step <= taps) convolve_along_z(size, taps, step);
   const Size inputs = kernels()->lanes, outputs = kernels()->columns + inputs, voxels = size[0] * size[1] * size[2];
   auto normalised = ones(voxels * outputs), logits = ones(voxels * 5);
   const auto bias = ones(outputs), residual = ones(voxels * outputs), weight = ones(inputs * whole_panels(5));
@@ -109,7 +126,10 @@ int main(int, char** arguments) {
     if (nnturbo_multiplies_int16()) check(size, true);
     check_rest(size);
   }
-  for (const auto& size : {std::array<Size, 3>{2, 3, 75}, {1, 9, 41}})  // lines that are rounded by themselves
+  for (const auto& size : {std::array<Size, 3>{2, 3, 75}, {1, 9, 41}}) {  // of several parts along x
+    check(size, false);
     if (nnturbo_multiplies_int16()) check(size, true);
+    check_rest(size);
+  }
   std::puts("done");
 }

@@ -28,8 +28,9 @@ void check(const Size size[3]) {
   for (Size taps : {1, 3}) {
     const Shape of{{size[0], size[1], size[2]}, {taps, 3, 3}, {1, 1, 1}, lanes + outputs, outputs};
     const Floats one = noise(voxels * lanes), weight = noise(outputs * (lanes + outputs) * taps * 9);
-    Floats other = noise(voxels * outputs), transformed(kernels()->weights_size(taps, lanes + outputs, outputs));
-    kernels()->transform_weights(taps, lanes + outputs, outputs, weight.data(), transformed.data());
+    const Size axes = taps == 3 ? 3 : 2;
+    Floats other = noise(voxels * outputs), transformed(kernels()->weights_size(axes, 1, lanes + outputs, outputs));
+    kernels()->transform_weights(axes, 1, lanes + outputs, outputs, weight.data(), transformed.data());
     const Doubles expected = convolved(of, joined(one, lanes, other, outputs), weight, bias);
     Floats got(voxels * outputs);
     kernels()->convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,
@@ -39,6 +40,18 @@ void check(const Size size[3]) {
                      transformed.data(), bias.data(), other.data(), nullptr, 0, nullptr, nullptr, nullptr);
     compare("convolve over its input", other, expected);
   }
+  for (const auto& taps : {std::vector<Size>{3, 3, 3}, {3, 1, 1}, {3, 1, 5}, {3, 31, 3}})
+    for (const auto& stride : {std::vector<Size>{1, 2, 2}, {1, 1, 1}, {1, 3, 1}}) {
+      if (stride[1] > taps[1] || stride[2] > taps[2]) continue;
+      const Size in_plane = taps[1] * taps[2];
+      const Shape of{{size[0], size[1], size[2]}, {3, taps[1], taps[2]}, {1, stride[1], stride[2]}, 2 * lanes, outputs};
+      const Floats from = noise(voxels * 2 * lanes), weight = noise(outputs * 2 * lanes * 3 * in_plane);
+      Floats transformed(kernels()->weights_size(1, in_plane, 2 * lanes, outputs)), got(of.results());
+      kernels()->transform_weights(1, in_plane, 2 * lanes, outputs, weight.data(), transformed.data());
+      kernels()->convolve_along_z(size, taps.data(), stride.data(), 2 * lanes, outputs, from.data(), transformed.data(),
+                                  bias.data(), got.data());
+      compare("convolve_along_z", got, convolved(of, from, weight, bias));
+    }
   const Size taps[3] = {3, 1, 5}, stride[3] = {2, 1, 3};
   const Floats from = noise(voxels * 5), weight = noise(outputs * 5 * 15), of_spread = noise(6 * outputs * 5);
   const Shape strided{{size[0], size[1], size[2]}, {3, 1, 5}, {2, 1, 3}, 5, outputs};
@@ -85,7 +98,7 @@ void check(const Size size[3]) {
 int main(int, char** arguments) {
   if (nnturbo_use(arguments[1])) return 77;
   const nnturbo::Threads working(3);
-  for (const auto& size : {std::vector<Size>{2, 3, 5}, {5, 4, 13}, {9, 7, 26}}) check(size.data());
+  for (const auto& size : {std::vector<Size>{2, 3, 5}, {5, 4, 13}, {9, 7, 26}, {3, 5, 75}}) check(size.data());
   std::printf("%s: %d faults\n", nnturbo_variant(), faults);
   return faults != 0;
 }

@@ -277,8 +277,8 @@ void check_by_fewer_products(const Size size[3], Size taps) {
   Floats other = with_zeros(noise(voxels * outputs), outputs, outputs - luck() % lanes);
   const Floats weight = noise(outputs * of.inputs * taps * 9), bias = noise(outputs);
   const Floats both = joined(one, lanes, other, outputs);
-  Floats packed(kernels()->weights_size(taps, of.inputs, outputs)), got(of.results());
-  kernels()->transform_weights(taps, of.inputs, outputs, weight.data(), packed.data());
+  Floats packed(kernels()->weights_size(2, taps, of.inputs, outputs)), got(of.results());
+  kernels()->transform_weights(2, taps, of.inputs, outputs, weight.data(), packed.data());
   const Narrowed narrowed(packed, 1, taps * of.inputs);
   const auto convolve_to = [&](float* to) {
     kernels()->convolve(taps, size[0], size[1], size[2], one.data(), lanes, other.data(), outputs, outputs,

@@ -31,7 +31,7 @@ void set(std::int64_t* three, std::int64_t z, std::int64_t y, std::int64_t x) { 
 struct Example {
   std::vector<nnturbo_value> values{{0, 1, {4, 6, 8}}, {1, 5, {4, 6, 8}}, {0, 7, {2, 3, 8}}, {2, 5, {4, 6, 8}},
                                     {3, 10, {4, 6, 8}}, {1, 5, {4, 6, 8}}, {2, 5, {2, 3, 4}}, {4, 5, {4, 6, 8}},
-                                    {-1, 3, {4, 6, 8}}};
+                                    {-1, 3, {4, 6, 8}}, {5, 6, {4, 3, 4}}};
   std::vector<nnturbo_operation> operations;
   std::vector<std::int64_t> features{6}, of_head{6}, focus{1};
   std::vector<nnturbo_tensor> tensors;
@@ -59,6 +59,11 @@ struct Example {
     operations.back().residual = 3;
     operations.push_back(operation(NNTURBO_AVERAGE_POOLING, 5, -1, 6));
     set(operations.back().stride, 2, 2, 2);
+    operations.push_back(operation(NNTURBO_CONVOLUTION, 4, -1, 9));  // along z alone
+    set(operations.back().taps, 3, 3, 5);
+    set(operations.back().stride, 1, 2, 2);
+    operations.back().transformed = 1;
+    operations.back().weight = tensor(10 * 6 * 45);
     operations.push_back(operation(NNTURBO_CONVOLUTION, 4, 5, 7));
     set(operations.back().taps, 1, 3, 3);
     operations.back().transformed = 1;
@@ -66,7 +71,7 @@ struct Example {
     operations.push_back(operation(NNTURBO_PROJECTION, 7, -1, 8));
     operations.back().weight = tensor(15);
     if (nnturbo_multiplies_int16() && luck() % 2)
-      for (const int index : {1, 2, 4, 6}) operations[index].in_int16 = 1;
+      for (const int index : {1, 2, 4, 7}) operations[index].in_int16 = 1;
     for (const std::int64_t count : {4 * 5, 4, 4 * 5, 4, 2 * 4, 2, 8, 8, 2 * 8, 2}) tensors.push_back(tensor(count));
   }
 

@@ -221,6 +221,14 @@ def given_out_without_sum(kernels, builder, value, tile):
 
 
 class TestErrors:
+    def test_what_goes_by_fewer_products_along_z_alone(self, kernels):
+        builder, value = chosen(values(1, 32, 9, 9, 9))
+        value = builder.convolution("c", layer(values(32, 32, 3, 3, 3), None, (1, 2, 2)), [value], None)
+        assert not builder.operations[-1].transformed
+        builder.operations[-1] = replace(builder.operations[-1], transformed=True)
+        with pytest.raises(ValueError, match="or in float32 with 3 taps and stride 1 along z"):
+            executor_of(kernels, builder, value)
+
     def test_what_multiplies_the_tile(self, kernels):
         builder = started(values(1, 3, 4, 5, 6))
         value = builder.convolution("c", layer(values(8, 3, 3, 3, 3)), [0], None)

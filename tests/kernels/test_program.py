@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from nnturbo.engine.backends import native_builder
-from nnturbo.engine.backends.buffers import Shape, plan_buffers
+from nnturbo.engine.backends.buffers import Shape, overwritten, plan_buffers
 from nnturbo.engine.backends.native_builder import Builder
 from nnturbo.engine.files import cache_root
 from nnturbo.kernels import library
 from nnturbo.kernels.compilation import VARIANTS, here
 from nnturbo.kernels.library import lacking, load_library
-from nnturbo.kernels.program import Executor, Program, use, variant
+from nnturbo.kernels.program import Executor, Program, Upsampling, use, variant
 from torch.nn import functional as F
 
 from tests.kernels.programs import (
@@ -67,7 +67,8 @@ def test_convolutions_by_fewer_products_of_any_number_of_channels(kernels, size,
 
 
 @pytest.mark.parametrize("size", shapes(40))
-def test_convolutions_with_any_taps_and_strides(kernels, size):
+@pytest.mark.parametrize("of_tile", [True, False])  # of which none go by fewer products
+def test_convolutions_with_any_taps_and_strides(kernels, size, of_tile):
     luck = np.random.default_rng(sum(size))
     inputs, outputs = int(luck.integers(1, 40)), int(luck.integers(1, 70))
     taps, stride = (
@@ -78,8 +79,102 @@ def test_convolutions_with_any_taps_and_strides(kernels, size):
     padding = tuple(n // 2 for n in taps)
     expected = F.conv3d(tile.double(), weight.double(), bias.double(), stride=stride, padding=padding)
     builder = started(tile)
-    got = given_out(kernels, builder, builder.convolution("c", layer(weight, bias, stride), [0], None), tile)
+    value = 0 if of_tile else selected(builder, "same", 0, inputs)
+    got = given_out(kernels, builder, builder.convolution("c", layer(weight, bias, stride), [value], None), tile)
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [(3, 3, 3), (3, 1, 1), (3, 5, 3)])
+@pytest.mark.parametrize("stride", [(1, 2, 2), (1, 1, 1), (1, 1, 3)])
+def test_convolutions_by_fewer_products_along_z_alone(kernels, taps, stride):
+    tile, outputs = values(2, 37, 9, 10, 149), 37  # of several parts along x, with stride 2 too
+    weight, bias = values(outputs, 37, *taps, seed=1) / (37 * np.prod(taps)) ** 0.5, values(outputs, seed=2)
+    builder = started(tile)
+    parts = [selected(builder, "one", 0, 20), selected(builder, "other", 20, 37)]
+    value = builder.convolution("c", layer(weight, bias, stride), parts, None)
+    operation = builder.operations[-1]
+    skips = any(step > of_axis for step, of_axis in zip(stride, taps, strict=True))
+    assert operation.transformed != skips
+    assert operation.along_z == (not skips and (taps != (3, 3, 3) or stride != (1, 1, 1)))
+    assert overwritten(operation, builder.shapes) is None
+    padding = tuple(n // 2 for n in taps)
+    expected = F.conv3d(tile.double(), weight.double(), bias.double(), stride=stride, padding=padding)
+    assert furthest(given_out(kernels, builder, value, tile), expected) < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("taps", "stride", "most"),
+    [
+        ((3, 3, 3), (1, 1, 1), 3e-6),
+        ((1, 3, 3), (1, 1, 1), 4e-6),
+        ((3, 3, 3), (1, 2, 2), 3e-6),
+        ((5, 3, 3), (1, 1, 1), 2e-6),
+    ],
+)
+def test_rounding_stays_far_below_what_labels_depend_on(kernels, taps, stride, most):
+    tile = F.leaky_relu(values(1, 128, 12, 12, 24), 0.01)
+    weight = values(64, 128, *taps, seed=1) / (128 * np.prod(taps)) ** 0.5
+    builder = started(tile)
+    same = selected(builder, "same", 0, 128)
+    got = given_out(kernels, builder, builder.convolution("c", layer(weight, None, stride), [same], None), tile)
+    expected = F.conv3d(tile.double(), weight.double(), stride=stride, padding=tuple(n // 2 for n in taps))
+    assert (got.double() - expected).square().mean().sqrt() < most * expected.std()
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+def test_few_planes_go_along_z_where_that_needs_fewer_products(planes):
+    builder = started(values(1, 20, planes, 40, 40))
+    same = selected(builder, "same", 0, 20)
+    builder.convolution("c", layer(values(20, 20, 3, 3, 3), None, (1, 2, 2)), [same], None)
+    assert builder.operations[-1].along_z == (planes == 3)
+
+
+class TestConvolutionsThatCannotGoByFewerProducts:
+    def along_z(self, stride=(1, 2, 2), taps=(3, 3, 3)):
+        builder = started(values(1, 20, 9, 9, 9))
+        same = selected(builder, "same", 0, 20)
+        value = builder.convolution("c", layer(values(20, 20, *taps), None, stride), [same], None)
+        return builder, value
+
+    @pytest.mark.parametrize("options", [{"taps": (1, 5, 5)}, {"stride": (2, 1, 1)}, {"stride": (1, 4, 1)}])
+    def test_other_taps_and_strides(self, kernels, options):
+        builder, value = self.along_z(**options)
+        builder.operations[-1] = replace(builder.operations[-1], transformed=True)
+        with pytest.raises(
+            ValueError, match="operation 1: it can only be transformed with 1 or 3 x 3 x 3 taps and stri"
+        ):
+            executor_of(kernels, builder, value)
+
+    def test_the_tile(self, kernels):
+        builder, value = self.along_z()
+        builder.operations[-1] = replace(builder.operations[-1], inputs=(0,))
+        with pytest.raises(ValueError, match="operation 1: it can only be transformed .* and not from the tile"):
+            executor_of(kernels, builder, value)
+
+    def test_two_inputs(self, kernels):
+        builder, value = self.along_z()
+        builder.operations[-1] = replace(builder.operations[-1], inputs=(1, 1))
+        with pytest.raises(ValueError, match="operation 1: it must have one input"):
+            executor_of(kernels, builder, value)
+
+    def test_what_is_upsampled(self, kernels):
+        builder, value = self.along_z()
+        weight = builder.weight("up", values(20, 20, 1, 1, 1))
+        upsampling = Upsampling(stride=(1, 1, 1), weight=weight, bias=None)
+        builder.operations[-1] = replace(builder.operations[-1], upsampling=upsampling)
+        with pytest.raises(ValueError, match="but not along z alone, take what is upsampled"):
+            executor_of(kernels, builder, value)
+
+    def test_what_it_reads(self, kernels):
+        builder, value = self.along_z(stride=(1, 1, 1), taps=(3, 1, 1))
+
+        def in_one_buffer(*of):
+            planned = list(plan_buffers(*of))
+            planned[value] = replace(planned[value], buffer=planned[value - 1].buffer)
+            return tuple(planned)
+
+        with pytest.raises(ValueError, match="operation 1: it may not write over its input"):
+            executor_of(kernels, builder, value, in_one_buffer)
 
 
 @pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2), (2, 1, 3), (1, 1, 1)])
