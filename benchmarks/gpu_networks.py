@@ -224,7 +224,11 @@ def _measured_views(bench: Bench, run: TorchRunner, tiles: Tensor, expected: Ten
 
 
 def layers(bench: Bench) -> list[dict[str, Any]]:
-    """Time each step of nnturbo's forward of the first network by the device's clock, and what convolutions reach."""
+    """Time each step of nnturbo's forward of the first network by the device's clock, and what convolutions reach.
+
+    Note:
+        Of the last block of a stage only the convolutions are steps: its norm writes to the decoder's place too.
+    """
     _, model, tiles = next(_models(bench, bench.sizes.networks))
     precision = choose_precision("auto", bench.device)
     made = inference_network(model).to(bench.device)
