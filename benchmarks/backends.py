@@ -40,7 +40,7 @@ from torch import Tensor
 
 from .report import machine, python, run_measured, write_report
 from .stages import smooth_field
-from .task_models import ARCHITECTURES, DATASET, write_task_model
+from .task_models import ARCHITECTURES, DATASET, FLAT, write_task_model
 
 CPU = torch.device("cpu")
 STOCK = "nnU-Net, eager fp32"
@@ -152,7 +152,7 @@ def measure(name: str, model: Model, rounds: int, chosen: list[tuple[str, str]],
 def main() -> None:
     """Measure, print, and keep the samples."""
     parser = argparse.ArgumentParser(description="backends")
-    parser.add_argument("--models", nargs="*", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--models", nargs="*", choices=[*ARCHITECTURES, FLAT], default=[*ARCHITECTURES, FLAT])
     parser.add_argument("--backends", nargs="+", choices=list(backends()), default=list(backends()))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16", "int16", "int8"])
     parser.add_argument("--demo", type=Path, help="a trained model, measured too")
