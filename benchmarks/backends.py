@@ -77,9 +77,10 @@ def ways(names: list[str], precisions: list[str]) -> list[tuple[str, str]]:
 
 def tile_of(model: Model) -> Tensor:
     """One tile (1, C, *patch) like a normalised scan: smooth, with noise."""
-    shape = (model.plan.input_channels, *model.plan.patch_size)
+    channels, *patch = model.plan.input_channels, *model.plan.patch_size
+    shape = (channels, *[1] * (3 - len(patch)), *patch)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (smooth_field(shape, 0) + 0.2 * noise)[None].contiguous()
+    return (smooth_field(shape, 0) + 0.2 * noise).view(1, channels, *patch)
 
 
 def build(model: Model, hashes: dict[str, str], name: str, precision: str, tile: Tensor, folder: Path) -> float:

@@ -18,7 +18,7 @@ def gains() -> str:
     stock, ours = peaks["stock", depth], peaks["nnturbo", depth]
     rows = [
         _whole_command("benchmark_abdomen_avx2", "a small trained model on a real CT, without mirroring"),
-        _whole_command("benchmark_plain_avx2", "a PlainConvUNet of usual size on one tile, mirrored, fp32"),
+        _whole_command("benchmark_task_avx2", "a PlainConvUNet of usual size on one tile, mirrored, fp32"),
         _whole_command("benchmark_task_int8", "the same network and tile, with a bundle in int8"),
         [
             f"a folder of {folder['cases']} generated CT, a grid of 6 mm, without mirroring",
@@ -45,7 +45,7 @@ def gains() -> str:
 def _whole_command(name: str, what: str) -> list[str]:
     """Make the row of one measured command."""
     stored = load(name)
-    (result,) = stored["results"]
+    result, *_ = stored["results"]
     return [
         what,
         instructions(stored),
@@ -123,6 +123,11 @@ def backends(name: str = "backends") -> str:
 def int16() -> str:
     """The same for products in int16, beside others on the same day."""
     return backends("backends_int16")
+
+
+def avx2() -> str:
+    """The same on a processor with AVX2 alone, in float32."""
+    return backends("backends_avx2")
 
 
 def commands() -> str:
@@ -241,6 +246,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "around": around,
     "backends": backends,
     "int16": int16,
+    "backends_avx2": avx2,
     "commands": commands,
     "waterfall": waterfall,
     "growth": growth,
